@@ -1,6 +1,7 @@
 //! Matmul over more weights than any cache holds, against the DRAM read roof of the same run.
 //!
-//! `cargo run --release -p tandem-cpu-kernels --example matmul_roof -- [threads] [isa] [layout]`
+//! `cargo run --release -p tandem-cpu-kernels --example matmul_roof -- [threads] [isa]
+//! [packed|row_major] [type]`
 //!
 //! Prints for each type and number of columns the weight bytes per second, their share of the
 //! roof, and the cost against one column. Best of several passes, since other work disturbs.
@@ -23,7 +24,8 @@ fn main() {
     let roof = read_roof(threads);
     println!("{isa}, {threads} thread(s), read roof {:.1} GB/s", roof / 1e9);
     println!("type     layout    columns   GB/s  % of roof  GMAC/s  cost of 1 column x");
-    for dtype in DType::ALL {
+    let only = arguments.get(3).map(|name| name.parse::<DType>().expect("a type"));
+    for dtype in DType::ALL.into_iter().filter(|dtype| only.is_none_or(|only| only == *dtype)) {
         let layout = if row_major { Layout::RowMajor } else { layout_for(dtype, isa) };
         measure_type(kernels, (dtype, layout), threads, roof);
     }

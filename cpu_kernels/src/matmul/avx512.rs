@@ -23,6 +23,7 @@ impl<const VNNI: bool> Lanes for Wide<VNNI> {
     type Signed = (__m512i, __mmask64);
 
     lane_ops! {
+        fn prefetch(at: *const u8) -> () { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         fn load_words(from: *const u8) -> __m512i { _mm512_loadu_si512(from.cast()) }
         fn load_bytes(from: *const u8) -> __m512i {
             _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))
