@@ -1,5 +1,5 @@
-//! Words for what a client asks and what it gets back: request, sampling parameters, events, errors.
-//! Knows no model, no socket and no thread. The server, the library and the actors speak in it.
+//! Words for what a client asks and what it gets back: request, sampling parameters, events,
+//! errors. Knows no model, no socket and no thread. The server, the library and the actors speak in it.
 
 mod error;
 mod event;
@@ -168,7 +168,8 @@ impl Request {
     /// Checks every field that can be checked without a model: ranges, counts, NaN.
     ///
     /// # Errors
-    /// [`RequestError::InvalidParams`] naming the first offending field, what came and what is allowed.
+    /// [`RequestError::InvalidParams`] naming the first offending field, what came and what is
+    /// allowed.
     pub fn validate(&self) -> Result<(), RequestError> {
         self.sampling.validate()?;
         let refuse = |field: &str, got: String, allowed: String| {

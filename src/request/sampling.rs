@@ -44,7 +44,8 @@ pub struct SamplingParams {
     pub min_p: f32,
     /// Locally typical sampling (arXiv 2202.00666): mass kept; 1 keeps all.
     pub typical_p: f32,
-    /// Divides positive and multiplies negative logits of tokens seen; 1 is off (CTRL, arXiv 1909.05858).
+    /// Divides positive and multiplies negative logits of tokens seen; 1 is off (CTRL, arXiv
+    /// 1909.05858).
     pub repetition_penalty: f32,
     /// Subtracted once per occurrence among the generated tokens; 0 is off.
     pub frequency_penalty: f32,
@@ -107,7 +108,8 @@ impl SamplingParams {
     /// Checks ranges and NaN.
     ///
     /// # Errors
-    /// [`RequestError::InvalidParams`] naming the first offending field, what came and what is allowed.
+    /// [`RequestError::InvalidParams`] naming the first offending field, what came and what is
+    /// allowed.
     pub fn validate(&self) -> Result<(), RequestError> {
         let ranges: [(&str, f32, f32, f32); 9] = [
             ("temperature", self.temperature, 0.0, 100.0),
