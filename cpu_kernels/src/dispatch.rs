@@ -23,24 +23,21 @@ static SCALAR: Kernels = Kernels {
 };
 
 #[cfg(target_arch = "x86_64")]
-static AVX2: Kernels = Kernels {
-    isa: Isa::Avx2,
-    matmul: matmul::scalar::TABLE,
-    activations: activations::scalar::TABLE,
-};
+static AVX2: Kernels =
+    Kernels { isa: Isa::Avx2, matmul: matmul::avx2::TABLE, activations: activations::x86::AVX2 };
 
 #[cfg(target_arch = "x86_64")]
 static AVX512: Kernels = Kernels {
     isa: Isa::Avx512,
-    matmul: matmul::scalar::TABLE,
-    activations: activations::scalar::TABLE,
+    matmul: matmul::avx512::PLAIN,
+    activations: activations::x86::AVX512,
 };
 
 #[cfg(target_arch = "x86_64")]
 static AVX512_VNNI: Kernels = Kernels {
     isa: Isa::Avx512Vnni,
-    matmul: matmul::scalar::TABLE,
-    activations: activations::scalar::TABLE,
+    matmul: matmul::avx512::VNNI,
+    activations: activations::x86::AVX512,
 };
 
 static BEST: LazyLock<&'static Kernels> = LazyLock::new(|| table(Isa::detect()));
