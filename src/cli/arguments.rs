@@ -1,0 +1,203 @@
+//! The command line's grammar, as clap reads it. No logic.
+
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Runs large language models across a GPU's memory and the host's memory at once.
+#[derive(Debug, Parser)]
+#[command(name = "tandem", version, max_term_width = 100)]
+pub struct Arguments {
+    /// Options of every command.
+    #[command(flatten)]
+    pub global: GlobalArguments,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Clone, Debug, Args)]
+pub struct GlobalArguments {
+    /// Configuration file; without it $XDG_CONFIG_HOME/tandem/config.toml, if there is one
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// One setting, such as kv.cache_bytes=2GiB (see `tandem config show`); may be repeated
+    #[arg(long = "set", global = true, value_name = "KEY=VALUE")]
+    pub settings: Vec<String>,
+    /// Print JSON, one object a line
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// No progress bars and no notices
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+}
+
+/// What engine to build, for commands that build one.
+#[derive(Clone, Debug, Default, Args)]
+pub struct EngineArguments {
+    /// Model file (GGUF; the first part of a split one)
+    #[arg(long, short, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+    /// CPU worker threads
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Longest sequence, in tokens
+    #[arg(long, value_name = "TOKENS")]
+    pub context: Option<usize>,
+}
+
+/// Where the service listens.
+#[derive(Clone, Debug, Default, Args)]
+pub struct SocketArguments {
+    /// Socket path; without it $XDG_RUNTIME_DIR/tandem/tandem.sock
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+}
+
+/// How tokens are chosen.
+#[derive(Clone, Debug, Default, Args)]
+pub struct SamplingArguments {
+    /// At most so many new tokens
+    #[arg(long, short = 'n', value_name = "N")]
+    pub max_tokens: Option<usize>,
+    /// 0 is greedy
+    #[arg(long, short, value_name = "T")]
+    pub temperature: Option<f32>,
+    /// Keep the K most likely tokens
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Nucleus sampling
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
+    /// Keep tokens at least P times as likely as the best
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f32>,
+    /// Divides the logits of tokens seen; 1 is off
+    #[arg(long, value_name = "X")]
+    pub repetition_penalty: Option<f32>,
+    /// The same seed gives the same answer
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// End before this text; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// The model's end tokens do not end the answer
+    #[arg(long)]
+    pub ignore_eos: bool,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start the service
+    Serve {
+        #[command(flatten)]
+        engine: EngineArguments,
+        #[command(flatten)]
+        socket: SocketArguments,
+    },
+    /// Talk to the model; asks the running service, or loads the model itself
+    Chat {
+        /// Ask this one thing and end
+        #[arg(long, short, value_name = "TEXT")]
+        prompt: Option<String>,
+        /// System message
+        #[arg(long, value_name = "TEXT")]
+        system: Option<String>,
+        #[command(flatten)]
+        sampling: SamplingArguments,
+        #[command(flatten)]
+        engine: EngineArguments,
+        #[command(flatten)]
+        socket: SocketArguments,
+    },
+    /// Continue a text; asks the running service, or loads the model itself
+    Generate {
+        /// The text; without it standard input
+        prompt: Option<String>,
+        /// Text that spells a special token becomes that token
+        #[arg(long)]
+        parse_special: bool,
+        /// Report the K most likely tokens per step (with --json)
+        #[arg(long, value_name = "K")]
+        logprobs: Option<usize>,
+        #[command(flatten)]
+        sampling: SamplingArguments,
+        #[command(flatten)]
+        engine: EngineArguments,
+        #[command(flatten)]
+        socket: SocketArguments,
+    },
+    /// Show what a model file holds
+    Inspect {
+        /// Model file
+        file: PathBuf,
+        /// List every tensor
+        #[arg(long)]
+        tensors: bool,
+        /// List every metadata value
+        #[arg(long)]
+        metadata: bool,
+    },
+    /// Show what would lie where, how many bytes, and which context fits
+    Plan {
+        /// Model file
+        file: PathBuf,
+        #[command(flatten)]
+        engine: EngineArguments,
+    },
+    /// Turn text into tokens
+    Tokenize {
+        /// The text; without it standard input
+        text: Option<String>,
+        /// Put the model's BOS and EOS around it
+        #[arg(long)]
+        add_special: bool,
+        /// Text that spells a special token becomes that token
+        #[arg(long)]
+        parse_special: bool,
+        /// Model file
+        #[arg(long, short, value_name = "FILE")]
+        model: Option<PathBuf>,
+    },
+    /// Measure perplexity on a text: chunks of the context, the second half of each scored
+    Perplexity {
+        /// Text file
+        file: PathBuf,
+        /// Tokens of one chunk
+        #[arg(long, default_value_t = 512, value_name = "TOKENS")]
+        chunk: usize,
+        /// Only the first chunks
+        #[arg(long, value_name = "N")]
+        chunks: Option<usize>,
+        #[command(flatten)]
+        engine: EngineArguments,
+    },
+    /// Show the running service: model, requests, memory
+    Ps {
+        #[command(flatten)]
+        socket: SocketArguments,
+    },
+    /// Stop the running service; running streams get their end
+    Stop {
+        #[command(flatten)]
+        socket: SocketArguments,
+    },
+    /// Settings
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+    /// Print a shell's completion script
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// What to do with settings.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Each value with its origin: default, file, environment, flag
+    Show,
+}

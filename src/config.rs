@@ -1,0 +1,214 @@
+//! Every knob as a typed value. The defaults are `config/default.toml`, which is compiled in and is
+//! the only place where a default stands. Reads no file and no environment: the command line does.
+
+use crate::units::ByteSize;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// The compiled-in defaults, with a comment per knob.
+pub const DEFAULT_TOML: &str = include_str!("../config/default.toml");
+
+/// The whole configuration. Field by field documented in `config/default.toml`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "config/default.toml documents every field")]
+pub struct Config {
+    pub model: ModelConfig,
+    pub cpu: CpuConfig,
+    pub kv: KvConfig,
+    pub scheduler: SchedulerConfig,
+    pub stream: StreamConfig,
+    pub tokenizer: TokenizerConfig,
+    pub template: TemplateConfig,
+    pub supervision: SupervisionConfig,
+    pub server: ServerConfig,
+    pub log: LogConfig,
+}
+
+/// Section `[model]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "config/default.toml documents every field")]
+pub struct ModelConfig {
+    pub path: PathBuf,
+    pub context_tokens: usize,
+    pub alias: String,
+}
+
+/// Section `[cpu]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "config/default.toml documents every field")]
+pub struct CpuConfig {
+    pub threads: usize,
+    pub pin: bool,
+    pub isa: String,
+    pub spin_us: u64,
+    pub huge_pages: bool,
+}
+
+/// Section `[kv]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "config/default.toml documents every field")]
+pub struct KvConfig {
+    pub block_tokens: usize,
+    pub cache_bytes: ByteSize,
+    pub swap_bytes: ByteSize,
+    pub prefix_cache: bool,
+}
+
+/// Section `[scheduler]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "config/default.toml documents every field")]
+pub struct SchedulerConfig {
+    pub step_tokens_max: usize,
+    pub sequences_max: usize,
+    pub queue_max: usize,
+    pub prefill_slowdown_max: f64,
+    pub prefill_tokens_min: usize,
+}
+
+/// Section `[stream]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "config/default.toml documents every field")]
+pub struct StreamConfig {
+    pub window_bytes: ByteSize,
+    pub slow_consumer_ms: u64,
+}
+
+/// Section `[tokenizer]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "config/default.toml documents every field")]
+pub struct TokenizerConfig {
+    pub workers: usize,
+    pub queue_max: usize,
+}
+
+/// Section `[template]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "config/default.toml documents every field")]
+pub struct TemplateConfig {
+    pub fuel: u64,
+    pub output_bytes_max: ByteSize,
+}
+
+/// Section `[supervision]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "config/default.toml documents every field")]
+pub struct SupervisionConfig {
+    pub restarts_max: u32,
+    pub restart_window_ms: u64,
+    pub crashes_per_request_max: u32,
+}
+
+/// Section `[server]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "config/default.toml documents every field")]
+pub struct ServerConfig {
+    pub socket: PathBuf,
+    pub frame_bytes_max: ByteSize,
+    pub json_depth_max: usize,
+    pub connections_max: usize,
+    pub requests_per_connection_max: usize,
+    pub drain_ms: u64,
+}
+
+/// Section `[log]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "config/default.toml documents every field")]
+pub struct LogConfig {
+    pub level: String,
+    pub format: String,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        toml::from_str(DEFAULT_TOML).expect("config/default.toml is compiled in and tested")
+    }
+}
+
+/// A knob outside its range.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("configuration: {field} is {got}; allowed: {allowed}")]
+pub struct ConfigError {
+    /// Dotted path of the knob.
+    pub field: String,
+    /// The value that came.
+    pub got: String,
+    /// What is allowed.
+    pub allowed: String,
+}
+
+impl Config {
+    /// Checks every range, once, before anything is built from it.
+    ///
+    /// # Errors
+    /// The first knob that is out of range.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let counts: [(&str, usize, usize, usize); 13] = [
+            ("cpu.threads", self.cpu.threads, 0, 1024),
+            ("kv.block_tokens", self.kv.block_tokens, 16, 256),
+            ("scheduler.step_tokens_max", self.scheduler.step_tokens_max, 8, 65_536),
+            ("scheduler.sequences_max", self.scheduler.sequences_max, 1, 4096),
+            ("scheduler.queue_max", self.scheduler.queue_max, 1, 1_000_000),
+            ("scheduler.prefill_tokens_min", self.scheduler.prefill_tokens_min, 1, 4096),
+            ("tokenizer.workers", self.tokenizer.workers, 1, 64),
+            ("tokenizer.queue_max", self.tokenizer.queue_max, 1, 65_536),
+            ("stream.window_bytes", self.stream.window_bytes.0 as usize, 4096, 1 << 30),
+            ("server.frame_bytes_max", self.server.frame_bytes_max.0 as usize, 4096, 1 << 30),
+            ("server.json_depth_max", self.server.json_depth_max, 8, 127),
+            ("server.connections_max", self.server.connections_max, 1, 65_536),
+            (
+                "server.requests_per_connection_max",
+                self.server.requests_per_connection_max,
+                1,
+                65_536,
+            ),
+        ];
+        for (field, got, low, high) in counts {
+            if !(low..=high).contains(&got) {
+                return Err(refuse(field, got, format!("{low} to {high}")));
+            }
+        }
+        if !self.kv.block_tokens.is_power_of_two() {
+            return Err(refuse("kv.block_tokens", self.kv.block_tokens, "a power of two".into()));
+        }
+        if !(1.0..=100.0).contains(&self.scheduler.prefill_slowdown_max) {
+            let got = self.scheduler.prefill_slowdown_max;
+            return Err(refuse("scheduler.prefill_slowdown_max", got, "1 to 100".into()));
+        }
+        if !["text", "json"].contains(&self.log.format.as_str()) {
+            return Err(refuse("log.format", &self.log.format, "text, json".into()));
+        }
+        Ok(())
+    }
+}
+
+fn refuse(field: &str, got: impl ToString, allowed: String) -> ConfigError {
+    ConfigError { field: field.to_owned(), got: got.to_string(), allowed }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn compiled_in_defaults_parse_and_validate() {
+        Config::default().validate().unwrap();
+    }
+
+    #[test]
+    fn a_knob_out_of_range_is_named() {
+        let mut config = Config::default();
+        config.kv.block_tokens = 48;
+        assert_eq!(config.validate().unwrap_err().field, "kv.block_tokens");
+    }
+}
