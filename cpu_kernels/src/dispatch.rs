@@ -32,14 +32,14 @@ static AVX2: Kernels = Kernels {
 #[cfg(target_arch = "x86_64")]
 static AVX512: Kernels = Kernels {
     isa: Isa::Avx512,
-    matmul: matmul::scalar::TABLE,
+    matmul: matmul::avx512::PLAIN,
     activations: activations::scalar::TABLE,
 };
 
 #[cfg(target_arch = "x86_64")]
 static AVX512_VNNI: Kernels = Kernels {
     isa: Isa::Avx512Vnni,
-    matmul: matmul::scalar::TABLE,
+    matmul: matmul::avx512::VNNI,
     activations: activations::scalar::TABLE,
 };
 
