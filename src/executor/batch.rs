@@ -6,9 +6,6 @@ use super::ExecutorError;
 use crate::step::{PlannedSequence, StepPlan};
 use std::ops::Range;
 
-/// Query tokens of one attention item: they share each key and value that is read.
-pub(super) const QUERY_TILE: usize = 8;
-
 /// What a plan may not exceed.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PlanLimits {
@@ -16,6 +13,17 @@ pub(super) struct PlanLimits {
     pub vocab_size: usize,
     pub block_tokens: usize,
     pub blocks: usize,
+    /// Query tokens of one attention item: they share each key and value that is read.
+    pub query_tile: usize,
+}
+
+/// Consecutive tokens of one sequence inside one KV block: who writes them writes the block alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct BlockRun {
+    /// Index into the plan's sequences.
+    pub sequence: usize,
+    /// Rows of the step.
+    pub tokens: Range<usize>,
 }
 
 /// Consecutive tokens of one sequence whose attention is computed together, per KV head.
@@ -36,19 +44,26 @@ pub(super) struct QueryTile {
 pub(super) struct Batch {
     /// `[n_tokens]`: position of each token in its sequence.
     pub positions: Vec<usize>,
-    /// `[n_tokens]`: KV block of each token.
-    pub blocks: Vec<usize>,
+    /// Ascending by token.
+    pub runs: Vec<BlockRun>,
     /// Ascending by token.
     pub tiles: Vec<QueryTile>,
+    /// The plan's block tables as plain numbers.
+    blocks: Vec<u32>,
+    /// Per sequence: its part of `blocks`.
+    tables: Vec<Range<usize>>,
 }
 
 impl Batch {
-    /// Buffers that hold any step of up to `tokens_max` tokens without growing.
-    pub fn with_capacity(tokens_max: usize) -> Self {
+    /// Buffers that hold any step of up to `tokens_max` tokens without growing, as long as its
+    /// block tables have no more than `blocks` entries.
+    pub fn with_capacity(tokens_max: usize, blocks: usize) -> Self {
         Self {
             positions: Vec::with_capacity(tokens_max),
-            blocks: Vec::with_capacity(tokens_max),
+            runs: Vec::with_capacity(tokens_max),
             tiles: Vec::with_capacity(tokens_max),
+            blocks: Vec::with_capacity(blocks),
+            tables: Vec::with_capacity(tokens_max),
         }
     }
 
@@ -58,8 +73,11 @@ impl Batch {
     /// [`ExecutorError::InvalidPlan`]: a bug of the scheduler, found before it does harm.
     pub fn prepare(&mut self, plan: &StepPlan, limits: PlanLimits) -> Result<(), ExecutorError> {
         self.positions.clear();
-        self.blocks.clear();
+        self.runs.clear();
         self.tiles.clear();
+        self.tables.clear();
+        self.blocks.clear();
+        self.blocks.extend(plan.block_tables.iter().map(|block| block.0));
         ensure(plan.tokens.len() <= limits.tokens_max, "tokens", || {
             format!("{} tokens, at most {}", plan.tokens.len(), limits.tokens_max)
         })?;
@@ -98,19 +116,33 @@ impl Batch {
         if let Some(block) = table.iter().find(|block| block.index() >= limits.blocks) {
             return refuse("block_tables", format!("block {} of {}", block.0, limits.blocks));
         }
-        for position in sequence.position_start..position_end {
-            self.positions.push(position);
-            self.blocks.push(table[position / limits.block_tokens].index());
-        }
-        self.add_tiles(index, sequence);
+        self.positions.extend(sequence.position_start..position_end);
+        self.tables.push(sequence.block_table.clone());
+        self.add_runs(index, sequence, limits.block_tokens);
+        self.add_tiles(index, sequence, limits.query_tile);
         Ok(())
     }
 
-    fn add_tiles(&mut self, index: usize, sequence: &PlannedSequence) {
+    /// The block table of a sequence of the plan.
+    pub fn block_table(&self, sequence: usize) -> &[u32] {
+        &self.blocks[self.tables[sequence].clone()]
+    }
+
+    fn add_runs(&mut self, index: usize, sequence: &PlannedSequence, block_tokens: usize) {
+        let mut start = sequence.tokens.start;
+        while start < sequence.tokens.end {
+            let left = block_tokens - self.positions[start] % block_tokens;
+            let end = (start + left).min(sequence.tokens.end);
+            self.runs.push(BlockRun { sequence: index, tokens: start..end });
+            start = end;
+        }
+    }
+
+    fn add_tiles(&mut self, index: usize, sequence: &PlannedSequence, query_tile: usize) {
         let mut cost = self.tiles.last().map_or(0, |tile| tile.cost_end);
         let mut start = sequence.tokens.start;
         while start < sequence.tokens.end {
-            let end = (start + QUERY_TILE).min(sequence.tokens.end);
+            let end = (start + query_tile).min(sequence.tokens.end);
             let position_start = sequence.position_start + (start - sequence.tokens.start);
             cost += (end - start) * (position_start + (end - start));
             let tokens = start..end;
@@ -188,8 +220,13 @@ mod tests {
         plan
     }
 
-    const LIMITS: PlanLimits =
-        PlanLimits { tokens_max: 64, vocab_size: 100, block_tokens: 16, blocks: 64 };
+    const LIMITS: PlanLimits = PlanLimits {
+        tokens_max: 64,
+        vocab_size: 100,
+        block_tokens: 16,
+        blocks: 64,
+        query_tile: 8,
+    };
 
     #[test]
     fn attention_shares_cover_every_item_once() {
@@ -206,6 +243,15 @@ mod tests {
                 assert_eq!(next, batch.tiles.len() * heads, "{lengths:?} {count} {heads}");
             }
         }
+    }
+
+    #[test]
+    fn runs_stay_inside_one_block() {
+        let mut batch = Batch::default();
+        batch.prepare(&plan(&[(14, 20), (3, 1)]), LIMITS).unwrap();
+        let runs: Vec<_> = batch.runs.iter().map(|run| (run.sequence, run.tokens.clone())).collect();
+        assert_eq!(runs, [(0, 0..2), (0, 2..18), (0, 18..20), (1, 20..21)]);
+        assert_eq!(batch.block_table(1), [3]);
     }
 
     #[test]

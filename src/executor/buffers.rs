@@ -29,9 +29,7 @@ impl Memory {
 
     /// A view as `[rows, width]` f32, row-major.
     pub fn rows(&mut self, rows: usize, width: usize) -> Rows<'_> {
-        let (need, have) = (rows * width, self.values.len());
-        assert!(need <= have, "[{rows}, {width}] exceeds a buffer of {have} elements");
-        Rows { pointer: self.values.as_mut_ptr(), rows, width, lifetime: PhantomData }
+        Rows::new(&mut self.values, rows, width)
     }
 }
 
@@ -51,6 +49,13 @@ unsafe impl Send for Rows<'_> {}
 unsafe impl Sync for Rows<'_> {}
 
 impl<'a> Rows<'a> {
+    /// The start of `values` as `[rows, width]` f32, row-major.
+    pub fn new(values: &'a mut [f32], rows: usize, width: usize) -> Self {
+        let (need, have) = (rows * width, values.len());
+        assert!(need <= have, "[{rows}, {width}] exceeds a buffer of {have} elements");
+        Rows { pointer: values.as_mut_ptr(), rows, width, lifetime: PhantomData }
+    }
+
     /// Columns `part` of row `row`, for reading.
     ///
     /// # Safety
@@ -73,13 +78,34 @@ impl<'a> Rows<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.pointer.add(start), part.len()) }
     }
 
+    /// Whole rows, for reading.
+    ///
+    /// # Safety
+    /// Nobody writes these elements before the next barrier.
+    pub unsafe fn block(&self, rows: Range<usize>) -> &'a [f32] {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        // SAFETY: in bounds as asserted; nobody writes it, says the caller.
+        unsafe {
+            let start = self.pointer.add(rows.start * self.width);
+            std::slice::from_raw_parts(start, rows.len() * self.width)
+        }
+    }
+
+    /// The view of the rows in `rows`.
+    pub fn cut(&self, rows: Range<usize>) -> Rows<'a> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        // SAFETY: the first row is inside the view, or one past its end when `rows` is empty.
+        let pointer = unsafe { self.pointer.add(rows.start * self.width) };
+        Rows { pointer, rows: rows.len(), ..*self }
+    }
+
     /// All elements, for reading.
     ///
     /// # Safety
     /// Nobody writes any of them before the next barrier.
     pub unsafe fn all(&self) -> &'a [f32] {
-        // SAFETY: the view covers so many elements; nobody writes them, says the caller.
-        unsafe { std::slice::from_raw_parts(self.pointer, self.rows * self.width) }
+        // SAFETY: passed on.
+        unsafe { self.block(0..self.rows) }
     }
 
     /// The view as a matmul's output.

@@ -267,18 +267,17 @@ impl Step<'_> {
                 let (angles, style) = self.rotations.row(rope, angles);
                 self.kernels.rope(row, shape.head_dim, angles, style);
             }
-            let first = run.tokens.start;
-            let part = |columns: Range<usize>| {
-                // SAFETY: the run's rows are this worker's, and it has finished writing them.
-                let rows = unsafe { self.buffers.heads.block(run.tokens.clone()) };
-                TokenRows::new(&rows[columns.start..], run.tokens.len(), columns.len(), rows.len() / run.tokens.len())
-            };
+            // SAFETY: the run's rows are this worker's, and it has finished writing them.
+            let rows = unsafe { self.buffers.heads.block(run.tokens.clone()) };
+            let n_tokens = run.tokens.len();
+            let part =
+                |first: usize| TokenRows::new(&rows[first..], n_tokens, shape.kv_dim(), shape.width());
             let write = KvWrite {
                 store: self.kv.layer(layer),
                 blocks: self.batch.block_table(run.sequence),
-                first_position: self.batch.positions[first],
-                keys: part(query_end..key_end),
-                values: part(key_end..shape.width()),
+                first_position: self.batch.positions[run.tokens.start],
+                keys: part(query_end),
+                values: part(key_end),
             };
             self.kernels.write_kv(&write, 0..shape.n_kv_heads);
         }
@@ -312,7 +311,7 @@ impl Step<'_> {
             };
             let part = AttentionPart { kv_head, queries: 0..tile.tokens.len() };
             // SAFETY: the item is this worker's alone, and so are its tokens' columns of the head.
-            let output = unsafe { attended.values.skip(tile.tokens.clone()).output() };
+            let output = unsafe { attended.values.cut(tile.tokens.clone()).output() };
             self.kernels.attend(&call, &part, output, &mut scratch);
             if whole_groups {
                 let columns = kv_head * head_columns..(kv_head + 1) * head_columns;
@@ -399,7 +398,7 @@ impl Step<'_> {
     ) {
         let matrix = self.weights.matrix(output.matrix);
         let own = worker.share(matrix.rows(), MATMUL_ROWS);
-        let logits = self.buffers.logits.first(tile.len());
+        let logits = self.buffers.logits.cut(0..tile.len());
         // SAFETY: `selected` was finished before the last barrier; workers' `own` are disjoint.
         let (selected, columns) =
             unsafe { (self.buffers.selected.activations(), logits.output()) };
