@@ -31,8 +31,8 @@ static SCALAR: Kernels = Kernels {
 #[cfg(target_arch = "x86_64")]
 static AVX2: Kernels = Kernels {
     isa: Isa::Avx2,
-    matmul: matmul::scalar::TABLE,
-    activations: activations::scalar::TABLE,
+    matmul: matmul::avx2::TABLE,
+    activations: activations::x86::AVX2,
     vector: vector::avx2::TABLE,
     attention: attention::simd::avx2::TABLE,
 };
@@ -41,7 +41,7 @@ static AVX2: Kernels = Kernels {
 static AVX512: Kernels = Kernels {
     isa: Isa::Avx512,
     matmul: matmul::avx512::PLAIN,
-    activations: activations::scalar::TABLE,
+    activations: activations::x86::AVX512,
     vector: vector::avx512::TABLE,
     attention: attention::simd::avx512::TABLE,
 };
@@ -50,7 +50,7 @@ static AVX512: Kernels = Kernels {
 static AVX512_VNNI: Kernels = Kernels {
     isa: Isa::Avx512Vnni,
     matmul: matmul::avx512::VNNI,
-    activations: activations::scalar::TABLE,
+    activations: activations::x86::AVX512,
     vector: vector::avx512::TABLE,
     attention: attention::simd::avx512::TABLE,
 };

@@ -10,6 +10,8 @@
 
 mod buffer;
 pub(crate) mod scalar;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod x86;
 
 use crate::blocks::GROUP;
 use crate::dispatch::Kernels;

@@ -2,7 +2,7 @@
 
 use super::lanes::{Lanes, lane_ops};
 use super::packed::Packed;
-use super::{MatmulFn, MatmulTable, MatrixView, OutputColumns, interleaved};
+use super::{MatmulFn, MatmulTable, MatrixView, OutputColumns, float, interleaved};
 use crate::activations::Activations;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -23,6 +23,7 @@ impl<const VNNI: bool> Lanes for Wide<VNNI> {
     type Signed = (__m512i, __mmask64);
 
     lane_ops! {
+        fn prefetch(at: *const u8) -> () { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         fn load_words(from: *const u8) -> __m512i { _mm512_loadu_si512(from.cast()) }
         fn load_bytes(from: *const u8) -> __m512i {
             _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))
@@ -96,6 +97,52 @@ unsafe fn dot_bytes(sum: __m512i, w: __m512i, x: __m512i) -> __m512i {
     }
 }
 
+/// 32 floats.
+struct Floats;
+
+impl float::Vector for Floats {
+    const ROWS: usize = 2;
+    const COLUMNS: usize = 4;
+    type Floats = [__m512; 2];
+
+    lane_ops! {
+        fn prefetch(at: *const u8) -> () { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        fn zero() -> [__m512; 2] { [_mm512_setzero_ps(); 2] }
+        fn load(from: *const f32) -> [__m512; 2] {
+            [_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(16))]
+        }
+        fn load_f16(from: *const u8) -> [__m512; 2] {
+            let part = |index: usize| _mm512_cvtph_ps(_mm256_loadu_si256(from.add(32 * index).cast()));
+            [part(0), part(1)]
+        }
+        fn load_bf16(from: *const u8) -> [__m512; 2] {
+            let part = |index: usize| {
+                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.add(32 * index).cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+            };
+            [part(0), part(1)]
+        }
+        fn store(to: *mut f32, value: [__m512; 2]) -> () {
+            _mm512_storeu_ps(to, value[0]);
+            _mm512_storeu_ps(to.add(16), value[1]);
+        }
+        fn fma(a: [__m512; 2], b: [__m512; 2], c: [__m512; 2]) -> [__m512; 2] {
+            [_mm512_fmadd_ps(a[0], b[0], c[0]), _mm512_fmadd_ps(a[1], b[1], c[1])]
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn floats<W: float::Weight>(
+    weights: &MatrixView<'_>,
+    x: &Activations<'_>,
+    rows: Range<usize>,
+    out: OutputColumns<'_>,
+) {
+    // SAFETY: the caller checked the CPU and the shapes.
+    unsafe { float::matmul::<Floats, W>(weights, x, rows, out) }
+}
+
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn vnni<P: Packed>(
     weights: &MatrixView<'_>,
@@ -119,7 +166,7 @@ unsafe fn plain<P: Packed>(
 }
 
 pub(crate) const VNNI: MatmulTable =
-    MatmulTable { kernels: super::packed::table!(super::scalar::TABLE.kernels, vnni) };
+    MatmulTable { kernels: super::packed::table!(float::table!(floats), vnni) };
 
 pub(crate) const PLAIN: MatmulTable =
-    MatmulTable { kernels: super::packed::table!(super::scalar::TABLE.kernels, plain) };
+    MatmulTable { kernels: super::packed::table!(float::table!(floats), plain) };

@@ -25,6 +25,9 @@ const CHUNK_ELEMENTS: usize = 1024;
 /// Bytes of 16 rows of a chunk in the largest type, `Q8_0` with 34 bytes per 32 elements.
 const CHUNK_BYTES: usize = ROWS * CHUNK_ELEMENTS / 32 * 34;
 
+/// How far ahead of its use weights are fetched: hardware prefetchers stop at each page.
+const PREFETCH_BYTES: usize = 4096;
+
 /// A run of packed blocks of 16 rows, and the activations that meet it.
 #[derive(Clone, Copy)]
 struct Panel<'a> {
@@ -176,7 +179,9 @@ unsafe fn load_sums<L: Lanes, const T: usize>(
         let source = out.at(first + index, row);
         // SAFETY: rows `row .. row + lanes.len()` are in the output and this thread's.
         unsafe {
-            values[lanes.clone()].copy_from_slice(std::slice::from_raw_parts(source, lanes.len()));
+            for (offset, value) in values[lanes.clone()].iter_mut().enumerate() {
+                *value = source.add(offset).read();
+            }
             *acc = L::load_f32(values.as_ptr());
         }
     }
@@ -193,12 +198,18 @@ unsafe fn store_sums<L: Lanes, const T: usize>(
         return;
     }
     for (index, acc) in acc.iter().enumerate().take(columns) {
-        let mut values = [0.0; ROWS];
         let target = out.at(first + index, row);
         // SAFETY: rows `row .. row + lanes.len()` are in the output and this thread's.
         unsafe {
+            if lanes.len() == L::LANES {
+                L::store_f32(target, *acc);
+                continue;
+            }
+            let mut values = [0.0; ROWS];
             L::store_f32(values.as_mut_ptr(), *acc);
-            std::ptr::copy_nonoverlapping(values[lanes.start..].as_ptr(), target, lanes.len());
+            for (offset, value) in values[lanes.clone()].iter().enumerate() {
+                target.add(offset).write(*value);
+            }
         }
     }
 }
@@ -218,6 +229,15 @@ unsafe fn sum_blocks<L: Lanes, P: Packed, const T: usize>(
         let bytes = panel.packed.wrapping_add(index * const { ROWS * P::DTYPE.block_bytes() });
         let block = Block { bytes, lane };
         for group in 0..groups {
+            // What the group takes of the stream, in whole cache lines.
+            let lines = const {
+                (ROWS * P::DTYPE.block_bytes() * GROUP).div_ceil(64 * P::DTYPE.block_elements())
+            };
+            for line in 0..lines {
+                let ahead = PREFETCH_BYTES + 64 * (group * lines + line);
+                // SAFETY: a prefetch of any address is harmless.
+                unsafe { L::prefetch(bytes.wrapping_add(ahead)) };
+            }
             // SAFETY: the block and the group exist.
             unsafe { sum_group::<L, P, T>(block, group, index * groups + group, x, acc) };
         }

@@ -24,6 +24,8 @@ pub(super) trait Lanes: Copy {
     /// Signed bytes, prepared for [`Lanes::dot_signed`].
     type Signed: Copy;
 
+    /// Asks for the cache line at `at`, which need not exist.
+    unsafe fn prefetch(at: *const u8) -> ();
     /// 4 bytes per lane.
     unsafe fn load_words(from: *const u8) -> Self::Int;
     /// One byte per lane, zero-extended.
