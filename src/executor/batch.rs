@@ -220,13 +220,8 @@ mod tests {
         plan
     }
 
-    const LIMITS: PlanLimits = PlanLimits {
-        tokens_max: 64,
-        vocab_size: 100,
-        block_tokens: 16,
-        blocks: 64,
-        query_tile: 8,
-    };
+    const LIMITS: PlanLimits =
+        PlanLimits { tokens_max: 64, vocab_size: 100, block_tokens: 16, blocks: 64, query_tile: 8 };
 
     #[test]
     fn attention_shares_cover_every_item_once() {
@@ -249,7 +244,8 @@ mod tests {
     fn runs_stay_inside_one_block() {
         let mut batch = Batch::default();
         batch.prepare(&plan(&[(14, 20), (3, 1)]), LIMITS).unwrap();
-        let runs: Vec<_> = batch.runs.iter().map(|run| (run.sequence, run.tokens.clone())).collect();
+        let runs: Vec<_> =
+            batch.runs.iter().map(|run| (run.sequence, run.tokens.clone())).collect();
         assert_eq!(runs, [(0, 0..2), (0, 2..18), (0, 18..20), (1, 20..21)]);
         assert_eq!(batch.block_table(1), [3]);
     }

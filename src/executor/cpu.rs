@@ -169,12 +169,7 @@ impl Step<'_> {
         }
     }
 
-    fn project(
-        &self,
-        worker: &Worker<'_>,
-        (input, output): (Buffer, Buffer),
-        parts: &[Linear],
-    ) {
+    fn project(&self, worker: &Worker<'_>, (input, output): (Buffer, Buffer), parts: &[Linear]) {
         let output = match output {
             Buffer::Heads => self.buffers.heads,
             _ => self.buffers.projected,
@@ -270,8 +265,9 @@ impl Step<'_> {
             // SAFETY: the run's rows are this worker's, and it has finished writing them.
             let rows = unsafe { self.buffers.heads.block(run.tokens.clone()) };
             let n_tokens = run.tokens.len();
-            let part =
-                |first: usize| TokenRows::new(&rows[first..], n_tokens, shape.kv_dim(), shape.width());
+            let part = |first: usize| {
+                TokenRows::new(&rows[first..], n_tokens, shape.kv_dim(), shape.width())
+            };
             let write = KvWrite {
                 store: self.kv.layer(layer),
                 blocks: self.batch.block_table(run.sequence),
@@ -400,8 +396,7 @@ impl Step<'_> {
         let own = worker.share(matrix.rows(), MATMUL_ROWS);
         let logits = self.buffers.logits.cut(0..tile.len());
         // SAFETY: `selected` was finished before the last barrier; workers' `own` are disjoint.
-        let (selected, columns) =
-            unsafe { (self.buffers.selected.activations(), logits.output()) };
+        let (selected, columns) = unsafe { (self.buffers.selected.activations(), logits.output()) };
         self.kernels.matmul(&matrix, &selected.slice(tile), own.clone(), columns);
         let bias = output.bias.map(|bias| &self.weights.vector(bias)[own.clone()]);
         for row in 0..logits.rows {

@@ -84,13 +84,15 @@ impl KvMemory {
     pub fn new(shapes: &[KvShape], options: KvOptions) -> Result<Self, ExecutorError> {
         let layer = |shape: &KvShape| {
             let layout = KvLayout::new(shape.n_kv_heads, shape.head_dim, options.block_tokens)?;
-            let planes = |blocks: usize| {
-                [(); 2].map(|()| Plane::new(blocks, layout.block_elements()))
-            };
+            let planes =
+                |blocks: usize| [(); 2].map(|()| Plane::new(blocks, layout.block_elements()));
             let (device, host) = (planes(options.device_blocks), planes(options.host_blocks));
             Ok(Layer { layout, device, host })
         };
-        Ok(Self { layers: shapes.iter().map(layer).collect::<Result<_, ExecutorError>>()?, options })
+        Ok(Self {
+            layers: shapes.iter().map(layer).collect::<Result<_, ExecutorError>>()?,
+            options,
+        })
     }
 
     /// Bytes of both tiers.

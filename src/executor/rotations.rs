@@ -2,14 +2,18 @@
 //! layers. A model has one or two rotations (Gemma turns local and global layers differently).
 
 use super::program::RopeId;
-use crate::model::RopeSpec;
-use tandem_cpu_kernels::rope::{RopeFrequencies, RopeRow, RopeStyle};
+use crate::model::{self, RopeSpec};
+use tandem_cpu_kernels::rope::{
+    RopeError, RopeFrequencies, RopeParams, RopeRow, RopeScaling, RopeStyle,
+};
 
 /// One rotation and where its angles lie in a token's row.
 #[derive(Clone, Debug)]
 struct Rotation {
     frequencies: RopeFrequencies,
     style: RopeStyle,
+    /// Factor of cosines and sines: the model says all of it, so the frequencies have none.
+    magnitude: f32,
     /// First cosine; the sines follow the cosines.
     offset: usize,
 }
@@ -23,10 +27,36 @@ pub(super) struct Rotations {
 
 impl Rotations {
     /// Adds a rotation; its id counts up from 0.
-    pub fn push(&mut self, frequencies: RopeFrequencies, style: RopeStyle) {
+    ///
+    /// # Errors
+    /// Parameters from which no angle can be computed.
+    pub fn push(&mut self, spec: &RopeSpec, factors: Option<&[f32]>) -> Result<(), RopeError> {
+        let scaling = match spec.scaling {
+            model::RopeScaling::None => RopeScaling::None,
+            model::RopeScaling::Linear { factor } => {
+                RopeScaling::Linear { factor: f64::from(factor) }
+            }
+            model::RopeScaling::Yarn { factor, original_context_tokens, beta_fast, beta_slow } => {
+                RopeScaling::Yarn {
+                    factor: f64::from(factor),
+                    original_context_tokens: original_context_tokens as f64,
+                    beta_fast: f64::from(beta_fast),
+                    beta_slow: f64::from(beta_slow),
+                    attention_factor: Some(1.0),
+                }
+            }
+        };
+        let (dims, base) = (spec.dims, f64::from(spec.base));
+        let params = RopeParams { dims, base, scaling, frequency_factors: factors };
+        let frequencies = RopeFrequencies::new(&params)?;
+        let style = match spec.style {
+            model::RopeStyle::Interleaved => RopeStyle::Interleaved,
+            model::RopeStyle::HalfSplit => RopeStyle::HalfSplit,
+        };
         let offset = self.width;
         self.width += 2 * frequencies.pairs();
-        self.rotations.push(Rotation { frequencies, style, offset });
+        self.rotations.push(Rotation { frequencies, style, magnitude: spec.magnitude(), offset });
+        Ok(())
     }
 
     /// f32 elements of a token's angles, of all rotations.
@@ -42,6 +72,9 @@ impl Rotations {
             let (own, others) = rest.split_at_mut(2 * pairs);
             let (cos, sin) = own.split_at_mut(pairs);
             rotation.frequencies.fill(position, cos, sin);
+            if rotation.magnitude != 1.0 {
+                own.iter_mut().for_each(|value| *value *= rotation.magnitude);
+            }
             rest = others;
         }
     }

@@ -113,9 +113,8 @@ impl Weights {
 
     /// Bytes that a step of one token reads: all matrices that are multiplied with.
     pub fn bytes_per_token(&self) -> usize {
-        let multiplied = |(_, entry): &(&Matrix, &MatrixEntry)| {
-            entry.used_for == MatrixUse::Multiply
-        };
+        let multiplied =
+            |(_, entry): &(&Matrix, &MatrixEntry)| entry.used_for == MatrixUse::Multiply;
         let pairs = self.matrices.iter().zip(&self.program.matrices).filter(multiplied);
         pairs.map(|(matrix, _)| self.bytes_of(matrix).len()).sum()
     }
@@ -269,4 +268,14 @@ fn load_vector(checkpoint: &Checkpoint, vector: &TensorRef) -> Result<Vec<f32>, 
         dequantize_row(tensor.dtype, tensor.rows(row..row + 1), values);
     }
     Ok(values)
+}
+
+fn load_rotations(checkpoint: &Checkpoint, program: &Program) -> Result<Rotations, ExecutorError> {
+    let mut rotations = Rotations::default();
+    for rope in &program.ropes {
+        let factors = rope.frequency_factors.as_ref();
+        let factors = factors.map(|factors| load_vector(checkpoint, factors)).transpose()?;
+        rotations.push(rope, factors.as_deref())?;
+    }
+    Ok(rotations)
 }

@@ -2,11 +2,12 @@
 //! here: three weights over one input, an activation after two, additions into the norm that
 //! follows.
 
+use super::Buffer::{Attended, Heads, Hidden, Normed, Projected};
 use super::{
     HeadShape, Inlet, KvLayerId, KvShape, Linear, MatrixEntry, MatrixId, MatrixUse, Norm, Op,
     Outlet, Pending, Program, ProgramDims, RopeId, StagePart, VectorId,
 };
-use super::Buffer::{Attended, Heads, Hidden, Normed, Projected};
+use crate::executor::ExecutorError;
 use crate::model::{
     AttentionSpec, FfnSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, RopeSpec, TensorRef,
 };
@@ -15,32 +16,43 @@ use std::collections::HashMap;
 impl Program {
     /// The program of `part` of a model.
     ///
+    /// # Errors
+    /// [`ExecutorError::MixedLayers`] when layers need buffers of different widths.
+    ///
     /// # Panics
     /// When `part.layers` are not layers of the model.
-    pub fn lower(spec: &ModelSpec, part: &StagePart) -> Program {
+    pub fn lower(spec: &ModelSpec, part: &StagePart) -> Result<Program, ExecutorError> {
         let mut lowering = Lowering::new(spec);
         let mut pending = Pending::Nothing;
-        lowering.program.ops.push(match part.inlet {
+        let enter = match part.inlet {
             Inlet::Embedding => Op::Embed {
                 table: lowering.matrix(&spec.embedding, MatrixUse::Lookup),
                 scale: spec.embedding_scale.unwrap_or(1.0),
             },
             Inlet::Handoff => Op::Receive,
-        });
-        for layer in &spec.layers[part.layers.clone()] {
+        };
+        lowering.program.ops.push(enter);
+        for index in part.layers.clone() {
+            let layer = &spec.layers[index];
+            lowering.widths(index, layer)?;
             pending = lowering.layer(layer, pending);
         }
         match part.outlet {
             Outlet::Handoff => lowering.program.ops.push(Op::Send { pending }),
             Outlet::Logits => lowering.logits(spec, pending),
         }
-        lowering.program
+        Ok(lowering.program)
     }
 
     /// The matrix of an id.
     pub fn matrix(&self, id: MatrixId) -> &MatrixEntry {
         &self.matrices[id.0 as usize]
     }
+}
+
+fn head_shape(spec: &AttentionSpec) -> HeadShape {
+    let AttentionSpec { n_heads, n_kv_heads, head_dim, .. } = *spec;
+    HeadShape { n_heads, n_kv_heads, head_dim }
 }
 
 struct Lowering {
@@ -63,6 +75,23 @@ impl Lowering {
         Self { program, matrices: HashMap::new(), vectors: HashMap::new() }
     }
 
+    /// Sets the widths of the buffers, or checks that this layer has the same.
+    fn widths(&mut self, layer: usize, spec: &LayerSpec) -> Result<(), ExecutorError> {
+        let shape = head_shape(&spec.attention);
+        let dims = &mut self.program.dims;
+        for (field, known, got) in [
+            ("heads", &mut dims.heads, shape.width()),
+            ("attended", &mut dims.attended, shape.query_dim()),
+            ("hidden", &mut dims.hidden, spec.ffn.gate.weight.rows),
+        ] {
+            if *known != 0 && *known != got {
+                return Err(ExecutorError::MixedLayers { layer, field, wanted: *known, got });
+            }
+            *known = got;
+        }
+        Ok(())
+    }
+
     /// Emits one layer; returns what is left to be added to the residual stream.
     fn layer(&mut self, layer: &LayerSpec, pending: Pending) -> Pending {
         let norm = self.norm(&layer.attention_norm);
@@ -76,14 +105,7 @@ impl Lowering {
     }
 
     fn attention(&mut self, spec: &AttentionSpec) {
-        let shape = HeadShape {
-            n_heads: spec.n_heads,
-            n_kv_heads: spec.n_kv_heads,
-            head_dim: spec.head_dim,
-        };
-        let dims = &mut self.program.dims;
-        dims.heads = dims.heads.max(shape.width());
-        dims.attended = dims.attended.max(shape.query_dim());
+        let shape = head_shape(spec);
         let layer = KvLayerId(self.program.kv_layers.len() as u32);
         let (n_kv_heads, head_dim) = (shape.n_kv_heads, shape.head_dim);
         self.program.kv_layers.push(KvShape { n_kv_heads, head_dim });
@@ -103,8 +125,6 @@ impl Lowering {
     }
 
     fn feed_forward(&mut self, spec: &FfnSpec) {
-        let dims = &mut self.program.dims;
-        dims.hidden = dims.hidden.max(spec.gate.weight.rows);
         let (gate, up) = (self.linear(&spec.gate), self.linear(&spec.up));
         let down = vec![self.linear(&spec.down)];
         self.program.ops.extend([
