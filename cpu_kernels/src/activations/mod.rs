@@ -73,6 +73,20 @@ impl<'a> Activations<'a> {
         Activations { columns, cols, values, quantized: None }
     }
 
+    /// The activations of tokens `columns` alone.
+    ///
+    /// # Panics
+    /// When there are no such tokens.
+    pub fn slice(&self, columns: Range<usize>) -> Activations<'a> {
+        let (cols, groups) = (self.cols, self.cols / GROUP);
+        let quantized = self.quantized.map(|all| Quantized {
+            quants: &all.quants[columns.start * cols..columns.end * cols],
+            scales: &all.scales[columns.start * groups..columns.end * groups],
+        });
+        let values = &self.values[columns.start * cols..columns.end * cols];
+        Activations { columns: columns.len(), cols, values, quantized }
+    }
+
     /// Number of tokens.
     pub fn columns(&self) -> usize {
         self.columns
