@@ -10,8 +10,8 @@ use std::ops::{Deref, DerefMut, Range};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// Every buffer and every range of an arena starts at a multiple of this: one cache line, the widest
-/// vector, and what direct reads need at least.
+/// Every buffer and every range of an arena starts at a multiple of this: one cache line, the
+/// widest vector, and what direct reads need at least.
 pub const ALIGNMENT: usize = 64;
 
 /// The size of a huge page on x86-64 and most ARM systems. Buffers of at least this size start at a

@@ -1,8 +1,9 @@
 //! The books of one device's memory: what is promised, what is in use, and what for.
 //!
-//! Bytes are reserved before they are allocated, and a reservation that does not fit is refused with
-//! numbers: an engine that keeps its books never meets the allocator's own refusal. A reservation
-//! becomes a commitment when the allocation has succeeded; dropping either gives the bytes back.
+//! Bytes are reserved before they are allocated, and a reservation that does not fit is refused
+//! with numbers: an engine that keeps its books never meets the allocator's own refusal. A
+//! reservation becomes a commitment when the allocation has succeeded; dropping either gives the
+//! bytes back.
 
 use crate::units::ByteSize;
 use serde::Serialize;

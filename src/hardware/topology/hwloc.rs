@@ -42,8 +42,8 @@ fn read(sys: &Topology) -> Option<Topology> {
     })
 }
 
-/// The object whose processors include `cpu`. Containment is asked instead of walking up to a parent
-/// of some type: newer libraries have types that the bindings' enum does not know.
+/// The object whose processors include `cpu`. Containment is asked instead of walking up to a
+/// parent of some type: newer libraries have types that the bindings' enum does not know.
 fn holder<'a>(objects: &[&'a TopologyObject], cpu: u32) -> Option<&'a TopologyObject> {
     objects.iter().copied().find(|object| object.cpuset().is_some_and(|set| set.is_set(cpu)))
 }

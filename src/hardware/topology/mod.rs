@@ -1,5 +1,6 @@
 //! Owns what a machine's processors are and how they share caches and memory. It must not know
-//! who runs on them. Called by `hardware`; filled from `/sys`, or from hwloc where that is built in.
+//! who runs on them. Called by `hardware`; filled from `/sys`, or from hwloc where that is built
+//! in.
 
 #[cfg(feature = "hwloc")]
 mod hwloc;
