@@ -10,6 +10,8 @@
 
 mod buffer;
 pub(crate) mod scalar;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod x86;
 
 use crate::blocks::GROUP;
 use crate::dispatch::Kernels;
@@ -67,6 +69,20 @@ impl<'a> Activations<'a> {
     pub fn float(values: &'a [f32], columns: usize, cols: usize) -> Activations<'a> {
         assert_eq!(values.len(), columns * cols, "activations [{columns}, {cols}]");
         Activations { columns, cols, values, quantized: None }
+    }
+
+    /// The activations of tokens `columns` alone.
+    ///
+    /// # Panics
+    /// When there are no such tokens.
+    pub fn slice(&self, columns: Range<usize>) -> Activations<'a> {
+        let (cols, groups) = (self.cols, self.cols / GROUP);
+        let quantized = self.quantized.map(|all| Quantized {
+            quants: &all.quants[columns.start * cols..columns.end * cols],
+            scales: &all.scales[columns.start * groups..columns.end * groups],
+        });
+        let values = &self.values[columns.start * cols..columns.end * cols];
+        Activations { columns: columns.len(), cols, values, quantized }
     }
 
     /// Number of tokens.
