@@ -1,6 +1,6 @@
 //! Owns what a model is: one [`ModelSpec`] per checkpoint, with every tensor's name, shape and type
-//! checked. It must not know how anything is computed, on which device, or by whom. Placement weighs
-//! it, and the executor lowers it to operations.
+//! checked. It must not know how anything is computed, on which device, or by whom. Placement
+//! weighs it, and the executor lowers it to operations.
 
 mod arch;
 mod rope;
