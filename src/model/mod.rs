@@ -18,9 +18,9 @@ impl ModelSpec {
     /// Reads a checkpoint's metadata and checks all tensors that the model needs.
     ///
     /// # Errors
-    /// The architecture is unknown; a key is missing or out of range; a tensor is missing, misshapen
-    /// or of a type that cannot be computed with; a layer holds tensors that its family does not
-    /// know.
+    /// The architecture is unknown; a key is missing or out of range; a tensor is missing,
+    /// misshapen or of a type that cannot be computed with; a layer holds tensors that its family
+    /// does not know.
     pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Self, FormatError> {
         arch::read(checkpoint)
     }
