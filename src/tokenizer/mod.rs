@@ -11,12 +11,16 @@ mod pretokenizer;
 mod score_merges;
 mod special;
 mod stop;
+pub mod template;
 mod unigram;
 mod vocabulary;
 
 pub use decoder::IncrementalDecoder;
 pub use error::TokenizerError;
 pub use stop::{StopMatcher, StopOutput};
+pub use template::{
+    ChatTemplate, GenerationPrompt, MessageSpan, Rendered, TemplateConfig, TemplateError,
+};
 pub use vocabulary::{RoleTokens, TokenKind, Vocabulary};
 
 use crate::formats::Metadata;
@@ -134,13 +138,32 @@ impl Tokenizer {
         add: AddSpecial,
         parse: ParseSpecial,
     ) -> Result<Vec<TokenId>, TokenizerError> {
-        let mut ids = Vec::with_capacity(text.len() / 4 + 2);
         let bos = self.roles.bos.filter(|_| match add {
             AddSpecial::ModelDefault => self.add_bos,
             AddSpecial::Yes => true,
             AddSpecial::No => false,
         });
-        let fragments = self.special.split(text, parse);
+        self.encode_fragments(self.special.split(text, parse), bos, add)
+    }
+
+    /// Turns a rendered chat into tokens: the template's special tokens are parsed, those that
+    /// messages spell stay text. BOS and EOS as the metadata says.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Unencodable`] for a byte that the vocabulary can't spell.
+    pub fn encode_chat(&self, chat: &Rendered) -> Result<Vec<TokenId>, TokenizerError> {
+        let bos = self.roles.bos.filter(|_| self.add_bos);
+        let fragments = self.special.split_chat(&chat.text, &chat.message_spans);
+        self.encode_fragments(fragments, bos, AddSpecial::ModelDefault)
+    }
+
+    fn encode_fragments(
+        &self,
+        fragments: Vec<Fragment<'_>>,
+        bos: Option<TokenId>,
+        add: AddSpecial,
+    ) -> Result<Vec<TokenId>, TokenizerError> {
+        let mut ids = Vec::new();
         let spelled = fragments.first().is_some_and(|first| match first {
             Fragment::Token(id) => Some(*id) == bos,
             Fragment::Text(_) => false,
@@ -251,6 +274,11 @@ impl Tokenizer {
     /// Whether a token steers the model and is no text.
     pub fn is_special(&self, id: TokenId) -> bool {
         matches!(self.kinds.get(id.index()), Some(TokenKind::Control | TokenKind::Unknown))
+    }
+
+    /// The special token of a name such as `<|im_end|>`.
+    pub fn special_named(&self, name: &str) -> Option<TokenId> {
+        self.special.named(name).filter(|id| self.is_special(*id))
     }
 
     /// Fills `dry_breaker_tokens` from `dry.sequence_breakers` if the DRY penalty is on: every token

@@ -5,7 +5,8 @@ use super::TokenizerError;
 use super::vocabulary::{TokenKind, Vocabulary};
 use crate::request::ParseSpecial;
 use crate::units::TokenId;
-use aho_corasick::{AhoCorasick, MatchKind};
+use aho_corasick::{AhoCorasick, Input, MatchKind};
+use std::ops::Range;
 
 /// A part of a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,7 +26,9 @@ struct Finder {
 pub(super) struct SpecialTokens {
     /// Pieces of text that the vocabulary's makers added.
     user_defined: Finder,
-    /// Those and the ones that steer the model.
+    /// Tokens that steer the model.
+    steering: Finder,
+    /// Both.
     all: Finder,
 }
 
@@ -37,6 +40,29 @@ impl Finder {
             .build(texts)
             .map_err(|error| TokenizerError::invalid("tokenizer.ggml.tokens", error.to_string()))?;
         Ok(Self { automaton, ids })
+    }
+
+    fn split<'a>(&self, text: &'a str, excluded: &[Range<usize>]) -> Vec<Fragment<'a>> {
+        let mut fragments = Vec::new();
+        let mut excluded = excluded.iter().peekable();
+        // `done`: what is in fragments; `from`: where the search goes on.
+        let (mut done, mut from) = (0, 0);
+        while let Some(found) = self.automaton.find(Input::new(text).range(from..)) {
+            while excluded.next_if(|span| span.end <= found.start()).is_some() {}
+            if let Some(span) = excluded.peek().filter(|span| span.start < found.end()) {
+                from = span.end;
+                continue;
+            }
+            if found.start() > done {
+                fragments.push(Fragment::Text(&text[done..found.start()]));
+            }
+            fragments.push(Fragment::Token(self.ids[found.pattern().as_usize()]));
+            (done, from) = (found.end(), found.end());
+        }
+        if done < text.len() {
+            fragments.push(Fragment::Text(&text[done..]));
+        }
+        fragments
     }
 }
 
@@ -55,6 +81,7 @@ impl SpecialTokens {
         };
         Ok(Self {
             user_defined: Finder::new(of(&[TokenKind::UserDefined]))?,
+            steering: Finder::new(of(&[TokenKind::Control, TokenKind::Unknown]))?,
             all: Finder::new(of(&[
                 TokenKind::UserDefined,
                 TokenKind::Control,
@@ -63,24 +90,31 @@ impl SpecialTokens {
         })
     }
 
+    /// Finds the tokens that steer the model.
+    pub(super) fn steering(&self) -> &AhoCorasick {
+        &self.steering.automaton
+    }
+
+    /// The token that a text spells as a whole.
+    pub(super) fn named(&self, name: &str) -> Option<TokenId> {
+        let found = self.all.automaton.find(name).filter(|found| found.range() == (0..name.len()));
+        found.map(|found| self.all.ids[found.pattern().as_usize()])
+    }
+
     /// Cuts a text into tokens found whole and the text between them.
     pub(super) fn split<'a>(&self, text: &'a str, parse: ParseSpecial) -> Vec<Fragment<'a>> {
-        let finder = match parse {
-            ParseSpecial::No => &self.user_defined,
-            ParseSpecial::Yes => &self.all,
-        };
-        let mut fragments = Vec::new();
-        let mut done = 0;
-        for found in finder.automaton.find_iter(text) {
-            if found.start() > done {
-                fragments.push(Fragment::Text(&text[done..found.start()]));
-            }
-            fragments.push(Fragment::Token(finder.ids[found.pattern().as_usize()]));
-            done = found.end();
+        match parse {
+            ParseSpecial::No => self.user_defined.split(text, &[]),
+            ParseSpecial::Yes => self.all.split(text, &[]),
         }
-        if done < text.len() {
-            fragments.push(Fragment::Text(&text[done..]));
-        }
-        fragments
+    }
+
+    /// The same with all tokens, but none that touches one of the spans (ascending, in bytes).
+    pub(super) fn split_chat<'a>(
+        &self,
+        text: &'a str,
+        spans: &[Range<usize>],
+    ) -> Vec<Fragment<'a>> {
+        self.all.split(text, spans)
     }
 }
