@@ -219,7 +219,7 @@ impl ChatTemplate {
 
     fn context(&self, messages: &[ChatMessage], prompt: GenerationPrompt) -> Value {
         let message = |message: &ChatMessage| {
-            Value::from_iter([
+            Value::from_pairs([
                 ("role", Value::from(message.role.as_str())),
                 ("content", Value::from(message.content.as_str())),
             ])
@@ -231,7 +231,7 @@ impl ChatTemplate {
             ("tools", Value::from(())),
             ("documents", Value::from(())),
         ];
-        Value::from_iter(names.chain(fixed))
+        Value::from_pairs(names.chain(fixed))
     }
 }
 

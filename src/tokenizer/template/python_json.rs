@@ -134,7 +134,7 @@ mod tests {
     #[test]
     fn json_is_spelled_as_python_spells_it() {
         let list = Value::from(vec![Value::from("a\"é\n\u{1}😀"), Value::from(1), Value::from(())]);
-        let map = Value::from_iter([("b", list), ("a", Value::from(Vec::<Value>::new()))]);
+        let map = Value::from_pairs([("b", list), ("a", Value::from(Vec::<Value>::new()))]);
         let spell = |style| write(&map, &style).expect("a plain value");
         let plain = spell(JsonStyle::default());
         assert_eq!(plain, r#"{"b": ["a\"é\n\u0001😀", 1, null], "a": []}"#);
