@@ -20,7 +20,9 @@ use super::batch::Batch;
 use super::buffers::{LOGITS_TILE_ROWS, QuantizedRows, Rows, StepBuffers};
 use super::cpu_pool::Worker;
 use super::kv_store::KvLayers;
-use super::program::{Buffer, HeadShape, KvLayerId, Linear, Norm, Op, Pending, Program, RopeId};
+use super::program::{
+    Buffer, HeadShape, KvLayerId, Linear, Norm, Op, Pending, Precision, Program, RopeId,
+};
 use super::rotations::Rotations;
 use super::sample::RowSamplers;
 use super::weights::Weights;
@@ -87,9 +89,11 @@ impl Step<'_> {
                     row.copy_from_slice(&inlet[token * row.len()..][..row.len()]);
                 });
             }
-            Op::Norm { pending, norm } => self.norm(worker, *pending, *norm),
-            Op::Project { input, output, parts } => {
-                self.project(worker, (*input, *output), parts);
+            Op::Norm { pending, norm, precision } => {
+                self.norm(worker, *pending, (*norm, *precision));
+            }
+            Op::Project { input, output, parts, precision } => {
+                self.project(worker, (*input, *output), parts, *precision);
             }
             Op::Rotate { shape, query_norm, key_norm, rope, layer } => {
                 self.rotate(worker, *shape, [*query_norm, *key_norm], (*rope, *layer));
@@ -145,10 +149,14 @@ impl Step<'_> {
         residual
     }
 
-    fn norm(&self, worker: &Worker<'_>, pending: Pending, norm: Norm) {
+    fn norm(&self, worker: &Worker<'_>, pending: Pending, (norm, precision): (Norm, Precision)) {
+        let n_tokens = self.plan.tokens.len();
         for token in self.tokens(worker) {
             let residual = self.settle(token, pending);
             self.norm_row(residual, norm, (self.buffers.normed, token));
+            if precision == Precision::Sixteen {
+                self.refine(self.buffers.normed, token, token + n_tokens);
+            }
         }
     }
 
@@ -160,6 +168,18 @@ impl Step<'_> {
         self.quantize(target, row, 0..normed.len());
     }
 
+    /// Puts what the 8-bit form of row `row` misses into row `rest`, in both forms.
+    fn refine(&self, target: QuantizedRows<'_>, row: usize, rest: usize) {
+        let Some(eight_bit) = target.eight_bit else { return };
+        let all = 0..target.values.width;
+        // SAFETY: the caller owns both rows of the target in this op.
+        let (values, residual) = unsafe {
+            (target.values.part(row, all.clone()), target.values.part_mut(rest, all.clone()))
+        };
+        eight_bit.residual(values, row, all.clone(), residual);
+        self.quantize(target, rest, all);
+    }
+
     /// Fills the 8-bit form of columns `part` of a row that this worker has written.
     fn quantize(&self, target: QuantizedRows<'_>, row: usize, part: Range<usize>) {
         if let Some(eight_bit) = target.eight_bit {
@@ -169,7 +189,13 @@ impl Step<'_> {
         }
     }
 
-    fn project(&self, worker: &Worker<'_>, (input, output): (Buffer, Buffer), parts: &[Linear]) {
+    fn project(
+        &self,
+        worker: &Worker<'_>,
+        (input, output): (Buffer, Buffer),
+        parts: &[Linear],
+        precision: Precision,
+    ) {
         let output = match output {
             Buffer::Heads => self.buffers.heads,
             _ => self.buffers.projected,
@@ -185,7 +211,7 @@ impl Step<'_> {
             let rows = self.weights.matrix(part.matrix).rows();
             let own = mine.start.clamp(first, first + rows) - first
                 ..mine.end.clamp(first, first + rows) - first;
-            self.multiply(part, input, (output, first), own);
+            self.multiply(part, (input, precision), (output, first), own);
             first += rows;
         }
     }
@@ -216,24 +242,46 @@ impl Step<'_> {
     fn multiply(
         &self,
         part: &Linear,
-        input: QuantizedRows<'_>,
+        (input, precision): (QuantizedRows<'_>, Precision),
         (output, first): (Rows<'_>, usize),
         own: Range<usize>,
     ) {
         if own.is_empty() {
             return;
         }
+        let n_tokens = self.plan.tokens.len();
         let matrix = self.weights.matrix(part.matrix);
+        let paired = precision == Precision::Sixteen && matrix.dtype().is_quantized();
+        let rows = 0..if paired { 2 * n_tokens } else { n_tokens };
         // SAFETY: the input was finished before the last barrier, and workers' `own` are disjoint.
-        let (activations, columns) = unsafe { (input.activations(), output.output()) };
+        let (activations, columns) =
+            unsafe { (input.activations(rows.clone()), output.cut(rows).output()) };
         self.kernels.matmul(&matrix, &activations, own.clone(), columns.skip_rows(first));
-        if let Some(bias) = part.bias {
-            let bias = &self.weights.vector(bias)[own.clone()];
-            for row in 0..output.rows {
-                // SAFETY: these are the elements that this worker has just written.
-                let out = unsafe { output.part_mut(row, first + own.start..first + own.end) };
-                self.kernels.add_bias(out, bias);
-            }
+        let bias = part.bias.map(|bias| &self.weights.vector(bias)[own.clone()]);
+        let own = first + own.start..first + own.end;
+        for token in 0..n_tokens {
+            let rest = paired.then_some(token + n_tokens);
+            self.finish(output, (token, rest), own.clone(), bias);
+        }
+    }
+
+    /// Adds what the products of a row of this worker still miss: those of its second row, and the
+    /// bias.
+    fn finish(
+        &self,
+        output: Rows<'_>,
+        (row, rest): (usize, Option<usize>),
+        own: Range<usize>,
+        bias: Option<&[f32]>,
+    ) {
+        if rest.is_none() && bias.is_none() {
+            return;
+        }
+        // SAFETY: these are elements that this worker has just written; the rows are different.
+        let (out, rest) =
+            unsafe { (output.part_mut(row, own.clone()), rest.map(|rest| output.part(rest, own))) };
+        for addend in rest.into_iter().chain(bias) {
+            self.kernels.add(out, addend);
         }
     }
 
@@ -325,7 +373,7 @@ impl Step<'_> {
     }
 
     fn gate(&self, worker: &Worker<'_>, [gate, up]: [Linear; 2], activation: Activation) {
-        let (normed, hidden) = (self.buffers.normed, self.buffers.hidden);
+        let (normed, hidden) = ((self.buffers.normed, Precision::Eight), self.buffers.hidden);
         let mine = worker.share(hidden.values.width, GROUP);
         let mut start = mine.start;
         while start < mine.end {
@@ -363,7 +411,11 @@ impl Step<'_> {
         for wanted in worker.share(self.plan.logits.len(), 1) {
             // The plan's rows are strictly ascending, so a token is settled once.
             let residual = self.settle(self.plan.logits[wanted].row, pending);
-            self.norm_row(residual, norm, (self.buffers.selected, wanted));
+            let first = wanted / LOGITS_TILE_ROWS * LOGITS_TILE_ROWS;
+            let rows = LOGITS_TILE_ROWS.min(self.plan.logits.len() - first);
+            let row = first + wanted;
+            self.norm_row(residual, norm, (self.buffers.selected, row));
+            self.refine(self.buffers.selected, row, row + rows);
         }
     }
 
@@ -371,17 +423,16 @@ impl Step<'_> {
         let wanted = self.plan.logits.len();
         let mut first = 0;
         while first < wanted {
-            let tile = first..wanted.min(first + LOGITS_TILE_ROWS);
-            self.logits_tile(worker, output, softcap, tile.clone());
+            let rows = LOGITS_TILE_ROWS.min(wanted - first);
+            self.logits_tile(worker, output, (first, rows), softcap);
             worker.meet();
-            for index in worker.share(tile.len(), 1) {
-                let logits = self.buffers.logits;
+            for index in worker.share(rows, 1) {
                 // SAFETY: workers' rows are disjoint; the products are behind the barrier.
-                let row = unsafe { whole_row_mut(logits, index) };
-                self.samplers.take(worker.index, self.plan, tile.start + index, row);
+                let row = unsafe { whole_row_mut(self.buffers.logits, index) };
+                self.samplers.take(worker.index, self.plan, first + index, row);
             }
             worker.meet();
-            first = tile.end;
+            first += rows;
         }
     }
 
@@ -389,24 +440,26 @@ impl Step<'_> {
         &self,
         worker: &Worker<'_>,
         output: Linear,
+        (first, rows): (usize, usize),
         softcap: Option<f32>,
-        tile: Range<usize>,
     ) {
         let matrix = self.weights.matrix(output.matrix);
         let own = worker.share(matrix.rows(), MATMUL_ROWS);
-        let logits = self.buffers.logits.cut(0..tile.len());
+        let paired = matrix.dtype().is_quantized();
+        let columns = if paired { 2 * rows } else { rows };
+        let logits = self.buffers.logits;
         // SAFETY: `selected` was finished before the last barrier; workers' `own` are disjoint.
-        let (selected, columns) = unsafe { (self.buffers.selected.activations(), logits.output()) };
-        self.kernels.matmul(&matrix, &selected.slice(tile), own.clone(), columns);
+        let (selected, out) = unsafe {
+            let selected = self.buffers.selected.activations(2 * first..2 * first + columns);
+            (selected, logits.cut(0..columns).output())
+        };
+        self.kernels.matmul(&matrix, &selected, own.clone(), out);
         let bias = output.bias.map(|bias| &self.weights.vector(bias)[own.clone()]);
-        for row in 0..logits.rows {
-            // SAFETY: these are the elements that this worker has just written.
-            let part = unsafe { logits.part_mut(row, own.clone()) };
-            if let Some(bias) = bias {
-                self.kernels.add_bias(part, bias);
-            }
+        for row in 0..rows {
+            self.finish(logits, (row, paired.then_some(row + rows)), own.clone(), bias);
             if let Some(cap) = softcap {
-                self.kernels.softcap(part, cap);
+                // SAFETY: these are the elements that this worker has just written.
+                self.kernels.softcap(unsafe { logits.part_mut(row, own.clone()) }, cap);
             }
         }
     }
