@@ -111,7 +111,9 @@ pub(super) unsafe fn matmul<V: Vector, W: Weight>(
 ) {
     let mut row = rows.start;
     while row < rows.end {
-        let block = if rows.end - row < V::ROWS { 1 } else { V::ROWS };
+        // With one column rows come one by one: a single stream from DRAM is fastest.
+        let single = x.columns() < V::COLUMNS || rows.end - row < V::ROWS;
+        let block = if single { 1 } else { V::ROWS };
         let mut column = 0;
         while column < x.columns() {
             let tile = if x.columns() - column < V::COLUMNS { 1 } else { V::COLUMNS };
