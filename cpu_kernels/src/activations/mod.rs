@@ -64,6 +64,8 @@ pub(crate) struct Quantized<'a> {
 impl<'a> Activations<'a> {
     /// Activations for F32, F16 and BF16 weights only: `values` is `[columns, cols]`.
     ///
+    /// Any alignment is right; columns that start on cache lines (64 bytes) are fastest.
+    ///
     /// # Panics
     /// When `values.len()` is not `columns · cols`.
     pub fn float(values: &'a [f32], columns: usize, cols: usize) -> Activations<'a> {
