@@ -12,6 +12,7 @@ use super::program::{Op, Program, StagePart};
 use super::sample::RowSamplers;
 use super::weights::{LoadProgress, Weights, WeightsRequest};
 use crate::formats::Checkpoint;
+use crate::memory::HugePages;
 use crate::model::ModelSpec;
 use crate::step::{StepOutput, StepPlan};
 use std::sync::{Arc, Mutex};
@@ -80,7 +81,8 @@ impl Stage {
     ) -> Result<Self, ExecutorError> {
         let mut pool = CpuPool::new(&options.pool).map_err(ExecutorError::Threads)?;
         let part = options.part.clone().unwrap_or_else(|| StagePart::whole(spec.layers.len()));
-        let request = WeightsRequest { checkpoint, spec, part, isa: options.isa };
+        let (isa, huge_pages) = (options.isa, huge_pages(options));
+        let request = WeightsRequest { checkpoint, spec, part, isa, huge_pages };
         let weights = Arc::new(Weights::load(&request, &mut pool, progress)?);
         Self::with_pool(weights, options, pool)
     }
@@ -115,7 +117,7 @@ impl Stage {
         Ok(Self {
             limits,
             batch: Batch::with_capacity(tokens, options.kv.device_blocks),
-            kv: KvMemory::new(&program.kv_layers, options.kv)?,
+            kv: KvMemory::new(&program.kv_layers, options.kv, huge_pages(options))?,
             buffers: Buffers::new(program.dims, tokens),
             angles: Memory::new(tokens * weights.rotations().width()),
             scratch,
@@ -237,6 +239,10 @@ impl Stage {
         inlet.release(slot);
         Err(ExecutorError::InvalidPlan { field: "step", message })
     }
+}
+
+fn huge_pages(options: &StageOptions) -> HugePages {
+    if options.huge_pages { HugePages::Advise } else { HugePages::SystemDefault }
 }
 
 /// Tokens of a query tile: as many as fill the kernel's rows for the smallest group of heads.
