@@ -1,6 +1,8 @@
 //! The step path allocates nothing: counted over all threads of this process, so this file holds
 //! one test only.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test and its figures")]
+
 #[path = "support/stage.rs"]
 mod stage;
 #[path = "support/tiny_model.rs"]

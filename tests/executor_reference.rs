@@ -1,5 +1,7 @@
 //! The interpreter against the specification of its program: plain loops over f32.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test and its figures")]
+
 #[path = "support/reference.rs"]
 mod reference;
 #[path = "support/stage.rs"]

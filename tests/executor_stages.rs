@@ -1,6 +1,8 @@
 //! Stages: split at any layer, restarted on the same weights, fed with bad plans and bad weights,
 //! with KV blocks moved between tiers.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test and its figures")]
+
 #[path = "support/stage.rs"]
 mod stage;
 #[path = "support/tiny_model.rs"]

@@ -1,6 +1,8 @@
 //! Right answers: real models against an exact forward pass (all weights dequantised, all
 //! arithmetic in 32-bit floats), with teacher forcing, and the perplexity of a text.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test and its figures")]
+
 #[path = "support/stage.rs"]
 mod stage;
 

@@ -115,16 +115,16 @@ impl<'a> Reference<'a> {
     /// Adds what is pending to the residual stream, and returns its norm.
     fn settled(&mut self, pending: Pending, norm: Norm) -> Rows {
         let mut residual = self.buffers[&Buffer::Residual].clone();
-        for token in 0..residual.len() {
+        for (token, row) in residual.iter_mut().enumerate() {
             let addend = match pending {
                 Pending::Nothing => continue,
                 Pending::Add => self.buffers[&Buffer::Projected][token].clone(),
                 Pending::AddNormed(norm) => {
-                    let row = self.buffers[&Buffer::Projected][token].clone();
-                    self.normed(&row, norm)
+                    let projected = self.buffers[&Buffer::Projected][token].clone();
+                    self.normed(&projected, norm)
                 }
             };
-            residual[token].iter_mut().zip(&addend).for_each(|(x, addend)| *x += addend);
+            row.iter_mut().zip(&addend).for_each(|(x, addend)| *x += addend);
         }
         let normed = residual.iter().map(|row| self.normed(row, norm)).collect();
         self.buffers.insert(Buffer::Residual, residual);
