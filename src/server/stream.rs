@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// How long a stream of an engine that is over may stay without its terminal event.
-const CLOSING_GRACE: Duration = Duration::from_millis(500);
+const CLOSING_GRACE: Duration = Duration::from_millis(100);
 
 /// How far a stream is. It only goes forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
