@@ -4,6 +4,7 @@ use super::builder::EngineBuilder;
 use super::shared::{Life, Shared};
 use super::text::{RenderedChat, TextWork};
 use super::{EngineError, Generation, ModelInfo, StatsSnapshot, Status, stream};
+use crate::placement::Placement;
 use crate::request::{AddSpecial, ChatMessage, ParseSpecial, Request, RequestError};
 use crate::units::TokenId;
 use serde_json::Value;
@@ -123,7 +124,12 @@ impl Engine {
 
     /// The model; `None` while it is being loaded.
     pub fn model_info(&self) -> Option<ModelInfo> {
-        self.shared().loaded.get().map(|loaded| loaded.clone())
+        self.shared().loaded.get().map(|loaded| loaded.info.clone())
+    }
+
+    /// What lies where, in bytes; `None` while the model is being loaded.
+    pub fn plan(&self) -> Option<Placement> {
+        self.shared().loaded.get().map(|loaded| loaded.placement.clone())
     }
 
     /// State, restarts, uptime.
@@ -160,5 +166,6 @@ impl Engine {
         let mut gone = self.shared().gone.subscribe();
         // The sender lives in `shared`, which this call keeps alive.
         let _ = gone.wait_for(|gone| *gone).await;
+        self.shared().join_root();
     }
 }

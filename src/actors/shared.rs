@@ -1,14 +1,21 @@
 //! What all parts of one engine share. It belongs to the root thread and outlives every actor:
 //! lanes, credits, figures and the engine's state survive any restart.
 
+use super::executor::StepLane;
+use super::kv_swap::SwapLedger;
+use super::lanes::{CommandLane, TextLane};
+use super::load::Loaded;
 use super::status::{BlockCounts, EngineState, LoadProgress, SequenceCounts};
 use super::text::{TextDone, TextWork};
+use super::threads::Threads;
 use super::{EngineError, Faults, RestartCounts, StatsSnapshot, Status};
 use crate::config::Config;
 use crate::request::RequestError;
+use crate::units::SequenceId;
 use crate::telemetry::{Counter, Metrics, TraceRing};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
@@ -57,14 +64,21 @@ pub(super) struct Shared {
     pub(super) life: watch::Sender<Life>,
     /// Every thread but the root's last steps is gone.
     pub(super) gone: watch::Sender<bool>,
-    pub(super) loaded: OnceLock<super::ModelInfo>,
+    pub(super) commands: CommandLane,
+    pub(super) texts: TextLane,
+    pub(super) steps: StepLane,
+    pub(super) swaps: SwapLedger,
+    pub(super) threads: Threads,
+    pub(super) loaded: OnceLock<Loaded>,
     pub(super) runtime: OnceLock<Handle>,
     /// One permit per sequence that may be alive: what bounds every lane.
     pub(super) credits: Arc<Semaphore>,
     /// The stream tasks.
     pub(super) streams: TaskTracker,
     pub(super) occupancy: Mutex<Occupancy>,
-    pub(super) sequence_ids: AtomicU64,
+    sequence_ids: AtomicU64,
+    loop_lives: AtomicU64,
+    pub(super) root: Mutex<Option<JoinHandle<()>>>,
     load_done_bytes: AtomicU64,
     load_total_bytes: AtomicU64,
     started: Instant,
@@ -80,12 +94,19 @@ impl Shared {
             restarts: Restarts::default(),
             life: watch::Sender::new(Life::Loading),
             gone: watch::Sender::new(false),
+            commands: CommandLane::new(credits),
+            texts: TextLane::new(config.tokenizer.queue_max),
+            steps: StepLane::default(),
+            swaps: SwapLedger::default(),
+            threads: Threads::default(),
             loaded: OnceLock::new(),
             runtime: OnceLock::new(),
             credits: Arc::new(Semaphore::new(credits)),
             streams: TaskTracker::new(),
             occupancy: Mutex::default(),
             sequence_ids: AtomicU64::new(1),
+            loop_lives: AtomicU64::new(1),
+            root: Mutex::new(None),
             load_done_bytes: AtomicU64::new(0),
             load_total_bytes: AtomicU64::new(0),
             started: Instant::now(),
@@ -96,6 +117,25 @@ impl Shared {
     /// Microseconds since the engine's start: the time that all of its parts speak of.
     pub(super) fn now_us(&self) -> u64 {
         self.started.elapsed().as_micros() as u64
+    }
+
+    /// An id that no sequence of this engine ever had.
+    pub(super) fn next_sequence_id(&self) -> SequenceId {
+        SequenceId(self.sequence_ids.fetch_add(1, Relaxed))
+    }
+
+    /// The number of a new engine loop.
+    pub(super) fn next_loop_life(&self) -> u64 {
+        self.loop_lives.fetch_add(1, Relaxed)
+    }
+
+    /// Joins the root thread. It has said that all is gone, so this takes no time.
+    pub(super) fn join_root(&self) {
+        let root = self.root.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(root) = root {
+            // It catches its panics.
+            let _ = root.join();
+        }
     }
 
     pub(super) fn report_load(&self, progress: LoadProgress) {
@@ -113,6 +153,33 @@ impl Shared {
             }),
             Life::Draining(_) | Life::Stopping | Life::Stopped => Some(RequestError::ShuttingDown),
             Life::Dead(error) => Some(error.clone().into()),
+        }
+    }
+
+    /// Requests are served from now on, unless the engine was told to end meanwhile.
+    pub(super) fn become_ready(&self) {
+        self.life.send_if_modified(|life| {
+            let loading = *life == Life::Loading;
+            if loading {
+                *life = Life::Ready;
+            }
+            loading
+        });
+    }
+
+    /// Whether all streams are being ended.
+    pub(super) fn is_ending(&self) -> bool {
+        matches!(*self.life.borrow(), Life::Stopping | Life::Stopped | Life::Dead(_))
+    }
+
+    /// Drops what only a living engine needs: what waits in the lanes, and the weights.
+    pub(super) fn release(&self) {
+        while self.commands.receiver.try_recv().is_ok() {}
+        while self.texts.receiver.try_recv().is_ok() {}
+        while self.steps.orders.1.try_recv().is_ok() {}
+        while self.steps.results.1.try_recv().is_ok() {}
+        if let Some(loaded) = self.loaded.get() {
+            loaded.stages.release();
         }
     }
 
@@ -187,7 +254,6 @@ impl Shared {
         if let Some(refusal) = self.refusal() {
             return Err(refusal);
         }
-        drop(work);
-        Err(RequestError::ShuttingDown)
+        self.texts.submit(work, self.now_us()).await
     }
 }
