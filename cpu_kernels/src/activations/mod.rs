@@ -1,0 +1,134 @@
+//! Owns the 8-bit form of activations that all quantised weights are multiplied with.
+//! It must not know weight types, threads or models: buffers and column ranges come from the caller.
+//! Called by the executor before each group of matmuls; read by `matmul`.
+//!
+//! Per group of 32 elements: `scale = amax / 127`, `q = round_half_even(x · (127 / amax))`, so
+//! `|x − scale·q| ≤ amax/254 + rounding`. Scales stay f32, and groups stay at 32 elements for
+//! every weight type (llama.cpp: f16 scales, and groups of 256 for K types).
+//! A group with a NaN or infinity gets `scale = NaN`, `q = 0`, so that it poisons its outputs;
+//! one whose amax is below [`AMAX_MIN`] becomes zero.
+
+mod buffer;
+pub(crate) mod scalar;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod x86;
+
+use crate::blocks::GROUP;
+use crate::dispatch::Kernels;
+pub use buffer::{ActivationBuffer, ActivationsMut};
+use std::ops::Range;
+
+/// Smallest group maximum that is represented: below it `127 / amax` overflows.
+pub const AMAX_MIN: f32 = 127.0 * f32::MIN_POSITIVE;
+
+/// What a group of 32 activations has besides its 32 integers.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub struct GroupScale {
+    /// Value of one integer step.
+    pub scale: f32,
+    /// `scale · (sums[0] + sums[1])`: the group's sum, for weight types with offsets.
+    pub scaled_sum: f32,
+    /// Sums of the integers of elements 0..16 and 16..32; each within ±2032.
+    pub sums: [i16; 2],
+}
+
+/// Quantises whole groups: `(values, quants, scales)` of `n·32`, `n·32` and `n` elements.
+pub(crate) type QuantizeFn = unsafe fn(&[f32], &mut [i8], &mut [GroupScale]);
+
+/// The activation kernels of one instruction set.
+pub(crate) struct ActivationTable {
+    pub quantize: QuantizeFn,
+}
+
+/// Activations of a step, `[columns, cols]`: one column per token.
+#[derive(Clone, Copy)]
+pub struct Activations<'a> {
+    columns: usize,
+    cols: usize,
+    /// `[columns, cols]` f32, row-major.
+    values: &'a [f32],
+    /// The 8-bit form, absent where only float weights follow.
+    quantized: Option<Quantized<'a>>,
+}
+
+/// The 8-bit form of `[columns, cols]` activations.
+#[derive(Clone, Copy)]
+pub(crate) struct Quantized<'a> {
+    /// `[columns, cols]` i8, row-major.
+    pub quants: &'a [i8],
+    /// `[columns, cols / 32]`, row-major.
+    pub scales: &'a [GroupScale],
+}
+
+impl<'a> Activations<'a> {
+    /// Activations for F32, F16 and BF16 weights only: `values` is `[columns, cols]`.
+    ///
+    /// # Panics
+    /// When `values.len()` is not `columns · cols`.
+    pub fn float(values: &'a [f32], columns: usize, cols: usize) -> Activations<'a> {
+        assert_eq!(values.len(), columns * cols, "activations [{columns}, {cols}]");
+        Activations { columns, cols, values, quantized: None }
+    }
+
+    /// The activations of tokens `columns` alone.
+    ///
+    /// # Panics
+    /// When there are no such tokens.
+    pub fn slice(&self, columns: Range<usize>) -> Activations<'a> {
+        let (cols, groups) = (self.cols, self.cols / GROUP);
+        let quantized = self.quantized.map(|all| Quantized {
+            quants: &all.quants[columns.start * cols..columns.end * cols],
+            scales: &all.scales[columns.start * groups..columns.end * groups],
+        });
+        let values = &self.values[columns.start * cols..columns.end * cols];
+        Activations { columns: columns.len(), cols, values, quantized }
+    }
+
+    /// Number of tokens.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Elements per token: the inner dimension of the product.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// f32 values of one token, `[cols]`.
+    pub(crate) fn column(&self, column: usize) -> &'a [f32] {
+        &self.values[column * self.cols..][..self.cols]
+    }
+
+    pub(crate) fn quantized(&self) -> Option<Quantized<'a>> {
+        self.quantized
+    }
+}
+
+impl Quantized<'_> {
+    /// Integers and scale of one group of one column.
+    pub fn group(&self, groups: usize, column: usize, group: usize) -> (&[i8], &GroupScale) {
+        let index = column * groups + group;
+        (&self.quants[index * GROUP..][..GROUP], &self.scales[index])
+    }
+}
+
+impl Kernels {
+    /// Fills the 8-bit form of elements `range` of token `column` from `values[column]`'s slice
+    /// `values` (`range.len()` elements). The result does not depend on how a column is split.
+    ///
+    /// # Panics
+    /// When `range` is not made of whole groups of 32, or does not fit `target` or `values`.
+    pub fn quantize_activations(
+        &self,
+        values: &[f32],
+        target: ActivationsMut<'_>,
+        column: usize,
+        range: Range<usize>,
+    ) {
+        assert_eq!(values.len(), range.len(), "values of range {range:?}");
+        let (quants, scales) = target.groups_mut(column, range);
+        // SAFETY: this table was reached through `for_isa`, so the CPU can run its functions.
+        unsafe { (self.activations.quantize)(values, quants, scales) }
+    }
+}

@@ -1,0 +1,52 @@
+//! Owns the meaning of quantised bytes: what f32 value each element of a block stands for.
+//! It must not know matrices, activations or instruction sets: it is the specification of them all.
+//! Called for embedding rows, by the scalar matmul, and by every test as the oracle.
+
+mod group;
+
+use crate::blocks::{DType, GROUP};
+pub(crate) use group::{Group, IQ4_CODEBOOK, Min, Scales, decode_group};
+use half::{bf16, f16};
+
+/// Writes the f32 values of one row (or any whole number of blocks).
+///
+/// `bytes` are `out.len()` elements of type `dtype` in file order. The result is exactly the f32
+/// arithmetic of the formula in [`DType`], each operation rounded once.
+///
+/// # Panics
+/// When `bytes.len()` is not `dtype.row_bytes(out.len())`.
+pub fn dequantize_row(dtype: DType, bytes: &[u8], out: &mut [f32]) {
+    assert_eq!(dtype.row_bytes(out.len()), Some(bytes.len()), "{dtype} row of {}", out.len());
+    match dtype {
+        DType::F32 => convert(bytes, out, f32::from_le_bytes),
+        DType::F16 => convert(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
+        DType::BF16 => convert(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+        _ => {
+            let blocks = bytes.chunks_exact(dtype.block_bytes());
+            for (block, out) in blocks.zip(out.chunks_exact_mut(dtype.block_elements())) {
+                for (index, out) in out.chunks_exact_mut(GROUP).enumerate() {
+                    write_group(&decode_group(dtype, block, index), out);
+                }
+            }
+        }
+    }
+}
+
+fn convert<const N: usize>(bytes: &[u8], out: &mut [f32], value: impl Fn([u8; N]) -> f32) {
+    for (bytes, out) in bytes.as_chunks::<N>().0.iter().zip(out) {
+        *out = value(*bytes);
+    }
+}
+
+fn write_group(group: &Group, out: &mut [f32]) {
+    for (half, out) in out.chunks_exact_mut(GROUP / 2).enumerate() {
+        let quants = &group.quants[half * GROUP / 2..];
+        let scale = group.scales.of_half(half);
+        match group.min.of_half(half) {
+            None => out.iter_mut().zip(quants).for_each(|(out, &q)| *out = scale * f32::from(q)),
+            Some(min) => {
+                out.iter_mut().zip(quants).for_each(|(out, &q)| *out = scale * f32::from(q) + min)
+            }
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! One table of kernels per instruction set, chosen once at run time.
+//!
+//! Only the outermost function of a kernel carries `#[target_feature]`, and only these tables
+//! hold pointers to such functions. A table can be reached only through [`Kernels::for_isa`],
+//! which checks the CPU first: that is why calling through it is sound.
+
+use crate::activations::{self, ActivationTable};
+use crate::attention::{self, AttentionTable};
+use crate::isa::{Isa, UnsupportedIsa};
+use crate::matmul::{self, MatmulTable};
+use crate::vector::{self, VectorTable};
+use std::sync::LazyLock;
+
+/// The kernels of one instruction set, a field per op folder.
+pub struct Kernels {
+    isa: Isa,
+    pub(crate) matmul: MatmulTable,
+    pub(crate) activations: ActivationTable,
+    pub(crate) vector: VectorTable,
+    pub(crate) attention: AttentionTable,
+}
+
+static SCALAR: Kernels = Kernels {
+    isa: Isa::Scalar,
+    matmul: matmul::scalar::TABLE,
+    activations: activations::scalar::TABLE,
+    vector: vector::SCALAR,
+    attention: attention::scalar::TABLE,
+};
+
+#[cfg(target_arch = "x86_64")]
+static AVX2: Kernels = Kernels {
+    isa: Isa::Avx2,
+    matmul: matmul::avx2::TABLE,
+    activations: activations::x86::AVX2,
+    vector: vector::avx2::TABLE,
+    attention: attention::simd::avx2::TABLE,
+};
+
+#[cfg(target_arch = "x86_64")]
+static AVX512: Kernels = Kernels {
+    isa: Isa::Avx512,
+    matmul: matmul::avx512::PLAIN,
+    activations: activations::x86::AVX512,
+    vector: vector::avx512::TABLE,
+    attention: attention::simd::avx512::TABLE,
+};
+
+#[cfg(target_arch = "x86_64")]
+static AVX512_VNNI: Kernels = Kernels {
+    isa: Isa::Avx512Vnni,
+    matmul: matmul::avx512::VNNI,
+    activations: activations::x86::AVX512,
+    vector: vector::avx512::TABLE,
+    attention: attention::simd::avx512::TABLE,
+};
+
+static BEST: LazyLock<&'static Kernels> = LazyLock::new(|| table(Isa::detect()));
+
+impl Kernels {
+    /// The kernels of `isa`.
+    ///
+    /// # Errors
+    /// [`UnsupportedIsa`] when this CPU cannot run them.
+    pub fn for_isa(isa: Isa) -> Result<&'static Kernels, UnsupportedIsa> {
+        isa.require()?;
+        Ok(table(isa))
+    }
+
+    /// The kernels of the widest instruction set that this CPU has.
+    pub fn best() -> &'static Kernels {
+        *BEST
+    }
+
+    /// Which instruction set these kernels use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn table(isa: Isa) -> &'static Kernels {
+    match isa {
+        Isa::Scalar => &SCALAR,
+        Isa::Avx2 => &AVX2,
+        Isa::Avx512 => &AVX512,
+        Isa::Avx512Vnni => &AVX512_VNNI,
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn table(_isa: Isa) -> &'static Kernels {
+    &SCALAR
+}

@@ -1,0 +1,134 @@
+//! The instruction sets that the kernels are written for, and which of them this CPU has.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// An instruction set with its own kernels, ordered from the most portable to the widest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Isa {
+    /// Portable Rust: the specification of every kernel, available everywhere.
+    Scalar,
+    /// AVX2 with FMA and F16C (Haswell, Zen and later).
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL (Skylake-X).
+    Avx512,
+    /// [`Isa::Avx512`] and the int8 dot product `vpdpbusd` (Cascade Lake, Zen 4 and later).
+    Avx512Vnni,
+}
+
+/// A kernel table was asked for an instruction set that this CPU lacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("this CPU has no {wanted}; the best it has is {best}")]
+pub struct UnsupportedIsa {
+    /// The instruction set asked for.
+    pub wanted: Isa,
+    /// The widest one that would work here.
+    pub best: Isa,
+}
+
+/// A name that is none of `scalar`, `avx2`, `avx512`, `avx512vnni`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown instruction set {name:?}: want scalar, avx2, avx512 or avx512vnni")]
+pub struct UnknownIsa {
+    /// The name as given.
+    pub name: String,
+}
+
+impl Isa {
+    /// Every instruction set, in ascending order.
+    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni];
+
+    /// The widest instruction set of this CPU that the operating system also saves on a context
+    /// switch (the standard library's detection reads XCR0).
+    pub fn detect() -> Isa {
+        Isa::ALL.into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)
+    }
+
+    /// The instruction sets that this CPU can run, in ascending order.
+    pub fn available() -> impl Iterator<Item = Isa> {
+        Isa::ALL.into_iter().filter(|isa| isa.is_available())
+    }
+
+    /// Whether this CPU and its operating system can run these kernels.
+    pub fn is_available(self) -> bool {
+        match self {
+            Isa::Scalar => true,
+            Isa::Avx2 => has_avx2(),
+            Isa::Avx512 => has_avx2() && has_avx512(),
+            Isa::Avx512Vnni => has_avx2() && has_avx512() && has_vnni(),
+        }
+    }
+
+    /// `Ok` when the kernels of this instruction set may be called.
+    ///
+    /// # Errors
+    /// [`UnsupportedIsa`] when the CPU or the operating system lacks it.
+    pub fn require(self) -> Result<(), UnsupportedIsa> {
+        if self.is_available() {
+            return Ok(());
+        }
+        Err(UnsupportedIsa { wanted: self, best: Isa::detect() })
+    }
+
+    /// The name in configuration and logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+            Isa::Avx512Vnni => "avx512vnni",
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Isa {
+    type Err = UnknownIsa;
+
+    fn from_str(name: &str) -> Result<Isa, UnknownIsa> {
+        Isa::ALL
+            .into_iter()
+            .find(|isa| isa.name().eq_ignore_ascii_case(name))
+            .ok_or_else(|| UnknownIsa { name: name.to_owned() })
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx2() -> bool {
+    is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx512() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_vnni() -> bool {
+    is_x86_feature_detected!("avx512vnni")
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn has_avx2() -> bool {
+    false
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn has_avx512() -> bool {
+    false
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn has_vnni() -> bool {
+    false
+}
