@@ -1,7 +1,11 @@
 //! Models as data: real files, tiny models of every family, and everything that is refused.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 #[path = "model/families.rs"]
 mod families;
+#[path = "support/real_files.rs"]
+mod real_files;
 #[path = "model/refused.rs"]
 mod refused;
 #[path = "support/tiny_model.rs"]

@@ -1,25 +1,13 @@
 //! What each family's metadata becomes.
 
 use super::read;
+use super::real_files::real;
 use super::tiny_model::gguf_writer::{array_bytes, id};
 use super::tiny_model::tiny_tokenizer::VOCAB_SIZE;
 use super::tiny_model::{Family, Output, TinyModel};
-use std::path::{Path, PathBuf};
 use tandem::formats::Checkpoint;
 use tandem::model::{Activation, ModelSpec, RopeScaling, RopeStyle};
 use tandem::tensor::DType;
-
-/// A real model file, or `None` where it was not fetched.
-fn real(name: &str) -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/models").join(name);
-    if path.exists() {
-        return Some(path);
-    }
-    let required = std::env::var("TANDEM_REQUIRE_MODELS").is_ok_and(|value| value == "1");
-    assert!(!(required && name.starts_with("SmolLM2")), "{} is missing", path.display());
-    println!("skipped: {} is not here", path.display());
-    None
-}
 
 fn real_spec(name: &str) -> Option<ModelSpec> {
     let checkpoint = Checkpoint::open(&real(name)?).unwrap();

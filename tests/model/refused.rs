@@ -1,4 +1,5 @@
-//! Models whose file is sound but whose numbers are not: each refusal names key or tensor, and place.
+//! Models whose file is sound but whose numbers are not: each refusal names key or tensor, and
+//! place.
 
 use super::read;
 use super::tiny_model::gguf_writer::{Gguf, array_bytes, id};

@@ -1,5 +1,6 @@
 //! Tiny models with random weights, of every family and element type, small enough to run anywhere
-//! and complete enough for the whole engine: a byte-level BPE tokenizer and a chat template included.
+//! and complete enough for the whole engine: a byte-level BPE tokenizer and a chat template
+//! included.
 //!
 //! In a test: `#[path = "support/tiny_model.rs"] mod tiny_model;`
 

@@ -6,12 +6,15 @@
 //! ```text
 //! s_j = softcap(scale · q·k_j)        w_j = e^(s_j − max s)        out = Σ w_j·v_j / Σ w_j
 //! ```
-//! computed online (Milakov and Gimelshein, arXiv 1805.02867): chunks of 64 positions move a running
-//! maximum, segments of [`SEGMENT_TOKENS`] positions are computed on their own and then merged in
-//! ascending order. Chunks and segments start at absolute multiples of their size, and what a query
-//! does not see contributes exactly nothing. So a query's result has the same bits whatever the
-//! other queries of the call, the split of work among threads, and the ids in the block table.
+//! computed online (Milakov and Gimelshein, arXiv 1805.02867): chunks of 64 positions move a
+//! running maximum, segments of [`SEGMENT_TOKENS`] positions are computed on their own and then
+//! merged in ascending order. Chunks and segments start at absolute multiples of their size, and
+//! what a query does not see contributes exactly nothing. So a query's result has the same bits
+//! whatever the other queries of the call, the split of work among threads, and the ids in the
+//! block table.
 
+#[cfg(target_arch = "x86_64")]
+mod chunk;
 mod merge;
 pub(crate) mod scalar;
 mod scratch;
@@ -90,6 +93,8 @@ pub(crate) struct Tile<'a> {
     pub rows: Range<usize>,
     /// Positions inside one segment that some row sees.
     pub positions: Range<usize>,
+    /// Where the positions end that the same worker reads next.
+    pub read_end: usize,
 }
 
 /// The attention kernels of one instruction set.
@@ -210,8 +215,10 @@ impl Kernels {
             // SAFETY: the scratch is borrowed for the whole loop; shapes were checked.
             unsafe {
                 state.clear_merged(rows.len());
-                for segment in call.segments(&call.tile_queries(&rows)) {
-                    self.compute_segment(call, part.kv_head, (rows.clone(), segment), &state);
+                let segments = call.segments(&call.tile_queries(&rows));
+                for segment in segments.clone() {
+                    let rest = (rows.clone(), segment..segments.end);
+                    self.compute_segment(call, part.kv_head, rest, &state);
                     merge::merge_tile(&state, rows.len(), call.store.layout().head_dim());
                 }
                 merge::write_tile(call, part.kv_head, rows, &state, output);
@@ -220,8 +227,8 @@ impl Kernels {
     }
 
     /// Attends over segment `segment` only and leaves the unmerged result in `partial`, of
-    /// [`AttentionCall::partial_len`] elements. For decoding on long contexts, where one head's work
-    /// is worth several threads.
+    /// [`AttentionCall::partial_len`] elements. For decoding on long contexts, where one head's
+    /// work is worth several threads.
     ///
     /// # Panics
     /// As [`Kernels::attend`], and when `partial` has another length.
@@ -242,7 +249,8 @@ impl Kernels {
             rest = others;
             // SAFETY: the scratch is borrowed for the whole loop; shapes were checked.
             unsafe {
-                self.compute_segment(call, part.kv_head, (rows, segment), &state);
+                let only = (rows, segment..segment + 1);
+                self.compute_segment(call, part.kv_head, only, &state);
                 merge::save_partial(&state, head_dim, own);
             }
         }
@@ -282,7 +290,8 @@ impl Kernels {
         }
     }
 
-    /// Computes one segment for a tile of rows from cleared state.
+    /// Computes the first of `segments` for a tile of rows from cleared state. The others are those
+    /// that this worker computes next.
     ///
     /// # Safety
     /// `state` is that of a borrowed scratch and the call was checked.
@@ -290,18 +299,19 @@ impl Kernels {
         &self,
         call: &AttentionCall<'_>,
         kv_head: usize,
-        (rows, segment): (Range<usize>, usize),
+        (rows, segments): (Range<usize>, Range<usize>),
         state: &TileState,
     ) {
         let queries = call.tile_queries(&rows);
         let (first, last) = (call.visible(queries.start), call.visible(queries.end - 1));
-        let start = first.start.max(segment * SEGMENT_TOKENS);
-        let end = last.end.min((segment + 1) * SEGMENT_TOKENS);
+        let start = first.start.max(segments.start * SEGMENT_TOKENS);
+        let end = last.end.min((segments.start + 1) * SEGMENT_TOKENS);
+        let read_end = last.end.min(segments.end * SEGMENT_TOKENS);
         // SAFETY: at most `TILE_ROWS` rows; the table came from `for_isa`.
         unsafe {
             state.clear_segment(rows.len());
             if start < end {
-                let tile = Tile { call, kv_head, rows, positions: start..end };
+                let tile = Tile { call, kv_head, rows, positions: start..end, read_end };
                 (self.attention.segment)(&tile, state);
             }
         }

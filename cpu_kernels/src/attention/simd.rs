@@ -9,41 +9,10 @@
 
 #![allow(clippy::needless_range_loop, reason = "register tiles are read by their indices")]
 
+use super::chunk::{Chunk, prefetch};
 use super::scratch::{CHUNK, TILE_ROWS};
 use super::{AttentionTable, KvWrite, TOKEN_GROUP, Tile, TileState};
 use crate::lanes::{Lanes, exp_lanes, softcap_lanes};
-
-/// Groups of 16 tokens, each within one block, of a chunk.
-const GROUPS: usize = CHUNK / TOKEN_GROUP;
-
-/// Where the groups of a chunk lie. Groups that no row sees repeat one that is seen: their scores
-/// are masked, and their blocks may not exist.
-struct ChunkPointers {
-    /// Element 0 of the first token's key; element `d` follows at `d · block_tokens`.
-    keys: [*const u16; GROUPS],
-    /// Element 0 of the first token's value; the next token follows at `head_dim`.
-    values: [*const u16; GROUPS],
-}
-
-impl ChunkPointers {
-    /// Pointers of the chunk at `start`.
-    #[inline(always)]
-    fn new(tile: &Tile<'_>, start: usize) -> ChunkPointers {
-        let (call, store) = (tile.call, &tile.call.store);
-        let first = tile.positions.start.max(start) / TOKEN_GROUP;
-        let last = (tile.positions.end.min(start + CHUNK) - 1) / TOKEN_GROUP;
-        let (mut keys, mut values) = ([std::ptr::null(); GROUPS], [std::ptr::null(); GROUPS]);
-        for index in 0..GROUPS {
-            let group = (start / TOKEN_GROUP + index).clamp(first, last);
-            let position = group * TOKEN_GROUP;
-            let token = position % store.layout().block_tokens();
-            let block = call.block_of(position);
-            keys[index] = store.key_at(block, tile.kv_head, token);
-            values[index] = store.value_at(block, tile.kv_head, token);
-        }
-        ChunkPointers { keys, values }
-    }
-}
 
 /// See [`AttentionTable::segment`]. `T` vectors are held per row of a micro-kernel of 4 rows:
 /// `4·T` accumulators, `T` operands and a broadcast must fit the registers.
@@ -58,36 +27,58 @@ unsafe fn segment<L: Lanes, const T: usize>(tile: &Tile<'_>, state: &TileState) 
     for (index, row) in tile.rows.clone().enumerate() {
         queries[index] = tile.call.query(tile.kv_head, row);
     }
-    let mut start = tile.positions.start / CHUNK * CHUNK;
-    while start < tile.positions.end {
-        let pointers = ChunkPointers::new(tile, start);
-        let mut row = 0;
-        // SAFETY: rows below `rows` have queries and scratch; pointers are those of the chunk.
-        unsafe {
-            while row < rows {
-                let scores = state.scores.add(row * CHUNK);
-                let at = &queries[row..];
-                match rows - row {
-                    1 => score_rows::<L, 1, T>(tile, at, &pointers, scores),
-                    2 => score_rows::<L, 2, T>(tile, at, &pointers, scores),
-                    3 => score_rows::<L, 3, T>(tile, at, &pointers, scores),
-                    _ => score_rows::<L, 4, T>(tile, at, &pointers, scores),
-                }
-                row += 4;
-            }
-            weigh::<L>(tile, state, start);
-            row = 0;
-            while row < rows {
-                match rows - row {
-                    1 => add_values::<L, 1, T>(tile, state, &pointers, (start, row)),
-                    2 => add_values::<L, 2, T>(tile, state, &pointers, (start, row)),
-                    3 => add_values::<L, 3, T>(tile, state, &pointers, (start, row)),
-                    _ => add_values::<L, 4, T>(tile, state, &pointers, (start, row)),
-                }
-                row += 4;
-            }
+    let start = tile.positions.start / CHUNK * CHUNK;
+    let mut chunk = Chunk::new(tile, start, tile.positions.clone());
+    loop {
+        let next = chunk.start + CHUNK;
+        let ahead = (next < tile.read_end).then(|| Chunk::new(tile, next, next..tile.read_end));
+        // SAFETY: queries and scratch have the tile's rows.
+        unsafe { attend_chunk::<L, T>(tile, state, &queries[..rows], (&chunk, ahead.as_ref())) }
+        match ahead {
+            Some(ahead) if next < tile.positions.end => chunk = ahead,
+            _ => break,
         }
-        start += CHUNK;
+    }
+}
+
+/// One chunk for all rows. The first rows ask for the lines of the chunk `ahead` as they go.
+///
+/// # Safety
+/// As [`segment`]; there is a query per row of the tile.
+#[inline(always)]
+unsafe fn attend_chunk<L: Lanes, const T: usize>(
+    tile: &Tile<'_>,
+    state: &TileState,
+    queries: &[*const f32],
+    (chunk, ahead): (&Chunk, Option<&Chunk>),
+) {
+    let rows = queries.len();
+    let lines = |row: usize| (chunk, if row == 0 { ahead } else { None });
+    let mut row = 0;
+    // SAFETY: rows below `rows` have queries and scratch.
+    unsafe {
+        while row < rows {
+            let scores = state.scores.add(row * CHUNK);
+            let at = &queries[row..];
+            match rows - row {
+                1 => score_rows::<L, 1, T>(tile, at, lines(row), scores),
+                2 => score_rows::<L, 2, T>(tile, at, lines(row), scores),
+                3 => score_rows::<L, 3, T>(tile, at, lines(row), scores),
+                _ => score_rows::<L, 4, T>(tile, at, lines(row), scores),
+            }
+            row += 4;
+        }
+        weigh::<L>(tile, state, chunk.start);
+        row = 0;
+        while row < rows {
+            match rows - row {
+                1 => add_values::<L, 1, T>(tile, state, lines(row), row),
+                2 => add_values::<L, 2, T>(tile, state, lines(row), row),
+                3 => add_values::<L, 3, T>(tile, state, lines(row), row),
+                _ => add_values::<L, 4, T>(tile, state, lines(row), row),
+            }
+            row += 4;
+        }
     }
 }
 
@@ -99,7 +90,7 @@ unsafe fn segment<L: Lanes, const T: usize>(tile: &Tile<'_>, state: &TileState) 
 unsafe fn score_rows<L: Lanes, const R: usize, const T: usize>(
     tile: &Tile<'_>,
     queries: &[*const f32],
-    pointers: &ChunkPointers,
+    (chunk, ahead): (&Chunk, Option<&Chunk>),
     scores: *mut f32,
 ) {
     let layout = tile.call.store.layout();
@@ -111,10 +102,15 @@ unsafe fn score_rows<L: Lanes, const R: usize, const T: usize>(
         unsafe {
             for (t, key) in keys.iter_mut().enumerate() {
                 let position = first + t * L::WIDTH;
-                *key = pointers.keys[position / TOKEN_GROUP].add(position % TOKEN_GROUP);
+                *key = chunk.keys[position / TOKEN_GROUP].add(position % TOKEN_GROUP);
             }
             let mut sums = [[L::splat(0.0); T]; R];
             for d in 0..head_dim {
+                if let Some(ahead) = ahead {
+                    for t in 0..T * L::WIDTH / TOKEN_GROUP {
+                        prefetch(ahead.keys[first / TOKEN_GROUP + t].wrapping_add(d * stride));
+                    }
+                }
                 let mut k = [L::splat(0.0); T];
                 for t in 0..T {
                     k[t] = L::load_f16(keys[t].add(d * stride));
@@ -218,28 +214,28 @@ unsafe fn finish_scores<L: Lanes>(
 /// `sums[r] = sums[r]·correction[r] + Σ_j weight[r][j]·v[j]` for `R` rows from `row`.
 ///
 /// # Safety
-/// As [`segment`]; the chunk at `start` has been weighed.
+/// As [`segment`]; the chunk has been weighed.
 #[inline(always)]
 unsafe fn add_values<L: Lanes, const R: usize, const T: usize>(
     tile: &Tile<'_>,
     state: &TileState,
-    pointers: &ChunkPointers,
-    (start, row): (usize, usize),
+    lines: (&Chunk, Option<&Chunk>),
+    row: usize,
 ) {
     let head_dim = tile.call.store.layout().head_dim();
     let mut d = 0;
     // SAFETY: full vectors lie inside the head; the last ones read only what is left of it.
     unsafe {
         while d + T * L::WIDTH <= head_dim {
-            add_columns::<L, R, T, true>(tile, state, pointers, (start, row, d));
+            add_columns::<L, R, T, true>(tile, state, lines, (row, d));
             d += T * L::WIDTH;
         }
         while d + L::WIDTH <= head_dim {
-            add_columns::<L, R, 1, true>(tile, state, pointers, (start, row, d));
+            add_columns::<L, R, 1, true>(tile, state, lines, (row, d));
             d += L::WIDTH;
         }
         if d < head_dim {
-            add_columns::<L, R, 1, false>(tile, state, pointers, (start, row, d));
+            add_columns::<L, R, 1, false>(tile, state, lines, (row, d));
         }
     }
 }
@@ -252,12 +248,12 @@ unsafe fn add_values<L: Lanes, const R: usize, const T: usize>(
 unsafe fn add_columns<L: Lanes, const R: usize, const T: usize, const WHOLE: bool>(
     tile: &Tile<'_>,
     state: &TileState,
-    pointers: &ChunkPointers,
-    (start, row, d): (usize, usize, usize),
+    (chunk, ahead): (&Chunk, Option<&Chunk>),
+    (row, d): (usize, usize),
 ) {
     let head_dim = tile.call.store.layout().head_dim();
-    let from = tile.positions.start.max(start) - start;
-    let to = tile.positions.end.min(start + CHUNK) - start;
+    let from = tile.positions.start.max(chunk.start) - chunk.start;
+    let to = tile.positions.end.min(chunk.start + CHUNK) - chunk.start;
     // SAFETY: positions of the tile have values; see the promises above.
     unsafe {
         let mut sums = [[L::splat(0.0); T]; R];
@@ -270,7 +266,13 @@ unsafe fn add_columns<L: Lanes, const R: usize, const T: usize, const WHOLE: boo
         }
         let weights = state.scores.add(row * CHUNK);
         for j in from..to {
-            let value = pointers.values[j / TOKEN_GROUP].add(j % TOKEN_GROUP * head_dim + d);
+            let offset = j % TOKEN_GROUP * head_dim + d;
+            let value = chunk.values[j / TOKEN_GROUP].add(offset);
+            if let Some(ahead) = ahead {
+                for line in 0..(T * L::WIDTH).div_ceil(32) {
+                    prefetch(ahead.values[j / TOKEN_GROUP].wrapping_add(offset + line * 32));
+                }
+            }
             let mut v = [L::splat(0.0); T];
             for t in 0..T {
                 v[t] = if WHOLE {

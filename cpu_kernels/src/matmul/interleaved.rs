@@ -17,7 +17,7 @@ use super::packed::{Block, MinKind, Packed};
 use super::{Layout, MatrixView, OutputColumns};
 use crate::activations::{Activations, GroupScale, Quantized};
 use crate::blocks::GROUP;
-use crate::repack::{ROWS, pack_block};
+use crate::repack::{ROWS, block_of_rows, pack_block};
 use std::ops::Range;
 
 /// Elements per row of a chunk of row-major weights.
@@ -97,8 +97,7 @@ fn pack_chunk<P: Packed>(
 ) {
     let bytes = P::DTYPE.block_bytes();
     for (block, packed) in blocks.zip(scratch.chunks_exact_mut(ROWS * bytes)) {
-        let rows = source.chunks_exact(row_bytes).map(|row| &row[block * bytes..]);
-        pack_block(P::DTYPE, rows, packed);
+        pack_block(P::DTYPE, &block_of_rows(P::DTYPE, source, row_bytes, block), packed);
     }
 }
 
