@@ -123,6 +123,7 @@ impl Scheduler {
             blocks_used: blocks.used,
             blocks_cached: blocks.cached,
             blocks_free: blocks.free,
+            host_blocks: self.host.len(),
             host_blocks_used: self.host.used(),
             ..self.stats
         }

@@ -87,6 +87,8 @@ pub struct SchedulerStats {
     pub blocks_cached: usize,
     /// Device blocks without content.
     pub blocks_free: usize,
+    /// Blocks of the host tier.
+    pub host_blocks: usize,
     /// Host blocks in use.
     pub host_blocks_used: usize,
     /// Prompt tokens found in the prefix cache, over the scheduler's life.
