@@ -1,13 +1,14 @@
 //! The table of row-wise operations: norms, rotations, activations, softmax.
 //!
-//! Each op folder holds its specification (`scalar`) and one version for all vector widths (`simd`).
-//! Here they meet the instruction sets: the functions below are the outermost ones, which carry
-//! `#[target_feature]`, and everything generic is inlined into them.
+//! Each op folder holds its specification (`scalar`) and one version for all vector widths
+//! (`simd`). Here they meet the instruction sets: the functions below are the outermost ones, which
+//! carry `#[target_feature]`, and everything generic is inlined into them.
 
 use crate::rope::RopeRow;
 use crate::{elementwise, gated, norm, rope, softmax};
 
-/// Row-wise operations of one instruction set. Lengths are checked by the callers in the op folders.
+/// Row-wise operations of one instruction set. Lengths are checked by the callers in the op
+/// folders.
 pub(crate) struct VectorTable {
     /// `(input, weight, eps, output)`.
     pub rms_norm: unsafe fn(*const f32, &[f32], f32, *mut f32),

@@ -121,7 +121,7 @@ fn cols_of(dtype: DType, blocks: usize, odd: usize) -> usize {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig::with_cases(256))]
 
     #[test]
     fn every_isa_and_layout_gives_the_bits_of_the_scalar_specification(
@@ -320,6 +320,66 @@ fn a_part_of_a_fused_output_is_written_at_its_offset() {
     assert_eq!(fused[30..50], alone[..20]);
     assert_eq!(fused[80..100], alone[20..]);
     assert!(fused[..30].iter().chain(&fused[50..80]).all(|value| *value == 0.0));
+}
+
+#[test]
+fn a_wide_prefill_has_the_bits_of_single_columns() {
+    let mut random = Random(2);
+    let (rows, cols, columns) = (33, 256, 515);
+    let x = random.floats(columns * cols);
+    for dtype in [DType::Q4_0, DType::Q4_K, DType::Q6_K, DType::Q8_0, DType::BF16] {
+        let weights = quantized_weights(dtype, rows, cols, &mut random);
+        let view = weights.view(*weights.layouts().last().expect("a layout"));
+        let whole = std::slice::from_ref(&(0..rows)).to_vec();
+        let together = multiply(Kernels::best(), &view, &x, &whole);
+        for (x, together) in x.chunks_exact(cols).zip(together.chunks_exact(rows)) {
+            assert_eq!(bits(&multiply(Kernels::best(), &view, x, &whole)), bits(together));
+        }
+    }
+}
+
+#[test]
+fn threads_with_their_own_rows_give_the_bits_of_one_thread() {
+    let mut random = Random(3);
+    let (rows, cols, columns) = (96, 512, 6);
+    let x = random.floats(columns * cols);
+    let weights = quantized_weights(DType::Q4_K, rows, cols, &mut random);
+    let view = weights.view(Layout::Rows16);
+    let kernels = Kernels::best();
+    let alone = multiply(kernels, &view, &x, std::slice::from_ref(&(0..rows)));
+    let mut buffer = ActivationBuffer::new(columns, cols);
+    // SAFETY: each thread fills its own half of every column, and all end before the view.
+    let target = unsafe { buffer.writer(columns, cols) };
+    std::thread::scope(|scope| {
+        for half in 0..2 {
+            let (x, range) = (&x, half * cols / 2..(half + 1) * cols / 2);
+            scope.spawn(move || {
+                for (column, x) in x.chunks_exact(cols).enumerate() {
+                    kernels.quantize_activations(&x[range.clone()], target, column, range.clone());
+                }
+            });
+        }
+    });
+    let activations = target.view(&x);
+    let mut out = vec![f32::NAN; columns * rows];
+    // SAFETY: the pointer is that of `out`; threads get disjoint rows.
+    let output = unsafe { OutputColumns::new(out.as_mut_ptr(), columns, rows) };
+    std::thread::scope(|scope| {
+        for rows in [0..17, 17..64, 64..96] {
+            scope.spawn(move || kernels.matmul(&view, &activations, rows, output));
+        }
+    });
+    assert_eq!(bits(&out), bits(&alone));
+}
+
+#[test]
+#[should_panic(expected = "needs 8-bit input")]
+fn quantized_weights_refuse_activations_without_an_8_bit_form() {
+    let view = MatrixView::new(DType::Q4_0, Layout::RowMajor, 1, 32, &[0; 18]).expect("valid");
+    let mut out = [0.0];
+    // SAFETY: the pointer is that of `out`, and only this thread writes.
+    let output = unsafe { OutputColumns::new(out.as_mut_ptr(), 1, 1) };
+    Kernels::best().matmul(&view, &Activations::float(&[0.0; 32], 1, 32), 0..1, output);
 }
 
 #[test]

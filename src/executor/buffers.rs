@@ -5,6 +5,10 @@
 //! worker, or read by any. `cpu.rs` derives what each worker writes from [`Worker::share`], whose
 //! shares are disjoint, and meets at a barrier after every op.
 //!
+//! Buffers that are read with 16-bit precision have two rows per token: rows `0 .. n` are the
+//! values, rows `n .. 2n` what their 8-bit form misses. So have the products of such rows, which
+//! are added up at once. Rows whose logits are wanted are paired so tile by tile.
+//!
 //! [`Worker::share`]: super::cpu_pool::Worker::share
 
 use super::program::ProgramDims;
@@ -160,17 +164,18 @@ pub(super) struct QuantizedRows<'a> {
 }
 
 impl<'a> QuantizedRows<'a> {
-    /// What matmuls read.
+    /// What matmuls read: the given rows.
     ///
     /// # Safety
     /// Nobody writes any of it before the next barrier.
-    pub unsafe fn activations(&self) -> Activations<'a> {
+    pub unsafe fn activations(&self, rows: Range<usize>) -> Activations<'a> {
         // SAFETY: passed on.
         let values = unsafe { self.values.all() };
-        match &self.eight_bit {
+        let all = match &self.eight_bit {
             Some(eight_bit) => eight_bit.view(values),
             None => Activations::float(values, self.values.rows, self.values.width),
-        }
+        };
+        all.slice(rows)
     }
 }
 
@@ -204,7 +209,7 @@ pub(super) struct StepBuffers<'a> {
     pub hidden: QuantizedRows<'a>,
     pub up: Rows<'a>,
     pub selected: QuantizedRows<'a>,
-    /// `[LOGITS_TILE_ROWS, vocab_size]`; 0 rows in a stage without logits.
+    /// `[2 · LOGITS_TILE_ROWS, vocab_size]`; 0 rows in a stage without logits.
     pub logits: Rows<'a>,
 }
 
@@ -212,18 +217,18 @@ impl Buffers {
     /// Buffers for steps of up to `tokens_max` tokens.
     pub fn new(dims: ProgramDims, tokens_max: usize) -> Self {
         let rows = |width: usize| Memory::new(tokens_max * width);
-        let quantized = |width: usize| QuantizedMemory::new(tokens_max, width);
-        let selected_rows = if dims.vocab > 0 { tokens_max } else { 0 };
+        let quantized = |rows: usize, width: usize| QuantizedMemory::new(rows, width);
+        let selected_rows = if dims.vocab > 0 { 2 * tokens_max } else { 0 };
         Self {
             residual: rows(dims.embedding),
-            normed: quantized(dims.embedding),
-            heads: rows(dims.heads),
-            attended: quantized(dims.attended),
+            normed: quantized(2 * tokens_max, dims.embedding),
+            heads: Memory::new(2 * tokens_max * dims.heads),
+            attended: quantized(tokens_max, dims.attended),
             projected: rows(dims.embedding),
-            hidden: quantized(dims.hidden),
+            hidden: quantized(tokens_max, dims.hidden),
             up: rows(dims.hidden),
-            selected: QuantizedMemory::new(selected_rows, dims.embedding),
-            logits: Memory::new(LOGITS_TILE_ROWS.min(tokens_max) * dims.vocab),
+            selected: quantized(selected_rows, dims.embedding),
+            logits: Memory::new(2 * LOGITS_TILE_ROWS.min(tokens_max) * dims.vocab),
             dims,
         }
     }
@@ -241,14 +246,14 @@ impl Buffers {
         let dims = self.dims;
         StepBuffers {
             residual: self.residual.rows(tokens, dims.embedding),
-            normed: self.normed.rows(tokens, dims.embedding),
-            heads: self.heads.rows(tokens, dims.heads),
+            normed: self.normed.rows(2 * tokens, dims.embedding),
+            heads: self.heads.rows(2 * tokens, dims.heads),
             attended: self.attended.rows(tokens, dims.attended),
             projected: self.projected.rows(tokens, dims.embedding),
             hidden: self.hidden.rows(tokens, dims.hidden),
             up: self.up.rows(tokens, dims.hidden),
-            selected: self.selected.rows(selected, dims.embedding),
-            logits: self.logits.rows(selected.min(LOGITS_TILE_ROWS), dims.vocab),
+            selected: self.selected.rows(2 * selected, dims.embedding),
+            logits: self.logits.rows(2 * selected.min(LOGITS_TILE_ROWS), dims.vocab),
         }
     }
 }

@@ -16,15 +16,16 @@
 //!
 //! No result depends on the shares: each element is computed by one worker in one fixed order.
 
+mod products;
+
 use super::batch::Batch;
 use super::buffers::{LOGITS_TILE_ROWS, QuantizedRows, Rows, StepBuffers};
 use super::cpu_pool::Worker;
 use super::kv_store::KvLayers;
-use super::program::{Buffer, HeadShape, KvLayerId, Linear, Norm, Op, Pending, Program, RopeId};
+use super::program::{HeadShape, KvLayerId, Norm, Op, Pending, Precision, Program, RopeId};
 use super::rotations::Rotations;
 use super::sample::RowSamplers;
 use super::weights::Weights;
-use crate::model::Activation;
 use crate::step::StepPlan;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -33,12 +34,6 @@ use tandem_cpu_kernels::attention::{
 };
 use tandem_cpu_kernels::blocks::GROUP;
 use tandem_cpu_kernels::{Kernels, dequantize_packed_row};
-
-/// Rows of a matmul are dealt out in groups that the interleaved layout keeps together.
-const MATMUL_ROWS: usize = 16;
-/// Hidden rows whose gate and up are computed before the activation runs over them: the products
-/// of a wide step are then still in the second-level cache.
-const GATE_ROWS: usize = 128;
 
 /// Everything that the workers of one step share.
 pub(super) struct Step<'a> {
@@ -87,9 +82,11 @@ impl Step<'_> {
                     row.copy_from_slice(&inlet[token * row.len()..][..row.len()]);
                 });
             }
-            Op::Norm { pending, norm } => self.norm(worker, *pending, *norm),
-            Op::Project { input, output, parts } => {
-                self.project(worker, (*input, *output), parts);
+            Op::Norm { pending, norm, precision } => {
+                self.norm(worker, *pending, (*norm, *precision));
+            }
+            Op::Project { input, output, parts, precision } => {
+                self.project(worker, (*input, *output), parts, *precision);
             }
             Op::Rotate { shape, query_norm, key_norm, rope, layer } => {
                 self.rotate(worker, *shape, [*query_norm, *key_norm], (*rope, *layer));
@@ -124,7 +121,7 @@ impl Step<'_> {
     }
 
     /// Adds what is pending to the residual stream of a token of this worker, and returns it.
-    fn settle(&self, token: usize, pending: Pending) -> &mut [f32] {
+    fn settle(&self, token: usize, pending: Pending) -> &[f32] {
         // SAFETY: only the worker that owns the token touches its residual and projected rows in
         // this op.
         let (residual, projected) = unsafe {
@@ -145,10 +142,14 @@ impl Step<'_> {
         residual
     }
 
-    fn norm(&self, worker: &Worker<'_>, pending: Pending, norm: Norm) {
+    fn norm(&self, worker: &Worker<'_>, pending: Pending, (norm, precision): (Norm, Precision)) {
+        let n_tokens = self.plan.tokens.len();
         for token in self.tokens(worker) {
             let residual = self.settle(token, pending);
             self.norm_row(residual, norm, (self.buffers.normed, token));
+            if precision == Precision::Sixteen {
+                self.refine(self.buffers.normed, token, token + n_tokens);
+            }
         }
     }
 
@@ -160,80 +161,24 @@ impl Step<'_> {
         self.quantize(target, row, 0..normed.len());
     }
 
+    /// Puts what the 8-bit form of row `row` misses into row `rest`, in both forms.
+    fn refine(&self, target: QuantizedRows<'_>, row: usize, rest: usize) {
+        let Some(eight_bit) = target.eight_bit else { return };
+        let all = 0..target.values.width;
+        // SAFETY: the caller owns both rows of the target in this op.
+        let (values, residual) = unsafe {
+            (target.values.part(row, all.clone()), target.values.part_mut(rest, all.clone()))
+        };
+        eight_bit.residual(values, row, all.clone(), residual);
+        self.quantize(target, rest, all);
+    }
+
     /// Fills the 8-bit form of columns `part` of a row that this worker has written.
     fn quantize(&self, target: QuantizedRows<'_>, row: usize, part: Range<usize>) {
         if let Some(eight_bit) = target.eight_bit {
             // SAFETY: the caller owns this part of the row in this op.
             let values = unsafe { target.values.part(row, part.clone()) };
             self.kernels.quantize_activations(values, eight_bit, row, part);
-        }
-    }
-
-    fn project(&self, worker: &Worker<'_>, (input, output): (Buffer, Buffer), parts: &[Linear]) {
-        let output = match output {
-            Buffer::Heads => self.buffers.heads,
-            _ => self.buffers.projected,
-        };
-        let input = match input {
-            Buffer::Attended => self.buffers.attended,
-            Buffer::Hidden => self.buffers.hidden,
-            _ => self.buffers.normed,
-        };
-        let mine = self.weighted_share(worker, parts);
-        let mut first = 0;
-        for part in parts {
-            let rows = self.weights.matrix(part.matrix).rows();
-            let own = mine.start.clamp(first, first + rows) - first
-                ..mine.end.clamp(first, first + rows) - first;
-            self.multiply(part, input, (output, first), own);
-            first += rows;
-        }
-    }
-
-    /// This worker's rows of all parts, one after the other: equal shares of bytes, cut at
-    /// multiples of [`MATMUL_ROWS`].
-    fn weighted_share(&self, worker: &Worker<'_>, parts: &[Linear]) -> Range<usize> {
-        let cost = |part: &Linear| self.weights.matrix(part.matrix).bytes().len();
-        let total: usize = parts.iter().map(cost).sum();
-        let cut = |index: usize| {
-            let mut target = total * index / worker.count();
-            let mut first = 0;
-            for part in parts {
-                let (rows, bytes) = (self.weights.matrix(part.matrix).rows(), cost(part));
-                if target < bytes {
-                    let row = target * rows / bytes;
-                    return first + (row.next_multiple_of(MATMUL_ROWS)).min(rows);
-                }
-                target -= bytes;
-                first += rows;
-            }
-            first
-        };
-        cut(worker.index)..cut(worker.index + 1)
-    }
-
-    /// Rows `own` of `part · input (+ bias)` into the output's columns from `first` on.
-    fn multiply(
-        &self,
-        part: &Linear,
-        input: QuantizedRows<'_>,
-        (output, first): (Rows<'_>, usize),
-        own: Range<usize>,
-    ) {
-        if own.is_empty() {
-            return;
-        }
-        let matrix = self.weights.matrix(part.matrix);
-        // SAFETY: the input was finished before the last barrier, and workers' `own` are disjoint.
-        let (activations, columns) = unsafe { (input.activations(), output.output()) };
-        self.kernels.matmul(&matrix, &activations, own.clone(), columns.skip_rows(first));
-        if let Some(bias) = part.bias {
-            let bias = &self.weights.vector(bias)[own.clone()];
-            for row in 0..output.rows {
-                // SAFETY: these are the elements that this worker has just written.
-                let out = unsafe { output.part_mut(row, first + own.start..first + own.end) };
-                self.kernels.add_bias(out, bias);
-            }
         }
     }
 
@@ -324,32 +269,6 @@ impl Step<'_> {
         }
     }
 
-    fn gate(&self, worker: &Worker<'_>, [gate, up]: [Linear; 2], activation: Activation) {
-        let (normed, hidden) = (self.buffers.normed, self.buffers.hidden);
-        let mine = worker.share(hidden.values.width, GROUP);
-        let mut start = mine.start;
-        while start < mine.end {
-            let rows = start..mine.end.min(start + GATE_ROWS);
-            self.multiply(&gate, normed, (hidden.values, 0), rows.clone());
-            self.multiply(&up, normed, (self.buffers.up, 0), rows.clone());
-            for token in 0..hidden.values.rows {
-                // SAFETY: these are the elements that this worker has just written.
-                let (gate, up) = unsafe {
-                    (
-                        hidden.values.part_mut(token, rows.clone()),
-                        self.buffers.up.part(token, rows.clone()),
-                    )
-                };
-                match activation {
-                    Activation::Silu => self.kernels.swiglu(gate, up),
-                    Activation::GeluTanh => self.kernels.geglu(gate, up),
-                }
-                self.quantize(hidden, token, rows.clone());
-            }
-            start = rows.end;
-        }
-    }
-
     fn send(&self, worker: &Worker<'_>, pending: Pending) {
         let outlet = self.outlet.expect("a stage that sends was given a slot");
         for token in self.tokens(worker) {
@@ -363,51 +282,11 @@ impl Step<'_> {
         for wanted in worker.share(self.plan.logits.len(), 1) {
             // The plan's rows are strictly ascending, so a token is settled once.
             let residual = self.settle(self.plan.logits[wanted].row, pending);
-            self.norm_row(residual, norm, (self.buffers.selected, wanted));
-        }
-    }
-
-    fn logits(&self, worker: &Worker<'_>, output: Linear, softcap: Option<f32>) {
-        let wanted = self.plan.logits.len();
-        let mut first = 0;
-        while first < wanted {
-            let tile = first..wanted.min(first + LOGITS_TILE_ROWS);
-            self.logits_tile(worker, output, softcap, tile.clone());
-            worker.meet();
-            for index in worker.share(tile.len(), 1) {
-                let logits = self.buffers.logits;
-                // SAFETY: workers' rows are disjoint; the products are behind the barrier.
-                let row = unsafe { whole_row_mut(logits, index) };
-                self.samplers.take(worker.index, self.plan, tile.start + index, row);
-            }
-            worker.meet();
-            first = tile.end;
-        }
-    }
-
-    fn logits_tile(
-        &self,
-        worker: &Worker<'_>,
-        output: Linear,
-        softcap: Option<f32>,
-        tile: Range<usize>,
-    ) {
-        let matrix = self.weights.matrix(output.matrix);
-        let own = worker.share(matrix.rows(), MATMUL_ROWS);
-        let logits = self.buffers.logits.cut(0..tile.len());
-        // SAFETY: `selected` was finished before the last barrier; workers' `own` are disjoint.
-        let (selected, columns) = unsafe { (self.buffers.selected.activations(), logits.output()) };
-        self.kernels.matmul(&matrix, &selected.slice(tile), own.clone(), columns);
-        let bias = output.bias.map(|bias| &self.weights.vector(bias)[own.clone()]);
-        for row in 0..logits.rows {
-            // SAFETY: these are the elements that this worker has just written.
-            let part = unsafe { logits.part_mut(row, own.clone()) };
-            if let Some(bias) = bias {
-                self.kernels.add_bias(part, bias);
-            }
-            if let Some(cap) = softcap {
-                self.kernels.softcap(part, cap);
-            }
+            let first = wanted / LOGITS_TILE_ROWS * LOGITS_TILE_ROWS;
+            let rows = LOGITS_TILE_ROWS.min(self.plan.logits.len() - first);
+            let row = first + wanted;
+            self.norm_row(residual, norm, (self.buffers.selected, row));
+            self.refine(self.buffers.selected, row, row + rows);
         }
     }
 }

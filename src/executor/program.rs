@@ -12,6 +12,7 @@
 //! Gate     normed → hidden, 8-bit      two weights, activation after
 //! Project  hidden → projected
 //! ```
+//! Queries, keys, values and logits read 16-bit activations ([`Precision`]), all else 8-bit ones.
 //! An interpreter on several workers needs one barrier after each op, so eight per layer.
 
 mod lowering;
@@ -75,6 +76,16 @@ pub struct Norm {
     pub eps: f32,
 }
 
+/// How finely a device that rounds activations keeps what a matmul reads. The choice is
+/// `lowering.rs`'s; a device that computes in 16-bit floats or better may ignore it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// 8 bits with a scale per 32 elements.
+    Eight,
+    /// Twice that: what the first 8 bits miss is kept in 8 more, as rows of their own.
+    Sixteen,
+}
+
 /// What an op does to the residual stream first.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Pending {
@@ -132,6 +143,8 @@ pub enum Op {
         pending: Pending,
         /// The norm of the sum.
         norm: Norm,
+        /// The finest that a reader wants.
+        precision: Precision,
     },
     /// `output = parts · input`, the parts' rows one after the other.
     Project {
@@ -141,6 +154,8 @@ pub enum Op {
         output: Buffer,
         /// One or more matrices over the same input.
         parts: Vec<Linear>,
+        /// Of the input.
+        precision: Precision,
     },
     /// Norms of queries and keys per head, rotary embedding in place; keys and values into the
     /// KV store.
@@ -190,7 +205,8 @@ pub enum Op {
         /// The model's last norm.
         norm: Norm,
     },
-    /// `logits = softcap(output · selected)`; each row is then sampled or scored as planned.
+    /// `logits = softcap(output · selected)`, the input in 16 bits; each row is then sampled or
+    /// scored as planned.
     Logits {
         /// `[vocab_size, embedding_dim]`
         output: Linear,

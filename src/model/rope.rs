@@ -6,7 +6,8 @@ use std::f64::consts::PI;
 /// Which two elements of a head turn together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RopeStyle {
-    /// Elements `2i` and `2i + 1`. Llama's GGUF files have their query and key rows permuted for it.
+    /// Elements `2i` and `2i + 1`. Llama's GGUF files have their query and key rows permuted for
+    /// it.
     Interleaved,
     /// Elements `i` and `i + dims / 2`.
     HalfSplit,
@@ -35,8 +36,8 @@ pub enum RopeScaling {
     },
 }
 
-/// Rotary position embedding of one layer: pair i of position p turns by `p * frequencies()[i]`, and
-/// the result is multiplied by `magnitude()`. Elements from `dims` on stay as they are.
+/// Rotary position embedding of one layer: pair i of position p turns by `p * frequencies()[i]`,
+/// and the result is multiplied by `magnitude()`. Elements from `dims` on stay as they are.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeSpec {
     /// Which elements form a pair.
@@ -87,8 +88,8 @@ impl RopeSpec {
         }
     }
 
-    /// YaRN's ramp: 1 where a pair's frequency is kept, 0 where it is divided. The pair that makes n
-    /// turns within the original context L is `dims * ln(L / (2 pi n)) / (2 ln base)`.
+    /// YaRN's ramp: 1 where a pair's frequency is kept, 0 where it is divided. The pair that makes
+    /// n turns within the original context L is `dims * ln(L / (2 pi n)) / (2 ln base)`.
     fn kept_share(&self, pair: usize) -> f64 {
         let RopeScaling::Yarn { original_context_tokens, beta_fast, beta_slow, .. } = self.scaling
         else {

@@ -1,5 +1,5 @@
-//! Checked access to a checkpoint for the families: keys under the family's prefix, and tensors that
-//! must have a given shape.
+//! Checked access to a checkpoint for the families: keys under the family's prefix, and tensors
+//! that must have a given shape.
 
 use super::{FfnSpec, LinearSpec, NormSpec, TensorRef};
 use crate::formats::{Checkpoint, FormatError, Metadata, TensorInfo, Value};

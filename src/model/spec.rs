@@ -48,7 +48,8 @@ pub struct NormSpec {
 pub struct AttentionSpec {
     /// Query heads.
     pub n_heads: usize,
-    /// Key and value heads; divides `n_heads`. Query head h reads key head `h / (n_heads / n_kv_heads)`.
+    /// Key and value heads; divides `n_heads`. Query head h reads key head `h / (n_heads /
+    /// n_kv_heads)`.
     pub n_kv_heads: usize,
     /// Elements of a head; even.
     pub head_dim: usize,

@@ -55,7 +55,8 @@ pub struct SamplingParams {
     pub penalty_last_n: Option<usize>,
     /// DRY repetition penalty.
     pub dry: DryParams,
-    /// Tokens that break a DRY repeat, resolved from `dry.sequence_breakers` by the tokenizer.
+    /// Tokens that break a DRY repeat, resolved from `dry.sequence_breakers` by the tokenizer;
+    /// ascending.
     pub dry_breaker_tokens: Vec<TokenId>,
     /// Added to the logits of single tokens.
     pub logit_bias: Vec<(TokenId, f32)>,

@@ -1,55 +1,136 @@
-//! stub. stub.
-#![allow(missing_docs)]
-use crate::{request::SamplingParams, step::TokenLogprob, units::TokenId};
-pub struct Sampler;
-#[derive(Debug)]
-pub struct NonFinite;
+//! Owns the choice of the next token from a row of logits. It must not know models, sequences or
+//! time: the same logits, parameters, tokens and position give the same token. The executor's last
+//! stage calls it, one row at a time.
+//!
+//! The chain, in the order that llama.cpp's users know:
+//! ```text
+//! logits → log-probabilities that are reported (the model's own distribution)
+//!        → logit bias → repetition, frequency, presence penalties → DRY
+//!        → top-k → typical → top-p → min-p → temperature → draw by (seed, position)
+//! ```
+//! Truncations look at the distribution before temperature, each renormalised over what the ones
+//! before it kept. At temperature 0 the best token after the penalties is taken.
+
+mod penalties;
+mod random;
+mod softmax;
+mod truncation;
+
+pub use random::uniform;
+
+use crate::request::SamplingParams;
+use crate::step::TokenLogprob;
+use crate::units::TokenId;
+use penalties::Penalties;
+use truncation::Candidates;
+
+/// A logit is NaN or infinite: the model's arithmetic went wrong.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[error("the logit of token {token} is {value}")]
+pub struct NonFinite {
+    /// The first such token.
+    pub token: TokenId,
+    /// Its logit.
+    pub value: f32,
+}
+
+/// A chosen or given token with what the model thought of it.
+#[derive(Clone, Debug, PartialEq)]
 pub struct SampledToken {
+    /// The token, with its log-probability before bias, penalties, truncation and temperature.
     pub token: TokenLogprob,
+    /// The most likely tokens by that measure, best first, as many as asked for.
     pub top: Vec<TokenLogprob>,
 }
+
+/// Chooses tokens. Holds scratch for one vocabulary and allocates nothing per row besides the
+/// reported alternatives; keep one per thread.
+pub struct Sampler {
+    vocab_size: usize,
+    penalties: Penalties,
+    candidates: Candidates,
+}
+
 impl Sampler {
-    pub fn new(_: usize) -> Self {
-        Self
+    /// A sampler with scratch for rows of `vocab_size` logits.
+    pub fn new(vocab_size: usize) -> Self {
+        Self {
+            vocab_size,
+            penalties: Penalties::new(vocab_size),
+            candidates: Candidates::new(vocab_size),
+        }
     }
+
+    /// Chooses the next token. `logits` is `[vocab_size]` and is changed by bias and penalties.
+    /// `history` is the sequence's tokens so far, the first `prompt_tokens` of them the prompt; it
+    /// may be empty if no penalty is on. `position` is that of the token that is chosen; it and
+    /// `params.seed` (0 if none) decide the draw.
+    ///
+    /// # Errors
+    /// [`NonFinite`] if a logit is NaN or infinite.
+    ///
+    /// # Panics
+    /// If `logits` has another length than the sampler was made for.
     pub fn sample(
         &mut self,
         logits: &mut [f32],
         params: &SamplingParams,
-        _history: &[TokenId],
-        _p: usize,
-        _pos: usize,
+        history: &[TokenId],
+        prompt_tokens: usize,
+        position: usize,
     ) -> Result<SampledToken, NonFinite> {
-        let mut best = 0;
-        for (i, l) in logits.iter().enumerate() {
-            if *l > logits[best] {
-                best = i;
-            }
+        let row = self.measure(logits)?;
+        let top = softmax::top(logits, params.top_logprobs, row.log_sum);
+        // The chosen token's own logit, read before bias and penalties change it.
+        let logprob_of = |logits: &[f32], id: TokenId| logits[id.index()] - row.log_sum;
+        if !Penalties::change_logits(params) {
+            let id = self.choose(logits, row.best, params, position);
+            let token = TokenLogprob { id, logprob: logprob_of(logits, id) };
+            return Ok(SampledToken { token, top });
         }
-        self.score(logits, TokenId(best as u32), params.top_logprobs)
+        let generated = history.get(prompt_tokens..).unwrap_or(&[]);
+        self.penalties.apply(logits, params, history, generated);
+        let best = softmax::best(logits);
+        let id = self.choose(logits, best, params, position);
+        let own = self.penalties.original(id).unwrap_or_else(|| logits[id.index()]);
+        Ok(SampledToken { token: TokenLogprob { id, logprob: own - row.log_sum }, top })
     }
+
+    /// The log-probability of a given token, and of the `top_logprobs` most likely ones.
+    ///
+    /// # Errors
+    /// [`NonFinite`] if a logit is NaN or infinite.
+    ///
+    /// # Panics
+    /// If `logits` has another length than the sampler was made for, or `target` is not in it.
     pub fn score(
         &mut self,
-        l: &mut [f32],
-        t: TokenId,
-        k: usize,
+        logits: &[f32],
+        target: TokenId,
+        top_logprobs: usize,
     ) -> Result<SampledToken, NonFinite> {
-        let max = l.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        if !l.iter().all(|x| x.is_finite()) {
-            return Err(NonFinite);
+        let row = self.measure(logits)?;
+        let logprob = logits[target.index()] - row.log_sum;
+        let top = softmax::top(logits, top_logprobs, row.log_sum);
+        Ok(SampledToken { token: TokenLogprob { id: target, logprob }, top })
+    }
+
+    fn measure(&self, logits: &[f32]) -> Result<softmax::Row, NonFinite> {
+        assert_eq!(logits.len(), self.vocab_size, "logits of one row of the vocabulary");
+        softmax::measure(logits)
+    }
+
+    fn choose(
+        &mut self,
+        logits: &[f32],
+        best: TokenId,
+        params: &SamplingParams,
+        position: usize,
+    ) -> TokenId {
+        if params.temperature == 0.0 || params.top_k == 1 {
+            return best;
         }
-        let lse = l.iter().map(|x| f64::from(x - max).exp()).sum::<f64>().ln() + f64::from(max);
-        let lp = |i: usize| TokenLogprob {
-            id: TokenId(i as u32),
-            logprob: (f64::from(l[i]) - lse) as f32,
-        };
-        let mut order: Vec<usize> = Vec::new();
-        if k > 0 {
-            order = (0..l.len()).collect();
-            order.select_nth_unstable_by(k, |a, b| l[*b].total_cmp(&l[*a]));
-            order.truncate(k);
-            order.sort_by(|a, b| l[*b].total_cmp(&l[*a]));
-        }
-        Ok(SampledToken { token: lp(t.index()), top: order.into_iter().map(lp).collect() })
+        let draw = uniform(params.seed.unwrap_or(0), position as u64);
+        self.candidates.choose(logits, best, params, draw)
     }
 }

@@ -6,6 +6,7 @@ mod admission;
 pub mod client;
 mod connection;
 mod dispatch;
+mod engine;
 mod engine_handle;
 mod hangup;
 mod listen;

@@ -1,7 +1,10 @@
 //! What tests of the executor share: models that may be absent, stages, and plans built by hand.
 
+#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(clippy::print_stderr, reason = "a skipped test says so")]
+
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tandem::executor::{KvOptions, PoolOptions, Stage, StageOptions, StagePart};
 use tandem::formats::Checkpoint;
@@ -35,6 +38,12 @@ impl Model {
     pub fn open(checkpoint: Checkpoint) -> Self {
         let spec = ModelSpec::from_checkpoint(&checkpoint).expect("a model");
         Self { checkpoint: Arc::new(checkpoint), spec: Arc::new(spec) }
+    }
+
+    /// A model file that lies in memory.
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        let checkpoint = Checkpoint::from_bytes(Path::new("tiny.gguf"), bytes);
+        Self::open(checkpoint.expect("a checkpoint"))
     }
 
     /// A fetched model, if it is here.

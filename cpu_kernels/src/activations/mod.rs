@@ -1,5 +1,5 @@
 //! Owns the 8-bit form of activations that all quantised weights are multiplied with.
-//! It must not know weight types, threads or models: buffers and column ranges come from the caller.
+//! It must not know weight types, threads or models: buffers and ranges come from the caller.
 //! Called by the executor before each group of matmuls; read by `matmul`.
 //!
 //! Per group of 32 elements: `scale = amax / 127`, `q = round_half_even(x · (127 / amax))`, so
@@ -63,6 +63,8 @@ pub(crate) struct Quantized<'a> {
 
 impl<'a> Activations<'a> {
     /// Activations for F32, F16 and BF16 weights only: `values` is `[columns, cols]`.
+    ///
+    /// Any alignment is right; columns that start on cache lines (64 bytes) are fastest.
     ///
     /// # Panics
     /// When `values.len()` is not `columns · cols`.

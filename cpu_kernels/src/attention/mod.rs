@@ -6,11 +6,12 @@
 //! ```text
 //! s_j = softcap(scale · q·k_j)        w_j = e^(s_j − max s)        out = Σ w_j·v_j / Σ w_j
 //! ```
-//! computed online (Milakov and Gimelshein, arXiv 1805.02867): chunks of 64 positions move a running
-//! maximum, segments of [`SEGMENT_TOKENS`] positions are computed on their own and then merged in
-//! ascending order. Chunks and segments start at absolute multiples of their size, and what a query
-//! does not see contributes exactly nothing. So a query's result has the same bits whatever the
-//! other queries of the call, the split of work among threads, and the ids in the block table.
+//! computed online (Milakov and Gimelshein, arXiv 1805.02867): chunks of 64 positions move a
+//! running maximum, segments of [`SEGMENT_TOKENS`] positions are computed on their own and then
+//! merged in ascending order. Chunks and segments start at absolute multiples of their size, and
+//! what a query does not see contributes exactly nothing. So a query's result has the same bits
+//! whatever the other queries of the call, the split of work among threads, and the ids in the
+//! block table.
 
 #[cfg(target_arch = "x86_64")]
 mod chunk;
@@ -226,8 +227,8 @@ impl Kernels {
     }
 
     /// Attends over segment `segment` only and leaves the unmerged result in `partial`, of
-    /// [`AttentionCall::partial_len`] elements. For decoding on long contexts, where one head's work
-    /// is worth several threads.
+    /// [`AttentionCall::partial_len`] elements. For decoding on long contexts, where one head's
+    /// work is worth several threads.
     ///
     /// # Panics
     /// As [`Kernels::attend`], and when `partial` has another length.

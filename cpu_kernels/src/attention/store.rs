@@ -31,8 +31,8 @@ pub enum KvLayoutError {
 /// keys    [block][kv_head][head_dim][block_tokens]  f16
 /// values  [block][kv_head][block_tokens][head_dim]  f16
 /// ```
-/// Keys are transposed within a block, so that the lanes of a vector are tokens: scores then need no
-/// horizontal sums, and `head_dim` may be any number. A block of one head is contiguous in both.
+/// Keys are transposed within a block, so that the lanes of a vector are tokens: scores then need
+/// no horizontal sums, and `head_dim` may be any number. A block of one head is contiguous in both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {
     n_kv_heads: usize,

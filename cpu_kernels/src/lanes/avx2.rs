@@ -63,7 +63,9 @@ impl Lanes for Avx2 {
         fn if_less(a: __m256, b: __m256, x: __m256, y: __m256) -> __m256 {
             _mm256_blendv_ps(y, x, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b))
         }
-        fn nan_or_zero(a: __m256) -> __m256 { _mm256_and_ps(a, _mm256_cmp_ps::<_CMP_UNORD_Q>(a, a)) }
+        fn nan_or_zero(a: __m256) -> __m256 {
+            _mm256_and_ps(a, _mm256_cmp_ps::<_CMP_UNORD_Q>(a, a))
+        }
         fn sum(a: __m256) -> f32 {
             let four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));

@@ -82,8 +82,8 @@ const EXP_LOWEST: f32 = -80.0;
 /// Above this, [`exp_lanes`] answers e^88, which is still finite.
 const EXP_HIGHEST: f32 = 88.0;
 
-/// `q(r) = (e^r − 1 − r) / r²` for |r| ≤ ln 2 / 2: the Taylor series up to r⁵/7!. The first term left
-/// out of e^r is r⁸/8! < 5.2·10⁻⁹, a twelfth of half a unit in the last place.
+/// `q(r) = (e^r − 1 − r) / r²` for |r| ≤ ln 2 / 2: the Taylor series up to r⁵/7!. The first term
+/// left out of e^r is r⁸/8! < 5.2·10⁻⁹, a twelfth of half a unit in the last place.
 ///
 /// # Safety
 /// The CPU has the instructions of `L`.

@@ -112,15 +112,15 @@ impl float::Vector for Floats {
             [_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(16))]
         }
         fn load_f16(from: *const u8) -> [__m512; 2] {
-            let part = |index: usize| _mm512_cvtph_ps(_mm256_loadu_si256(from.add(32 * index).cast()));
-            [part(0), part(1)]
+            let part = |from: *const u8| _mm512_cvtph_ps(_mm256_loadu_si256(from.cast()));
+            [part(from), part(from.add(32))]
         }
         fn load_bf16(from: *const u8) -> [__m512; 2] {
-            let part = |index: usize| {
-                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.add(32 * index).cast()));
+            let part = |from: *const u8| {
+                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
             };
-            [part(0), part(1)]
+            [part(from), part(from.add(32))]
         }
         fn store(to: *mut f32, value: [__m512; 2]) -> () {
             _mm512_storeu_ps(to, value[0]);

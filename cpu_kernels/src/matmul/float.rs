@@ -1,7 +1,7 @@
 //! F32, F16 and BF16 weights against f32 activations.
 //!
 //! ```text
-//! for each block of rows, for each tile of columns:
+//! for each block of 16 rows, for each tile of columns, for each chunk of elements, for 1-2 rows:
 //!   for each 32 elements:  partial[row][column][0..32] = fma(w[row], x[column], partial)
 //! out = tree sum of the 32 partial sums
 //! ```
@@ -17,14 +17,20 @@ use std::ops::Range;
 /// How far ahead of its use a row is fetched.
 const PREFETCH_BYTES: usize = 2048;
 
+/// Rows whose sums are kept between chunks: 16 rows · 4 columns · 32 sums are 8 KiB.
+const BLOCK_ROWS: usize = 16;
+
+/// Elements per chunk: 4 columns of them are 16 KiB, which stay in L1 for all 16 rows.
+const CHUNK_ELEMENTS: usize = 1024;
+
 /// Operations on 32 floats at a time.
 ///
 /// # Safety
 /// The CPU must have the instruction set; pointers must be valid for 32 elements.
 pub(super) trait Vector {
-    /// Rows of a block and columns of a tile: as many sums as registers hold.
+    /// Rows side by side, 1 or 2: with the columns as many sums as registers hold.
     const ROWS: usize;
-    /// Columns per tile, when there is more than one column.
+    /// Columns per tile, 2 or 4, where there are as many.
     const COLUMNS: usize;
     /// 32 f32.
     type Floats: Copy;
@@ -111,70 +117,110 @@ pub(super) unsafe fn matmul<V: Vector, W: Weight>(
 ) {
     let mut row = rows.start;
     while row < rows.end {
-        // With one column rows come one by one: a single stream from DRAM is fastest.
-        let single = x.columns() < V::COLUMNS || rows.end - row < V::ROWS;
-        let block = if single { 1 } else { V::ROWS };
+        let block = row..rows.end.min(row + BLOCK_ROWS);
         let mut column = 0;
         while column < x.columns() {
             let tile = if x.columns() - column < V::COLUMNS { 1 } else { V::COLUMNS };
-            let at = (row, column);
-            // SAFETY: `block` rows and `tile` columns exist; the rest is our own contract.
+            // SAFETY: the rows and `tile` columns exist; the rest is our own contract.
             unsafe {
-                match (block, tile) {
-                    (2, 4) => multiply::<V, W, 2, 4>(weights, x, at, out),
-                    (_, 4) => multiply::<V, W, 1, 4>(weights, x, at, out),
-                    (_, 2) => multiply::<V, W, 1, 2>(weights, x, at, out),
-                    (2, _) => multiply::<V, W, 2, 1>(weights, x, at, out),
-                    _ => multiply::<V, W, 1, 1>(weights, x, at, out),
+                match tile {
+                    4 => multiply_tile::<V, W, 4>(weights, x, (block.clone(), column), out),
+                    2 => multiply_tile::<V, W, 2>(weights, x, (block.clone(), column), out),
+                    _ => multiply_tile::<V, W, 1>(weights, x, (block.clone(), column), out),
                 }
             }
             column += tile;
         }
-        row += block;
+        row = block.end;
     }
 }
 
-/// `R` rows times `C` columns.
+/// Up to 16 rows times `C` columns, chunk of elements after chunk.
+#[inline(always)]
+unsafe fn multiply_tile<V: Vector, W: Weight, const C: usize>(
+    weights: &MatrixView<'_>,
+    x: &Activations<'_>,
+    (rows, column): (Range<usize>, usize),
+    out: OutputColumns<'_>,
+) {
+    let cols = weights.cols();
+    let chunk = if C == 1 { cols } else { CHUNK_ELEMENTS };
+    let mut sums = [[[0.0; GROUP]; C]; BLOCK_ROWS];
+    let mut first = 0;
+    while first < cols {
+        let elements = first..cols.min(first + chunk);
+        let mut row = rows.start;
+        while row < rows.end {
+            let sums = &mut sums[row - rows.start..];
+            let at = (row, column);
+            // SAFETY: rows, columns and elements exist; the rest is our own contract.
+            unsafe {
+                // A lone column takes rows one by one: a single stream from DRAM is fastest.
+                if V::ROWS == 2 && C > 1 && rows.end - row >= 2 {
+                    multiply::<V, W, 2, C>(weights, x, at, elements.clone(), sums);
+                    row += 2;
+                } else {
+                    multiply::<V, W, 1, C>(weights, x, at, elements.clone(), sums);
+                    row += 1;
+                }
+            }
+        }
+        first = elements.end;
+    }
+    for (row, sums) in rows.zip(sums) {
+        for (c, sums) in sums.into_iter().enumerate() {
+            // SAFETY: row and column are in the output, and this thread's.
+            unsafe { out.at(column + c, row).write(tree_sum(sums)) };
+        }
+    }
+}
+
+/// Adds some elements of `R` rows times `C` columns to their 32 partial sums.
 #[inline(always)]
 unsafe fn multiply<V: Vector, W: Weight, const R: usize, const C: usize>(
     weights: &MatrixView<'_>,
     x: &Activations<'_>,
     (row, column): (usize, usize),
-    out: OutputColumns<'_>,
+    elements: Range<usize>,
+    sums: &mut [[[f32; GROUP]; C]],
 ) {
-    let cols = weights.cols();
-    let whole = cols / GROUP * GROUP;
-    // SAFETY: all rows and columns are in bounds, and a step reads 32 elements of what is left.
+    let whole = elements.start + elements.len() / GROUP * GROUP;
+    // SAFETY: rows, columns and elements exist, and a step reads 32 elements of what is left.
     unsafe {
         let mut w = [weights.bytes().as_ptr(); R];
         for (index, w) in w.iter_mut().enumerate() {
-            *w = w.add((row + index) * cols * W::BYTES);
+            *w = w.add((row + index) * weights.cols() * W::BYTES);
         }
         let mut y = [std::ptr::null(); C];
         for (index, y) in y.iter_mut().enumerate() {
             *y = x.column(column + index).as_ptr();
         }
         let mut partial = [[V::zero(); C]; R];
-        let mut element = 0;
+        for r in 0..R {
+            for c in 0..C {
+                partial[r][c] = V::load(sums[r][c].as_ptr());
+            }
+        }
+        let mut element = elements.start;
         while element < whole {
             for w in w {
                 let ahead = element * W::BYTES + PREFETCH_BYTES;
                 V::prefetch(w.wrapping_add(ahead));
-                V::prefetch(w.wrapping_add(ahead + 32 * W::BYTES - 64));
+                if W::BYTES == 4 {
+                    V::prefetch(w.wrapping_add(ahead + 64));
+                }
             }
-            step::<V, W, R, C>(&w, &y, element, &mut partial);
+            partial = step::<V, W, R, C>(&w, &y, element, partial);
             element += GROUP;
         }
-        if whole < cols {
-            let padded = pad::<R, C>(&w, &y, (whole, cols - whole), W::BYTES);
+        if whole < elements.end {
+            let padded = pad::<R, C>(&w, &y, whole..elements.end, W::BYTES);
             let (w, y) = (padded.0.each_ref().map(|w| w.as_ptr()), padded.1.each_ref());
-            step::<V, W, R, C>(&w, &y.map(|y| y.as_ptr()), 0, &mut partial);
+            partial = step::<V, W, R, C>(&w, &y.map(|y| y.as_ptr()), 0, partial);
         }
-        for (r, partial) in partial.into_iter().enumerate() {
-            for (c, partial) in partial.into_iter().enumerate() {
-                let mut sums = [0.0; GROUP];
-                V::store(sums.as_mut_ptr(), partial);
-                out.at(column + c, row + r).write(tree_sum(sums));
+        for r in 0..R {
+            for c in 0..C {
+                V::store(sums[r][c].as_mut_ptr(), partial[r][c]);
             }
         }
     }
@@ -185,32 +231,34 @@ unsafe fn step<V: Vector, W: Weight, const R: usize, const C: usize>(
     w: &[*const u8; R],
     x: &[*const f32; C],
     element: usize,
-    partial: &mut [[V::Floats; C]; R],
-) {
+    mut partial: [[V::Floats; C]; R],
+) -> [[V::Floats; C]; R] {
     // SAFETY: the caller has 32 elements from `element` on, in each row and column.
     unsafe {
-        for (w, partial) in w.iter().zip(partial) {
-            let w = W::load::<V>(w.add(element * W::BYTES));
-            for (x, partial) in x.iter().zip(partial) {
-                *partial = V::fma(w, V::load(x.add(element)), *partial);
+        for r in 0..R {
+            let w = W::load::<V>(w[r].add(element * W::BYTES));
+            for c in 0..C {
+                partial[r][c] = V::fma(w, V::load(x[c].add(element)), partial[r][c]);
             }
         }
     }
+    partial
 }
 
 /// Bytes of 32 weights, and 32 activations.
 type Padded<const R: usize, const C: usize> = ([[u8; 4 * GROUP]; R], [[f32; GROUP]; C]);
 
-/// The last `count` (below 32) elements from `first` on, followed by zeros.
+/// The last elements, fewer than 32, followed by zeros.
 #[cold]
 unsafe fn pad<const R: usize, const C: usize>(
     w: &[*const u8; R],
     x: &[*const f32; C],
-    (first, count): (usize, usize),
+    elements: Range<usize>,
     weight_bytes: usize,
 ) -> Padded<R, C> {
+    let (first, count) = (elements.start, elements.len());
     let mut padded = ([[0; 4 * GROUP]; R], [[0.0; GROUP]; C]);
-    // SAFETY: the caller has `count` elements from `first` on, in each row and column.
+    // SAFETY: the caller has these elements in each row and column.
     unsafe {
         for (w, padded) in w.iter().zip(&mut padded.0) {
             let source = w.add(first * weight_bytes);

@@ -7,7 +7,7 @@
 //! instruction set, in every layout and for any number of columns:
 //! ```text
 //! acc = 0
-//! for each group:  isum = Σ quant·activation            (exact integers; per half where scales are)
+//! for each group:  isum = Σ quant·activation            (exact; per half where scales are)
 //!                  acc  = fma(isum, weight_scale · activation_scale, acc)
 //!                  acc  = fma(min, activation_scaled_sum, acc)         (types with offsets)
 //! ```

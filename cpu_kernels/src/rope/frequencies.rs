@@ -170,8 +170,8 @@ fn stretch(radians: &mut [f64], params: &RopeParams<'_>) -> Result<f64, RopeErro
 }
 
 /// The (fractional) pair that turns `turns` times within `context` tokens: solves
-/// `context · base^(−2i/dims) = 2π·turns` for `i`. The authors' code, and all that follows it, ramps
-/// over this index rather than over the number of turns that the paper's formula shows.
+/// `context · base^(−2i/dims) = 2π·turns` for `i`. The authors' code, and all that follows it,
+/// ramps over this index rather than over the number of turns that the paper's formula shows.
 fn pair_of_turns(params: &RopeParams<'_>, context: f64, turns: f64) -> f64 {
     params.dims as f64 * (context / (turns * 2.0 * PI)).ln() / (2.0 * params.base.ln())
 }

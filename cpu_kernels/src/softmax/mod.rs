@@ -8,8 +8,8 @@ pub(crate) mod simd;
 use crate::dispatch::Kernels;
 
 impl Kernels {
-    /// `row[i] = e^row[i] / Σ e^row[j]`, computed around the largest entry. Entries of −∞ become 0. Probabilities below e^−80 of the
-    /// largest may be flushed to 0.
+    /// `row[i] = e^row[i] / Σ e^row[j]`, computed around the largest entry. Entries of −∞ become 0.
+    /// Probabilities below e^−80 of the largest may be flushed to 0.
     ///
     /// # Errors
     /// A row without a finite largest entry (empty, NaN, +∞, or only −∞) is left as it is.
@@ -25,8 +25,8 @@ impl Kernels {
         Ok(())
     }
 
-    /// `ln Σ e^row[i]`, computed around the largest entry. NaN if any entry is NaN, +∞ if any is +∞,
-    /// −∞ for an empty row or only −∞.
+    /// `ln Σ e^row[i]`, computed around the largest entry. NaN if any entry is NaN, +∞ if any is
+    /// +∞, −∞ for an empty row or only −∞.
     pub fn log_sum_exp(&self, row: &[f32]) -> f32 {
         // SAFETY: the table came from `for_isa`.
         unsafe {

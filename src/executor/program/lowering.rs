@@ -1,11 +1,16 @@
 //! Lowers a model to a program: `ModelSpec` + the part that a stage runs → ops. Fusion happens
 //! here: three weights over one input, an activation after two, additions into the norm that
 //! follows.
+//!
+//! Where 16-bit activations pay: with 8 bits everywhere SmolLM2 is 0.0327 nats from exact. Of
+//! that variance queries, keys and values bring 32 % for 16 % of the arithmetic (their errors go
+//! through an exponential), gate and up 35 % for half of it, down 17 %, the logits 11 %, the
+//! attention's output 5 %. So the first are worth it, and the logits, of which a step has few.
 
 use super::Buffer::{Attended, Heads, Hidden, Normed, Projected};
 use super::{
     HeadShape, Inlet, KvLayerId, KvShape, Linear, MatrixEntry, MatrixId, MatrixUse, Norm, Op,
-    Outlet, Pending, Program, ProgramDims, RopeId, StagePart, VectorId,
+    Outlet, Pending, Precision, Program, ProgramDims, RopeId, StagePart, VectorId,
 };
 use crate::executor::ExecutorError;
 use crate::model::{
@@ -95,11 +100,11 @@ impl Lowering {
     /// Emits one layer; returns what is left to be added to the residual stream.
     fn layer(&mut self, layer: &LayerSpec, pending: Pending) -> Pending {
         let norm = self.norm(&layer.attention_norm);
-        self.program.ops.push(Op::Norm { pending, norm });
+        self.program.ops.push(Op::Norm { pending, norm, precision: Precision::Sixteen });
         self.attention(&layer.attention);
         let pending = self.pending(layer.attention_post_norm.as_ref());
         let norm = self.norm(&layer.ffn_norm);
-        self.program.ops.push(Op::Norm { pending, norm });
+        self.program.ops.push(Op::Norm { pending, norm, precision: Precision::Eight });
         self.feed_forward(&layer.ffn);
         self.pending(layer.ffn_post_norm.as_ref())
     }
@@ -117,10 +122,20 @@ impl Lowering {
         let output = vec![self.linear(&spec.output)];
         let (window, scale, softcap) = (spec.window, spec.scale, spec.softcap);
         self.program.ops.extend([
-            Op::Project { input: Normed, output: Heads, parts: parts.to_vec() },
+            Op::Project {
+                input: Normed,
+                output: Heads,
+                parts: parts.to_vec(),
+                precision: Precision::Sixteen,
+            },
             Op::Rotate { shape, query_norm, key_norm, rope, layer },
             Op::Attend { shape, layer, window, scale, softcap },
-            Op::Project { input: Attended, output: Projected, parts: output },
+            Op::Project {
+                input: Attended,
+                output: Projected,
+                parts: output,
+                precision: Precision::Eight,
+            },
         ]);
     }
 
@@ -129,7 +144,12 @@ impl Lowering {
         let down = vec![self.linear(&spec.down)];
         self.program.ops.extend([
             Op::Gate { gate, up, activation: spec.activation },
-            Op::Project { input: Hidden, output: Projected, parts: down },
+            Op::Project {
+                input: Hidden,
+                output: Projected,
+                parts: down,
+                precision: Precision::Eight,
+            },
         ]);
     }
 

@@ -1,5 +1,5 @@
-//! Gemma 3, text only (arXiv 2503.19786): a scaled embedding, a norm before and after both halves of
-//! a layer and on every query and key head, GeGLU, and five layers with a sliding window to each
+//! Gemma 3, text only (arXiv 2503.19786): a scaled embedding, a norm before and after both halves
+//! of a layer and on every query and key head, GeGLU, and five layers with a sliding window to each
 //! that sees everything. The two kinds of layers turn positions differently.
 
 use super::decoder::{self, AttentionTraits, HeadNorms};

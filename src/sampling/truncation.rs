@@ -1,0 +1,213 @@
+//! Which tokens stay in the draw, and the draw. Nothing here sorts the vocabulary: a truncation
+//! that keeps a mass looks at the best 64 tokens, then at 8 times as many, until it has the mass.
+
+use super::softmax::{SUM_BLOCK, exp_nonpositive, sum_of_weights};
+use crate::request::SamplingParams;
+use crate::units::TokenId;
+use std::cmp::Ordering;
+
+/// A token that may be drawn.
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    id: u32,
+    logit: f32,
+    /// exp(logit - largest), later exp((logit - largest) / temperature).
+    weight: f32,
+    /// What a truncation by surprise sorts by.
+    surprise: f32,
+}
+
+/// Scratch for the candidates of one row.
+pub(super) struct Candidates {
+    kept: Vec<Candidate>,
+}
+
+/// Tokens that a truncation looks at first.
+const FIRST_LOOK: usize = 64;
+/// How many times as many it looks at next.
+const GROWTH: usize = 8;
+
+/// Best first; the lower id first of equals.
+fn by_logit(a: &Candidate, b: &Candidate) -> Ordering {
+    b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
+}
+
+/// Least surprising first; of equals the better, then the lower id.
+fn by_surprise(a: &Candidate, b: &Candidate) -> Ordering {
+    a.surprise.total_cmp(&b.surprise).then_with(|| by_logit(a, b))
+}
+
+impl Candidates {
+    pub(super) fn new(vocab_size: usize) -> Self {
+        Self { kept: Vec::with_capacity(vocab_size) }
+    }
+
+    /// Truncates, applies the temperature and draws with a number in `[0, 1)`: tokens in ascending
+    /// order of id share the unit interval by their probabilities.
+    pub(super) fn choose(
+        &mut self,
+        logits: &[f32],
+        best: TokenId,
+        params: &SamplingParams,
+        draw: f64,
+    ) -> TokenId {
+        let largest = logits[best.index()];
+        let truncates = params.typical_p < 1.0 || params.top_p < 1.0 || params.min_p > 0.0;
+        if params.top_k > 0 && params.top_k < logits.len() {
+            self.take_top_k(logits, params.top_k);
+        } else if truncates {
+            self.take_all(logits);
+        } else {
+            return draw_from_all(logits, largest, params.temperature, draw);
+        }
+        if truncates {
+            self.truncate(largest, params);
+        }
+        self.kept.sort_unstable_by_key(|candidate| candidate.id);
+        self.draw(params.temperature, draw)
+    }
+
+    fn take_all(&mut self, logits: &[f32]) {
+        self.kept.clear();
+        let all = (0u32..).zip(logits);
+        self.kept.extend(all.map(|(id, logit)| candidate(id, *logit)));
+    }
+
+    /// Keeps the best `count`: what beats the worst of the kept is collected, and cut back to
+    /// `count` whenever there are twice as many.
+    fn take_top_k(&mut self, logits: &[f32], count: usize) {
+        let kept = &mut self.kept;
+        kept.clear();
+        let full = (2 * count).min(logits.len());
+        let mut threshold = f32::NEG_INFINITY;
+        for (id, logit) in (0u32..).zip(logits) {
+            // Of equals the lower id stays, and ids ascend.
+            if *logit <= threshold {
+                continue;
+            }
+            kept.push(candidate(id, *logit));
+            if kept.len() == full && full > count {
+                let (_, worst, _) = kept.select_nth_unstable_by(count - 1, by_logit);
+                threshold = worst.logit;
+                kept.truncate(count);
+            }
+        }
+        if kept.len() > count {
+            kept.select_nth_unstable_by(count - 1, by_logit);
+            kept.truncate(count);
+        }
+    }
+
+    /// Typical, top-p and min-p. Weights are relative to the best logit; what one truncation keeps
+    /// is renormalised by measuring the next one's mass against the sum of the kept weights.
+    fn truncate(&mut self, largest: f32, params: &SamplingParams) {
+        for candidate in &mut self.kept {
+            candidate.weight = exp_nonpositive(candidate.logit - largest);
+        }
+        if params.typical_p < 1.0 {
+            let sum = self.sum();
+            self.measure_surprise(largest, sum);
+            self.keep_mass(f64::from(params.typical_p) * sum, by_surprise);
+        }
+        let sum = self.sum();
+        // Min-p keeps a beginning of the ranking, as top-p does, so it may come first, with top-p's
+        // mass still measured against the sum before it: fewer are left to rank.
+        if params.min_p > 0.0 {
+            // Typical sampling may have dropped the best token of the row.
+            let best = self.kept.iter().map(|c| c.weight).fold(0.0, f32::max);
+            self.kept.retain(|candidate| candidate.weight >= params.min_p * best);
+        }
+        if params.top_p < 1.0 {
+            self.keep_mass(f64::from(params.top_p) * sum, by_logit);
+        }
+    }
+
+    fn sum(&self) -> f64 {
+        self.kept.iter().map(|candidate| f64::from(candidate.weight)).sum()
+    }
+
+    /// Locally typical sampling: the distance of a token's information content from the expected
+    /// one, |-ln p - H|, with ln p = logit - largest - ln Σ weights.
+    fn measure_surprise(&mut self, largest: f32, sum: f64) {
+        let log_sum = sum.ln();
+        let logprob = |candidate: &Candidate| f64::from(candidate.logit - largest) - log_sum;
+        let entropy: f64 = self
+            .kept
+            .iter()
+            .map(|candidate| -logprob(candidate) * f64::from(candidate.weight) / sum)
+            .sum();
+        for candidate in &mut self.kept {
+            candidate.surprise = (-logprob(candidate) - entropy).abs() as f32;
+        }
+    }
+
+    /// Keeps the fewest candidates, first by `order`, whose weights reach `mass`; at least one.
+    fn keep_mass(&mut self, mass: f64, order: impl Fn(&Candidate, &Candidate) -> Ordering) {
+        let kept = &mut self.kept;
+        let (mut sorted, mut reached) = (0, 0.0);
+        let mut look = FIRST_LOOK;
+        while sorted < kept.len() {
+            let end = (sorted + look).min(kept.len());
+            let unsorted = &mut kept[sorted..];
+            if end - sorted < unsorted.len() {
+                unsorted.select_nth_unstable_by(end - sorted - 1, &order);
+            }
+            kept[sorted..end].sort_unstable_by(&order);
+            for at in sorted..end {
+                reached += f64::from(kept[at].weight);
+                if reached >= mass {
+                    kept.truncate(at + 1);
+                    return;
+                }
+            }
+            sorted = end;
+            look *= GROWTH;
+        }
+    }
+
+    fn draw(&mut self, temperature: f32, draw: f64) -> TokenId {
+        // Typical sampling may have dropped the best token of the row.
+        let largest = self.kept.iter().map(|c| c.logit).fold(f32::NEG_INFINITY, f32::max);
+        for candidate in &mut self.kept {
+            candidate.weight = exp_nonpositive((candidate.logit - largest) / temperature);
+        }
+        let mut left = draw * self.sum();
+        let mut last = 0;
+        for candidate in self.kept.iter().filter(|candidate| candidate.weight > 0.0) {
+            left -= f64::from(candidate.weight);
+            last = candidate.id;
+            if left < 0.0 {
+                break;
+            }
+        }
+        // Rounding may leave a last bit of the interval to the last token.
+        TokenId(last)
+    }
+}
+
+fn candidate(id: u32, logit: f32) -> Candidate {
+    Candidate { id, logit, weight: 0.0, surprise: 0.0 }
+}
+
+/// The draw when no truncation is on: two passes over the row, nothing stored. The first pass sums,
+/// the second skips whole blocks up to the one that holds the bound.
+fn draw_from_all(logits: &[f32], largest: f32, temperature: f32, draw: f64) -> TokenId {
+    let weight = |logit: f32| exp_nonpositive((logit - largest) / temperature);
+    let mut left = draw * sum_of_weights(logits, weight);
+    for (start, block) in (0..).step_by(SUM_BLOCK).zip(logits.chunks(SUM_BLOCK)) {
+        let mass = sum_of_weights(block, weight);
+        if left >= mass {
+            left -= mass;
+            continue;
+        }
+        for (id, logit) in (start..).zip(block) {
+            left -= f64::from(weight(*logit));
+            if left < 0.0 {
+                return TokenId(id);
+            }
+        }
+    }
+    // Rounding may leave a last bit of the interval to the last token that can be drawn.
+    let last = logits.iter().rposition(|logit| weight(*logit) > 0.0);
+    TokenId(last.unwrap_or(0) as u32)
+}
