@@ -280,8 +280,11 @@ fn control_replies_overtake_stream_data() {
     for id in 0..8 {
         client.ask(id, "generate", json!({"prompt": "x"}));
     }
-    served.engine.wait_until(|counts| counts.events > 200);
+    served.engine.wait_until(|counts| counts.events > 30);
     client.ask("p", "ping", json!({}));
+    client.ask("c", "cancel", json!({"id": 0}));
+    // Lines are handled in order: the ping's answer is on its way.
+    served.engine.wait_until(|counts| counts.cancelled == 1);
     // What the socket holds comes first: at most its buffer, one batch and what was in flight.
     let mut bytes_before = 0;
     loop {

@@ -142,6 +142,15 @@ impl RawClient {
         self.socket.shutdown(Shutdown::Write).expect("an open socket");
     }
 
+    /// Holds the server to have closed the connection, perhaps inside a line.
+    pub fn expect_cut(&mut self) {
+        let mut chunk = [0; 65_536];
+        let deadline = Instant::now() + PATIENCE;
+        while !matches!(self.socket.read(&mut chunk), Ok(0)) {
+            assert!(Instant::now() < deadline, "still open after {PATIENCE:?}");
+        }
+    }
+
     /// Holds the server to have closed the connection, after whatever lines.
     pub fn expect_end(&mut self) {
         while self.line().is_some() {}

@@ -6,7 +6,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 use std::pin::Pin;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 use tandem::request::{
@@ -82,8 +82,13 @@ impl ScriptedEngine {
         })
     }
 
+    /// A test that failed inside does not make its neighbours' threads fail too.
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn change<R>(&self, change: impl FnOnce(&mut Shared) -> R) -> R {
-        let mut shared = self.shared.lock().expect("no test panics inside");
+        let mut shared = self.lock();
         let result = change(&mut shared);
         let wakers = std::mem::take(&mut shared.wakers);
         drop(shared);
@@ -98,16 +103,17 @@ impl ScriptedEngine {
     }
 
     pub fn counts(&self) -> Counts {
-        self.shared.lock().expect("no test panics inside").counts.clone()
+        self.lock().counts.clone()
     }
 
     /// Waits until a condition holds.
     pub fn wait_until(&self, condition: impl Fn(&Counts) -> bool) -> Counts {
         let deadline = Instant::now() + super::raw_client::PATIENCE;
-        let mut shared = self.shared.lock().expect("no test panics inside");
+        let mut shared = self.lock();
         while !condition(&shared.counts) {
             let left = deadline.checked_duration_since(Instant::now()).expect("it comes in time");
-            shared = self.changed.wait_timeout(shared, left).expect("no test panics inside").0;
+            shared =
+                self.changed.wait_timeout(shared, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         shared.counts.clone()
     }
@@ -149,7 +155,7 @@ impl Stream for ScriptedStream {
                 self.current = self.acts.next();
             }
             let (gate, stopped) = {
-                let mut shared = engine.shared.lock().expect("no test panics inside");
+                let mut shared = engine.lock();
                 shared.wakers.push(context.waker().clone());
                 (shared.gate, shared.stopped)
             };

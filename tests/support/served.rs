@@ -36,9 +36,12 @@ impl Served {
         options: ServerOptions,
         script: impl Fn(&Request) -> Vec<Act> + Send + Sync + 'static,
     ) -> Self {
+        Self::start_engine(options, ScriptedEngine::new(script))
+    }
+
+    pub fn start_engine(options: ServerOptions, engine: Arc<ScriptedEngine>) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("t.sock");
-        let engine = ScriptedEngine::new(script);
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()

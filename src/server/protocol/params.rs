@@ -112,7 +112,10 @@ pub struct GenerationParams {
     #[schemars(length(max = 32), inner(length(min = 1)))]
     pub dry_sequence_breakers: Option<Vec<String>>,
     /// Added to the logits of single tokens: token id (decimal, as a key) to bias.
-    #[schemars(extend("maxProperties" = 1024), inner(range(min = -100, max = 100)))]
+    #[schemars(extend(
+        "maxProperties" = 1024,
+        "additionalProperties" = {"type": "number", "minimum": -100, "maximum": 100}
+    ))]
     pub logit_bias: Option<BTreeMap<String, f32>>,
     /// Every token comes with its log-probability; default false.
     pub logprobs: Option<bool>,
