@@ -54,7 +54,7 @@ pub struct Layers {
 }
 
 impl Layers {
-    /// The user's own file, `$XDG_CONFIG_HOME/tandem/config.toml` or `~/.config/tandem/config.toml`.
+    /// The user's own file: `$XDG_CONFIG_HOME/tandem/config.toml`, or the same below `~/.config`.
     pub fn user_file(environment: &[(String, String)]) -> Option<PathBuf> {
         let get = |name: &str| {
             let found = environment.iter().find(|(key, _)| key == name);

@@ -1,5 +1,5 @@
-//! The protocol's words and rules as pure functions from bytes to commands and from events to lines;
-//! `docs/protocol.md` is their description. Must not know sockets, tasks and engines. The server's
+//! The protocol's words and rules as pure functions from bytes to commands and from events to
+//! lines; `docs/protocol.md` is their description. Must not know sockets, tasks and engines. The server's
 //! connections and the client call it.
 
 mod catalogue;
