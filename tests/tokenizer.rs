@@ -10,5 +10,7 @@ mod files;
 mod golden;
 #[path = "tokenizer/prompts.rs"]
 mod prompts;
+#[path = "tokenizer/templates.rs"]
+mod templates;
 #[path = "tokenizer/vocabularies.rs"]
 mod vocabularies;
