@@ -29,6 +29,9 @@ pub mod executor;
 
 // L5, wiring
 pub mod actors;
+pub mod blocking;
 
 // L6, edge
 pub mod server;
+
+pub use actors::{Engine, EngineError, Generation};

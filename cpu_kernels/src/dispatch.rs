@@ -5,8 +5,10 @@
 //! which checks the CPU first: that is why calling through it is sound.
 
 use crate::activations::{self, ActivationTable};
+use crate::attention::{self, AttentionTable};
 use crate::isa::{Isa, UnsupportedIsa};
 use crate::matmul::{self, MatmulTable};
+use crate::vector::{self, VectorTable};
 use std::sync::LazyLock;
 
 /// The kernels of one instruction set, a field per op folder.
@@ -14,33 +16,43 @@ pub struct Kernels {
     isa: Isa,
     pub(crate) matmul: MatmulTable,
     pub(crate) activations: ActivationTable,
+    pub(crate) vector: VectorTable,
+    pub(crate) attention: AttentionTable,
 }
 
 static SCALAR: Kernels = Kernels {
     isa: Isa::Scalar,
     matmul: matmul::scalar::TABLE,
     activations: activations::scalar::TABLE,
+    vector: vector::SCALAR,
+    attention: attention::scalar::TABLE,
 };
 
 #[cfg(target_arch = "x86_64")]
 static AVX2: Kernels = Kernels {
     isa: Isa::Avx2,
-    matmul: matmul::scalar::TABLE,
-    activations: activations::scalar::TABLE,
+    matmul: matmul::avx2::TABLE,
+    activations: activations::x86::AVX2,
+    vector: vector::avx2::TABLE,
+    attention: attention::simd::avx2::TABLE,
 };
 
 #[cfg(target_arch = "x86_64")]
 static AVX512: Kernels = Kernels {
     isa: Isa::Avx512,
-    matmul: matmul::scalar::TABLE,
-    activations: activations::scalar::TABLE,
+    matmul: matmul::avx512::PLAIN,
+    activations: activations::x86::AVX512,
+    vector: vector::avx512::TABLE,
+    attention: attention::simd::avx512::TABLE,
 };
 
 #[cfg(target_arch = "x86_64")]
 static AVX512_VNNI: Kernels = Kernels {
     isa: Isa::Avx512Vnni,
-    matmul: matmul::scalar::TABLE,
-    activations: activations::scalar::TABLE,
+    matmul: matmul::avx512::VNNI,
+    activations: activations::x86::AVX512,
+    vector: vector::avx512::TABLE,
+    attention: attention::simd::avx512::TABLE,
 };
 
 static BEST: LazyLock<&'static Kernels> = LazyLock::new(|| table(Isa::detect()));

@@ -4,13 +4,22 @@
 //! buffers. `scalar` files are the specification; every instruction set gives the same bits.
 
 pub mod activations;
+pub mod attention;
 pub mod blocks;
 pub mod dequantize;
 pub mod dispatch;
+mod elementwise;
+mod gated;
 pub mod isa;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
 pub mod matmul;
+mod norm;
 pub mod quantize;
 pub mod repack;
+pub mod rope;
+pub mod softmax;
+mod vector;
 
 pub use activations::{ActivationBuffer, Activations, ActivationsMut};
 pub use blocks::DType;
@@ -20,3 +29,4 @@ pub use isa::{Isa, UnsupportedIsa};
 pub use matmul::{Layout, MatrixError, MatrixView, OutputColumns};
 pub use quantize::quantize_row;
 pub use repack::{dequantize_packed_row, layout_for, packed_bytes, repack_row_group};
+pub use rope::{RopeFrequencies, RopeParams, RopeRow, RopeScaling, RopeStyle};

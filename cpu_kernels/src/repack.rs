@@ -91,79 +91,78 @@ pub fn repack_row_group(dtype: DType, cols: usize, source: &[u8], packed: &mut [
     assert!(row_bytes > 0, "{cols} columns of {dtype}");
     assert_eq!(packed.len(), ROWS * row_bytes, "packed bytes of 16 rows of {cols} {dtype}");
     assert!(source.len().is_multiple_of(row_bytes) && source.len() <= packed.len());
-    let block_bytes = dtype.block_bytes();
-    for (index, packed) in packed.chunks_exact_mut(ROWS * block_bytes).enumerate() {
-        let blocks = source.chunks_exact(row_bytes).map(|row| &row[index * block_bytes..]);
-        pack_block(dtype, blocks, packed);
+    let packed = packed.chunks_exact_mut(ROWS * dtype.block_bytes());
+    for (index, packed) in packed.enumerate() {
+        pack_block(dtype, &block_of_rows(dtype, source, row_bytes, index), packed);
     }
 }
 
-/// Interleaves blocks of one block column; `packed` is 16 blocks long.
-pub(crate) fn pack_block<'a>(
+/// Block `index` of each row of `source`, in file order; zeros stand for missing rows.
+pub(crate) fn block_of_rows(
     dtype: DType,
-    blocks: impl Iterator<Item = &'a [u8]>,
-    packed: &mut [u8],
-) {
-    let mut rows = 0;
-    for (row, block) in blocks.enumerate() {
-        for field in fields(dtype) {
-            let packed = &mut packed[ROWS * field.offset..][..ROWS * field.bytes];
-            let block = &block[field.offset..][..field.bytes];
-            match field.unit {
-                Unit::Byte => scatter::<1>(row, block, packed, |unit| unit),
-                Unit::Half => scatter::<2>(row, block, packed, |unit| unit),
-                Unit::Word => scatter::<4>(row, block, packed, |unit| unit),
-                Unit::Bits => scatter::<4>(row, block, packed, spread_bits),
-            }
-        }
-        rows = row + 1;
-    }
-    if rows < ROWS {
-        zero_rows(dtype, rows, packed);
-    }
+    source: &[u8],
+    row_bytes: usize,
+    index: usize,
+) -> [&[u8]; ROWS] {
+    const ZEROS: &[u8] = &[0; 256];
+    let block_bytes = dtype.block_bytes();
+    std::array::from_fn(|row| {
+        let start = row * row_bytes + index * block_bytes;
+        source.get(start..start + block_bytes).unwrap_or(&ZEROS[..block_bytes])
+    })
 }
 
-fn zero_rows(dtype: DType, first: usize, packed: &mut [u8]) {
-    const ZEROS: [u8; 256] = [0; 256];
-    for row in first..ROWS {
-        for field in fields(dtype) {
-            let packed = &mut packed[ROWS * field.offset..][..ROWS * field.bytes];
-            let zeros = &ZEROS[..field.bytes];
-            match field.unit {
-                Unit::Byte => scatter::<1>(row, zeros, packed, |unit| unit),
-                Unit::Half => scatter::<2>(row, zeros, packed, |unit| unit),
-                Unit::Word | Unit::Bits => scatter::<4>(row, zeros, packed, |unit| unit),
-            }
+/// Interleaves 16 blocks of one block column into `packed`, 16 blocks long.
+pub(crate) fn pack_block(dtype: DType, blocks: &[&[u8]; ROWS], packed: &mut [u8]) {
+    for field in fields(dtype) {
+        let packed = &mut packed[ROWS * field.offset..][..ROWS * field.bytes];
+        let source = blocks.map(|block| &block[field.offset..][..field.bytes]);
+        match field.unit {
+            Unit::Byte => interleave::<1>(&source, packed, |unit| unit),
+            Unit::Half => interleave::<2>(&source, packed, |unit| unit),
+            Unit::Word => interleave::<4>(&source, packed, |unit| unit),
+            Unit::Bits => interleave::<4>(&source, packed, spread_bits),
         }
     }
 }
 
-fn scatter<const N: usize>(
-    row: usize,
-    block: &[u8],
+#[inline(always)]
+fn interleave<const N: usize>(
+    source: &[&[u8]; ROWS],
     packed: &mut [u8],
     change: impl Fn([u8; N]) -> [u8; N],
 ) {
-    let units = block.as_chunks::<N>().0.iter();
-    for (unit, packed) in units.zip(packed.chunks_exact_mut(ROWS * N)) {
-        packed[row * N..][..N].copy_from_slice(&change(*unit));
+    let source = source.map(|source| source.as_chunks::<N>().0);
+    let length = source.iter().map(|units| units.len()).min().unwrap_or(0);
+    let groups = packed.as_chunks_mut::<N>().0.as_chunks_mut::<ROWS>().0;
+    for (index, group) in groups.iter_mut().enumerate().take(length) {
+        for (packed, source) in group.iter_mut().zip(&source) {
+            // SAFETY: `index` is below the length of every source.
+            *packed = change(unsafe { *source.get_unchecked(index) });
+        }
     }
 }
 
 /// Bit `4w + b` to bit `w` of byte `b`: the transposition of an 8×4 bit matrix.
 fn spread_bits(unit: [u8; 4]) -> [u8; 4] {
     let mask = u32::from_le_bytes(unit);
-    std::array::from_fn(|byte| (0..8).fold(0, |bits, w| bits | (bit(mask, 4 * w + byte) << w)))
+    std::array::from_fn(|byte| {
+        let every_fourth = mask >> byte & 0x1111_1111;
+        let pairs = (every_fourth | every_fourth >> 3) & 0x0303_0303;
+        let fours = (pairs | pairs >> 6) & 0x000f_000f;
+        (fours | fours >> 12) as u8
+    })
 }
 
 /// The inverse of [`spread_bits`].
 fn gather_bits(unit: [u8; 4]) -> [u8; 4] {
-    let spread = u32::from_le_bytes(unit);
-    (0..32).fold(0, |mask, i| mask | u32::from(bit(spread, 8 * (i % 4) + i / 4)) << i).to_le_bytes()
-}
-
-fn bit(word: u32, index: usize) -> u8 {
-    (word >> index & 1) as u8
+    let mut mask = 0;
+    for (byte, bits) in unit.into_iter().enumerate() {
+        let fours = (u32::from(bits) | u32::from(bits) << 12) & 0x000f_000f;
+        let pairs = (fours | fours << 6) & 0x0303_0303;
+        mask |= ((pairs | pairs << 3) & 0x1111_1111) << byte;
+    }
+    mask.to_le_bytes()
 }
 
 /// Copies block `index` of `row` out of a [`Layout::Rows16`] matrix, back in file order.

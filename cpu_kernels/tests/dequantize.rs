@@ -7,7 +7,7 @@ use tandem_cpu_kernels::{DType, dequantize_row, quantize_row};
 const DATA: &[u8] = include_bytes!("data/dequantize.bin");
 
 fn u32_at(data: &[u8], offset: usize) -> usize {
-    u32::from_le_bytes(data[offset..offset + 4].try_into().unwrap()) as usize
+    u32::from_le_bytes(data[offset..offset + 4].try_into().expect("4 bytes")) as usize
 }
 
 #[test]

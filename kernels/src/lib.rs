@@ -1,1 +1,15 @@
-//! stub
+//! The door to the CUDA driver. It owns every call into libcuda and answers with types on machines
+//! without one.
+//!
+//! This crate knows no model and no actor: it launches what it is told on the buffers that it is
+//! given. The root crate's `hardware` asks it which GPUs exist.
+//!
+//! The driver library is loaded at run time, so that one binary serves machines with and without a
+//! GPU. The bindings panic when it is missing: nothing may call them except through a [`Driver`],
+//! which exists only where the library, a device and a recent enough driver do.
+
+mod device;
+mod driver;
+
+pub use device::{ComputeCapability, DeviceFacts};
+pub use driver::{CudaVersion, Driver, DriverError, driver};

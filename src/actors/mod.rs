@@ -1,1 +1,43 @@
-//! (under construction)
+//! Owns the engine: actors, threads, lanes, streams, and what happens when one of them dies. Must
+//! not know sockets, protocols and the terminal, nor how a token is computed. The server, the
+//! command line and programs that embed Tandem call it, all through [`Engine`].
+
+mod builder;
+mod cores;
+mod engine;
+mod engine_loop;
+mod error;
+mod executor;
+mod faults;
+mod flow;
+mod generation;
+mod kv_swap;
+mod lanes;
+mod links;
+mod load;
+mod restarts;
+mod root;
+mod scheduler;
+mod shared;
+mod stage;
+mod status;
+mod stream;
+mod supervisor;
+mod text;
+mod threads;
+mod tokenizer;
+mod window;
+
+pub use builder::EngineBuilder;
+pub use engine::Engine;
+pub use error::EngineError;
+#[doc(hidden)]
+pub use faults::{FaultPoint, Faults};
+pub use generation::{Answer, Canceller, Generation};
+#[doc(hidden)]
+pub use stage::{StageFactory, StepRunner};
+pub use status::{
+    BlockCounts, EngineState, LoadProgress, ModelInfo, RestartCounts, SequenceCounts,
+    StatsSnapshot, Status,
+};
+pub use text::RenderedChat;

@@ -1,1 +1,24 @@
-//! (under construction)
+//! Owns the doing: it lowers a model to a flat program of ops and runs steps of it on its worker
+//! threads, from token ids to sampled tokens. It must not know requests' lives, queues or clocks:
+//! a [`crate::step::StepPlan`] says all. Called by the executor actor, one [`Stage`] per thread.
+
+mod batch;
+mod buffers;
+mod cpu;
+mod cpu_pool;
+mod error;
+mod handoff;
+mod kv_store;
+pub mod program;
+mod rotations;
+mod sample;
+mod stage;
+mod weights;
+
+pub use cpu_pool::{CpuPool, PoolOptions, Worker, WorkerPanic};
+pub use error::ExecutorError;
+pub use handoff::{HandoffClosed, HandoffReceiver, HandoffSender, Slot, handoff};
+pub use kv_store::KvOptions;
+pub use program::{Inlet, Outlet, Program, StagePart};
+pub use stage::{Stage, StageMemory, StageOptions};
+pub use weights::{LoadProgress, Weights, WeightsRequest};

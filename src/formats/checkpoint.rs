@@ -42,8 +42,8 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Opens a GGUF file; of a split model, the first part, which finds the others beside it.
     ///
-    /// The files stay mapped: they may be deleted or replaced by renaming, but must not be cut shorter
-    /// while the checkpoint is in use.
+    /// The files stay mapped: they may be deleted or replaced by renaming, but must not be cut
+    /// shorter while the checkpoint is in use.
     ///
     /// # Errors
     /// Whatever is wrong with any of the files, with file, byte offset and field.

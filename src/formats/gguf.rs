@@ -22,8 +22,8 @@ use std::sync::Arc;
 const TENSORS_MAX: u64 = 1 << 17;
 /// Real files have fewer than 100.
 const METADATA_MAX: u64 = 1 << 14;
-/// Texts in all arrays of a file: vocabularies reach 262,144 tokens and as many merges.
-const TEXTS_MAX: u64 = 1 << 24;
+/// Texts in all arrays of a file: vocabularies reach 262,144 tokens and half a million merges.
+const TEXTS_MAX: u64 = 1 << 22;
 /// GGUF's own limit.
 const KEY_BYTES_MAX: usize = (1 << 16) - 1;
 /// ggml's limit is 64.
@@ -31,6 +31,9 @@ const NAME_BYTES_MAX: usize = 255;
 /// GGUF wants a multiple of 8; no writer goes beyond a huge page.
 const ALIGNMENTS: std::ops::RangeInclusive<u32> = 8..=1 << 21;
 const ALIGNMENT_DEFAULT: u32 = 32;
+
+/// Entries that memory is taken for before the first is read; more as they come.
+const CAPACITY_START: u64 = 512;
 
 /// Fewest bytes of a metadata entry: key length, one byte of key, type, one byte of value.
 const ENTRY_BYTES_MIN: u64 = 8 + 1 + 4 + 1;
@@ -78,7 +81,7 @@ pub(super) fn read(file: &Arc<MappedFile>) -> Result<Header, FormatError> {
     let alignment = alignment(&metadata)?;
     let tensors_at = cursor.at();
     check_count(&cursor, counts_at, tensors_field, [tensors, TENSORS_MAX, INFO_BYTES_MIN])?;
-    let mut infos = Vec::with_capacity(tensors as usize);
+    let mut infos = Vec::with_capacity(tensors.min(CAPACITY_START) as usize);
     for index in 0..tensors {
         infos.push(read_info(&mut cursor, index, alignment)?);
     }
@@ -135,7 +138,7 @@ fn check_count(
 }
 
 fn read_entries(cursor: &mut Cursor<'_>, count: u64) -> Result<Vec<Entry>, FormatError> {
-    let mut entries = Vec::with_capacity(count as usize);
+    let mut entries = Vec::with_capacity(count.min(CAPACITY_START) as usize);
     let mut texts_left = TEXTS_MAX;
     for index in 0..count {
         let key = cursor.name(KEY_BYTES_MAX, Field::Key(index))?;

@@ -50,11 +50,11 @@ impl MappedFile {
         if found.len() == 0 {
             return Err(refuse("is empty; was the download interrupted?".into()));
         }
-        // SAFETY: the mapping is read-only and private to this struct, which keeps the file open. Other
-        // processes may still change the file: the bytes are only read as plain data and every text
-        // is checked again at each use, so a change gives wrong values or an error, never a broken
-        // invariant. Cutting the file shorter faults on access; `check_unchanged` is called
-        // before and after weights are read, and the documentation says not to do it.
+        // SAFETY: the mapping is read-only and private to this struct, which keeps the file open.
+        // Other processes may still change the file: the bytes are only read as plain data and
+        // every text is checked again at each use, so a change gives wrong values or an error,
+        // never a broken invariant. Cutting the file shorter faults on access; `check_unchanged` is
+        // called before and after weights are read, and the documentation says not to do it.
         let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
         if map.len() as u64 != found.len() {
             return Err(refuse("changed its length while it was opened".into()));
@@ -91,7 +91,8 @@ impl MappedFile {
         }
     }
 
-    /// Whether the file on disk is still the one that was opened: same length, same modification time.
+    /// Whether the file on disk is still the one that was opened: same length, same modification
+    /// time.
     ///
     /// # Errors
     /// What changed.

@@ -76,8 +76,8 @@ impl Metadata {
         self.entry(key).map(|entry| self.value(entry))
     }
 
-    /// An error about a key: names the file and the value's place, or the file's start if the key is
-    /// missing.
+    /// An error about a key: names the file and the value's place, or the file's start if the key
+    /// is missing.
     pub fn refuse(&self, key: &str, message: impl Into<String>) -> FormatError {
         let offset = self.entry(key).map_or(0, |entry| entry.data.start);
         FormatError::new(self.file.path(), offset as u64, key, message)
@@ -123,14 +123,14 @@ impl Metadata {
         convert: impl FnOnce(Value<'a>) -> Option<T>,
     ) -> Result<Option<T>, FormatError> {
         let Some(value) = self.get(key) else { return Ok(None) };
+        if let Some(converted) = convert(value) {
+            return Ok(Some(converted));
+        }
         let kind = match value {
             Value::Integer(integer) => format!("the integer {integer}"),
             other => other.kind().to_owned(),
         };
-        match convert(value) {
-            Some(converted) => Ok(Some(converted)),
-            None => Err(self.refuse(key, format!("{kind}, wanted: {wanted}"))),
-        }
+        Err(self.refuse(key, format!("{kind}, wanted: {wanted}")))
     }
 
     fn required<T>(&self, key: &str, found: Option<T>) -> Result<T, FormatError> {

@@ -1,6 +1,6 @@
-//! Owns the reading of model files: one [`Checkpoint`] of metadata and tensors, whatever the format.
-//! It must not know what a tensor is for or what any architecture is. `model` and `tokenizer` read
-//! metadata from it, and the executor takes its weights.
+//! Owns the reading of model files: one [`Checkpoint`] of metadata and tensors, whatever the
+//! format. It must not know what a tensor is for or what any architecture is. `model` and
+//! `tokenizer` read metadata from it, and the executor takes its weights.
 
 mod checkpoint;
 mod cursor;

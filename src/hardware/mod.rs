@@ -1,1 +1,54 @@
-//! (under construction)
+//! Owns the facts of the machine: processors, caches, memory, GPUs, and the pinning of threads.
+//! It must not know models or what anybody does with the facts; it measures nothing and decides
+//! nothing. Called by the command line and the engine at start-up, and by the executor's workers,
+//! which pin themselves.
+
+mod affinity;
+mod cgroup;
+mod gpu;
+mod system_files;
+mod topology;
+
+pub use affinity::{PinError, choose_cpus, pin_current_thread};
+pub use gpu::{Gpu, Gpus};
+pub use topology::{
+    Cache, CacheKind, CoreKind, CpuId, LogicalCpu, NumaNode, Topology, TopologySource,
+};
+
+use serde::Serialize;
+use std::path::Path;
+use system_files::SystemFiles;
+
+/// All that placement needs to know of a machine.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct HardwareProfile {
+    /// Processors, caches and NUMA nodes.
+    pub topology: Topology,
+    /// Devices, or why there are none.
+    pub gpus: Gpus,
+    /// Host memory that this process may use: the machine's, or its control group's limit.
+    pub memory_total_bytes: u64,
+    /// Host memory that can be had now without pushing anybody out, counting reclaimable cache.
+    pub memory_available_bytes: u64,
+}
+
+impl HardwareProfile {
+    /// The profile of this machine, as this process is allowed to use it. Never fails: what the
+    /// system does not tell is filled with the least that must be there.
+    pub fn detect() -> HardwareProfile {
+        let files = SystemFiles::new(Path::new("/"));
+        let (memory_total_bytes, memory_available_bytes) = cgroup::memory(&files);
+        HardwareProfile {
+            topology: Topology::detect(),
+            gpus: Gpus::detect(),
+            memory_total_bytes,
+            memory_available_bytes,
+        }
+    }
+
+    /// `(total, available)` bytes of host memory by the `/proc` and `/sys` below `root`; 0 where
+    /// nothing is known.
+    pub fn read_memory(root: &Path) -> (u64, u64) {
+        cgroup::memory(&SystemFiles::new(root))
+    }
+}

@@ -1,6 +1,6 @@
-//! Owns the words for stored tensors: shape, element type, and a borrowed view of the bytes. It must
-//! not know where the bytes come from or what a tensor is for. Every layer above reads its weights
-//! through these.
+//! Owns the words for stored tensors: shape, element type, and a borrowed view of the bytes. It
+//! must not know where the bytes come from or what a tensor is for. Every layer above reads its
+//! weights through these.
 
 use std::fmt;
 
@@ -17,7 +17,8 @@ impl Shape {
     /// Most dimensions of a tensor.
     pub const RANK_MAX: usize = 4;
 
-    /// A shape of one to four extents, each at least 1, whose product fits `usize`; otherwise `None`.
+    /// A shape of one to four extents, each at least 1, whose product fits `usize`; otherwise
+    /// `None`.
     pub fn new(dims: &[usize]) -> Option<Self> {
         if dims.is_empty() || dims.len() > Self::RANK_MAX || dims.contains(&0) {
             return None;
@@ -55,7 +56,8 @@ impl fmt::Display for Shape {
     }
 }
 
-/// A stored tensor, borrowed: row-major, `shape.rows()` rows of `dtype.row_bytes(shape.cols())` bytes.
+/// A stored tensor, borrowed: row-major, `shape.rows()` rows of `dtype.row_bytes(shape.cols())`
+/// bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorView<'a> {
     /// The tensor's name in its file.

@@ -1,5 +1,5 @@
 //! Owns the 8-bit form of activations that all quantised weights are multiplied with.
-//! It must not know weight types, threads or models: buffers and column ranges come from the caller.
+//! It must not know weight types, threads or models: buffers and ranges come from the caller.
 //! Called by the executor before each group of matmuls; read by `matmul`.
 //!
 //! Per group of 32 elements: `scale = amax / 127`, `q = round_half_even(x · (127 / amax))`, so
@@ -10,6 +10,8 @@
 
 mod buffer;
 pub(crate) mod scalar;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod x86;
 
 use crate::blocks::GROUP;
 use crate::dispatch::Kernels;
@@ -62,11 +64,27 @@ pub(crate) struct Quantized<'a> {
 impl<'a> Activations<'a> {
     /// Activations for F32, F16 and BF16 weights only: `values` is `[columns, cols]`.
     ///
+    /// Any alignment is right; columns that start on cache lines (64 bytes) are fastest.
+    ///
     /// # Panics
     /// When `values.len()` is not `columns · cols`.
     pub fn float(values: &'a [f32], columns: usize, cols: usize) -> Activations<'a> {
         assert_eq!(values.len(), columns * cols, "activations [{columns}, {cols}]");
         Activations { columns, cols, values, quantized: None }
+    }
+
+    /// The activations of tokens `columns` alone.
+    ///
+    /// # Panics
+    /// When there are no such tokens.
+    pub fn slice(&self, columns: Range<usize>) -> Activations<'a> {
+        let (cols, groups) = (self.cols, self.cols / GROUP);
+        let quantized = self.quantized.map(|all| Quantized {
+            quants: &all.quants[columns.start * cols..columns.end * cols],
+            scales: &all.scales[columns.start * groups..columns.end * groups],
+        });
+        let values = &self.values[columns.start * cols..columns.end * cols];
+        Activations { columns: columns.len(), cols, values, quantized }
     }
 
     /// Number of tokens.

@@ -7,13 +7,25 @@
 //! instruction set, in every layout and for any number of columns:
 //! ```text
 //! acc = 0
-//! for each group:  isum = Σ quant·activation            (exact integers; per half where scales are)
+//! for each group:  isum = Σ quant·activation            (exact; per half where scales are)
 //!                  acc  = fma(isum, weight_scale · activation_scale, acc)
 //!                  acc  = fma(min, activation_scaled_sum, acc)         (types with offsets)
 //! ```
 //! So results are bit-identical whatever the batch, the tile or the ISA. Float weights keep 32
 //! partial sums (element `k` goes to `k mod 32`) that are added in one fixed tree.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod float;
+#[cfg(target_arch = "x86_64")]
+mod interleaved;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
+#[cfg(target_arch = "x86_64")]
+mod packed;
 pub(crate) mod scalar;
 mod view;
 

@@ -112,7 +112,8 @@ fn float(
     }
 }
 
-fn tree_sum(mut partial: [f32; GROUP]) -> f32 {
+/// Adds pairs at distance 16, 8, 4, 2, 1.
+pub(super) fn tree_sum(mut partial: [f32; GROUP]) -> f32 {
     let mut distance = GROUP / 2;
     while distance > 0 {
         for lane in 0..distance {

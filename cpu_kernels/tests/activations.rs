@@ -1,0 +1,102 @@
+//! 8-bit activations: error bound, special values, and the same bits from every ISA.
+
+use proptest::prelude::*;
+use tandem_cpu_kernels::activations::AMAX_MIN;
+use tandem_cpu_kernels::*;
+
+/// A product with `Q8_0` unit vectors reads the 8-bit activations back: row `r` is 1 at `r`.
+fn read_back(kernels: &Kernels, x: &[f32]) -> Vec<f32> {
+    let cols = x.len();
+    let mut identity = vec![0; cols * DType::Q8_0.row_bytes(cols).expect("whole blocks")];
+    for (row, bytes) in identity.chunks_exact_mut(cols / 32 * 34).enumerate() {
+        let block = &mut bytes[row / 32 * 34..][..34];
+        block[..2].copy_from_slice(&0x3c00u16.to_le_bytes());
+        block[2 + row % 32] = 1;
+    }
+    let view = MatrixView::new(DType::Q8_0, Layout::RowMajor, cols, cols, &identity);
+    let mut buffer = ActivationBuffer::new(1, cols);
+    // SAFETY: one thread; filled before it is viewed.
+    let target = unsafe { buffer.writer(1, cols) };
+    kernels.quantize_activations(&x[..32], target, 0, 0..32);
+    kernels.quantize_activations(&x[32..], target, 0, 32..cols);
+    let mut out = vec![0.0; cols];
+    // SAFETY: the pointer is that of `out`, and only this thread writes.
+    let columns = unsafe { OutputColumns::new(out.as_mut_ptr(), 1, cols) };
+    kernels.matmul(&view.expect("a valid view"), &target.view(x), 0..cols, columns);
+    out
+}
+
+fn every_isa() -> impl Iterator<Item = &'static Kernels> {
+    Isa::available().map(|isa| Kernels::for_isa(isa).expect("available"))
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| if v.is_nan() { f32::NAN.to_bits() } else { v.to_bits() }).collect()
+}
+
+proptest! {
+    #[test]
+    fn activations_are_within_half_a_step(
+        x in prop::collection::vec(-100.0f32..100.0, 96),
+    ) {
+        for kernels in every_isa() {
+            let back = read_back(kernels, &x);
+            for (x, back) in x.chunks_exact(32).zip(back.chunks_exact(32)) {
+                let amax = x.iter().fold(0f32, |a, b| a.max(b.abs()));
+                for (x, back) in x.iter().zip(back) {
+                    prop_assert!((x - back).abs() <= 1.0001 * amax / 254.0, "{x} became {back}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn any_floats_give_the_same_bits_on_every_isa(
+        words in prop::collection::vec(any::<u32>(), 96),
+        ordinary in 0usize..3,
+    ) {
+        let mut x: Vec<f32> = words.iter().map(|word| f32::from_bits(*word)).collect();
+        // Leave some groups finite and of one magnitude, ties included.
+        for value in &mut x[..32 * ordinary] {
+            *value = (value.to_bits() % 255) as f32 / 2.0 - 63.5;
+        }
+        let scalar = Kernels::for_isa(Isa::Scalar).expect("scalar is everywhere");
+        let wanted = read_back(scalar, &x);
+        for kernels in every_isa() {
+            prop_assert_eq!(bits(&read_back(kernels, &x)), bits(&wanted), "{}", kernels.isa());
+        }
+    }
+}
+
+#[test]
+fn a_group_with_a_nan_or_infinity_poisons_its_outputs() {
+    for kernels in every_isa() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN] {
+            let mut x = vec![1.0; 64];
+            x[40] = bad;
+            let back = read_back(kernels, &x);
+            assert!(back.iter().all(|value| value.is_nan()), "{bad} on {}", kernels.isa());
+        }
+    }
+}
+
+#[test]
+fn groups_too_small_to_scale_become_zero_and_the_smallest_scale_works() {
+    for kernels in every_isa() {
+        let mut x = vec![0.0; 64];
+        x[3] = AMAX_MIN / 2.0;
+        x[35] = -AMAX_MIN;
+        let back = read_back(kernels, &x);
+        assert_eq!(back[3], 0.0);
+        assert_eq!(back[35], -AMAX_MIN);
+    }
+}
+
+#[test]
+#[should_panic(expected = "whole groups")]
+fn a_range_within_a_group_is_refused() {
+    let mut buffer = ActivationBuffer::new(1, 64);
+    // SAFETY: one thread.
+    let target = unsafe { buffer.writer(1, 64) };
+    Kernels::best().quantize_activations(&[0.0; 16], target, 0, 0..16);
+}

@@ -1,0 +1,39 @@
+//! Instruction sets: names, detection, and refusal of what the CPU lacks.
+
+use tandem_cpu_kernels::{DType, Isa, Kernels, Layout, layout_for};
+
+#[test]
+fn names_lead_back_to_their_instruction_set() {
+    for isa in Isa::ALL {
+        assert_eq!(isa.to_string().parse(), Ok(isa));
+    }
+    let error = "neon".parse::<Isa>().unwrap_err();
+    assert!(error.to_string().contains("avx512vnni"), "{error}");
+}
+
+#[test]
+fn a_table_exists_exactly_for_what_the_cpu_has() {
+    for isa in Isa::ALL {
+        match Kernels::for_isa(isa) {
+            Ok(kernels) => {
+                assert!(isa.is_available());
+                assert_eq!(kernels.isa(), isa);
+            }
+            Err(error) => {
+                assert!(!isa.is_available());
+                assert_eq!((error.wanted, error.best), (isa, Isa::detect()));
+            }
+        }
+    }
+    assert_eq!(Kernels::best().isa(), Isa::detect());
+    assert_eq!(Isa::available().last(), Some(Isa::detect()));
+}
+
+#[test]
+fn only_quantised_types_are_interleaved_and_only_for_vectors() {
+    for dtype in DType::ALL {
+        assert_eq!(layout_for(dtype, Isa::Scalar), Layout::RowMajor);
+        let interleaved = layout_for(dtype, Isa::Avx2) == Layout::Rows16;
+        assert_eq!(interleaved, dtype.is_quantized());
+    }
+}

@@ -1,0 +1,394 @@
+//! Every matmul kernel against the scalar specification, bit for bit.
+
+use proptest::prelude::*;
+use std::ops::Range;
+use tandem_cpu_kernels::*;
+
+/// Weights in file order and the same interleaved.
+struct Weights {
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    row_major: Vec<u8>,
+    rows16: Vec<u8>,
+}
+
+impl Weights {
+    fn new(dtype: DType, rows: usize, cols: usize, row_major: Vec<u8>) -> Weights {
+        let row_bytes = dtype.row_bytes(cols).expect("whole blocks");
+        let mut rows16 = Vec::new();
+        if let Some(bytes) = packed_bytes(dtype, Layout::Rows16, rows, cols) {
+            rows16 = vec![0xaa; bytes];
+            let sources = row_major.chunks(16 * row_bytes);
+            for (source, packed) in sources.zip(rows16.chunks_mut(16 * row_bytes)) {
+                repack_row_group(dtype, cols, source, packed);
+            }
+        }
+        Weights { dtype, rows, cols, row_major, rows16 }
+    }
+
+    fn view(&self, layout: Layout) -> MatrixView<'_> {
+        let bytes = if layout == Layout::Rows16 { &self.rows16 } else { &self.row_major };
+        MatrixView::new(self.dtype, layout, self.rows, self.cols, bytes).expect("a valid view")
+    }
+
+    fn layouts(&self) -> &'static [Layout] {
+        if self.dtype.is_quantized() {
+            &[Layout::RowMajor, Layout::Rows16]
+        } else {
+            &[Layout::RowMajor]
+        }
+    }
+}
+
+/// A small generator, so that one seed stands for a whole case.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let x = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ x >> 31
+    }
+
+    /// Between −1 and 1.
+    fn float(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    fn floats(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.float()).collect()
+    }
+
+    fn bytes(&mut self, count: usize) -> Vec<u8> {
+        (0..count).map(|_| self.next() as u8).collect()
+    }
+}
+
+fn quantized_weights(dtype: DType, rows: usize, cols: usize, random: &mut Random) -> Weights {
+    let values = random.floats(rows * cols);
+    let mut bytes = vec![0; rows * dtype.row_bytes(cols).expect("whole blocks")];
+    quantize_row(dtype, &values, &mut bytes);
+    Weights::new(dtype, rows, cols, bytes)
+}
+
+/// `[columns, rows]` of `rows_wanted`, other rows stay NaN; columns are quantised with `kernels`.
+fn multiply(
+    kernels: &Kernels,
+    view: &MatrixView<'_>,
+    x: &[f32],
+    rows_wanted: &[Range<usize>],
+) -> Vec<f32> {
+    let (rows, cols) = (view.rows(), view.cols());
+    let columns = x.len() / cols;
+    let mut out = vec![f32::NAN; columns * rows];
+    let mut buffer = ActivationBuffer::new(columns, cols);
+    let activations = if view.dtype().is_quantized() {
+        // SAFETY: one thread, and all is filled before the view is made.
+        let target = unsafe { buffer.writer(columns, cols) };
+        for (column, values) in x.chunks_exact(cols).enumerate() {
+            kernels.quantize_activations(values, target, column, 0..cols);
+        }
+        target.view(x)
+    } else {
+        Activations::float(x, columns, cols)
+    };
+    for range in rows_wanted {
+        // SAFETY: the pointer is that of `out`, and only this thread writes.
+        let out = unsafe { OutputColumns::new(out.as_mut_ptr(), columns, rows) };
+        kernels.matmul(view, &activations, range.clone(), out);
+    }
+    out
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    // All NaNs are alike: their payload and sign follow the operand order of instructions.
+    values.iter().map(|v| if v.is_nan() { f32::NAN.to_bits() } else { v.to_bits() }).collect()
+}
+
+fn scalar() -> &'static Kernels {
+    Kernels::for_isa(Isa::Scalar).expect("scalar is everywhere")
+}
+
+fn every_dtype() -> impl Strategy<Value = DType> {
+    prop::sample::select(DType::ALL.to_vec())
+}
+
+/// Columns of a matrix that suit the type: float rows may have any length.
+fn cols_of(dtype: DType, blocks: usize, odd: usize) -> usize {
+    if dtype.is_quantized() { blocks * dtype.block_elements() } else { 32 * blocks + odd }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn every_isa_and_layout_gives_the_bits_of_the_scalar_specification(
+        dtype in every_dtype(),
+        rows in 1usize..50,
+        blocks in 1usize..7,
+        odd in 0usize..32,
+        columns in 1usize..20,
+        seed in any::<u64>(),
+    ) {
+        let mut random = Random(seed);
+        let cols = cols_of(dtype, blocks, odd);
+        let weights = quantized_weights(dtype, rows, cols, &mut random);
+        let x = random.floats(columns * cols);
+        let whole = 0..rows;
+        let wanted =
+            multiply(scalar(), &weights.view(Layout::RowMajor), &x, std::slice::from_ref(&whole));
+        for isa in Isa::available() {
+            let kernels = Kernels::for_isa(isa).expect("available");
+            for &layout in weights.layouts() {
+                let whole = std::slice::from_ref(&whole);
+                let got = multiply(kernels, &weights.view(layout), &x, whole);
+                prop_assert_eq!(bits(&got), bits(&wanted), "{} {:?} {}", isa, layout, dtype);
+            }
+        }
+    }
+
+    #[test]
+    fn a_column_has_the_same_bits_alone_and_in_any_batch(
+        dtype in every_dtype(),
+        rows in 1usize..40,
+        columns in 2usize..20,
+        seed in any::<u64>(),
+    ) {
+        let mut random = Random(seed);
+        let cols = cols_of(dtype, 5, 7);
+        let weights = quantized_weights(dtype, rows, cols, &mut random);
+        let x = random.floats(columns * cols);
+        let whole = std::slice::from_ref(&(0..rows)).to_vec();
+        for isa in Isa::available() {
+            let kernels = Kernels::for_isa(isa).expect("available");
+            for &layout in weights.layouts() {
+                let view = weights.view(layout);
+                let together = multiply(kernels, &view, &x, &whole);
+                for (x, together) in x.chunks_exact(cols).zip(together.chunks_exact(rows)) {
+                    let alone = multiply(kernels, &view, x, &whole);
+                    prop_assert_eq!(bits(&alone), bits(together), "{} {:?}", isa, layout);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_split_anywhere_give_the_same_bits_and_no_other_row_is_written(
+        dtype in every_dtype(),
+        rows in 3usize..70,
+        columns in 1usize..10,
+        cuts in prop::collection::vec(0.0f64..1.0, 2),
+        seed in any::<u64>(),
+    ) {
+        let mut random = Random(seed);
+        // Long enough that row-major weights take several chunks.
+        let cols = cols_of(dtype, 2304 / dtype.block_elements().max(32), 3);
+        let weights = quantized_weights(dtype, rows, cols, &mut random);
+        let x = random.floats(columns * cols);
+        let mut cuts: Vec<usize> = cuts.iter().map(|cut| (cut * rows as f64) as usize).collect();
+        cuts.sort_unstable();
+        for isa in Isa::available() {
+            let kernels = Kernels::for_isa(isa).expect("available");
+            for &layout in weights.layouts() {
+                let view = weights.view(layout);
+                let whole = multiply(kernels, &view, &x, std::slice::from_ref(&(0..rows)));
+                let parts = [0..cuts[0], cuts[0]..cuts[1], cuts[1]..rows];
+                prop_assert_eq!(bits(&multiply(kernels, &view, &x, &parts)), bits(&whole));
+                let outer = multiply(kernels, &view, &x, &[0..cuts[0], cuts[1]..rows]);
+                for (outer, whole) in outer.chunks_exact(rows).zip(whole.chunks_exact(rows)) {
+                    for row in 0..rows {
+                        let skipped = (cuts[0]..cuts[1]).contains(&row);
+                        let right = if skipped { f32::NAN } else { whole[row] };
+                        prop_assert_eq!(bits(&[outer[row]]), bits(&[right]));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn any_bytes_as_weights_give_the_same_bits_everywhere_without_a_panic(
+        dtype in every_dtype(),
+        seed in any::<u64>(),
+    ) {
+        let (rows, cols, columns) = (17, 512, 3);
+        let mut random = Random(seed);
+        let bytes = random.bytes(rows * dtype.row_bytes(cols).expect("whole blocks"));
+        let weights = Weights::new(dtype, rows, cols, bytes);
+        let x = random.floats(columns * cols);
+        let whole = std::slice::from_ref(&(0..rows)).to_vec();
+        let wanted = multiply(scalar(), &weights.view(Layout::RowMajor), &x, &whole);
+        for isa in Isa::available() {
+            let kernels = Kernels::for_isa(isa).expect("available");
+            for &layout in weights.layouts() {
+                let got = multiply(kernels, &weights.view(layout), &x, &whole);
+                prop_assert_eq!(bits(&got), bits(&wanted), "{} {:?} {}", isa, layout, dtype);
+            }
+        }
+    }
+
+    #[test]
+    fn the_result_is_the_exact_product_up_to_the_rounding_of_activations(
+        dtype in every_dtype(),
+        columns in 1usize..4,
+        seed in any::<u64>(),
+    ) {
+        let (rows, cols) = (16, 768);
+        let mut random = Random(seed);
+        let weights = quantized_weights(dtype, rows, cols, &mut random);
+        let x = random.floats(columns * cols);
+        let got = multiply(
+            scalar(),
+            &weights.view(Layout::RowMajor),
+            &x,
+            std::slice::from_ref(&(0..rows)),
+        );
+        for column in 0..columns {
+            for row in 0..rows {
+                let (exact, bound) = exact_product(&weights, row, &x[column * cols..][..cols]);
+                let error = (f64::from(got[column * rows + row]) - exact).abs();
+                prop_assert!(error <= bound, "{dtype}: error {error}, bound {bound}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_packed_row_dequantizes_like_the_row_in_file_order(
+        dtype in every_dtype(),
+        rows in 1usize..40,
+        seed in any::<u64>(),
+    ) {
+        let cols = cols_of(dtype, 2, 5);
+        let mut random = Random(seed);
+        let bytes = random.bytes(rows * dtype.row_bytes(cols).expect("whole blocks"));
+        let weights = Weights::new(dtype, rows, cols, bytes);
+        let row_bytes = weights.row_major.len() / rows;
+        for row in 0..rows {
+            let mut wanted = vec![0.0; cols];
+            dequantize_row(dtype, &weights.row_major[row * row_bytes..][..row_bytes], &mut wanted);
+            for &layout in weights.layouts() {
+                let mut got = vec![0.0; cols];
+                dequantize_packed_row(&weights.view(layout), row, &mut got);
+                prop_assert_eq!(bits(&got), bits(&wanted), "{} {:?} row {}", dtype, layout, row);
+            }
+        }
+    }
+}
+
+/// The product in f64 of dequantised weights and unrounded activations, and how far a result may
+/// be from it: half an activation step (amax/254 per group of 32) times |w| for quantised types,
+/// and for the arithmetic n·2⁻²⁴ of the sum of magnitudes, n being additions and products in a
+/// chain (each group adds at most 3; 32 partial sums of float types are shorter).
+fn exact_product(weights: &Weights, row: usize, x: &[f32]) -> (f64, f64) {
+    let mut w = vec![0.0; weights.cols];
+    dequantize_packed_row(&weights.view(Layout::RowMajor), row, &mut w);
+    let (mut exact, mut magnitude, mut rounding) = (0.0, 0.0, 0.0);
+    for (w, x) in w.chunks(32).zip(x.chunks(32)) {
+        let amax = x.iter().fold(0f32, |a, b| a.max(b.abs()));
+        for (w, x) in w.iter().zip(x) {
+            let product = f64::from(*w) * f64::from(*x);
+            exact += product;
+            // The terms of types with offsets are larger than the weight they add up to.
+            magnitude += product.abs() + f64::from(amax);
+            rounding += f64::from(w.abs()) * f64::from(amax) / 254.0;
+        }
+    }
+    let chain = 3.0 * weights.cols as f64 / 32.0 + 8.0;
+    let arithmetic = chain * magnitude * 2f64.powi(-24);
+    (exact, arithmetic + if weights.dtype.is_quantized() { 1.001 * rounding } else { 0.0 })
+}
+
+#[test]
+fn a_part_of_a_fused_output_is_written_at_its_offset() {
+    let mut random = Random(1);
+    let weights = quantized_weights(DType::Q4_K, 20, 256, &mut random);
+    let x = random.floats(2 * 256);
+    let view = weights.view(Layout::Rows16);
+    let kernels = Kernels::best();
+    let alone = multiply(kernels, &view, &x, std::slice::from_ref(&(0..20)));
+    let mut buffer = ActivationBuffer::new(2, 256);
+    // SAFETY: one thread; filled before it is viewed.
+    let target = unsafe { buffer.writer(2, 256) };
+    kernels.quantize_activations(&x[..256], target, 0, 0..256);
+    kernels.quantize_activations(&x[256..], target, 1, 0..256);
+    let mut fused = [0.0; 2 * 50];
+    // SAFETY: the pointer is that of `fused`, and only this thread writes.
+    let out = unsafe { OutputColumns::new(fused.as_mut_ptr(), 2, 50) };
+    kernels.matmul(&view, &target.view(&x), 0..20, out.skip_rows(30));
+    assert_eq!(fused[30..50], alone[..20]);
+    assert_eq!(fused[80..100], alone[20..]);
+    assert!(fused[..30].iter().chain(&fused[50..80]).all(|value| *value == 0.0));
+}
+
+#[test]
+fn a_wide_prefill_has_the_bits_of_single_columns() {
+    let mut random = Random(2);
+    let (rows, cols, columns) = (33, 256, 515);
+    let x = random.floats(columns * cols);
+    for dtype in [DType::Q4_0, DType::Q4_K, DType::Q6_K, DType::Q8_0, DType::BF16] {
+        let weights = quantized_weights(dtype, rows, cols, &mut random);
+        let view = weights.view(*weights.layouts().last().expect("a layout"));
+        let whole = std::slice::from_ref(&(0..rows)).to_vec();
+        let together = multiply(Kernels::best(), &view, &x, &whole);
+        for (x, together) in x.chunks_exact(cols).zip(together.chunks_exact(rows)) {
+            assert_eq!(bits(&multiply(Kernels::best(), &view, x, &whole)), bits(together));
+        }
+    }
+}
+
+#[test]
+fn threads_with_their_own_rows_give_the_bits_of_one_thread() {
+    let mut random = Random(3);
+    let (rows, cols, columns) = (96, 512, 6);
+    let x = random.floats(columns * cols);
+    let weights = quantized_weights(DType::Q4_K, rows, cols, &mut random);
+    let view = weights.view(Layout::Rows16);
+    let kernels = Kernels::best();
+    let alone = multiply(kernels, &view, &x, std::slice::from_ref(&(0..rows)));
+    let mut buffer = ActivationBuffer::new(columns, cols);
+    // SAFETY: each thread fills its own half of every column, and all end before the view.
+    let target = unsafe { buffer.writer(columns, cols) };
+    std::thread::scope(|scope| {
+        for half in 0..2 {
+            let (x, range) = (&x, half * cols / 2..(half + 1) * cols / 2);
+            scope.spawn(move || {
+                for (column, x) in x.chunks_exact(cols).enumerate() {
+                    kernels.quantize_activations(&x[range.clone()], target, column, range.clone());
+                }
+            });
+        }
+    });
+    let activations = target.view(&x);
+    let mut out = vec![f32::NAN; columns * rows];
+    // SAFETY: the pointer is that of `out`; threads get disjoint rows.
+    let output = unsafe { OutputColumns::new(out.as_mut_ptr(), columns, rows) };
+    std::thread::scope(|scope| {
+        for rows in [0..17, 17..64, 64..96] {
+            scope.spawn(move || kernels.matmul(&view, &activations, rows, output));
+        }
+    });
+    assert_eq!(bits(&out), bits(&alone));
+}
+
+#[test]
+#[should_panic(expected = "needs 8-bit input")]
+fn quantized_weights_refuse_activations_without_an_8_bit_form() {
+    let view = MatrixView::new(DType::Q4_0, Layout::RowMajor, 1, 32, &[0; 18]).expect("valid");
+    let mut out = [0.0];
+    // SAFETY: the pointer is that of `out`, and only this thread writes.
+    let output = unsafe { OutputColumns::new(out.as_mut_ptr(), 1, 1) };
+    Kernels::best().matmul(&view, &Activations::float(&[0.0; 32], 1, 32), 0..1, output);
+}
+
+#[test]
+fn a_view_of_the_wrong_size_is_refused_with_the_facts() {
+    let error = MatrixView::new(DType::Q4_0, Layout::Rows16, 17, 64, &[0; 100]).unwrap_err();
+    let MatrixError::WrongBytes { wanted, got, .. } = error else { panic!("{error}") };
+    assert_eq!((wanted, got), (32 * 36, 100));
+    let error = MatrixView::new(DType::Q6_K, Layout::RowMajor, 1, 200, &[]).unwrap_err();
+    assert!(matches!(error, MatrixError::PartialBlock { cols: 200, .. }), "{error}");
+    let error = MatrixView::new(DType::F16, Layout::Rows16, 1, 32, &[0; 64]).unwrap_err();
+    assert!(matches!(error, MatrixError::NoLayout { .. }), "{error}");
+}

@@ -1,0 +1,66 @@
+//! What a GPU says about itself.
+
+use crate::driver::DriverError;
+use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
+use cudarc::driver::{CudaContext, result};
+use std::fmt;
+
+/// The generation of a GPU's instruction set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ComputeCapability {
+    /// Before the dot: the architecture.
+    pub major: u32,
+    /// After the dot: the variant.
+    pub minor: u32,
+}
+
+impl fmt::Display for ComputeCapability {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}.{}", self.major, self.minor)
+    }
+}
+
+/// One GPU as the driver describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceFacts {
+    /// Index in the driver's order, which `CUDA_VISIBLE_DEVICES` changes.
+    pub ordinal: usize,
+    /// Product name.
+    pub name: String,
+    /// Memory of the device.
+    pub memory_total_bytes: u64,
+    /// Memory that is not in use, with one context of this process already counted as used.
+    pub memory_free_bytes: u64,
+    /// Generation.
+    pub compute_capability: ComputeCapability,
+    /// Multiprocessors.
+    pub multiprocessors: u32,
+}
+
+/// Asks device `ordinal` for its facts. Only a `Driver` may call this.
+pub(crate) fn facts(ordinal: usize) -> Result<DeviceFacts, DriverError> {
+    let refuse = |question: &'static str| {
+        move |error: result::DriverError| DriverError::QueryFailed {
+            ordinal,
+            question,
+            reason: error.to_string(),
+        }
+    };
+    let context = CudaContext::new(ordinal).map_err(refuse("context"))?;
+    let number = |attribute: Attribute| {
+        let value = context.attribute(attribute).map_err(refuse("attributes"))?;
+        Ok::<u32, DriverError>(u32::try_from(value).unwrap_or(0))
+    };
+    let (free, total) = context.mem_get_info().map_err(refuse("memory"))?;
+    Ok(DeviceFacts {
+        ordinal,
+        name: context.name().map_err(refuse("name"))?,
+        memory_total_bytes: total as u64,
+        memory_free_bytes: free as u64,
+        compute_capability: ComputeCapability {
+            major: number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            minor: number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        },
+        multiprocessors: number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+    })
+}

@@ -1,0 +1,276 @@
+//! The thread that turns the scheduler's crank: take commands, plan a step, hand it to the
+//! executor, tell the streams about the step before while this one runs, apply what comes back.
+//! It never waits for a stream and never for anything but commands and the executor.
+
+use super::FaultPoint;
+use super::executor::{Order, StepResult};
+use super::lanes::{Command, Submission};
+use super::links::{Delivery, Links};
+use super::shared::{Occupancy, Shared};
+use super::stream::StreamMessage;
+use super::threads::{StopSignal, is_stopped};
+use crate::hardware::pin_current_thread;
+use crate::scheduler::{Scheduler, SequenceEvent, SequenceEventKind};
+use crate::step::{StepOutput, StepPlan};
+use crate::telemetry::StepTrace;
+use crate::units::SequenceId;
+use crossbeam_channel::select_biased;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+/// How often a loop that has sequences and nothing to compute looks at the clock: the resolution
+/// of the deadlines of paused and waiting sequences.
+const IDLE_TICK: Duration = Duration::from_millis(20);
+/// The same without any sequence: only commands can change anything.
+const EMPTY_TICK: Duration = Duration::from_secs(5);
+/// Commands taken between two steps; the rest waits for the next.
+const COMMANDS_PER_STEP_MAX: usize = 256;
+
+/// How waiting for a step ended.
+enum Waited {
+    Done,
+    Lost,
+    Stopped,
+}
+
+/// The loop's state. Nothing in it has to survive: the streams know how to go on.
+pub(super) struct EngineLoop {
+    shared: Arc<Shared>,
+    stop: StopSignal,
+    scheduler: Scheduler,
+    links: Links,
+    plan: Box<StepPlan>,
+    output: Box<StepOutput>,
+    /// Happened and not delivered.
+    events: Vec<SequenceEvent>,
+    /// Which stage's KV the scheduler speaks of.
+    generation: u64,
+    /// Counts engine loops, so that a stream can tell two deaths from one.
+    life: u64,
+    last_run_end_us: Option<u64>,
+}
+
+impl EngineLoop {
+    pub(super) fn new(shared: Arc<Shared>, stop: StopSignal) -> Result<Self, String> {
+        let loaded = shared.loaded.get().ok_or("no model is loaded")?;
+        if let Some(Err(error)) = loaded.cores.engine_loop.map(pin_current_thread) {
+            tracing::warn!(%error, "the engine loop runs unpinned");
+        }
+        let scheduler = Scheduler::new(loaded.scheduler_options(&shared.config)?);
+        Ok(Self {
+            scheduler,
+            links: Links::default(),
+            plan: Box::default(),
+            output: Box::default(),
+            events: Vec::new(),
+            generation: shared.steps.generation(),
+            life: shared.next_loop_life(),
+            last_run_end_us: None,
+            shared,
+            stop,
+        })
+    }
+
+    pub(super) fn run(mut self) -> Result<(), String> {
+        while !is_stopped(&self.stop) {
+            self.take_commands();
+            self.meet_the_stage();
+            if !self.step() {
+                break;
+            }
+            self.publish();
+        }
+        // Nobody's sequence is to blame for an end that was asked for.
+        self.links.unmark();
+        Ok(())
+    }
+
+    /// One step, or a wait for something to do; whether to go on.
+    fn step(&mut self) -> bool {
+        let plan_start_us = self.shared.now_us();
+        self.shared.faults.pass(FaultPoint::SchedulerBeforePlan);
+        self.plan.clear();
+        self.scheduler.plan_step(plan_start_us, &mut self.plan);
+        self.scheduler.drain_events(&mut self.events);
+        self.links.mark(&self.plan);
+        if self.plan.is_empty() {
+            self.last_run_end_us = None;
+            self.deliver();
+            return self.idle();
+        }
+        self.shared.faults.pass(FaultPoint::SchedulerBeforeDispatch);
+        let mut trace = StepTrace {
+            step: self.plan.step,
+            plan_start_us,
+            tokens: self.plan.tokens.len(),
+            sequences: self.plan.sequences.len(),
+            copies: self.plan.copies.len(),
+            ..StepTrace::default()
+        };
+        trace.run_start_us = self.shared.now_us();
+        let ticket = self.dispatch();
+        self.deliver();
+        match self.await_step(ticket) {
+            Waited::Done => self.apply(trace),
+            Waited::Lost => self.lose_the_stage(),
+            Waited::Stopped => return false,
+        }
+        true
+    }
+
+    /// Hands the plan to the executor and announces the sequences that start with it.
+    fn dispatch(&mut self) -> u64 {
+        let ticket = self.shared.steps.next_ticket();
+        let (plan, output) = (std::mem::take(&mut self.plan), std::mem::take(&mut self.output));
+        let now_us = self.shared.now_us();
+        if let Some(end_us) = self.last_run_end_us {
+            self.shared.metrics.step_gap.record(now_us.saturating_sub(end_us));
+        }
+        for planned in plan.sequences.iter() {
+            self.links.start(planned.id, now_us);
+        }
+        let order = Order { ticket, generation: self.generation, plan, output };
+        // One order is in flight at a time and the lane holds two: a dead loop's may be there.
+        if self.shared.steps.orders.0.send(order).is_err() {
+            unreachable!("the step lane belongs to Shared, which this loop holds");
+        }
+        ticket
+    }
+
+    fn await_step(&mut self, ticket: u64) -> Waited {
+        loop {
+            let result = select_biased! {
+                recv(self.stop) -> _ => return Waited::Stopped,
+                recv(self.shared.steps.results.1) -> result => result,
+            };
+            match result {
+                Ok(StepResult::Done(order)) if order.ticket == ticket => {
+                    (self.plan, self.output) = (order.plan, order.output);
+                    return Waited::Done;
+                }
+                Ok(StepResult::Stale(order)) if order.ticket == ticket => return Waited::Lost,
+                Ok(StepResult::Lost) if self.shared.steps.generation() != self.generation => {
+                    return Waited::Lost;
+                }
+                // What was meant for a dead loop, or is known already.
+                Ok(_) => {}
+                Err(_) => return Waited::Stopped,
+            }
+        }
+    }
+
+    fn apply(&mut self, mut trace: StepTrace) {
+        self.shared.faults.pass(FaultPoint::SchedulerBeforeApply);
+        let now_us = self.shared.now_us();
+        trace.run_end_us = now_us;
+        self.scheduler.apply(now_us, &self.plan, &self.output, &mut self.events);
+        self.shared.swaps.report(&self.plan);
+        self.shared.faults.pass(FaultPoint::SchedulerAfterApply);
+        trace.apply_end_us = self.shared.now_us();
+        let metrics = &self.shared.metrics;
+        metrics.steps.add(1);
+        metrics.step_tokens.add(trace.tokens as u64);
+        metrics.plan_time.record(trace.run_start_us - trace.plan_start_us);
+        metrics.step_time.record(trace.run_end_us - trace.run_start_us);
+        self.shared.traces.push(trace);
+        self.last_run_end_us = Some(now_us);
+    }
+
+    /// A dead stage is a preemption of every sequence.
+    fn lose_the_stage(&mut self) {
+        self.generation = self.shared.steps.generation();
+        self.scheduler.executor_lost(self.shared.now_us(), &mut self.events);
+        self.last_run_end_us = None;
+    }
+
+    /// Notices a stage that died while no step was in flight.
+    fn meet_the_stage(&mut self) {
+        if self.shared.steps.generation() != self.generation {
+            self.lose_the_stage();
+        }
+    }
+
+    /// Waits for a command; whether to go on.
+    fn idle(&mut self) -> bool {
+        let tick = if self.scheduler.is_empty() { EMPTY_TICK } else { IDLE_TICK };
+        let shared = Arc::clone(&self.shared);
+        let command = select_biased! {
+            recv(self.stop) -> _ => return false,
+            recv(shared.commands.receiver) -> command => command,
+            default(tick) => return true,
+        };
+        if let Ok(command) = command {
+            self.obey(command);
+        }
+        true
+    }
+
+    fn take_commands(&mut self) {
+        for _ in 0..COMMANDS_PER_STEP_MAX {
+            let Ok(command) = self.shared.commands.receiver.try_recv() else { return };
+            self.obey(command);
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit(submission) => self.submit(*submission),
+            Command::Abort(id) => {
+                self.links.remove(id);
+                self.scheduler.abort(id);
+            }
+            Command::Resume(id) => match self.links.flush(id) {
+                Delivery::Fine => self.scheduler.resume(id),
+                Delivery::Full => {}
+                Delivery::Gone => self.scheduler.abort(id),
+            },
+        }
+    }
+
+    fn submit(&mut self, submission: Submission) {
+        let Submission { sequence, lane, flow } = submission;
+        let id = sequence.id;
+        flow.enter_loop(self.life);
+        self.links.add(id, lane, flow);
+        self.shared.faults.pass(FaultPoint::SchedulerBeforeAdd);
+        match self.scheduler.add(self.shared.now_us(), sequence) {
+            Ok(position) => {
+                let queue_position = position;
+                self.tell(id, StreamMessage::Accepted { queue_position });
+            }
+            Err(error) => self.links.deliver_last(id, StreamMessage::Refused(error)),
+        }
+    }
+
+    fn tell(&mut self, id: SequenceId, message: StreamMessage) {
+        match self.links.deliver(id, message) {
+            Delivery::Fine => {}
+            Delivery::Full => self.scheduler.pause(id),
+            Delivery::Gone => self.scheduler.abort(id),
+        }
+    }
+
+    /// Tells the streams what happened, while the executor is at work.
+    fn deliver(&mut self) {
+        let at_us = self.last_run_end_us.unwrap_or_else(|| self.shared.now_us());
+        let mut events = std::mem::take(&mut self.events);
+        for event in events.drain(..) {
+            self.shared.faults.pass(FaultPoint::SchedulerInDelivery);
+            let (id, kind) = (event.sequence, event.kind);
+            let last =
+                matches!(kind, SequenceEventKind::Finished { .. } | SequenceEventKind::Failed(_));
+            let message = StreamMessage::Event { at_us, kind };
+            if last {
+                self.links.deliver_last(id, message);
+            } else {
+                self.tell(id, message);
+            }
+        }
+        self.events = events;
+    }
+
+    fn publish(&self) {
+        let occupancy = Occupancy::of(&self.scheduler.stats());
+        *self.shared.occupancy.lock().unwrap_or_else(PoisonError::into_inner) = occupancy;
+    }
+}

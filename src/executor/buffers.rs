@@ -1,0 +1,259 @@
+//! The activations of a step: memory that all workers share, and the views through which each
+//! writes its own part. All splitting of memory between workers is here and in `cpu.rs`.
+//!
+//! The rule that every user keeps: between two barriers an element is either written by one
+//! worker, or read by any. `cpu.rs` derives what each worker writes from [`Worker::share`], whose
+//! shares are disjoint, and meets at a barrier after every op.
+//!
+//! Buffers that are read with 16-bit precision have two rows per token: rows `0 .. n` are the
+//! values, rows `n .. 2n` what their 8-bit form misses. So have the products of such rows, which
+//! are added up at once. Rows whose logits are wanted are paired so tile by tile.
+//!
+//! [`Worker::share`]: super::cpu_pool::Worker::share
+
+use super::program::ProgramDims;
+use std::marker::PhantomData;
+use std::ops::Range;
+use tandem_cpu_kernels::blocks::GROUP;
+use tandem_cpu_kernels::{ActivationBuffer, Activations, ActivationsMut, OutputColumns};
+
+/// f32 memory, allocated once.
+pub(super) struct Memory {
+    values: Vec<f32>,
+}
+
+impl Memory {
+    pub fn new(elements: usize) -> Self {
+        Self { values: vec![0.0; elements] }
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.values.len() * size_of::<f32>()
+    }
+
+    /// A view as `[rows, width]` f32, row-major.
+    pub fn rows(&mut self, rows: usize, width: usize) -> Rows<'_> {
+        Rows::new(&mut self.values, rows, width)
+    }
+}
+
+/// `[rows, width]` f32 that several workers hold a copy of.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    pointer: *mut f32,
+    pub rows: usize,
+    pub width: usize,
+    lifetime: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: every access goes through the unsafe functions below, whose callers keep the module's
+// rule: no element is written by one thread while another uses it.
+unsafe impl Send for Rows<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Rows<'_> {}
+
+impl<'a> Rows<'a> {
+    /// The start of `values` as `[rows, width]` f32, row-major.
+    pub fn new(values: &'a mut [f32], rows: usize, width: usize) -> Self {
+        let (need, have) = (rows * width, values.len());
+        assert!(need <= have, "[{rows}, {width}] exceeds a buffer of {have} elements");
+        Rows { pointer: values.as_mut_ptr(), rows, width, lifetime: PhantomData }
+    }
+
+    /// Columns `part` of row `row`, for reading.
+    ///
+    /// # Safety
+    /// Nobody writes these elements before the next barrier.
+    pub unsafe fn part(&self, row: usize, part: Range<usize>) -> &'a [f32] {
+        let start = self.start(row, &part);
+        // SAFETY: in bounds by `start`; nobody writes it, says the caller.
+        unsafe { std::slice::from_raw_parts(self.pointer.add(start), part.len()) }
+    }
+
+    /// Columns `part` of row `row`, for writing.
+    ///
+    /// # Safety
+    /// No other thread uses these elements before the next barrier, and the caller holds no other
+    /// reference to them.
+    #[allow(clippy::mut_from_ref, reason = "the view is shared on purpose; see Safety")]
+    pub unsafe fn part_mut(&self, row: usize, part: Range<usize>) -> &'a mut [f32] {
+        let start = self.start(row, &part);
+        // SAFETY: in bounds by `start`; exclusive, says the caller.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.add(start), part.len()) }
+    }
+
+    /// Whole rows, for reading.
+    ///
+    /// # Safety
+    /// Nobody writes these elements before the next barrier.
+    pub unsafe fn block(&self, rows: Range<usize>) -> &'a [f32] {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        // SAFETY: in bounds as asserted; nobody writes it, says the caller.
+        unsafe {
+            let start = self.pointer.add(rows.start * self.width);
+            std::slice::from_raw_parts(start, rows.len() * self.width)
+        }
+    }
+
+    /// The view of the rows in `rows`.
+    pub fn cut(&self, rows: Range<usize>) -> Rows<'a> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        // SAFETY: the first row is inside the view, or one past its end when `rows` is empty.
+        let pointer = unsafe { self.pointer.add(rows.start * self.width) };
+        Rows { pointer, rows: rows.len(), ..*self }
+    }
+
+    /// All elements, for reading.
+    ///
+    /// # Safety
+    /// Nobody writes any of them before the next barrier.
+    pub unsafe fn all(&self) -> &'a [f32] {
+        // SAFETY: passed on.
+        unsafe { self.block(0..self.rows) }
+    }
+
+    /// The view as a matmul's output.
+    ///
+    /// # Safety
+    /// Workers multiply disjoint ranges of matrix rows, and use nothing else of the view before
+    /// the next barrier.
+    pub unsafe fn output(&self) -> OutputColumns<'a> {
+        // SAFETY: the memory is valid for 'a; the caller keeps uses apart.
+        unsafe { OutputColumns::new(self.pointer, self.rows, self.width) }
+    }
+
+    fn start(&self, row: usize, part: &Range<usize>) -> usize {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        assert!(part.start <= part.end && part.end <= self.width, "{part:?} of {}", self.width);
+        row * self.width + part.start
+    }
+}
+
+/// f32 memory with an 8-bit twin, for what is multiplied with quantised weights.
+pub(super) struct QuantizedMemory {
+    values: Memory,
+    eight_bit: ActivationBuffer,
+}
+
+impl QuantizedMemory {
+    pub fn new(rows_max: usize, width_max: usize) -> Self {
+        let eight_bit = ActivationBuffer::new(rows_max, width_max);
+        Self { values: Memory::new(rows_max * width_max), eight_bit }
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.values.bytes() + self.eight_bit.bytes()
+    }
+
+    /// A view as `[rows, width]`. Widths that are no multiple of the 8-bit group have no twin:
+    /// quantised weights can't be so wide.
+    pub fn rows(&mut self, rows: usize, width: usize) -> QuantizedRows<'_> {
+        let eight_bit = width.is_multiple_of(GROUP).then(|| {
+            // SAFETY: users of the view keep the module's rule, which is the writer's condition.
+            unsafe { self.eight_bit.writer(rows, width) }
+        });
+        QuantizedRows { values: self.values.rows(rows, width), eight_bit }
+    }
+}
+
+/// `[rows, width]` f32 with its 8-bit form.
+#[derive(Clone, Copy)]
+pub(super) struct QuantizedRows<'a> {
+    pub values: Rows<'a>,
+    pub eight_bit: Option<ActivationsMut<'a>>,
+}
+
+impl<'a> QuantizedRows<'a> {
+    /// What matmuls read: the given rows.
+    ///
+    /// # Safety
+    /// Nobody writes any of it before the next barrier.
+    pub unsafe fn activations(&self, rows: Range<usize>) -> Activations<'a> {
+        // SAFETY: passed on.
+        let values = unsafe { self.values.all() };
+        let all = match &self.eight_bit {
+            Some(eight_bit) => eight_bit.view(values),
+            None => Activations::float(values, self.values.rows, self.values.width),
+        };
+        all.slice(rows)
+    }
+}
+
+/// Rows of logits that exist at a time: more wanted rows are multiplied tile by tile, so that the
+/// logits' memory is bounded by `32 · vocab_size` f32.
+pub(super) const LOGITS_TILE_ROWS: usize = 32;
+
+/// All buffers of a stage: [`super::program::Buffer`] and the logits.
+pub(super) struct Buffers {
+    residual: Memory,
+    normed: QuantizedMemory,
+    heads: Memory,
+    attended: QuantizedMemory,
+    projected: Memory,
+    hidden: QuantizedMemory,
+    up: Memory,
+    selected: QuantizedMemory,
+    logits: Memory,
+    dims: ProgramDims,
+}
+
+/// Views of a stage's buffers, shaped for one step; the rows are those of
+/// [`super::program::Buffer`].
+#[derive(Clone, Copy)]
+pub(super) struct StepBuffers<'a> {
+    pub residual: Rows<'a>,
+    pub normed: QuantizedRows<'a>,
+    pub heads: Rows<'a>,
+    pub attended: QuantizedRows<'a>,
+    pub projected: Rows<'a>,
+    pub hidden: QuantizedRows<'a>,
+    pub up: Rows<'a>,
+    pub selected: QuantizedRows<'a>,
+    /// `[2 · LOGITS_TILE_ROWS, vocab_size]`; 0 rows in a stage without logits.
+    pub logits: Rows<'a>,
+}
+
+impl Buffers {
+    /// Buffers for steps of up to `tokens_max` tokens.
+    pub fn new(dims: ProgramDims, tokens_max: usize) -> Self {
+        let rows = |width: usize| Memory::new(tokens_max * width);
+        let quantized = |rows: usize, width: usize| QuantizedMemory::new(rows, width);
+        let selected_rows = if dims.vocab > 0 { 2 * tokens_max } else { 0 };
+        Self {
+            residual: rows(dims.embedding),
+            normed: quantized(2 * tokens_max, dims.embedding),
+            heads: Memory::new(2 * tokens_max * dims.heads),
+            attended: quantized(tokens_max, dims.attended),
+            projected: rows(dims.embedding),
+            hidden: quantized(tokens_max, dims.hidden),
+            up: rows(dims.hidden),
+            selected: quantized(selected_rows, dims.embedding),
+            logits: Memory::new(2 * LOGITS_TILE_ROWS.min(tokens_max) * dims.vocab),
+            dims,
+        }
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        let plain = [&self.residual, &self.heads, &self.projected, &self.up, &self.logits];
+        let quantized = [&self.normed, &self.attended, &self.hidden, &self.selected];
+        plain.iter().map(|memory| memory.bytes()).sum::<usize>()
+            + quantized.iter().map(|memory| memory.bytes()).sum::<usize>()
+    }
+
+    /// Views for a step of `tokens` tokens, of which `selected` rows' logits are wanted.
+    pub fn shaped(&mut self, tokens: usize, selected: usize) -> StepBuffers<'_> {
+        let dims = self.dims;
+        StepBuffers {
+            residual: self.residual.rows(tokens, dims.embedding),
+            normed: self.normed.rows(2 * tokens, dims.embedding),
+            heads: self.heads.rows(2 * tokens, dims.heads),
+            attended: self.attended.rows(tokens, dims.attended),
+            projected: self.projected.rows(tokens, dims.embedding),
+            hidden: self.hidden.rows(tokens, dims.hidden),
+            up: self.up.rows(tokens, dims.hidden),
+            selected: self.selected.rows(2 * selected, dims.embedding),
+            logits: self.logits.rows(2 * selected.min(LOGITS_TILE_ROWS), dims.vocab),
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! Pinned worker threads that run one job together. Every worker walks the same code, takes its
+//! static share of each loop and meets the others at a barrier (single program, multiple data).
+//! The thread that calls [`CpuPool::run`] is worker 0; the others spin for a short while between
+//! jobs and then park.
+
+mod gate;
+
+use gate::{Barrier, Gate, Poisoned};
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{JoinHandle, ThreadId};
+use std::time::Duration;
+
+/// Core numbers that the system's affinity mask has room for (`CPU_SETSIZE`); core_affinity panics
+/// beyond.
+const CORES_MAX: usize = 1024;
+
+/// How many workers, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolOptions {
+    /// Workers, the caller's thread included; at least 1.
+    pub threads: usize,
+    /// Core of each worker in the system's numbering; workers without an entry are not pinned.
+    /// Worker 0's core becomes the core of every thread that calls [`CpuPool::run`].
+    pub cores: Vec<usize>,
+    /// Microseconds that a waiting worker spins before it parks.
+    pub spin_us: u64,
+}
+
+/// A worker's panic, caught.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("CPU worker {worker} panicked: {message}")]
+pub struct WorkerPanic {
+    /// Which worker.
+    pub worker: usize,
+    /// What the panic said.
+    pub message: String,
+}
+
+/// A job that all workers run at the same time.
+type Job<'a> = dyn Fn(&Worker<'_>) + Sync + 'a;
+
+/// A job whose lifetime [`CpuPool::run`] vouches for.
+#[derive(Clone, Copy)]
+struct JobPointer(*const Job<'static>);
+
+struct Shared {
+    /// Written by the caller while no worker runs; read by workers after `start` has advanced.
+    job: UnsafeCell<Option<JobPointer>>,
+    start: Gate,
+    barrier: Barrier,
+    /// Workers other than the caller that have not finished the job.
+    running: AtomicUsize,
+    done: Gate,
+    stop: AtomicBool,
+    failure: Mutex<Option<WorkerPanic>>,
+    pin_failures: Mutex<Vec<usize>>,
+    threads: usize,
+}
+
+// SAFETY: only `job` is not Sync by itself. It is written by the one caller of `run` (which has
+// the pool by `&mut`) while `running` is 0, and read between an advance of `start` and the
+// decrement of `running`; both are synchronising operations, so reads and writes never overlap.
+unsafe impl Sync for Shared {}
+// SAFETY: a `JobPointer` points to a `Sync` closure, which may be called from any thread.
+unsafe impl Send for Shared {}
+
+/// The pool. Dropping it joins its threads.
+pub struct CpuPool {
+    shared: Arc<Shared>,
+    handles: Vec<JoinHandle<()>>,
+    caller_core: Option<usize>,
+    pinned_caller: Option<ThreadId>,
+}
+
+/// A worker's view of the job it is in.
+pub struct Worker<'p> {
+    /// Which worker, `0 .. count`.
+    pub index: usize,
+    shared: &'p Shared,
+}
+
+impl CpuPool {
+    /// Starts `threads − 1` workers and pins them. A core that can't be had is not fatal: see
+    /// [`CpuPool::pin_failures`].
+    ///
+    /// # Errors
+    /// When the system refuses a thread.
+    pub fn new(options: &PoolOptions) -> std::io::Result<Self> {
+        let threads = options.threads.max(1);
+        let spin = Duration::from_micros(options.spin_us);
+        let shared = Arc::new(Shared {
+            job: UnsafeCell::new(None),
+            start: Gate::new(spin),
+            barrier: Barrier::new(threads, spin),
+            running: AtomicUsize::new(0),
+            done: Gate::new(spin),
+            stop: AtomicBool::new(false),
+            failure: Mutex::new(None),
+            pin_failures: Mutex::new(Vec::new()),
+            threads,
+        });
+        let caller_core = options.cores.first().copied();
+        let mut pool = Self { shared, handles: Vec::new(), caller_core, pinned_caller: None };
+        for index in 1..threads {
+            let (shared, core) = (pool.shared.clone(), options.cores.get(index).copied());
+            let thread = std::thread::Builder::new().name(format!("tandem-cpu-{index}"));
+            pool.handles.push(thread.spawn(move || shared.serve(index, core))?);
+        }
+        Ok(pool)
+    }
+
+    /// Workers, the caller included.
+    pub fn threads(&self) -> usize {
+        self.shared.threads
+    }
+
+    /// Workers that run on no core of their own because the system refused it.
+    pub fn pin_failures(&self) -> Vec<usize> {
+        let mut failures =
+            self.shared.pin_failures.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        failures.sort_unstable();
+        failures.dedup();
+        failures
+    }
+
+    /// Runs `job` on every worker, this thread as worker 0, and returns when all have finished.
+    /// Allocates nothing unless a worker panics.
+    ///
+    /// # Errors
+    /// The first panic. The others are sent away from their barriers; the pool stays usable.
+    pub fn run(&mut self, job: &Job<'_>) -> Result<(), WorkerPanic> {
+        self.pin_caller();
+        let shared = &*self.shared;
+        shared.barrier.reset();
+        let seen = shared.done.value();
+        // SAFETY: this only lengthens the lifetime. The pointer is used by workers counted in
+        // `running`, and this function does not return, nor unwind, before that count is 0.
+        let job: JobPointer =
+            JobPointer(unsafe { std::mem::transmute::<*const Job<'_>, *const Job<'static>>(job) });
+        // SAFETY: no worker runs (`running` is 0), so nobody reads the cell.
+        unsafe { *shared.job.get() = Some(job) };
+        shared.running.store(shared.threads - 1, Ordering::Release);
+        shared.start.advance();
+        shared.work(0, job);
+        if shared.threads > 1 {
+            shared.done.wait_past(seen);
+        }
+        match shared.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(panic) => Err(panic),
+            None => Ok(()),
+        }
+    }
+
+    fn pin_caller(&mut self) {
+        let Some(core) = self.caller_core else { return };
+        let this = std::thread::current().id();
+        if self.pinned_caller != Some(this) {
+            self.pinned_caller = Some(this);
+            self.shared.pin(0, core);
+        }
+    }
+}
+
+impl Drop for CpuPool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.start.advance();
+        for handle in self.handles.drain(..) {
+            // A worker catches its panics, so there is none to report.
+            let _ = handle.join();
+        }
+    }
+}
+
+impl Shared {
+    fn pin(&self, worker: usize, core: usize) {
+        let pinned =
+            core < CORES_MAX && core_affinity::set_for_current(core_affinity::CoreId { id: core });
+        if !pinned {
+            self.pin_failures.lock().unwrap_or_else(PoisonError::into_inner).push(worker);
+        }
+    }
+
+    /// The life of a worker thread.
+    fn serve(&self, index: usize, core: Option<usize>) {
+        if let Some(core) = core {
+            self.pin(index, core);
+        }
+        let mut seen = 0;
+        loop {
+            self.start.wait_past(seen);
+            seen += 1;
+            if self.stop.load(Ordering::Acquire) {
+                return;
+            }
+            // SAFETY: `start` has advanced for a job, so the caller has written the cell and
+            // waits until `running` is 0 before it writes again.
+            if let Some(job) = unsafe { *self.job.get() } {
+                self.work(index, job);
+            }
+            if self.running.fetch_sub(1, Ordering::AcqRel) == 1 {
+                self.done.advance();
+            }
+        }
+    }
+
+    /// One worker's part of a job; a panic poisons the barrier and is kept for the caller.
+    fn work(&self, index: usize, job: JobPointer) {
+        let worker = Worker { index, shared: self };
+        // SAFETY: the caller of `run` keeps the closure alive until all workers are through.
+        let job = unsafe { &*job.0 };
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| job(&worker))) {
+            if !payload.is::<Poisoned>() {
+                let message = panic_message(payload.as_ref());
+                let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+                failure.get_or_insert(WorkerPanic { worker: index, message });
+            }
+            self.barrier.poison();
+        }
+    }
+}
+
+impl Worker<'_> {
+    /// How many workers run the job.
+    pub fn count(&self) -> usize {
+        self.shared.threads
+    }
+
+    /// Waits for all workers. What each wrote before is visible to all after.
+    ///
+    /// # Panics
+    /// Leaves the job by unwinding, silently, when another worker has panicked.
+    pub fn meet(&self) {
+        if self.shared.threads > 1
+            && let Err(poisoned) = self.shared.barrier.wait()
+        {
+            resume_unwind(Box::new(poisoned));
+        }
+    }
+
+    /// This worker's share of `0 .. items`, cut at multiples of `unit`. Shares of one job are
+    /// disjoint, cover all items and depend on nothing but the arguments.
+    pub fn share(&self, items: usize, unit: usize) -> Range<usize> {
+        share(self.index, self.count(), items, unit)
+    }
+}
+
+/// Share `index` of `count` of `0 .. items`, cut at multiples of `unit`.
+pub(super) fn share(index: usize, count: usize, items: usize, unit: usize) -> Range<usize> {
+    let units = items.div_ceil(unit);
+    let cut = |index: usize| (units * index / count * unit).min(items);
+    cut(index)..cut(index + 1)
+}
+
+fn panic_message(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| payload.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic without a text".to_owned())
+}

@@ -1,0 +1,71 @@
+//! Why a stage could not be made, or a step not be run.
+
+use super::cpu_pool::WorkerPanic;
+use super::handoff::HandoffClosed;
+use crate::formats::FormatError;
+use crate::memory::ArenaError;
+use tandem_cpu_kernels::attention::KvLayoutError;
+use tandem_cpu_kernels::{MatrixError, UnsupportedIsa};
+
+/// A failure of the executor.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecutorError {
+    /// The model file is bad.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// A tensor's bytes are not those of its shape.
+    #[error("tensor {tensor}: {source}")]
+    Matrix {
+        /// Which tensor.
+        tensor: String,
+        /// What does not add up.
+        source: MatrixError,
+    },
+    /// A rotary embedding from which no angle can be computed.
+    #[error("rotary embedding: {0}")]
+    Rope(#[from] tandem_cpu_kernels::rope::RopeError),
+    /// Layers of one stage must have buffers of one width.
+    #[error("layer {layer}: {field} is {got}, that of the layers before {wanted}")]
+    MixedLayers {
+        /// Layer of the model.
+        layer: usize,
+        /// Which width.
+        field: &'static str,
+        /// Width of the layers before.
+        wanted: usize,
+        /// Width of this layer.
+        got: usize,
+    },
+    /// The instruction set that was asked for is not there.
+    #[error(transparent)]
+    Isa(#[from] UnsupportedIsa),
+    /// A KV block size that kernels can't work on.
+    #[error(transparent)]
+    KvLayout(#[from] KvLayoutError),
+    /// Memory was refused.
+    #[error("{what}: {source}")]
+    Memory {
+        /// What for.
+        what: &'static str,
+        /// Who refused it, and how much it was.
+        source: ArenaError,
+    },
+    /// A worker thread was refused.
+    #[error("worker threads: {0}")]
+    Threads(std::io::Error),
+    /// A plan that does not add up: a bug of the scheduler, refused before it does harm.
+    #[error("invalid step plan: {field}: {message}")]
+    InvalidPlan {
+        /// Which field of the plan.
+        field: &'static str,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A worker panicked in the middle of a step: the KV store's content is unknown, so the stage
+    /// has to be made anew ([`super::Stage::restart`]).
+    #[error(transparent)]
+    Worker(#[from] WorkerPanic),
+    /// The neighbouring stage has gone.
+    #[error(transparent)]
+    Handoff(#[from] HandoffClosed),
+}

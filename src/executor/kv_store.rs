@@ -1,0 +1,190 @@
+//! The bytes of KV blocks, f16, per tier: the store that attention reads, and host memory behind
+//! it for sequences that wait. Performs [`BlockCopy`] orders.
+
+use super::ExecutorError;
+use super::program::{KvLayerId, KvShape};
+use crate::memory::{AlignedBytes, HugePages};
+use crate::step::{BlockCopy, Tier};
+use crate::units::BlockId;
+use half::f16;
+use tandem_cpu_kernels::attention::{KvLayout, KvStore};
+
+/// How many blocks each tier has, and how large they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvOptions {
+    /// Tokens of a block: a multiple of 16.
+    pub block_tokens: usize,
+    /// Blocks that attention reads.
+    pub device_blocks: usize,
+    /// Blocks behind them.
+    pub host_blocks: usize,
+}
+
+/// One layer's keys or values in one tier.
+struct Plane {
+    /// `[blocks, block_elements]` f16 bits in `memory`; the layout of a block is [`KvLayout`]'s.
+    elements: *mut u16,
+    len: usize,
+    block_elements: usize,
+    /// Keeps `elements` alive; nobody else uses it.
+    _memory: AlignedBytes,
+}
+
+// SAFETY: a plane owns its memory. Shared, it gives out nothing but a pointer, to
+// `KvLayers::layer`; whoever uses that keeps `KvStore`'s rule.
+unsafe impl Send for Plane {}
+// SAFETY: as above.
+unsafe impl Sync for Plane {}
+
+impl Plane {
+    fn new(
+        blocks: usize,
+        block_elements: usize,
+        huge_pages: HugePages,
+    ) -> Result<Self, ExecutorError> {
+        let len = blocks * block_elements;
+        // Zeroed memory comes from the system untouched: pages exist once they are written.
+        let mut memory = AlignedBytes::zeroed(len * size_of::<f16>(), huge_pages)
+            .map_err(|source| ExecutorError::Memory { what: "KV blocks", source })?;
+        let elements = memory.as_mut_ptr().cast();
+        Ok(Self { elements, len, block_elements, _memory: memory })
+    }
+
+    fn all_mut(&mut self) -> &mut [u16] {
+        // SAFETY: the memory holds `len` zeroed elements, aligned to cache lines, as long as this
+        // plane lives, and the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.elements, self.len) }
+    }
+
+    fn block_mut(&mut self, block: usize) -> &mut [u16] {
+        let elements = self.block_elements;
+        &mut self.all_mut()[block * elements..][..elements]
+    }
+
+    fn copy_within(&mut self, from: usize, to: usize) {
+        let elements = self.block_elements;
+        let start = from * elements;
+        self.all_mut().copy_within(start..start + elements, to * elements);
+    }
+}
+
+/// One layer of both tiers.
+struct Layer {
+    layout: KvLayout,
+    /// Keys and values that attention reads.
+    device: [Plane; 2],
+    /// Keys and values behind them.
+    host: [Plane; 2],
+}
+
+/// The KV blocks of a stage's layers.
+pub(super) struct KvMemory {
+    layers: Vec<Layer>,
+    options: KvOptions,
+}
+
+impl KvMemory {
+    /// Zeroed blocks for every layer.
+    ///
+    /// # Errors
+    /// A block size that kernels can't work on, or memory refused.
+    pub fn new(
+        shapes: &[KvShape],
+        options: KvOptions,
+        huge_pages: HugePages,
+    ) -> Result<Self, ExecutorError> {
+        let layer = |shape: &KvShape| {
+            let layout = KvLayout::new(shape.n_kv_heads, shape.head_dim, options.block_tokens)?;
+            let plane = |blocks| Plane::new(blocks, layout.block_elements(), huge_pages);
+            let planes = |blocks| Ok::<_, ExecutorError>([plane(blocks)?, plane(blocks)?]);
+            let (device, host) = (planes(options.device_blocks)?, planes(options.host_blocks)?);
+            Ok(Layer { layout, device, host })
+        };
+        Ok(Self {
+            layers: shapes.iter().map(layer).collect::<Result<_, ExecutorError>>()?,
+            options,
+        })
+    }
+
+    /// Bytes of both tiers.
+    pub fn bytes(&self) -> usize {
+        let elements = |layer: &Layer| {
+            let planes = layer.device.iter().chain(&layer.host);
+            planes.map(|plane| plane.len).sum::<usize>()
+        };
+        self.layers.iter().map(elements).sum::<usize>() * size_of::<f16>()
+    }
+
+    /// Performs copies in order.
+    ///
+    /// # Errors
+    /// [`ExecutorError::InvalidPlan`] when a block or tier of any order does not exist; then
+    /// nothing was copied.
+    pub fn copy(&mut self, orders: &[BlockCopy]) -> Result<(), ExecutorError> {
+        for order in orders {
+            self.check(order, order.from)?;
+            self.check(order, order.to)?;
+        }
+        for order in orders {
+            let (from, to) = (order.from.1.index(), order.to.1.index());
+            for layer in &mut self.layers {
+                for index in 0..2 {
+                    let (device, host) = (&mut layer.device[index], &mut layer.host[index]);
+                    match (order.from.0, order.to.0) {
+                        (Tier::Device, Tier::Host) => {
+                            host.block_mut(to).copy_from_slice(device.block_mut(from));
+                        }
+                        (Tier::Host, Tier::Device) => {
+                            device.block_mut(to).copy_from_slice(host.block_mut(from));
+                        }
+                        (Tier::Host, _) => host.copy_within(from, to),
+                        _ => device.copy_within(from, to),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check(
+        &self,
+        order: &BlockCopy,
+        (tier, block): (Tier, BlockId),
+    ) -> Result<(), ExecutorError> {
+        let blocks = match tier {
+            Tier::Device => self.options.device_blocks,
+            Tier::Host => self.options.host_blocks,
+            Tier::Disk => 0,
+        };
+        if block.index() < blocks {
+            return Ok(());
+        }
+        let message = format!("{order:?}: block {} of {blocks} in {tier:?}", block.0);
+        Err(ExecutorError::InvalidPlan { field: "copies", message })
+    }
+
+    /// What a step's workers share.
+    pub fn layers(&mut self) -> KvLayers<'_> {
+        KvLayers { layers: &self.layers, blocks: self.options.device_blocks }
+    }
+}
+
+/// Keys and values of all layers during one step.
+#[derive(Clone, Copy)]
+pub(super) struct KvLayers<'a> {
+    layers: &'a [Layer],
+    blocks: usize,
+}
+
+impl<'a> KvLayers<'a> {
+    /// The store of one layer.
+    pub fn layer(&self, id: KvLayerId) -> KvStore<'a> {
+        let layer = &self.layers[id.0 as usize];
+        let [keys, values] =
+            [&layer.device[0], &layer.device[1]].map(|plane| plane.elements.cast());
+        // SAFETY: both planes hold `blocks · block_elements` elements and are borrowed for 'a, by
+        // `KvMemory::layers` exclusively. The interpreter writes a block through one worker
+        // (`BlockRun`) and reads after a barrier.
+        unsafe { KvStore::new(keys, values, self.blocks, layer.layout) }
+    }
+}

@@ -1,0 +1,259 @@
+//! A stage: a part of a model, its weights, KV store, buffers and workers. It runs one step at a
+//! time on the thread that calls it.
+
+use super::ExecutorError;
+use super::batch::{Batch, PlanLimits};
+use super::buffers::{Buffers, Memory, Rows};
+use super::cpu::Step;
+use super::cpu_pool::{CpuPool, PoolOptions, WorkerPanic};
+use super::handoff::{HandoffReceiver, HandoffSender, Slot};
+use super::kv_store::{KvMemory, KvOptions};
+use super::program::{Op, Program, StagePart};
+use super::sample::RowSamplers;
+use super::weights::{LoadProgress, Weights, WeightsRequest};
+use crate::formats::Checkpoint;
+use crate::memory::HugePages;
+use crate::model::ModelSpec;
+use crate::step::{StepOutput, StepPlan};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+use tandem_cpu_kernels::Isa;
+use tandem_cpu_kernels::attention::AttentionScratch;
+
+/// Query rows (token × head of a KV head's group) that the attention kernel computes together.
+const QUERY_ROWS: usize = 64;
+
+/// How a stage is to be made.
+#[derive(Clone, Debug)]
+pub struct StageOptions {
+    /// Which part of the model; `None` for all of it.
+    pub part: Option<StagePart>,
+    /// The workers.
+    pub pool: PoolOptions,
+    /// Whose kernels; `None` for the widest this CPU has.
+    pub isa: Option<Isa>,
+    /// Whether weights and KV ask for huge pages.
+    pub huge_pages: bool,
+    /// KV blocks.
+    pub kv: KvOptions,
+    /// Tokens of the widest step: the activations' memory is sized by it.
+    pub step_tokens_max: usize,
+}
+
+/// Bytes that a stage holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StageMemory {
+    /// Weights, repacked.
+    pub weight_bytes: usize,
+    /// KV blocks of both tiers.
+    pub kv_bytes: usize,
+    /// Activations.
+    pub activation_bytes: usize,
+}
+
+/// A part of a model, ready to run steps.
+pub struct Stage {
+    weights: Arc<Weights>,
+    limits: PlanLimits,
+    batch: Batch,
+    kv: KvMemory,
+    buffers: Buffers,
+    angles: Memory,
+    scratch: Vec<Mutex<AttentionScratch>>,
+    samplers: RowSamplers,
+    inlet: Option<HandoffReceiver>,
+    outlet: Option<HandoffSender>,
+    failure: Option<WorkerPanic>,
+    // Last, so that workers are joined before what they work on is freed.
+    pool: CpuPool,
+}
+
+impl StageOptions {
+    /// What is asked of the system for weights and KV.
+    pub fn huge_pages(&self) -> HugePages {
+        if self.huge_pages { HugePages::Advise } else { HugePages::SystemDefault }
+    }
+}
+
+impl Stage {
+    /// Loads the weights and makes a stage of them. `progress` is called on this thread.
+    ///
+    /// # Errors
+    /// A bad model file, options that this machine can't fulfil, or memory and threads refused.
+    pub fn load(
+        checkpoint: Arc<Checkpoint>,
+        spec: Arc<ModelSpec>,
+        options: &StageOptions,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ExecutorError> {
+        let mut pool = CpuPool::new(&options.pool).map_err(ExecutorError::Threads)?;
+        let part = options.part.clone().unwrap_or_else(|| StagePart::whole(spec.layers.len()));
+        let (isa, huge_pages) = (options.isa, options.huge_pages());
+        let request = WeightsRequest { checkpoint, spec, part, isa, huge_pages };
+        let weights = Arc::new(Weights::load(&request, &mut pool, progress)?);
+        Self::with_pool(weights, options, pool)
+    }
+
+    /// A stage with new workers, buffers and an empty KV store on weights that are there already:
+    /// milliseconds, not seconds. `options.part` and `options.isa` are those of the weights.
+    ///
+    /// # Errors
+    /// Memory or threads refused.
+    pub fn restart(weights: Arc<Weights>, options: &StageOptions) -> Result<Self, ExecutorError> {
+        let pool = CpuPool::new(&options.pool).map_err(ExecutorError::Threads)?;
+        Self::with_pool(weights, options, pool)
+    }
+
+    fn with_pool(
+        weights: Arc<Weights>,
+        options: &StageOptions,
+        pool: CpuPool,
+    ) -> Result<Self, ExecutorError> {
+        let program = weights.program();
+        let (tokens, threads) = (options.step_tokens_max, pool.threads());
+        let limits = PlanLimits {
+            tokens_max: tokens,
+            vocab_size: weights.vocab_size(),
+            block_tokens: options.kv.block_tokens,
+            blocks: options.kv.device_blocks,
+            query_tile: query_tile(program),
+        };
+        let head_dim = program.kv_layers.iter().map(|shape| shape.head_dim).max().unwrap_or(1);
+        let scratch = (0..threads).map(|_| Mutex::new(AttentionScratch::new(head_dim))).collect();
+        let sampled_rows = if program.dims.vocab > 0 { tokens } else { 0 };
+        Ok(Self {
+            limits,
+            batch: Batch::with_capacity(tokens, options.kv.device_blocks),
+            kv: KvMemory::new(&program.kv_layers, options.kv, options.huge_pages())?,
+            buffers: Buffers::new(program.dims, tokens),
+            angles: Memory::new(tokens * weights.rotations().width()),
+            scratch,
+            samplers: RowSamplers::new(threads, program.dims.vocab, sampled_rows),
+            inlet: None,
+            outlet: None,
+            failure: None,
+            pool,
+            weights,
+        })
+    }
+
+    /// The weights, for [`Stage::restart`].
+    pub fn weights(&self) -> &Arc<Weights> {
+        &self.weights
+    }
+
+    /// Workers that run on no core of their own because the system refused it.
+    pub fn pin_failures(&self) -> Vec<usize> {
+        self.pool.pin_failures()
+    }
+
+    /// Bytes held.
+    pub fn memory(&self) -> StageMemory {
+        StageMemory {
+            weight_bytes: self.weights.bytes(),
+            kv_bytes: self.kv.bytes(),
+            activation_bytes: self.buffers.bytes() + self.angles.bytes(),
+        }
+    }
+
+    /// Where the residual stream of a stage whose program starts with a hand-off comes from.
+    pub fn set_inlet(&mut self, inlet: HandoffReceiver) {
+        self.inlet = Some(inlet);
+    }
+
+    /// Where the residual stream of a stage whose program ends with a hand-off goes to.
+    pub fn set_outlet(&mut self, outlet: HandoffSender) {
+        self.outlet = Some(outlet);
+    }
+
+    /// Runs one step: copies, then all tokens, then the wanted logits. Allocates nothing once its
+    /// buffers have grown to the largest step seen, except the `top` lists that are asked for.
+    ///
+    /// # Errors
+    /// A plan that does not add up (nothing was done), a neighbour that has gone, or a worker's
+    /// panic: after that every further step fails, and the stage is to be replaced.
+    pub fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), ExecutorError> {
+        let started = Instant::now();
+        if let Some(panic) = &self.failure {
+            return Err(panic.clone().into());
+        }
+        output.clear();
+        output.step = plan.step;
+        self.batch.prepare(plan, self.limits)?;
+        self.kv.copy(&plan.copies)?;
+        if !plan.tokens.is_empty() {
+            self.compute(plan)?;
+            self.samplers.gather(output);
+        }
+        output.duration_us = started.elapsed().as_micros() as u64;
+        Ok(())
+    }
+
+    fn compute(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+        let tokens = plan.tokens.len();
+        let mut inlet = self.receive(plan)?;
+        let mut outlet = self.outlet.as_ref().map(HandoffSender::free_slot).transpose()?;
+        let program = self.weights.program();
+        let embedding_dim = program.dims.embedding;
+        let selected = if program.dims.vocab > 0 { plan.logits.len() } else { 0 };
+        let rotations = self.weights.rotations();
+        let step = Step {
+            program,
+            weights: &self.weights,
+            kernels: self.weights.kernels(),
+            plan,
+            batch: &self.batch,
+            buffers: self.buffers.shaped(tokens, selected),
+            rotations,
+            angles: self.angles.rows(tokens, rotations.width()),
+            kv: self.kv.layers(),
+            inlet: inlet.as_ref().map(|slot| slot.residual.as_slice()),
+            outlet: outlet
+                .as_mut()
+                .map(|slot| Rows::new(&mut slot.residual, tokens, embedding_dim)),
+            scratch: &self.scratch,
+            samplers: &self.samplers,
+        };
+        let done = self.pool.run(&|worker| step.execute(worker));
+        if let Err(panic) = done {
+            self.failure = Some(panic.clone());
+            return Err(panic.into());
+        }
+        if let (Some(slot), Some(from)) = (inlet.take(), &self.inlet) {
+            from.release(slot);
+        }
+        if let (Some(mut slot), Some(to)) = (outlet, &self.outlet) {
+            (slot.step, slot.tokens) = (plan.step, tokens);
+            to.send(slot)?;
+        }
+        Ok(())
+    }
+
+    /// The slot of this step, when the program starts with one.
+    fn receive(&self, plan: &StepPlan) -> Result<Option<Slot>, ExecutorError> {
+        let Some(inlet) = &self.inlet else { return Ok(None) };
+        let slot = inlet.receive()?;
+        if slot.step == plan.step && slot.tokens == plan.tokens.len() {
+            return Ok(Some(slot));
+        }
+        let message = format!(
+            "step {} with {} tokens, the slot holds step {} with {}",
+            plan.step.0,
+            plan.tokens.len(),
+            slot.step.0,
+            slot.tokens
+        );
+        inlet.release(slot);
+        Err(ExecutorError::InvalidPlan { field: "step", message })
+    }
+}
+
+/// Tokens of a query tile: as many as fill the kernel's rows for the smallest group of heads.
+fn query_tile(program: &Program) -> usize {
+    let group = |op: &Op| match op {
+        Op::Attend { shape, .. } => Some(shape.n_heads / shape.n_kv_heads),
+        _ => None,
+    };
+    let largest = program.ops.iter().filter_map(group).max().unwrap_or(1);
+    (QUERY_ROWS / largest).max(1)
+}

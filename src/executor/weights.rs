@@ -1,0 +1,283 @@
+//! A stage's weights as its kernels read them. Matrices that are multiplied with are interleaved
+//! by all workers into one arena; the others stay in the mapped file. Weights outlive their stage:
+//! a new one is made from them without touching a file.
+
+use super::ExecutorError;
+use super::cpu_pool::{CpuPool, share};
+use super::program::{MatrixEntry, MatrixId, MatrixUse, Program, StagePart, VectorId};
+use super::rotations::Rotations;
+use crate::formats::Checkpoint;
+use crate::memory::{ALIGNMENT, AlignedBytes, HugePages};
+use crate::model::{ModelSpec, TensorRef};
+use crate::tensor::DType;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use tandem_cpu_kernels::repack::ROWS;
+use tandem_cpu_kernels::{
+    Isa, Kernels, Layout, MatrixView, dequantize_row, layout_for, packed_bytes, repack_row_group,
+};
+
+/// How far loading has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadProgress {
+    /// Bytes of weights that are ready.
+    pub done_bytes: usize,
+    /// Bytes of all weights.
+    pub total_bytes: usize,
+}
+
+/// Where a matrix's bytes are.
+#[derive(Clone, Debug)]
+enum Place {
+    /// In the arena.
+    Arena(Range<usize>),
+    /// In a file of the checkpoint.
+    File { file: usize, bytes: Range<usize> },
+}
+
+#[derive(Clone, Debug)]
+struct Matrix {
+    dtype: DType,
+    layout: Layout,
+    rows: usize,
+    cols: usize,
+    place: Place,
+}
+
+/// The loaded weights of one stage, with the program that uses them.
+pub struct Weights {
+    checkpoint: Arc<Checkpoint>,
+    program: Program,
+    kernels: &'static Kernels,
+    arena: AlignedBytes,
+    matrices: Vec<Matrix>,
+    vectors: Vec<Vec<f32>>,
+    rotations: Rotations,
+    vocab_size: usize,
+}
+
+/// What is to be loaded.
+#[derive(Clone, Debug)]
+pub struct WeightsRequest {
+    /// Where the tensors are.
+    pub checkpoint: Arc<Checkpoint>,
+    /// What they mean.
+    pub spec: Arc<ModelSpec>,
+    /// Which of them.
+    pub part: StagePart,
+    /// Whose kernels; `None` for the widest this CPU has.
+    pub isa: Option<Isa>,
+    /// Whether repacked weights ask for huge pages.
+    pub huge_pages: HugePages,
+}
+
+impl Weights {
+    /// Loads the weights of a part of a model, in parallel; `progress` is called on this thread
+    /// after every matrix.
+    ///
+    /// # Errors
+    /// A bad tensor, an instruction set that is not there, or a layer unlike the others.
+    pub fn load(
+        request: &WeightsRequest,
+        pool: &mut CpuPool,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ExecutorError> {
+        let kernels = Kernels::for_isa(request.isa.unwrap_or_else(Isa::detect))?;
+        let program = Program::lower(&request.spec, &request.part)?;
+        let checkpoint = request.checkpoint.clone();
+        checkpoint.files().for_each(|file| file.will_read_all());
+        let (matrices, arena_bytes) = place_matrices(&checkpoint, &program, kernels.isa())?;
+        let vectors = program.vectors.iter().map(|vector| load_vector(&checkpoint, vector));
+        let vectors = vectors.collect::<Result<_, _>>()?;
+        let rotations = load_rotations(&checkpoint, &program)?;
+        let arena = AlignedBytes::zeroed(arena_bytes, request.huge_pages)
+            .map_err(|source| ExecutorError::Memory { what: "repacked weights", source })?;
+        let mut weights = Self {
+            checkpoint,
+            program,
+            kernels,
+            arena,
+            matrices,
+            vectors,
+            rotations,
+            vocab_size: request.spec.vocab_size,
+        };
+        weights.repack(pool, progress)?;
+        weights.checkpoint.check_unchanged()?;
+        Ok(weights)
+    }
+
+    /// Bytes of memory held beside the mapped file.
+    pub fn bytes(&self) -> usize {
+        let vectors: usize = self.vectors.iter().map(Vec::len).sum();
+        self.arena.len() + vectors * size_of::<f32>()
+    }
+
+    /// Bytes that a step of one token reads: all matrices that are multiplied with.
+    pub fn bytes_per_token(&self) -> usize {
+        let multiplied =
+            |(_, entry): &(&Matrix, &MatrixEntry)| entry.used_for == MatrixUse::Multiply;
+        let pairs = self.matrices.iter().zip(&self.program.matrices).filter(multiplied);
+        pairs.map(|(matrix, _)| self.bytes_of(matrix).len()).sum()
+    }
+
+    /// The program that these weights serve.
+    pub fn program(&self) -> &Program {
+        &self.program
+    }
+
+    /// The kernels that the layouts were chosen for.
+    pub fn kernels(&self) -> &'static Kernels {
+        self.kernels
+    }
+
+    /// Tokens of the model's vocabulary.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    pub(super) fn rotations(&self) -> &Rotations {
+        &self.rotations
+    }
+
+    /// A matrix of the program.
+    pub fn matrix(&self, id: MatrixId) -> MatrixView<'_> {
+        let matrix = &self.matrices[id.0 as usize];
+        let Matrix { dtype, layout, rows, cols, .. } = *matrix;
+        MatrixView::new(dtype, layout, rows, cols, self.bytes_of(matrix))
+            .expect("the shape was checked when the matrix was placed")
+    }
+
+    /// A vector of the program, in f32.
+    pub fn vector(&self, id: VectorId) -> &[f32] {
+        &self.vectors[id.0 as usize]
+    }
+
+    fn bytes_of(&self, matrix: &Matrix) -> &[u8] {
+        match &matrix.place {
+            Place::Arena(bytes) => &self.arena[bytes.clone()],
+            Place::File { file, bytes } => file_bytes(&self.checkpoint, *file, bytes),
+        }
+    }
+
+    /// Interleaves every matrix that has a place in the arena.
+    fn repack(
+        &mut self,
+        pool: &mut CpuPool,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<(), ExecutorError> {
+        let total_bytes = self.arena.len();
+        let mut arena = &mut self.arena[..];
+        let mut offset = 0;
+        for (matrix, entry) in self.matrices.iter().zip(&self.program.matrices) {
+            let Place::Arena(bytes) = &matrix.place else { continue };
+            let (own, rest) = arena[bytes.start - offset..].split_at_mut(bytes.len());
+            let source = self.checkpoint.tensor(&entry.tensor.name)?.bytes;
+            repack_matrix(pool, matrix, source, own)?;
+            (arena, offset) = (rest, bytes.end);
+            progress(LoadProgress { done_bytes: offset, total_bytes });
+        }
+        progress(LoadProgress { done_bytes: total_bytes, total_bytes });
+        Ok(())
+    }
+}
+
+/// Interleaves one matrix: each worker takes a share of the groups of 16 rows, and so touches its
+/// part of the arena first.
+fn repack_matrix(
+    pool: &mut CpuPool,
+    matrix: &Matrix,
+    source: &[u8],
+    target: &mut [u8],
+) -> Result<(), ExecutorError> {
+    let group_bytes = target.len() / matrix.rows.div_ceil(ROWS);
+    let groups = matrix.rows.div_ceil(ROWS);
+    let threads = pool.threads();
+    let mut rest = target;
+    let parts: Vec<Mutex<&mut [u8]>> = (0..threads)
+        .map(|index| {
+            let bytes = share(index, threads, groups, 1).len() * group_bytes;
+            let (own, others) = std::mem::take(&mut rest).split_at_mut(bytes);
+            rest = others;
+            Mutex::new(own)
+        })
+        .collect();
+    pool.run(&|worker| {
+        let mut own = parts[worker.index].lock().unwrap_or_else(PoisonError::into_inner);
+        let first = worker.share(groups, 1).start * group_bytes;
+        for (index, packed) in own.chunks_exact_mut(group_bytes).enumerate() {
+            let start = first + index * group_bytes;
+            let source = &source[start..source.len().min(start + group_bytes)];
+            repack_row_group(matrix.dtype, matrix.cols, source, packed);
+        }
+    })?;
+    Ok(())
+}
+
+/// Decides where each matrix lies; returns the arena's size too.
+fn place_matrices(
+    checkpoint: &Checkpoint,
+    program: &Program,
+    isa: Isa,
+) -> Result<(Vec<Matrix>, usize), ExecutorError> {
+    let mut arena_bytes = 0;
+    let mut matrices = Vec::with_capacity(program.matrices.len());
+    for entry in &program.matrices {
+        let tensor = checkpoint.tensor(&entry.tensor.name)?;
+        let (dtype, rows, cols) = (tensor.dtype, tensor.shape.rows(), tensor.shape.cols());
+        let file_matrix = MatrixView::new(dtype, Layout::RowMajor, rows, cols, tensor.bytes);
+        file_matrix.map_err(|source| ExecutorError::Matrix {
+            tensor: entry.tensor.name.clone(),
+            source,
+        })?;
+        let layout = match entry.used_for {
+            MatrixUse::Lookup => Layout::RowMajor,
+            MatrixUse::Multiply => layout_for(dtype, isa),
+        };
+        let packed = packed_bytes(dtype, layout, rows, cols).filter(|_| layout != Layout::RowMajor);
+        let place = match packed {
+            Some(bytes) => {
+                let start = arena_bytes;
+                arena_bytes = (start + bytes).next_multiple_of(ALIGNMENT);
+                Place::Arena(start..start + bytes)
+            }
+            None => file_place(checkpoint, &entry.tensor)?,
+        };
+        let layout = if packed.is_some() { layout } else { Layout::RowMajor };
+        matrices.push(Matrix { dtype, layout, rows, cols, place });
+    }
+    Ok((matrices, arena_bytes))
+}
+
+/// Where a tensor lies in the checkpoint's files.
+fn file_place(checkpoint: &Checkpoint, tensor: &TensorRef) -> Result<Place, ExecutorError> {
+    let missing = || checkpoint.refuse_missing(&tensor.name);
+    let info = checkpoint.tensor_info(&tensor.name).ok_or_else(missing)?;
+    let file = checkpoint.files().position(|file| file.path() == info.file).ok_or_else(missing)?;
+    let start = info.data_offset as usize;
+    Ok(Place::File { file, bytes: start..start + checkpoint.tensor(&tensor.name)?.bytes.len() })
+}
+
+fn file_bytes<'a>(checkpoint: &'a Checkpoint, file: usize, bytes: &Range<usize>) -> &'a [u8] {
+    let file = checkpoint.files().nth(file).expect("the checkpoint keeps its files");
+    &file.bytes()[bytes.clone()]
+}
+
+fn load_vector(checkpoint: &Checkpoint, vector: &TensorRef) -> Result<Vec<f32>, ExecutorError> {
+    let tensor = checkpoint.tensor(&vector.name)?;
+    let mut values = vec![0.0; tensor.shape.elements()];
+    for (row, values) in values.chunks_exact_mut(tensor.shape.cols()).enumerate() {
+        dequantize_row(tensor.dtype, tensor.rows(row..row + 1), values);
+    }
+    Ok(values)
+}
+
+fn load_rotations(checkpoint: &Checkpoint, program: &Program) -> Result<Rotations, ExecutorError> {
+    let mut rotations = Rotations::default();
+    for rope in &program.ropes {
+        let factors = rope.frequency_factors.as_ref();
+        let factors = factors.map(|factors| load_vector(checkpoint, factors)).transpose()?;
+        rotations.push(rope, factors.as_deref())?;
+    }
+    Ok(rotations)
+}

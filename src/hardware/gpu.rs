@@ -1,0 +1,55 @@
+//! The GPUs of the machine, through the guarded door of the kernels crate.
+
+use serde::Serialize;
+use tandem_kernels::{DeviceFacts, driver};
+
+/// One GPU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Gpu {
+    /// Index in the driver's order.
+    pub ordinal: usize,
+    /// Product name.
+    pub name: String,
+    /// Memory of the device.
+    pub memory_total_bytes: u64,
+    /// Memory free at start-up, our own context already subtracted.
+    pub memory_free_bytes: u64,
+    /// Compute capability, such as `9.0`.
+    pub compute_capability: String,
+    /// Multiprocessors.
+    pub multiprocessors: u32,
+}
+
+/// The GPUs that can be used, or the reason why there are none.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Gpus {
+    /// In the driver's order.
+    pub devices: Vec<Gpu>,
+    /// Why `devices` is empty, in words for the user.
+    pub absence: Option<String>,
+}
+
+impl Gpus {
+    /// Asks the driver. Never panics, whatever is or is not installed.
+    pub fn detect() -> Gpus {
+        match driver().and_then(|driver| driver.devices()) {
+            Ok(devices) => {
+                Gpus { devices: devices.into_iter().map(Gpu::from).collect(), absence: None }
+            }
+            Err(error) => Gpus { devices: Vec::new(), absence: Some(error.to_string()) },
+        }
+    }
+}
+
+impl From<DeviceFacts> for Gpu {
+    fn from(facts: DeviceFacts) -> Gpu {
+        Gpu {
+            ordinal: facts.ordinal,
+            name: facts.name,
+            memory_total_bytes: facts.memory_total_bytes,
+            memory_free_bytes: facts.memory_free_bytes,
+            compute_capability: facts.compute_capability.to_string(),
+            multiprocessors: facts.multiprocessors,
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! Llama (arXiv 2302.13971) and what borrows its shape: Mistral, SmolLM, TinyLlama, Yi.
+//!
+//! Query and key rows are permuted in GGUF files so that the rotation pairs neighbours. Llama 3.1
+//! brings its frequency scaling as a tensor, `rope_freqs.weight`. A window is Mistral 7B v0.1's.
+
+use super::decoder::{self, AttentionTraits, HeadNorms};
+use crate::formats::FormatError;
+use crate::model::source::{Bias, Source};
+use crate::model::{Activation, LayerSpec, ModelSpec, RopeStyle};
+
+pub(super) fn read(source: &Source<'_>) -> Result<ModelSpec, FormatError> {
+    decoder::refuse_experts(source)?;
+    let dimensions = source.dimensions()?;
+    let rope = decoder::rope(source, &dimensions, RopeStyle::Interleaved, 10_000.0)?;
+    let traits = AttentionTraits { bias: Bias::Optional, head_norms: HeadNorms::None };
+    let window = source.count_opt("attention.sliding_window", 0..=1 << 27)?;
+    let layer = |layer: usize| {
+        let mut attention = decoder::attention(source, &dimensions, layer, &rope, traits)?;
+        attention.window = window.filter(|window| *window > 0);
+        Ok(LayerSpec {
+            attention_norm: decoder::layer_norm(source, &dimensions, layer, "attn_norm")?,
+            attention,
+            attention_post_norm: None,
+            ffn_norm: decoder::layer_norm(source, &dimensions, layer, "ffn_norm")?,
+            ffn: source.ffn(layer, &dimensions, Activation::Silu)?,
+            ffn_post_norm: None,
+        })
+    };
+    let layers = (0..dimensions.layers.len()).map(layer).collect::<Result<_, FormatError>>()?;
+    decoder::model(source, &dimensions, layers)
+}
