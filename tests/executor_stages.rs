@@ -83,6 +83,21 @@ fn a_restarted_stage_shares_the_weights_and_answers_the_same() {
 }
 
 #[test]
+fn a_panic_in_a_worker_is_an_error_and_the_stage_must_be_replaced() {
+    let model = tiny(Family::Llama);
+    let [_, last] = StagePart::split(2, 1);
+    // Nobody gave the stage an inlet: its workers find out in the middle of the step.
+    let options = StageOptions { part: Some(last), ..options(3, 64) };
+    let mut stage = model.stage(&options);
+    let plan = scored(&tokens(9), 0, 9);
+    for _ in 0..2 {
+        let result = stage.run(&plan, &mut StepOutput::default());
+        assert!(matches!(result, Err(ExecutorError::Worker(_))), "{result:?}");
+    }
+    drop(Stage::restart(stage.weights().clone(), &options).unwrap());
+}
+
+#[test]
 fn a_bad_plan_is_refused_and_the_stage_goes_on() {
     let model = tiny(Family::Llama);
     let tokens = tokens(30);

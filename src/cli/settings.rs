@@ -54,7 +54,7 @@ pub struct Layers {
 }
 
 impl Layers {
-    /// The user's own file, `$XDG_CONFIG_HOME/tandem/config.toml` or `~/.config/tandem/config.toml`.
+    /// The user's own file: `$XDG_CONFIG_HOME/tandem/config.toml`, or the same below `~/.config`.
     pub fn user_file(environment: &[(String, String)]) -> Option<PathBuf> {
         let get = |name: &str| {
             let found = environment.iter().find(|(key, _)| key == name);
@@ -183,6 +183,16 @@ mod tests {
         assert_eq!(settings.origins["cpu.threads"], variable);
         assert_eq!(settings.origins["kv.block_tokens"], Origin::Flag);
         assert_eq!(settings.origins["stream.window_bytes"], Origin::Default);
+    }
+
+    #[test]
+    fn every_profile_fits() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/profiles");
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let layers = Layers { file: Some(entry.unwrap().path()), ..Layers::default() };
+            let settings = layers.load().unwrap();
+            assert_ne!(settings.config, Config::default(), "{layers:?}");
+        }
     }
 
     #[test]

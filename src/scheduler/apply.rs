@@ -34,8 +34,8 @@ impl Scheduler {
         }
     }
 
-    /// The executor died and all KV with it: every sequence is computed again, from the queue. Those
-    /// in the step in flight are suspects; at the limit of crashes they fail.
+    /// The executor died and all KV with it: every sequence is computed again, from the queue.
+    /// Those in the step in flight are suspects; at the limit of crashes they fail.
     pub fn executor_lost(&mut self, now_us: u64, events: &mut Vec<SequenceEvent>) {
         self.pool.clear();
         self.host.clear();
