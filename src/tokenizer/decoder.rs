@@ -7,6 +7,7 @@ use std::sync::Arc;
 /// Decodes one answer token by token. All pushes and the finish, one after the other, are exactly
 /// what decoding all the tokens at once gives: bytes that can still become a character are held
 /// back, bytes that can't become U+FFFD as `String::from_utf8_lossy` has it.
+#[derive(Clone)]
 pub struct IncrementalDecoder {
     tokenizer: Arc<Tokenizer>,
     /// The start of a character, at most 3 bytes.

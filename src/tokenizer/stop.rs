@@ -1,5 +1,7 @@
 //! Stop strings in a text that comes in parts.
 
+use std::sync::Arc;
+
 /// What a part of text gave.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StopOutput {
@@ -9,11 +11,13 @@ pub struct StopOutput {
     pub stopped: Option<usize>,
 }
 
-/// One stop string: Knuth, Morris and Pratt's automaton over its bytes.
+/// One stop string: Knuth, Morris and Pratt's automaton over its bytes. The automaton is shared by
+/// clones.
+#[derive(Clone)]
 struct Pattern {
-    bytes: Vec<u8>,
+    bytes: Arc<[u8]>,
     /// `borders[k]`: length of the longest proper prefix of `bytes[..k]` that is also its suffix.
-    borders: Vec<usize>,
+    borders: Arc<[usize]>,
     /// How many of the pattern's first bytes the text ends with.
     matched: usize,
 }
@@ -30,7 +34,7 @@ impl Pattern {
             border += usize::from(bytes[at] == bytes[border]);
             borders[at + 1] = border;
         }
-        Self { bytes, borders, matched: 0 }
+        Self { bytes: bytes.into(), borders: borders.into(), matched: 0 }
     }
 
     /// Whether the pattern ends with this byte.
@@ -46,6 +50,7 @@ impl Pattern {
 /// Finds the first stop string that is complete (of those complete at the same byte, the longest),
 /// however the text is cut into parts. Text that may be the start of one is held back. Linear in
 /// the text, whatever the stop strings.
+#[derive(Clone)]
 pub struct StopMatcher {
     patterns: Vec<Pattern>,
     held: String,
