@@ -9,6 +9,7 @@ use super::links::{Delivery, Links};
 use super::shared::{Occupancy, Shared};
 use super::stream::StreamMessage;
 use super::threads::{StopSignal, is_stopped};
+use crate::hardware::pin_current_thread;
 use crate::scheduler::{Scheduler, SequenceEvent, SequenceEventKind};
 use crate::step::{StepOutput, StepPlan};
 use crate::telemetry::StepTrace;
@@ -52,7 +53,10 @@ pub(super) struct EngineLoop {
 impl EngineLoop {
     pub(super) fn new(shared: Arc<Shared>, stop: StopSignal) -> Result<Self, String> {
         let loaded = shared.loaded.get().ok_or("no model is loaded")?;
-        let scheduler = Scheduler::new(loaded.scheduler_options());
+        if let Some(Err(error)) = loaded.cores.engine_loop.map(pin_current_thread) {
+            tracing::warn!(%error, "the engine loop runs unpinned");
+        }
+        let scheduler = Scheduler::new(loaded.scheduler_options(&shared.config));
         Ok(Self {
             scheduler,
             links: Links::default(),
@@ -231,7 +235,7 @@ impl EngineLoop {
         self.shared.faults.pass(FaultPoint::SchedulerBeforeAdd);
         match self.scheduler.add(self.shared.now_us(), sequence) {
             Ok(position) => {
-                let queue_position = position.into();
+                let queue_position = position;
                 self.tell(id, StreamMessage::Accepted { queue_position });
             }
             Err(error) => self.links.deliver_last(id, StreamMessage::Refused(error)),

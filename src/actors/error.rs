@@ -57,11 +57,9 @@ impl From<EngineError> for RequestError {
             EngineError::Model(error) => error,
             EngineError::Dead { actor, restarts, .. } => Self::ActorRestarted { actor, restarts },
             EngineError::Stopped => Self::ShuttingDown,
-            EngineError::Config(error) => Self::InvalidParams {
-                field: error.field,
-                got: error.got,
-                allowed: error.allowed,
-            },
+            EngineError::Config(error) => {
+                Self::InvalidParams { field: error.field, got: error.got, allowed: error.allowed }
+            }
             other => Self::Internal { message: other.to_string() },
         }
     }

@@ -16,7 +16,6 @@ pub(super) enum ExecutorMessage {
     /// Its thread died.
     ThreadDied(String),
 }
-impl ractor::Message for ExecutorMessage {}
 
 /// A plan on its way down, with the buffers for the answer.
 pub(super) struct Order {
@@ -90,6 +89,7 @@ fn run_stage(shared: &Shared, stop: &StopSignal) -> Result<(), String> {
     let loaded = shared.loaded.get().ok_or("no model is loaded")?;
     shared.faults.pass(FaultPoint::ExecutorBeforeStart);
     let mut stage = loaded.stages.start()?;
+    shared.become_ready();
     loop {
         let mut order = select_biased! {
             recv(stop) -> _ => return Ok(()),

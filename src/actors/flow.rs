@@ -1,6 +1,6 @@
 //! What a stream task and the engine loop know together of one sequence.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 /// Flags of one sequence, outliving the engine loop.
 #[derive(Debug, Default)]
@@ -33,12 +33,17 @@ impl Flow {
         self.in_flight.load(Ordering::SeqCst)
     }
 
-    pub(super) fn set_paused(&self, paused: bool) {
-        self.paused.store(paused, Ordering::SeqCst);
+    /// Says that the sequence pauses. The engine loop looks at the lane once more after this, the
+    /// reader looks at this after it has read from the lane: the fences on both sides make sure
+    /// that at least one of them sees what the other did.
+    pub(super) fn set_paused(&self) {
+        self.paused.store(true, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
     }
 
-    /// Whether it was paused; the caller now asks for it to be resumed.
+    /// Whether it was paused; whoever takes the flag sees to it that the sequence goes on.
     pub(super) fn take_paused(&self) -> bool {
-        self.paused.swap(false, Ordering::SeqCst)
+        fence(Ordering::SeqCst);
+        self.paused.load(Ordering::SeqCst) && self.paused.swap(false, Ordering::SeqCst)
     }
 }

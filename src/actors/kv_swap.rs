@@ -16,7 +16,6 @@ pub(super) enum KvSwapMessage {
     /// The ledger has copies that are not booked. The permit bounds the mailbox.
     Book(OwnedSemaphorePermit),
 }
-impl ractor::Message for KvSwapMessage {}
 
 /// Copies that were performed and not booked yet. Outlives the actor.
 pub(super) struct SwapLedger {

@@ -31,8 +31,8 @@ pub(super) enum Command {
     Resume(SequenceId),
 }
 
-/// Stream tasks to engine loop. Never full: every sequence holds a credit, and the lane has room
-/// for all commands of all credits.
+/// Stream tasks to engine loop. Every sequence holds a credit, and the lane has room for all commands
+/// of all credits, twice: it fills only when requests come and go faster than steps.
 pub(super) struct CommandLane {
     sender: Sender<Command>,
     pub(super) receiver: Receiver<Command>,
@@ -40,22 +40,13 @@ pub(super) struct CommandLane {
 
 impl CommandLane {
     pub(super) fn new(sequences_max: usize) -> Self {
-        // A sequence that has ended may leave its last commands behind: twice the room.
         let (sender, receiver) = bounded(2 * COMMANDS_PER_SEQUENCE * sequences_max);
         Self { sender, receiver }
     }
 
-    /// Sends a command; waits in the impossible case of a full lane.
-    pub(super) async fn send(&self, mut command: Command) {
-        while let Err(TrySendError::Full(back)) = self.sender.try_send(command) {
-            command = back;
-            tokio::task::yield_now().await;
-        }
-    }
-
-    /// Sends a command from where nobody can wait; whether there was room.
-    pub(super) fn try_send(&self, command: Command) -> bool {
-        self.sender.try_send(command).is_ok()
+    /// Sends a command; gives it back when there is no room.
+    pub(super) fn try_send(&self, command: Command) -> Result<(), Command> {
+        self.sender.try_send(command).map_err(TrySendError::into_inner)
     }
 }
 
@@ -81,9 +72,11 @@ impl TextLane {
         queued_us: u64,
     ) -> Result<TextDone, RequestError> {
         let (reply, answer) = oneshot::channel();
-        self.sender.try_send(TextJob { work, queued_us, reply }).map_err(|_| RequestError::Overloaded {
-            queue_depth: self.sender.len(),
-            retry_after_ms: Self::RETRY_AFTER_MS,
+        self.sender.try_send(TextJob { work, queued_us, reply }).map_err(|_| {
+            RequestError::Overloaded {
+                queue_depth: self.sender.len(),
+                retry_after_ms: Self::RETRY_AFTER_MS,
+            }
         })?;
         // The job is answered even if its work panics; it is dropped only when the engine ends.
         answer.await.unwrap_or(Err(RequestError::ShuttingDown))

@@ -115,40 +115,46 @@ impl Links {
     /// gone.
     pub(super) fn flush(&mut self, id: SequenceId) -> Delivery {
         let Some(link) = self.by_id.get_mut(&id) else { return Delivery::Fine };
-        while let Some(message) = link.outbox.pop_front() {
-            match link.lane.try_send(message) {
-                Ok(()) => {}
-                Err(TrySendError::Full(message)) => {
-                    link.outbox.push_front(message);
-                    break;
-                }
-                Err(TrySendError::Closed(_)) => {
-                    self.by_id.remove(&id);
-                    return Delivery::Gone;
-                }
-            }
-        }
-        if link.outbox.is_empty() && link.ended {
+        let delivery = link.flush();
+        if delivery == Delivery::Gone || (link.ended && link.outbox.is_empty()) {
             self.by_id.remove(&id);
-            return Delivery::Fine;
         }
-        if link.outbox.is_empty() && link.lane.capacity() >= FREE_MIN {
-            return Delivery::Fine;
-        }
-        link.pause()
+        delivery
     }
 }
 
 impl Link {
-    /// Sets the flag that makes the reader ask for a resumption. The lane is looked at again
-    /// after that: the reader may have emptied it before it could see the flag, and would then
-    /// never ask.
-    fn pause(&mut self) -> Delivery {
-        self.flow.set_paused(true);
-        let unread = LANE_MESSAGES - self.lane.capacity();
-        if unread <= RESUME_AT && self.outbox.is_empty() && self.flow.take_paused() {
-            return Delivery::Fine;
+    fn flush(&mut self) -> Delivery {
+        loop {
+            if !self.fill_lane() {
+                return Delivery::Gone;
+            }
+            let has_room = self.lane.capacity() >= FREE_MIN || self.ended;
+            if self.outbox.is_empty() && has_room {
+                return Delivery::Fine;
+            }
+            self.flow.set_paused();
+            // The reader may have emptied the lane before it could see the flag; then it will not
+            // ask for a resumption, and this goes on by itself.
+            let unread = LANE_MESSAGES - self.lane.capacity();
+            if unread > RESUME_AT || !self.flow.take_paused() {
+                return Delivery::Full;
+            }
         }
-        Delivery::Full
+    }
+
+    /// Moves what fits; whether somebody still reads.
+    fn fill_lane(&mut self) -> bool {
+        while let Some(message) = self.outbox.pop_front() {
+            match self.lane.try_send(message) {
+                Ok(()) => {}
+                Err(TrySendError::Full(message)) => {
+                    self.outbox.push_front(message);
+                    return true;
+                }
+                Err(TrySendError::Closed(_)) => return false,
+            }
+        }
+        true
     }
 }

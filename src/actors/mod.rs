@@ -3,16 +3,29 @@
 //! command line and programs that embed Tandem call it, all through [`Engine`].
 
 mod builder;
+mod cores;
 mod engine;
+mod engine_loop;
 mod error;
+mod executor;
 mod faults;
+mod flow;
 mod generation;
+mod kv_swap;
+mod lanes;
+mod links;
+mod load;
+mod restarts;
 mod root;
+mod scheduler;
 mod shared;
 mod stage;
 mod status;
 mod stream;
+mod supervisor;
 mod text;
+mod threads;
+mod tokenizer;
 mod window;
 
 pub use builder::EngineBuilder;

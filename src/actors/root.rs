@@ -102,7 +102,6 @@ async fn reign(shared: &Arc<Shared>) -> Result<(), EngineError> {
     loop {
         let reason = match Actor::spawn(None, Supervisor, Arc::clone(shared)).await {
             Ok((supervisor, mut reign_of_one)) => {
-                shared.become_ready();
                 tokio::select! {
                     biased;
                     () = wind_down(shared) => {

@@ -13,7 +13,6 @@ pub(super) enum SchedulerMessage {
     /// The engine loop died.
     ThreadDied(String),
 }
-impl ractor::Message for SchedulerMessage {}
 
 /// The actor.
 pub(super) struct SchedulerActor;
@@ -35,9 +34,9 @@ impl Actor for SchedulerActor {
         };
         let body_shared = Arc::clone(&shared);
         tokio::task::block_in_place(|| {
-            shared.threads.start("tandem-engine", died, move || {
-                EngineLoop::new(body_shared, stop)?.run()
-            })
+            shared
+                .threads
+                .start("tandem-engine", died, move || EngineLoop::new(body_shared, stop)?.run())
         })?;
         Ok(guard)
     }

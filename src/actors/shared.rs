@@ -11,8 +11,8 @@ use super::threads::Threads;
 use super::{EngineError, Faults, RestartCounts, StatsSnapshot, Status};
 use crate::config::Config;
 use crate::request::RequestError;
-use crate::units::SequenceId;
 use crate::telemetry::{Counter, Metrics, TraceRing};
+use crate::units::SequenceId;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
@@ -35,6 +35,13 @@ pub(super) enum Life {
     Stopping,
     Stopped,
     Dead(EngineError),
+}
+
+impl Life {
+    /// Whether nothing goes on any more.
+    pub(super) fn ends_streams(&self) -> bool {
+        matches!(self, Self::Stopping | Self::Stopped | Self::Dead(_))
+    }
 }
 
 /// Restarts per kind of actor, over the engine's whole life.
@@ -156,7 +163,7 @@ impl Shared {
         }
     }
 
-    /// Requests are served from now on, unless the engine was told to end meanwhile.
+    /// A stage is up: requests are served from now on, unless the engine was told to end meanwhile.
     pub(super) fn become_ready(&self) {
         self.life.send_if_modified(|life| {
             let loading = *life == Life::Loading;
@@ -169,7 +176,7 @@ impl Shared {
 
     /// Whether all streams are being ended.
     pub(super) fn is_ending(&self) -> bool {
-        matches!(*self.life.borrow(), Life::Stopping | Life::Stopped | Life::Dead(_))
+        self.life.borrow().ends_streams()
     }
 
     /// Drops what only a living engine needs: what waits in the lanes, and the weights.
@@ -249,11 +256,30 @@ impl Shared {
         }
     }
 
-    /// Has a tokenizer thread do some work, again if the thread dies of something else.
+    /// Has a tokenizer thread do some work.
     pub(super) async fn work_on_text(&self, work: TextWork) -> Result<TextDone, RequestError> {
         if let Some(refusal) = self.refusal() {
             return Err(refusal);
         }
-        self.texts.submit(work, self.now_us()).await
+        let mut life = self.life.subscribe();
+        tokio::select! {
+            biased;
+            done = self.texts.submit(work, self.now_us()) => done,
+            _ = life.wait_for(Life::ends_streams) => {
+                Err(self.refusal().unwrap_or(RequestError::ShuttingDown))
+            }
+        }
+    }
+}
+
+impl Occupancy {
+    pub(super) fn of(stats: &crate::scheduler::SchedulerStats) -> Self {
+        let sequences = SequenceCounts {
+            running: stats.running,
+            waiting: stats.waiting,
+            paused: stats.paused,
+            preemptions: 0,
+        };
+        Self { sequences, blocks: BlockCounts::default() }
     }
 }

@@ -1,10 +1,16 @@
 //! What the executor actor asks of a stage. The engine's own stages are `executor::Stage`; tests
 //! bring stages whose tokens are a hash of the tokens so far.
 
+use crate::executor::{
+    CpuPool, ExecutorError, LoadProgress, Stage, StageOptions, StagePart, Weights, WeightsRequest,
+};
+use crate::formats::Checkpoint;
+use crate::model::ModelSpec;
 use crate::step::{StepOutput, StepPlan};
+use std::sync::Arc;
 
 /// Runs steps, one at a time, on one thread.
-pub trait StepRunner: Send {
+pub trait StepRunner {
     /// Computes a plan. `output` comes cleared.
     ///
     /// # Errors
@@ -12,11 +18,56 @@ pub trait StepRunner: Send {
     fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), String>;
 }
 
-/// Makes stages over the same weights: the first one and, after each failure, the next.
+/// Makes stages over the same weights: the first one and, after each failure, the next. Called on
+/// the thread that will run them.
 pub trait StageFactory: Send + Sync {
     /// A stage with empty KV.
     ///
     /// # Errors
     /// Why there can be none.
     fn start(&self) -> Result<Box<dyn StepRunner>, String>;
+}
+
+impl StepRunner for Stage {
+    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), String> {
+        Stage::run(self, plan, output).map_err(|error| error.to_string())
+    }
+}
+
+/// Stages over weights that are loaded once.
+pub(super) struct CpuStages {
+    weights: Arc<Weights>,
+    options: StageOptions,
+}
+
+impl CpuStages {
+    /// Loads the weights; `progress` is called on a thread of its own: the pool pins its caller.
+    pub(super) fn load(
+        checkpoint: Arc<Checkpoint>,
+        spec: Arc<ModelSpec>,
+        options: StageOptions,
+        progress: &mut (dyn FnMut(LoadProgress) + Send),
+    ) -> Result<Self, ExecutorError> {
+        let part = options.part.clone().unwrap_or_else(|| StagePart::whole(spec.layers.len()));
+        let request = WeightsRequest { checkpoint, spec, part, isa: options.isa };
+        let load = || {
+            let mut pool = CpuPool::new(&options.pool).map_err(ExecutorError::Threads)?;
+            Weights::load(&request, &mut pool, progress)
+        };
+        let loaded = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("tandem-load".into());
+            let thread = thread.spawn_scoped(scope, load).map_err(ExecutorError::Threads)?;
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        Ok(Self { weights: Arc::new(loaded?), options })
+    }
+}
+
+impl StageFactory for CpuStages {
+    fn start(&self) -> Result<Box<dyn StepRunner>, String> {
+        match Stage::restart(Arc::clone(&self.weights), &self.options) {
+            Ok(stage) => Ok(Box::new(stage)),
+            Err(error) => Err(error.to_string()),
+        }
+    }
 }

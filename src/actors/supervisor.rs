@@ -17,7 +17,6 @@ use std::sync::Arc;
 /// The supervisor hears of its children's lives only; it has no messages of its own.
 #[derive(Debug)]
 pub(super) enum SupervisorMessage {}
-impl ractor::Message for SupervisorMessage {}
 
 /// Which child.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -60,9 +59,7 @@ impl SupervisorState {
         // No names: ractor's registry of names belongs to the whole process.
         let (root, shared) = (myself.clone(), Arc::clone(&self.shared));
         let id = match child {
-            Child::Executor => {
-                Actor::spawn_linked(None, Executor, shared, root).await?.0.get_id()
-            }
+            Child::Executor => Actor::spawn_linked(None, Executor, shared, root).await?.0.get_id(),
             Child::KvSwap => Actor::spawn_linked(None, KvSwap, shared, root).await?.0.get_id(),
             Child::Scheduler => {
                 Actor::spawn_linked(None, SchedulerActor, shared, root).await?.0.get_id()

@@ -2,7 +2,8 @@
 //! needs. Each piece of work is a function of the loaded model and can be done again.
 
 use super::load::Loaded;
-use crate::request::{AddSpecial, ChatMessage, Input, ParseSpecial, RequestError};
+use crate::request::{AddSpecial, ChatMessage, Input, ParseSpecial, RequestError, SamplingParams};
+use crate::tokenizer::GenerationPrompt;
 use crate::units::TokenId;
 use tokio::sync::oneshot;
 
@@ -28,8 +29,8 @@ pub(super) struct Preparation {
     pub(super) input: Input,
     pub(super) add_special: AddSpecial,
     pub(super) parse_special: ParseSpecial,
-    /// Texts that break a DRY repeat; empty when DRY is off.
-    pub(super) dry_breakers: Vec<String>,
+    /// With the texts that break a DRY repeat.
+    pub(super) sampling: SamplingParams,
 }
 
 /// What came of it; what the work does not give stays empty.
@@ -74,8 +75,7 @@ impl Preparation {
                 TextDone { tokens: tokens.clone(), ..TextDone::default() }
             }
             Input::Text(text) => {
-                let tokens =
-                    loaded.tokenizer.encode(text, self.add_special, self.parse_special)?;
+                let tokens = loaded.tokenizer.encode(text, self.add_special, self.parse_special)?;
                 TextDone { tokens, ..TextDone::default() }
             }
             Input::Chat(messages) => encode_chat(loaded, messages)?,
@@ -87,7 +87,21 @@ impl Preparation {
                 allowed: "at least one token".into(),
             });
         }
-        done.dry_breaker_tokens = loaded.tokens_with(&self.dry_breakers);
+        let mut sampling = self.sampling.clone();
+        loaded.tokenizer.resolve_dry_breakers(&mut sampling)?;
+        done.dry_breaker_tokens = sampling.dry_breaker_tokens;
         Ok(done)
     }
+}
+
+fn render(loaded: &Loaded, messages: &[ChatMessage]) -> Result<TextDone, RequestError> {
+    let rendered = loaded.template.render(messages, GenerationPrompt::Add)?;
+    Ok(TextDone { text: rendered.text, warnings: rendered.warnings, ..TextDone::default() })
+}
+
+/// The template's special tokens are tokens, those that the messages spell stay text.
+fn encode_chat(loaded: &Loaded, messages: &[ChatMessage]) -> Result<TextDone, RequestError> {
+    let rendered = loaded.template.render(messages, GenerationPrompt::Add)?;
+    let tokens = loaded.tokenizer.encode_chat(&rendered)?;
+    Ok(TextDone { tokens, warnings: rendered.warnings, ..TextDone::default() })
 }

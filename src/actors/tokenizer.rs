@@ -19,7 +19,6 @@ pub(super) enum TokenizerMessage {
     /// Its thread died.
     ThreadDied(String),
 }
-impl ractor::Message for TokenizerMessage {}
 
 fn work(shared: &Shared, job: &TextJob) -> Result<TextDone, RequestError> {
     let loaded = shared.loaded.get().ok_or(RequestError::ShuttingDown)?;

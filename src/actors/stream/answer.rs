@@ -63,7 +63,7 @@ impl TextState {
         let decoded = text.decoder.push(token);
         let matched = text.stops.push(&decoded);
         let delta = text.delta(matched.text);
-        Spoken { text, delta, stopped: matched.stopped }
+        Spoken { text, delta, stopped: matched.stopped.is_some() }
     }
 
     /// The last delta: everything held back, tokens included.
@@ -71,7 +71,7 @@ impl TextState {
         let mut text = self.clone();
         let rest = text.decoder.finish();
         let mut last = text.stops.push(&rest);
-        if !last.stopped {
+        if last.stopped.is_none() {
             last.text.push_str(&text.stops.finish());
         }
         text.last_delta(last.text)

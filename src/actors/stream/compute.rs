@@ -25,9 +25,18 @@ pub(super) enum Update {
     Nothing,
     Opened(Box<Opened>),
     Accepted(Event),
-    Started { at_us: u64 },
-    Progress { done: u64, cached_tokens: usize, event: Event },
-    Score { position: usize, score: TokenText },
+    Started {
+        at_us: u64,
+    },
+    Progress {
+        done: u64,
+        cached_tokens: usize,
+        event: Event,
+    },
+    Score {
+        position: usize,
+        score: TokenText,
+    },
     Spoken(Box<SpokenUpdate>),
     Finished {
         index: usize,
@@ -35,9 +44,15 @@ pub(super) enum Update {
         delta: Option<Delta>,
         cached_tokens: Option<usize>,
     },
-    Interrupted { crashes: u32 },
-    LaneClosed { index: usize },
-    Cancelled { deltas: Vec<Delta> },
+    Interrupted {
+        crashes: u32,
+    },
+    LaneClosed {
+        index: usize,
+    },
+    Cancelled {
+        deltas: Vec<Delta>,
+    },
     Failed(RequestError),
 }
 
@@ -150,9 +165,7 @@ impl Task {
 
 /// A row with the texts of its tokens.
 fn describe(loaded: &Loaded, row: &RowOutput) -> TokenText {
-    let text = |token: &TokenLogprob| {
-        String::from_utf8_lossy(&loaded.tokenizer.token_bytes(token.id)).into_owned()
-    };
+    let text = |token: &TokenLogprob| loaded.tokenizer.token_text(token.id);
     TokenText {
         token: row.token,
         text: text(&row.token),

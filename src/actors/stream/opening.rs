@@ -4,12 +4,12 @@
 use super::answer::{Answer, TextState};
 use super::prompt_scores::PromptScores;
 use super::task::{Job, Task};
+use crate::actors::Generation;
 use crate::actors::engine::Anchor;
 use crate::actors::load::Loaded;
 use crate::actors::shared::Shared;
 use crate::actors::text::TextDone;
 use crate::actors::window::Window;
-use crate::actors::Generation;
 use crate::request::{Event, Request, RequestError, SamplingParams};
 use crate::tokenizer::{IncrementalDecoder, StopMatcher};
 use crate::units::TokenId;
@@ -48,6 +48,15 @@ fn admit(
     };
     request.validate()?;
     check_against_model(loaded, request)?;
+    let limits = &shared.config.scheduler;
+    let answers_max = limits.sequences_max + limits.queue_max;
+    if request.n > answers_max {
+        return Err(RequestError::InvalidParams {
+            field: "n".into(),
+            got: request.n.to_string(),
+            allowed: format!("1 to {answers_max}, the sequences that this engine takes at once"),
+        });
+    }
     let credits = Arc::clone(&shared.credits);
     let credits = credits.try_acquire_many_owned(request.n as u32).map_err(|_| {
         shared.metrics.requests_overloaded.add(1);

@@ -5,6 +5,7 @@ use super::compute::Update;
 use super::opening::Opened;
 use super::prompt_scores::PromptScores;
 use super::turn::Pulled;
+use crate::actors::lanes::Command;
 use crate::actors::load::Loaded;
 use crate::actors::shared::{Life, Shared};
 use crate::actors::window::Window;
@@ -97,7 +98,8 @@ impl Task {
     pub(super) fn crash(&mut self) -> Option<RequestError> {
         self.crashes += 1;
         let crashes_max = self.shared.config.supervision.crashes_per_request_max;
-        (self.crashes >= crashes_max).then_some(RequestError::PoisonRequest { crashes: self.crashes })
+        (self.crashes >= crashes_max)
+            .then_some(RequestError::PoisonRequest { crashes: self.crashes })
     }
 
     pub(super) fn fail(&mut self, error: RequestError) {
@@ -268,7 +270,7 @@ impl Drop for Task {
         self.fail(RequestError::ShuttingDown);
         for id in running.into_iter().chain(self.aborts.drain(..)) {
             // Without room the engine loop notices the closed lane by itself.
-            self.shared.commands.try_send(crate::actors::lanes::Command::Abort(id));
+            let _ = self.shared.commands.try_send(Command::Abort(id));
         }
         self.shared.metrics.requests_live.add(-1);
     }

@@ -18,6 +18,9 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
+/// Before a full command lane is tried again: some steps' time.
+const FULL_LANE_PAUSE: Duration = Duration::from_millis(2);
+
 /// What a turn works on.
 pub(super) enum Pulled {
     Prepared(Result<TextDone, RequestError>),
@@ -58,9 +61,20 @@ impl Task {
         self.commit(update);
     }
 
+    /// Sends a command to the engine loop, unless there will be none any more.
+    async fn send(&self, mut command: Command) {
+        while let Err(back) = self.shared.commands.try_send(command) {
+            if self.shared.is_ending() {
+                return;
+            }
+            command = back;
+            tokio::time::sleep(FULL_LANE_PAUSE).await;
+        }
+    }
+
     async fn send_aborts(&mut self) {
         while let Some(id) = self.aborts.pop() {
-            self.shared.commands.send(Command::Abort(id)).await;
+            self.send(Command::Abort(id)).await;
         }
     }
 
@@ -86,7 +100,7 @@ impl Task {
         let (sender, lane) = mpsc::channel(LANE_MESSAGES);
         let flow = Arc::new(Flow::default());
         let submission = Submission { sequence, lane: sender, flow: Arc::clone(&flow) };
-        self.shared.commands.send(Command::Submit(Box::new(submission))).await;
+        self.send(Command::Submit(Box::new(submission))).await;
         self.answers[index].attempt = Some(Attempt { sequence: id, lane, flow });
     }
 
@@ -112,10 +126,10 @@ impl Task {
 
     /// Waits for the next thing to happen.
     async fn pull(&mut self) -> Pulled {
-        if self.window.is_full() {
-            if let Some(over) = self.wait_for_the_reader().await {
-                return over;
-            }
+        if self.window.is_full()
+            && let Some(over) = self.wait_for_the_reader().await
+        {
+            return over;
         }
         if self.job.is_none() {
             let work = self.preparation();
@@ -135,13 +149,11 @@ impl Task {
     }
 
     fn preparation(&self) -> TextWork {
-        let dry = &self.request.sampling.dry;
-        let dry_is_on = dry.multiplier != 0.0;
         TextWork::Prepare(Preparation {
             input: self.request.input.clone(),
             add_special: self.request.add_special,
             parse_special: self.request.parse_special,
-            dry_breakers: if dry_is_on { dry.sequence_breakers.clone() } else { Vec::new() },
+            sampling: self.request.sampling.clone(),
         })
     }
 
@@ -161,7 +173,7 @@ impl Task {
     async fn ask_to_resume(&self) {
         for attempt in self.attempts() {
             if attempt.lane.len() <= RESUME_AT && attempt.flow.take_paused() {
-                self.shared.commands.send(Command::Resume(attempt.sequence)).await;
+                self.send(Command::Resume(attempt.sequence)).await;
             }
         }
     }
@@ -172,11 +184,10 @@ async fn over(
     cancelled: &tokio_util::sync::CancellationToken,
     life: &mut watch::Receiver<Life>,
 ) -> Pulled {
-    let ends = |life: &Life| matches!(life, Life::Stopping | Life::Stopped | Life::Dead(_));
     tokio::select! {
         biased;
         () = cancelled.cancelled() => Pulled::Cancelled,
-        ended = life.wait_for(ends) => Pulled::Over(match ended.as_deref() {
+        ended = life.wait_for(Life::ends_streams) => Pulled::Over(match ended.as_deref() {
             Ok(Life::Dead(error)) => error.clone().into(),
             _ => RequestError::ShuttingDown,
         }),

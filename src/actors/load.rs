@@ -1,0 +1,204 @@
+//! Loads a model: file → spec → vocabulary, template and placement → weights.
+
+use super::builder::OnProgress;
+use super::cores::Cores;
+use super::root::Source;
+use super::shared::Shared;
+use super::stage::{CpuStages, StageFactory, StepRunner};
+use super::{EngineError, LoadProgress, ModelInfo};
+use crate::config::{Config, ConfigError};
+use crate::executor::{KvOptions, PoolOptions, StageOptions};
+use crate::formats::{Checkpoint, FormatError};
+use crate::hardware::HardwareProfile;
+use crate::model::ModelSpec;
+use crate::placement::Placement;
+use crate::request::RequestError;
+use crate::tokenizer::{ChatTemplate, TemplateConfig, Tokenizer};
+use crate::units::TokenId;
+use std::sync::{Arc, Mutex, PoisonError};
+use tandem_cpu_kernels::Isa;
+
+/// The stages' maker, until the engine ends and lets the weights go.
+pub(super) struct StageSlot(Mutex<Option<Arc<dyn StageFactory>>>);
+
+impl StageSlot {
+    pub(super) fn start(&self) -> Result<Box<dyn StepRunner>, String> {
+        let factory = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        factory.ok_or_else(|| "the engine has ended".to_owned())?.start()
+    }
+
+    pub(super) fn release(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// Everything about the model that does not change while the engine lives.
+pub(super) struct Loaded {
+    pub(super) info: ModelInfo,
+    pub(super) placement: Placement,
+    pub(super) cores: Cores,
+    pub(super) tokenizer: Arc<Tokenizer>,
+    pub(super) template: ChatTemplate,
+    pub(super) end_tokens: Vec<TokenId>,
+    pub(super) stages: StageSlot,
+}
+
+impl Loaded {
+    /// Refuses tokens outside the vocabulary.
+    pub(super) fn check_tokens(&self, field: &str, tokens: &[TokenId]) -> Result<(), RequestError> {
+        let vocab_tokens = self.info.vocab_tokens;
+        match tokens.iter().find(|token| token.index() >= vocab_tokens) {
+            None => Ok(()),
+            Some(token) => Err(RequestError::InvalidParams {
+                field: field.into(),
+                got: token.to_string(),
+                allowed: format!("token ids below {vocab_tokens}"),
+            }),
+        }
+    }
+}
+
+/// Loads the model that the configuration names.
+pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, EngineError> {
+    let config = &shared.config;
+    let checkpoint = Arc::new(Checkpoint::open(&config.model.path).map_err(refuse)?);
+    let spec = Arc::new(ModelSpec::from_checkpoint(&checkpoint).map_err(refuse)?);
+    let tokenizer = Tokenizer::from_metadata(checkpoint.metadata()).map_err(RequestError::from)?;
+    let limits = TemplateConfig {
+        fuel: config.template.fuel,
+        output_bytes_max: config.template.output_bytes_max.0 as usize,
+        ..TemplateConfig::default()
+    };
+    let template = ChatTemplate::from_metadata(checkpoint.metadata(), &tokenizer, limits)
+        .map_err(RequestError::from)?;
+    let warnings = [tokenizer.warnings(), template.warnings()].concat();
+    let hardware = HardwareProfile::detect();
+    let cores = Cores::new(&hardware.topology, &config.cpu);
+    let placement = place(&spec, config)?;
+    let factory = match source.stages {
+        Some(factory) => factory,
+        None => {
+            let options = stage_options(config, &placement, &cores)?;
+            let model = (checkpoint, Arc::clone(&spec));
+            Arc::new(load_weights(shared, model, options, source.on_progress)?)
+        }
+    };
+    Ok(Loaded {
+        info: model_info(config, &spec, &placement, &warnings),
+        placement,
+        cores,
+        template,
+        end_tokens: tokenizer.end_tokens().to_vec(),
+        tokenizer: Arc::new(tokenizer),
+        stages: StageSlot(Mutex::new(Some(factory))),
+    })
+}
+
+fn refuse(error: FormatError) -> EngineError {
+    EngineError::Model(error.into())
+}
+
+fn load_weights(
+    shared: &Shared,
+    model: (Arc<Checkpoint>, Arc<ModelSpec>),
+    options: StageOptions,
+    mut on_progress: Option<OnProgress>,
+) -> Result<CpuStages, EngineError> {
+    let mut report = |progress: crate::executor::LoadProgress| {
+        let progress = LoadProgress {
+            done_bytes: progress.done_bytes as u64,
+            total_bytes: progress.total_bytes as u64,
+        };
+        shared.report_load(progress);
+        if let Some(hear) = &mut on_progress {
+            hear(progress);
+        }
+    };
+    CpuStages::load(model.0, model.1, options, &mut report).map_err(|error| match error {
+        crate::executor::ExecutorError::Format(error) => refuse(error),
+        other => EngineError::Model(RequestError::Internal { message: other.to_string() }),
+    })
+}
+
+/// The name that clients use: the alias, else the file's name without its ending.
+fn public_name(config: &Config) -> String {
+    if config.model.alias.is_empty() {
+        let stem = config.model.path.file_stem().unwrap_or_default();
+        stem.to_string_lossy().into_owned()
+    } else {
+        config.model.alias.clone()
+    }
+}
+
+fn model_info(
+    config: &Config,
+    spec: &ModelSpec,
+    placement: &Placement,
+    warnings: &[String],
+) -> ModelInfo {
+    let unused = spec.unused_tensors.iter().map(|name| format!("tensor {name} is not used"));
+    ModelInfo {
+        name: public_name(config),
+        title: spec.name.clone(),
+        architecture: spec.architecture.to_owned(),
+        path: config.model.path.clone(),
+        vocab_tokens: spec.vocab_size,
+        context_tokens: placement.context_tokens,
+        context_tokens_max: spec.context_tokens_max,
+        layers: spec.layers.len(),
+        weight_bytes: spec.weight_bytes(),
+        kv_bytes_per_token: spec.kv_bytes_per_token(),
+        warnings: warnings.iter().cloned().chain(unused).collect(),
+    }
+}
+fn place(spec: &ModelSpec, _config: &Config) -> Result<Placement, EngineError> {
+    Ok(Placement {
+        context_tokens: spec.context_tokens_max,
+        device_blocks: 4096,
+        host_blocks: 8,
+        threads: 2,
+    })
+}
+
+fn isa(config: &Config) -> Result<Option<Isa>, EngineError> {
+    let name = config.cpu.isa.as_str();
+    if name == "auto" {
+        return Ok(None);
+    }
+    let allowed = || {
+        let names: Vec<&str> = Isa::available().map(Isa::name).collect();
+        format!("auto, {}", names.join(", "))
+    };
+    let chosen = name.parse::<Isa>().ok().filter(|isa| isa.is_available());
+    chosen.map(Some).ok_or_else(|| {
+        let (field, got) = ("cpu.isa".to_owned(), name.to_owned());
+        EngineError::Config(ConfigError { field, got, allowed: allowed() })
+    })
+}
+
+fn stage_options(
+    config: &Config,
+    placement: &Placement,
+    cores: &Cores,
+) -> Result<StageOptions, EngineError> {
+    let (threads, spin_us) = (cores.threads, config.cpu.spin_us);
+    Ok(StageOptions {
+        part: None,
+        pool: PoolOptions { threads, cores: cores.workers.clone(), spin_us },
+        isa: isa(config)?,
+        huge_pages: config.cpu.huge_pages,
+        kv: KvOptions {
+            block_tokens: config.kv.block_tokens,
+            device_blocks: placement.device_blocks,
+            host_blocks: placement.host_blocks,
+        },
+        step_tokens_max: config.scheduler.step_tokens_max,
+    })
+}
+impl Loaded {
+    pub(super) fn scheduler_options(&self, config: &Config) -> crate::scheduler::SchedulerOptions {
+        crate::scheduler::SchedulerOptions {
+            crashes_max: config.supervision.crashes_per_request_max,
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! The actor tree on stages without a model: flow control, endings, limits, several answers.
+
+#[path = "actors/answers.rs"]
+mod answers;
+#[path = "actors/endings.rs"]
+mod endings;
+#[path = "actors/flow.rs"]
+mod flow;
+#[path = "actors/rig.rs"]
+mod rig;

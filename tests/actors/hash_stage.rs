@@ -1,0 +1,156 @@
+//! A stage without a model: the next token is a hash of the tokens so far, which it keeps in KV
+//! blocks as a real stage keeps keys and values. A plan that relies on a block that was never
+//! written, or was lost with an earlier stage, panics.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use tandem::actors::{FaultPoint, Faults, StageFactory, StepRunner};
+use tandem::step::TokenLogprob;
+use tandem::step::{LogitsTask, PlannedSequence, RowOutput, StepOutput, StepPlan, Tier};
+use tandem::units::{BlockId, TokenId};
+
+/// The tiny tokenizer's ids of printable ASCII, whose texts are themselves.
+const FIRST_PRINTABLE: u64 = 33;
+const PRINTABLE: u64 = 94;
+
+/// The token that follows `tokens`: FNV-1a over the ids.
+pub fn next_token(tokens: &[TokenId]) -> TokenId {
+    let hash = tokens.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, token| {
+        (hash ^ u64::from(token.0)).wrapping_mul(0x0100_0000_01b3)
+    });
+    TokenId((FIRST_PRINTABLE + (hash >> 17) % PRINTABLE) as u32)
+}
+
+/// The `count` tokens that follow a prompt.
+pub fn continuation(prompt: &[TokenId], count: usize) -> Vec<TokenId> {
+    let mut tokens = prompt.to_vec();
+    for _ in 0..count {
+        tokens.push(next_token(&tokens));
+    }
+    tokens.split_off(prompt.len())
+}
+
+/// Lets steps through, as many as it was given.
+#[derive(Default)]
+pub struct Gate {
+    /// `None` is open.
+    steps: Mutex<Option<u64>>,
+    changed: Condvar,
+    waits: AtomicU64,
+}
+
+impl Gate {
+    pub fn close(&self) {
+        *self.steps.lock().unwrap() = Some(0);
+    }
+
+    pub fn open(&self) {
+        *self.steps.lock().unwrap() = None;
+        self.changed.notify_all();
+    }
+
+    pub fn let_through(&self, count: u64) {
+        if let Some(steps) = self.steps.lock().unwrap().as_mut() {
+            *steps += count;
+        }
+        self.changed.notify_all();
+    }
+
+    fn pass(&self) {
+        let mut steps = self.steps.lock().unwrap();
+        while *steps == Some(0) {
+            self.waits.fetch_add(1, Ordering::SeqCst);
+            steps = self.changed.wait(steps).unwrap();
+        }
+        if let Some(left) = steps.as_mut() {
+            *left -= 1;
+        }
+    }
+}
+
+/// Makes [`HashStage`]s.
+#[derive(Default)]
+pub struct HashStages {
+    pub gate: Gate,
+    pub faults: Arc<Faults>,
+    pub block_tokens: usize,
+    pub steps: AtomicU64,
+}
+
+/// What the tests' engine runs on; the factory is shared with the test.
+pub struct SharedStages(pub Arc<HashStages>);
+
+impl StageFactory for SharedStages {
+    fn start(&self) -> Result<Box<dyn StepRunner>, String> {
+        Ok(Box::new(HashStage { stages: Arc::clone(&self.0), blocks: HashMap::new() }))
+    }
+}
+
+struct HashStage {
+    stages: Arc<HashStages>,
+    /// `[block_tokens]` tokens of each block that was written.
+    blocks: HashMap<(Tier, BlockId), Vec<Option<TokenId>>>,
+}
+
+impl HashStage {
+    fn write(&mut self, plan: &StepPlan, planned: &PlannedSequence) {
+        let size = self.stages.block_tokens;
+        let table = &plan.block_tables[planned.block_table.clone()];
+        for (offset, token) in plan.tokens[planned.tokens.clone()].iter().enumerate() {
+            let position = planned.position_start + offset;
+            let block = (Tier::Device, table[position / size]);
+            self.blocks.entry(block).or_insert_with(|| vec![None; size])[position % size] =
+                Some(*token);
+        }
+    }
+
+    /// The tokens of positions `0 ..= position`.
+    fn read(&self, plan: &StepPlan, planned: &PlannedSequence, position: usize) -> Vec<TokenId> {
+        let size = self.stages.block_tokens;
+        let table = &plan.block_tables[planned.block_table.clone()];
+        let at = |position: usize| {
+            let block = self.blocks.get(&(Tier::Device, table[position / size]));
+            block.and_then(|tokens| tokens[position % size])
+        };
+        (0..=position)
+            .map(|position| at(position).unwrap_or_else(|| panic!("no KV at {position}")))
+            .collect()
+    }
+}
+
+impl StepRunner for HashStage {
+    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), String> {
+        self.stages.gate.pass();
+        self.stages.steps.fetch_add(1, Ordering::SeqCst);
+        output.step = plan.step;
+        for copy in &plan.copies {
+            let bytes = self.blocks.get(&copy.from).cloned().ok_or("a copy of nothing")?;
+            self.blocks.insert(copy.to, bytes);
+        }
+        for planned in &plan.sequences {
+            self.write(plan, planned);
+        }
+        for (number, row) in plan.logits.iter().enumerate() {
+            if number == plan.logits.len() / 2 {
+                self.stages.faults.pass(FaultPoint::ExecutorInRun);
+            }
+            let planned = plan.sequences.iter().find(|planned| planned.id == row.sequence);
+            let planned = planned.ok_or("a row of nobody")?;
+            let position = planned.position_start + row.row - planned.tokens.start;
+            let so_far = self.read(plan, planned, position);
+            let (id, top) = match &row.task {
+                LogitsTask::Sample { params, .. } => (next_token(&so_far), params.top_logprobs),
+                LogitsTask::Score { target, top_logprobs } => (*target, *top_logprobs),
+            };
+            let token = TokenLogprob { id, logprob: -0.5 };
+            output.rows.push(RowOutput {
+                sequence: row.sequence,
+                position: row.position,
+                token,
+                top: vec![token; top],
+            });
+        }
+        Ok(())
+    }
+}
