@@ -1,6 +1,8 @@
 //! Batch invariance: a token's logits have the same bits whatever else is in the step, however
 //! the prompt is chunked and however many threads run, on every instruction set.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test and its figures")]
+
 #[path = "support/stage.rs"]
 mod stage;
 #[path = "support/tiny_model.rs"]

@@ -1,5 +1,7 @@
 //! The worker pool: shares, barriers, panics, and the end of its threads.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test and its figures")]
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use tandem::executor::{CpuPool, PoolOptions};

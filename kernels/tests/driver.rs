@@ -1,5 +1,6 @@
 //! The door to the driver, on machines with and without a GPU.
 
+use std::process::Command;
 use tandem_kernels::{CudaVersion, DriverError, driver};
 
 /// Runs everywhere: the answer depends on the machine, that there is a typed one does not.
@@ -57,5 +58,61 @@ fn errors_say_what_to_do() {
 fn driver_numbers_decode_to_versions() {
     for (number, text) in [(13_000, "13.0"), (12_080, "12.8"), (9_020, "9.2"), (-5, "0.0")] {
         assert_eq!(CudaVersion::from_driver_number(number).to_string(), text);
+    }
+}
+
+const CHILD: &str = "child_prints_what_the_door_says";
+
+/// The child of the tests below; on its own it only prints.
+#[test]
+fn child_prints_what_the_door_says() {
+    let names = driver().and_then(|driver| driver.devices());
+    println!("answer: {names:?}");
+}
+
+/// What the door says in a process that finds the fake driver; `None` where it was not built.
+#[allow(clippy::print_stdout, reason = "a test that is skipped says so")]
+fn answer_of_fake(settings: &[(&str, &str)]) -> Option<String> {
+    let child = std::env::current_exe().expect("this test's program");
+    let folder = child.parent()?.parent()?.join("examples");
+    if !folder.join("libcuda.so").exists() {
+        println!("skipped: the fake driver is built by a full `cargo test` only");
+        return None;
+    }
+    let output = Command::new(child)
+        .args([CHILD, "--exact", "--nocapture"])
+        .env("LD_LIBRARY_PATH", folder)
+        .envs(settings.iter().copied())
+        .output()
+        .expect("the child runs");
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().find_map(|line| line.split_once("answer: ")).map(|(_, said)| said);
+    Some(line.expect("an answer").to_owned())
+}
+
+#[test]
+fn a_working_driver_tells_its_devices() {
+    let Some(said) = answer_of_fake(&[]) else { return };
+    for part in [
+        r#"ordinal: 1, name: "Fake 1", memory_total_bytes: 85899345920"#,
+        "memory_free_bytes: 64424509440",
+        "ComputeCapability { major: 9, minor: 0 }, multiprocessors: 132",
+    ] {
+        assert!(said.contains(part), "{part} in {said}");
+    }
+}
+
+#[test]
+fn every_way_of_not_working_has_its_answer() {
+    for (name, value, wanted) in [
+        ("FAKE_CUDA_INIT", "100", "Err(NoDevice)"),
+        ("FAKE_CUDA_INIT", "803", r#"Err(InitFailed { function: "cuInit", code: 803 })"#),
+        ("FAKE_CUDA_INIT", "77777", r#"Err(InitFailed { function: "cuInit", code: 77777 })"#),
+        ("FAKE_CUDA_DEVICES", "0", "Err(NoDevice)"),
+        ("FAKE_CUDA_VERSION", "12080", "Err(DriverTooOld { found: CudaVersion { major: 12"),
+    ] {
+        let Some(said) = answer_of_fake(&[(name, value)]) else { return };
+        assert!(said.starts_with(wanted), "{name}={value}: {said}");
     }
 }

@@ -56,7 +56,7 @@ impl EngineLoop {
         if let Some(Err(error)) = loaded.cores.engine_loop.map(pin_current_thread) {
             tracing::warn!(%error, "the engine loop runs unpinned");
         }
-        let scheduler = Scheduler::new(loaded.scheduler_options(&shared.config));
+        let scheduler = Scheduler::new(loaded.scheduler_options(&shared.config)?);
         Ok(Self {
             scheduler,
             links: Links::default(),

@@ -31,8 +31,8 @@ pub(super) enum Command {
     Resume(SequenceId),
 }
 
-/// Stream tasks to engine loop. Every sequence holds a credit, and the lane has room for all commands
-/// of all credits, twice: it fills only when requests come and go faster than steps.
+/// Stream tasks to engine loop. Every sequence holds a credit, and the lane has room for all
+/// commands of all credits, twice: it fills only when requests come and go faster than steps.
 pub(super) struct CommandLane {
     sender: Sender<Command>,
     pub(super) receiver: Receiver<Command>,

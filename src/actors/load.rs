@@ -13,6 +13,7 @@ use crate::hardware::HardwareProfile;
 use crate::model::ModelSpec;
 use crate::placement::Placement;
 use crate::request::RequestError;
+use crate::scheduler::{KvBlocks, SchedulerOptions};
 use crate::tokenizer::{ChatTemplate, TemplateConfig, Tokenizer};
 use crate::units::TokenId;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -74,7 +75,10 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
     let warnings = [tokenizer.warnings(), template.warnings()].concat();
     let hardware = HardwareProfile::detect();
     let cores = Cores::new(&hardware.topology, &config.cpu);
-    let placement = place(&spec, config)?;
+    let placement = Placement::plan(&spec, &hardware, config)?;
+    for note in &placement.notes {
+        tracing::warn!(note, "placement");
+    }
     let factory = match source.stages {
         Some(factory) => factory,
         None => {
@@ -148,18 +152,9 @@ fn model_info(
         layers: spec.layers.len(),
         weight_bytes: spec.weight_bytes(),
         kv_bytes_per_token: spec.kv_bytes_per_token(),
-        warnings: warnings.iter().cloned().chain(unused).collect(),
+        warnings: warnings.iter().chain(&placement.notes).cloned().chain(unused).collect(),
     }
 }
-fn place(spec: &ModelSpec, _config: &Config) -> Result<Placement, EngineError> {
-    Ok(Placement {
-        context_tokens: spec.context_tokens_max,
-        device_blocks: 4096,
-        host_blocks: 8,
-        threads: 2,
-    })
-}
-
 fn isa(config: &Config) -> Result<Option<Isa>, EngineError> {
     let name = config.cpu.isa.as_str();
     if name == "auto" {
@@ -195,10 +190,17 @@ fn stage_options(
         step_tokens_max: config.scheduler.step_tokens_max,
     })
 }
+
 impl Loaded {
-    pub(super) fn scheduler_options(&self, config: &Config) -> crate::scheduler::SchedulerOptions {
-        crate::scheduler::SchedulerOptions {
-            crashes_max: config.supervision.crashes_per_request_max,
-        }
+    /// Options of a scheduler for this placement, with a fresh key for its prefix cache.
+    pub(super) fn scheduler_options(&self, config: &Config) -> Result<SchedulerOptions, String> {
+        let mut prefix_key = [0; 16];
+        getrandom::fill(&mut prefix_key).map_err(|error| format!("no random key: {error}"))?;
+        let kv = KvBlocks {
+            device: self.placement.device_blocks,
+            host: self.placement.host_blocks,
+            context_tokens: self.placement.context_tokens,
+        };
+        Ok(SchedulerOptions::from_config(config, kv, prefix_key))
     }
 }

@@ -276,10 +276,17 @@ impl Occupancy {
     pub(super) fn of(stats: &crate::scheduler::SchedulerStats) -> Self {
         let sequences = SequenceCounts {
             running: stats.running,
-            waiting: stats.waiting,
+            waiting: stats.waiting + stats.swapped,
             paused: stats.paused,
-            preemptions: 0,
+            preemptions: stats.preemptions,
         };
-        Self { sequences, blocks: BlockCounts::default() }
+        let blocks = BlockCounts {
+            total: stats.blocks_used + stats.blocks_cached + stats.blocks_free,
+            used: stats.blocks_used,
+            cached: stats.blocks_cached,
+            host_total: stats.host_blocks,
+            host_used: stats.host_blocks_used,
+        };
+        Self { sequences, blocks }
     }
 }

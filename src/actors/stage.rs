@@ -49,7 +49,8 @@ impl CpuStages {
         progress: &mut (dyn FnMut(LoadProgress) + Send),
     ) -> Result<Self, ExecutorError> {
         let part = options.part.clone().unwrap_or_else(|| StagePart::whole(spec.layers.len()));
-        let request = WeightsRequest { checkpoint, spec, part, isa: options.isa };
+        let (isa, huge_pages) = (options.isa, options.huge_pages());
+        let request = WeightsRequest { checkpoint, spec, part, isa, huge_pages };
         let load = || {
             let mut pool = CpuPool::new(&options.pool).map_err(ExecutorError::Threads)?;
             Weights::load(&request, &mut pool, progress)

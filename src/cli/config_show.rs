@@ -25,7 +25,9 @@ pub fn run(settings: &Settings, output: Output) -> Result<()> {
     let rows: Vec<Vec<String>> = settings
         .origins
         .iter()
-        .map(|(key, origin)| vec![key.clone(), value_at(&tree, key).to_string(), origin.to_string()])
+        .map(|(key, origin)| {
+            vec![key.clone(), value_at(&tree, key).to_string(), origin.to_string()]
+        })
         .collect();
     output.table(&["setting", "value", "origin"], &rows)?;
     Ok(())

@@ -43,6 +43,19 @@ impl Output {
         }
     }
 
+    /// Why the command failed, on standard error: a sentence, or an object with `--json`.
+    pub fn failure(&self, error: &anyhow::Error) {
+        let mut stream = std::io::stderr().lock();
+        // Nobody is left to be told that standard error is closed.
+        let _ = match (self.json, self.color_errors) {
+            (true, _) => {
+                writeln!(stream, "{}", serde_json::json!({ "error": format!("{error:#}") }))
+            }
+            (false, true) => writeln!(stream, "\x1b[31mtandem: {error:#}\x1b[0m"),
+            (false, false) => writeln!(stream, "tandem: {error:#}"),
+        };
+    }
+
     /// One line of text.
     ///
     /// # Errors

@@ -54,7 +54,7 @@ pub struct Layers {
 }
 
 impl Layers {
-    /// The user's own file, `$XDG_CONFIG_HOME/tandem/config.toml` or `~/.config/tandem/config.toml`.
+    /// The user's own file: `$XDG_CONFIG_HOME/tandem/config.toml`, or the same below `~/.config`.
     pub fn user_file(environment: &[(String, String)]) -> Option<PathBuf> {
         let get = |name: &str| {
             let found = environment.iter().find(|(key, _)| key == name);
@@ -81,9 +81,8 @@ impl Layers {
         let known: Vec<String> = origins.keys().cloned().collect();
         if let Some(path) = &self.file {
             let file = File::from(path.as_path()).format(FileFormat::Toml);
-            let values = file
-                .collect()
-                .with_context(|| format!("configuration file {}", path.display()))?;
+            let values =
+                file.collect().with_context(|| format!("configuration file {}", path.display()))?;
             record(&mut origins, &values, |_| Origin::File(path.clone()));
             builder = builder.add_source(file);
         }
@@ -168,7 +167,8 @@ mod tests {
     fn later_layers_win_and_origins_say_so() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("config.toml");
-        std::fs::write(&path, "[cpu]\nthreads = 3\npin = false\n[kv]\nblock_tokens = 64\n").unwrap();
+        std::fs::write(&path, "[cpu]\nthreads = 3\npin = false\n[kv]\nblock_tokens = 64\n")
+            .unwrap();
         let layers = Layers {
             file: Some(path.clone()),
             environment: vec![pair("TANDEM__CPU__THREADS", "5"), pair("OTHER", "x")],

@@ -121,7 +121,7 @@ impl Step<'_> {
     }
 
     /// Adds what is pending to the residual stream of a token of this worker, and returns it.
-    fn settle(&self, token: usize, pending: Pending) -> &mut [f32] {
+    fn settle(&self, token: usize, pending: Pending) -> &[f32] {
         // SAFETY: only the worker that owns the token touches its residual and projected rows in
         // this op.
         let (residual, projected) = unsafe {

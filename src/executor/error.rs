@@ -3,6 +3,7 @@
 use super::cpu_pool::WorkerPanic;
 use super::handoff::HandoffClosed;
 use crate::formats::FormatError;
+use crate::memory::ArenaError;
 use tandem_cpu_kernels::attention::KvLayoutError;
 use tandem_cpu_kernels::{MatrixError, UnsupportedIsa};
 
@@ -42,14 +43,12 @@ pub enum ExecutorError {
     #[error(transparent)]
     KvLayout(#[from] KvLayoutError),
     /// Memory was refused.
-    #[error("{bytes} bytes for {what}: {source}")]
+    #[error("{what}: {source}")]
     Memory {
         /// What for.
         what: &'static str,
-        /// How much.
-        bytes: usize,
-        /// What the system said.
-        source: std::io::Error,
+        /// Who refused it, and how much it was.
+        source: ArenaError,
     },
     /// A worker thread was refused.
     #[error("worker threads: {0}")]

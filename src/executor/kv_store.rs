@@ -3,9 +3,10 @@
 
 use super::ExecutorError;
 use super::program::{KvLayerId, KvShape};
+use crate::memory::{AlignedBytes, HugePages};
 use crate::step::{BlockCopy, Tier};
+use crate::units::BlockId;
 use half::f16;
-use std::cell::UnsafeCell;
 use tandem_cpu_kernels::attention::{KvLayout, KvStore};
 
 /// How many blocks each tier has, and how large they are.
@@ -21,32 +22,38 @@ pub struct KvOptions {
 
 /// One layer's keys or values in one tier.
 struct Plane {
-    /// `[blocks, block_elements]` f16 bits; the layout inside a block is [`KvLayout`]'s.
-    elements: Box<[UnsafeCell<u16>]>,
+    /// `[blocks, block_elements]` f16 bits in `memory`; the layout of a block is [`KvLayout`]'s.
+    elements: *mut u16,
+    len: usize,
     block_elements: usize,
+    /// Keeps `elements` alive; nobody else uses it.
+    _memory: AlignedBytes,
 }
 
-// SAFETY: a shared plane gives out nothing but a pointer, to `KvLayers::layer`; whoever uses it
-// keeps `KvStore`'s rule.
+// SAFETY: a plane owns its memory. Shared, it gives out nothing but a pointer, to
+// `KvLayers::layer`; whoever uses that keeps `KvStore`'s rule.
+unsafe impl Send for Plane {}
+// SAFETY: as above.
 unsafe impl Sync for Plane {}
 
 impl Plane {
-    fn new(blocks: usize, block_elements: usize) -> Self {
+    fn new(
+        blocks: usize,
+        block_elements: usize,
+        huge_pages: HugePages,
+    ) -> Result<Self, ExecutorError> {
+        let len = blocks * block_elements;
         // Zeroed memory comes from the system untouched: pages exist once they are written.
-        let bits = vec![0_u16; blocks * block_elements].into_boxed_slice();
-        // SAFETY: `UnsafeCell<u16>` has the layout of `u16`, and the box is passed on whole.
-        let elements = unsafe { Box::from_raw(Box::into_raw(bits) as *mut [UnsafeCell<u16>]) };
-        Self { elements, block_elements }
-    }
-
-    fn pointer(&self) -> *mut f16 {
-        // A range's pointer, so that it may reach all elements.
-        self.elements.as_ptr().cast_mut().cast()
+        let mut memory = AlignedBytes::zeroed(len * size_of::<f16>(), huge_pages)
+            .map_err(|source| ExecutorError::Memory { what: "KV blocks", source })?;
+        let elements = memory.as_mut_ptr().cast();
+        Ok(Self { elements, len, block_elements, _memory: memory })
     }
 
     fn all_mut(&mut self) -> &mut [u16] {
-        // SAFETY: `UnsafeCell<u16>` has the layout of `u16`, and the borrow is exclusive.
-        unsafe { &mut *(&raw mut *self.elements as *mut [u16]) }
+        // SAFETY: the memory holds `len` zeroed elements, aligned to cache lines, as long as this
+        // plane lives, and the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.elements, self.len) }
     }
 
     fn block_mut(&mut self, block: usize) -> &mut [u16] {
@@ -80,13 +87,17 @@ impl KvMemory {
     /// Zeroed blocks for every layer.
     ///
     /// # Errors
-    /// A block size that kernels can't work on.
-    pub fn new(shapes: &[KvShape], options: KvOptions) -> Result<Self, ExecutorError> {
+    /// A block size that kernels can't work on, or memory refused.
+    pub fn new(
+        shapes: &[KvShape],
+        options: KvOptions,
+        huge_pages: HugePages,
+    ) -> Result<Self, ExecutorError> {
         let layer = |shape: &KvShape| {
             let layout = KvLayout::new(shape.n_kv_heads, shape.head_dim, options.block_tokens)?;
-            let planes =
-                |blocks: usize| [(); 2].map(|()| Plane::new(blocks, layout.block_elements()));
-            let (device, host) = (planes(options.device_blocks), planes(options.host_blocks));
+            let plane = |blocks| Plane::new(blocks, layout.block_elements(), huge_pages);
+            let planes = |blocks| Ok::<_, ExecutorError>([plane(blocks)?, plane(blocks)?]);
+            let (device, host) = (planes(options.device_blocks)?, planes(options.host_blocks)?);
             Ok(Layer { layout, device, host })
         };
         Ok(Self {
@@ -99,7 +110,7 @@ impl KvMemory {
     pub fn bytes(&self) -> usize {
         let elements = |layer: &Layer| {
             let planes = layer.device.iter().chain(&layer.host);
-            planes.map(|plane| plane.elements.len()).sum::<usize>()
+            planes.map(|plane| plane.len).sum::<usize>()
         };
         self.layers.iter().map(elements).sum::<usize>() * size_of::<f16>()
     }
@@ -107,11 +118,15 @@ impl KvMemory {
     /// Performs copies in order.
     ///
     /// # Errors
-    /// [`ExecutorError::InvalidPlan`] when a block or tier does not exist.
+    /// [`ExecutorError::InvalidPlan`] when a block or tier of any order does not exist; then
+    /// nothing was copied.
     pub fn copy(&mut self, orders: &[BlockCopy]) -> Result<(), ExecutorError> {
         for order in orders {
-            let from = self.check(order, order.from)?;
-            let to = self.check(order, order.to)?;
+            self.check(order, order.from)?;
+            self.check(order, order.to)?;
+        }
+        for order in orders {
+            let (from, to) = (order.from.1.index(), order.to.1.index());
             for layer in &mut self.layers {
                 for index in 0..2 {
                     let (device, host) = (&mut layer.device[index], &mut layer.host[index]);
@@ -134,15 +149,15 @@ impl KvMemory {
     fn check(
         &self,
         order: &BlockCopy,
-        (tier, block): (Tier, crate::units::BlockId),
-    ) -> Result<usize, ExecutorError> {
+        (tier, block): (Tier, BlockId),
+    ) -> Result<(), ExecutorError> {
         let blocks = match tier {
             Tier::Device => self.options.device_blocks,
             Tier::Host => self.options.host_blocks,
             Tier::Disk => 0,
         };
         if block.index() < blocks {
-            return Ok(block.index());
+            return Ok(());
         }
         let message = format!("{order:?}: block {} of {blocks} in {tier:?}", block.0);
         Err(ExecutorError::InvalidPlan { field: "copies", message })
@@ -165,7 +180,8 @@ impl<'a> KvLayers<'a> {
     /// The store of one layer.
     pub fn layer(&self, id: KvLayerId) -> KvStore<'a> {
         let layer = &self.layers[id.0 as usize];
-        let [keys, values] = [layer.device[0].pointer(), layer.device[1].pointer()];
+        let [keys, values] =
+            [&layer.device[0], &layer.device[1]].map(|plane| plane.elements.cast());
         // SAFETY: both planes hold `blocks · block_elements` elements and are borrowed for 'a, by
         // `KvMemory::layers` exclusively. The interpreter writes a block through one worker
         // (`BlockRun`) and reads after a barrier.

@@ -205,7 +205,8 @@ pub enum Op {
         /// The model's last norm.
         norm: Norm,
     },
-    /// `logits = softcap(output · selected)`, the input in 16 bits; each row is then sampled or scored as planned.
+    /// `logits = softcap(output · selected)`, the input in 16 bits; each row is then sampled or
+    /// scored as planned.
     Logits {
         /// `[vocab_size, embedding_dim]`
         output: Linear,

@@ -12,6 +12,7 @@ use super::program::{Op, Program, StagePart};
 use super::sample::RowSamplers;
 use super::weights::{LoadProgress, Weights, WeightsRequest};
 use crate::formats::Checkpoint;
+use crate::memory::HugePages;
 use crate::model::ModelSpec;
 use crate::step::{StepOutput, StepPlan};
 use std::sync::{Arc, Mutex};
@@ -67,6 +68,13 @@ pub struct Stage {
     pool: CpuPool,
 }
 
+impl StageOptions {
+    /// What is asked of the system for weights and KV.
+    pub fn huge_pages(&self) -> HugePages {
+        if self.huge_pages { HugePages::Advise } else { HugePages::SystemDefault }
+    }
+}
+
 impl Stage {
     /// Loads the weights and makes a stage of them. `progress` is called on this thread.
     ///
@@ -80,7 +88,8 @@ impl Stage {
     ) -> Result<Self, ExecutorError> {
         let mut pool = CpuPool::new(&options.pool).map_err(ExecutorError::Threads)?;
         let part = options.part.clone().unwrap_or_else(|| StagePart::whole(spec.layers.len()));
-        let request = WeightsRequest { checkpoint, spec, part, isa: options.isa };
+        let (isa, huge_pages) = (options.isa, options.huge_pages());
+        let request = WeightsRequest { checkpoint, spec, part, isa, huge_pages };
         let weights = Arc::new(Weights::load(&request, &mut pool, progress)?);
         Self::with_pool(weights, options, pool)
     }
@@ -115,7 +124,7 @@ impl Stage {
         Ok(Self {
             limits,
             batch: Batch::with_capacity(tokens, options.kv.device_blocks),
-            kv: KvMemory::new(&program.kv_layers, options.kv)?,
+            kv: KvMemory::new(&program.kv_layers, options.kv, options.huge_pages())?,
             buffers: Buffers::new(program.dims, tokens),
             angles: Memory::new(tokens * weights.rotations().width()),
             scratch,

@@ -7,6 +7,7 @@ use super::cpu_pool::{CpuPool, share};
 use super::program::{MatrixEntry, MatrixId, MatrixUse, Program, StagePart, VectorId};
 use super::rotations::Rotations;
 use crate::formats::Checkpoint;
+use crate::memory::{ALIGNMENT, AlignedBytes, HugePages};
 use crate::model::{ModelSpec, TensorRef};
 use crate::tensor::DType;
 use std::ops::Range;
@@ -15,9 +16,6 @@ use tandem_cpu_kernels::repack::ROWS;
 use tandem_cpu_kernels::{
     Isa, Kernels, Layout, MatrixView, dequantize_row, layout_for, packed_bytes, repack_row_group,
 };
-
-/// Matrices start at multiples of this in the arena: a cache line, and a vector of AVX-512.
-const MATRIX_ALIGN: usize = 64;
 
 /// How far loading has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +49,7 @@ pub struct Weights {
     checkpoint: Arc<Checkpoint>,
     program: Program,
     kernels: &'static Kernels,
-    arena: Vec<u8>,
+    arena: AlignedBytes,
     matrices: Vec<Matrix>,
     vectors: Vec<Vec<f32>>,
     rotations: Rotations,
@@ -69,6 +67,8 @@ pub struct WeightsRequest {
     pub part: StagePart,
     /// Whose kernels; `None` for the widest this CPU has.
     pub isa: Option<Isa>,
+    /// Whether repacked weights ask for huge pages.
+    pub huge_pages: HugePages,
 }
 
 impl Weights {
@@ -90,11 +90,13 @@ impl Weights {
         let vectors = program.vectors.iter().map(|vector| load_vector(&checkpoint, vector));
         let vectors = vectors.collect::<Result<_, _>>()?;
         let rotations = load_rotations(&checkpoint, &program)?;
+        let arena = AlignedBytes::zeroed(arena_bytes, request.huge_pages)
+            .map_err(|source| ExecutorError::Memory { what: "repacked weights", source })?;
         let mut weights = Self {
             checkpoint,
             program,
             kernels,
-            arena: vec![0; arena_bytes],
+            arena,
             matrices,
             vectors,
             rotations,
@@ -165,7 +167,7 @@ impl Weights {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<(), ExecutorError> {
         let total_bytes = self.arena.len();
-        let mut arena = self.arena.as_mut_slice();
+        let mut arena = &mut self.arena[..];
         let mut offset = 0;
         for (matrix, entry) in self.matrices.iter().zip(&self.program.matrices) {
             let Place::Arena(bytes) = &matrix.place else { continue };
@@ -236,7 +238,7 @@ fn place_matrices(
         let place = match packed {
             Some(bytes) => {
                 let start = arena_bytes;
-                arena_bytes = (start + bytes).next_multiple_of(MATRIX_ALIGN);
+                arena_bytes = (start + bytes).next_multiple_of(ALIGNMENT);
                 Place::Arena(start..start + bytes)
             }
             None => file_place(checkpoint, &entry.tensor)?,

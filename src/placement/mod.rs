@@ -1,10 +1,221 @@
-//! Stand-in until the branch `scheduler` is merged and replaces it. Take the other side when it
-//! conflicts.
-#![allow(missing_docs, reason = "replaced as a whole")]
-#[derive(Clone, Debug, serde::Serialize)]
+//! Owns the decision of what lies where: weights, KV blocks, activations, and the longest sequence
+//! that fits. Pure: the same model, machine and configuration give the same placement, and nothing
+//! is allocated here. The engine calls it before it loads anything, `tandem plan` to explain.
+
+mod explain;
+
+pub use explain::ExplainRow;
+
+use crate::config::Config;
+use crate::hardware::HardwareProfile;
+use crate::kv::blocks_for;
+use crate::model::ModelSpec;
+use crate::request::RequestError;
+use crate::units::ByteSize;
+use serde::Serialize;
+use std::ops::Range;
+
+/// Sequences and their length that the KV store holds at least, if memory allows.
+const KV_TOKENS_WANTED: usize = 4 * 2048;
+/// Shortest context worth starting with when the model's own does not fit.
+const CONTEXT_TOKENS_MIN: usize = 256;
+/// Part of the available memory that is left to others: 1/16.
+const MARGIN_DIVISOR: u64 = 16;
+/// Rows of logits that exist at once in an executor.
+const LOGITS_ROWS: u64 = 64;
+
+/// Memory that something can be placed in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// The host's memory; the CPU computes.
+    Cpu,
+}
+
+/// A run of layers on one device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct StagePlacement {
+    /// Where.
+    pub device: Device,
+    /// Which layers.
+    pub layers: Range<usize>,
+    /// Bytes of weights in the kernels' layout.
+    pub weight_bytes: u64,
+    /// Bytes of KV blocks that attention reads.
+    pub kv_bytes: u64,
+    /// Bytes of a step's activations.
+    pub activation_bytes: u64,
+}
+
+/// What lies where.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Placement {
+    /// The model's name.
+    pub model: String,
+    /// In the order of the layers.
+    pub stages: Vec<StagePlacement>,
+    /// Longest sequence, in tokens.
     pub context_tokens: usize,
+    /// What the model was trained for, in tokens.
+    pub context_tokens_trained: usize,
+    /// Tokens of one KV block.
+    pub block_tokens: usize,
+    /// KV blocks that attention reads.
     pub device_blocks: usize,
+    /// KV blocks of the second tier, for preempted sequences.
     pub host_blocks: usize,
+    /// Bytes of the second tier.
+    pub host_kv_bytes: u64,
+    /// CPU worker threads.
     pub threads: usize,
+    /// Host memory that the placement was made for.
+    pub memory_available_bytes: u64,
+    /// Everything that is not as asked or as the model was trained, in words.
+    pub notes: Vec<String>,
+}
+
+impl Placement {
+    /// Places a model on a machine.
+    ///
+    /// # Errors
+    /// `InsufficientMemory` with need and free bytes and what to change, `InvalidParams` for a
+    /// context beyond what the model was trained for.
+    pub fn plan(
+        spec: &ModelSpec,
+        hardware: &HardwareProfile,
+        config: &Config,
+    ) -> Result<Self, RequestError> {
+        let available = hardware.memory_available_bytes;
+        let usable = available - available / MARGIN_DIVISOR;
+        let weight_bytes = spec.weight_bytes();
+        let activation_bytes = activation_bytes(spec, config.scheduler.step_tokens_max as u64);
+        let fixed = weight_bytes + activation_bytes;
+        let block_tokens = config.kv.block_tokens;
+        let block_bytes = spec.kv_bytes_per_token() * block_tokens as u64;
+        let mut notes = Vec::new();
+        let room = usable.saturating_sub(fixed);
+        let kv = KvRoom { room, block_tokens, block_bytes };
+        let context_tokens = context(spec, config, &kv, &mut notes).map_err(|need| {
+            RequestError::InsufficientMemory {
+                device: "host memory".into(),
+                need: fixed + need,
+                free: usable,
+                suggest: "use a smaller or more quantised model, or a shorter context".into(),
+            }
+        })?;
+        let device_blocks = kv.blocks(context_tokens, config.kv.cache_bytes, &mut notes);
+        let rest = room - device_blocks as u64 * block_bytes;
+        let host_blocks = (config.kv.swap_bytes.0.min(rest) / block_bytes) as usize;
+        let threads = match config.cpu.threads {
+            0 => hardware.topology.usable_cores(),
+            threads => threads,
+        };
+        Ok(Self {
+            model: spec.name.clone(),
+            stages: vec![StagePlacement {
+                device: Device::Cpu,
+                layers: 0..spec.layers.len(),
+                weight_bytes,
+                kv_bytes: device_blocks as u64 * block_bytes,
+                activation_bytes,
+            }],
+            context_tokens,
+            context_tokens_trained: spec.context_tokens_max,
+            block_tokens,
+            device_blocks,
+            host_blocks,
+            host_kv_bytes: host_blocks as u64 * block_bytes,
+            threads,
+            memory_available_bytes: available,
+            notes,
+        })
+    }
+
+    /// All bytes that the placement takes.
+    pub fn total_bytes(&self) -> u64 {
+        let stages = self.stages.iter();
+        stages.map(|s| s.weight_bytes + s.kv_bytes + s.activation_bytes).sum::<u64>()
+            + self.host_kv_bytes
+    }
+}
+
+/// What is left for KV.
+struct KvRoom {
+    room: u64,
+    block_tokens: usize,
+    block_bytes: u64,
+}
+
+impl KvRoom {
+    fn bytes(&self, tokens: usize) -> u64 {
+        blocks_for(tokens, self.block_tokens) as u64 * self.block_bytes
+    }
+
+    /// Tokens that fit, in whole blocks.
+    fn tokens_max(&self) -> usize {
+        let blocks = self.room / self.block_bytes;
+        usize::try_from(blocks).unwrap_or(usize::MAX).saturating_mul(self.block_tokens)
+    }
+
+    /// Blocks of the store: what was asked for, at least one context, at most what fits.
+    fn blocks(&self, context_tokens: usize, asked: ByteSize, notes: &mut Vec<String>) -> usize {
+        let context_blocks = blocks_for(context_tokens, self.block_tokens);
+        let fit = (self.room / self.block_bytes) as usize;
+        let wanted = match asked.0 {
+            0 => blocks_for(context_tokens.max(KV_TOKENS_WANTED), self.block_tokens),
+            bytes => (bytes / self.block_bytes) as usize,
+        };
+        let given = wanted.min(fit).max(context_blocks);
+        if asked.0 > 0 && given != wanted {
+            let bytes = ByteSize(given as u64 * self.block_bytes);
+            notes.push(format!("kv.cache_bytes is {asked}, the KV store has {bytes}"));
+        }
+        given
+    }
+}
+
+/// Tokens of the longest sequence, or the bytes of KV that it would have needed.
+fn context(
+    spec: &ModelSpec,
+    config: &Config,
+    kv: &KvRoom,
+    notes: &mut Vec<String>,
+) -> Result<usize, u64> {
+    let trained = spec.context_tokens_max;
+    if config.model.context_tokens > 0 {
+        let asked = config.model.context_tokens;
+        if asked > trained {
+            notes.push(format!("the context of {asked} tokens exceeds the {trained} trained"));
+        }
+        let need = kv.bytes(asked);
+        return if need <= kv.room { Ok(asked) } else { Err(need) };
+    }
+    let fit = kv.tokens_max();
+    if fit >= trained {
+        return Ok(trained);
+    }
+    if fit < CONTEXT_TOKENS_MIN.min(trained) {
+        return Err(kv.bytes(CONTEXT_TOKENS_MIN.min(trained)));
+    }
+    notes.push(format!("memory holds {fit} of the {trained} tokens of context trained"));
+    Ok(fit)
+}
+
+/// Bytes of a step's buffers: f32 rows, and 8-bit copies where a product follows.
+fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
+    let widest = |width: &dyn Fn(&crate::model::LayerSpec) -> usize| {
+        spec.layers.iter().map(width).max().unwrap_or(0) as u64
+    };
+    let attended = widest(&|layer| layer.attention.n_heads * layer.attention.head_dim);
+    let heads = widest(&|layer| {
+        let attention = &layer.attention;
+        (attention.n_heads + 2 * attention.n_kv_heads) * attention.head_dim
+    });
+    let hidden = widest(&|layer| layer.ffn.up.weight.rows);
+    let embedding = spec.embedding_dim as u64;
+    // residual, projected, up; heads twice and normed twice for their second-order 8-bit form.
+    let plain = 2 * embedding + 2 * heads + hidden;
+    let quantized = 4 * embedding + attended + hidden;
+    tokens * (4 * plain + quantized * 4 + quantized * 3 / 2)
+        + LOGITS_ROWS * 4 * spec.vocab_size as u64
 }

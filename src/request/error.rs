@@ -136,6 +136,16 @@ pub enum RequestError {
     PoisonRequest { crashes: u32 },
     #[error("{actor} failed and could not be restarted ({restarts} restarts)")]
     ActorRestarted { actor: String, restarts: u32 },
+    #[error("grammar, line {line}: {message}")]
+    GrammarError { line: usize, column: usize, message: String },
+    #[error("model {model} is gone: {reason}")]
+    ModelLost { model: String, reason: String },
+    #[error("{device} was lost ({class}); restarts so far: {restarts}")]
+    GpuLost { device: String, class: String, restarts: u32 },
+    #[error("{device} does not answer ({class}); restarts so far: {restarts}")]
+    GpuHung { device: String, class: String, restarts: u32 },
+    #[error("no session {got:?} here")]
+    SessionNotFound { got: String },
     #[error("internal error: {message}")]
     Internal { message: String },
 }
@@ -160,6 +170,11 @@ impl RequestError {
             Self::ShuttingDown => ErrorKind::ShuttingDown,
             Self::PoisonRequest { .. } => ErrorKind::PoisonRequest,
             Self::ActorRestarted { .. } => ErrorKind::ActorRestarted,
+            Self::GrammarError { .. } => ErrorKind::GrammarError,
+            Self::ModelLost { .. } => ErrorKind::ModelLost,
+            Self::GpuLost { .. } => ErrorKind::GpuLost,
+            Self::GpuHung { .. } => ErrorKind::GpuHung,
+            Self::SessionNotFound { .. } => ErrorKind::SessionNotFound,
             Self::Internal { .. } => ErrorKind::Internal,
         }
     }

@@ -3,10 +3,10 @@
 use super::RequestError;
 use crate::step::TokenLogprob;
 use crate::units::TokenId;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Why an answer ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
     /// An end token or a stop string.
@@ -22,7 +22,7 @@ pub enum FinishReason {
 }
 
 /// What a progress event counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
     /// Bytes of weights.
@@ -56,7 +56,9 @@ pub struct Delta {
 }
 
 /// Tokens that a request cost.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema,
+)]
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
@@ -67,7 +69,7 @@ pub struct Usage {
 }
 
 /// Where a request's time went, in milliseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, schemars::JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Timings {
     /// Submission to the first step that works on it.
     pub queue_ms: f64,

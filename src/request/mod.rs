@@ -1,5 +1,6 @@
 //! Words for what a client asks and what it gets back: request, sampling parameters, events,
-//! errors. Knows no model, no socket and no thread. The server, the library and the actors speak in it.
+//! errors. Knows no model, no socket and no thread. The server, the library and the actors speak
+//! in it.
 
 mod error;
 mod event;

@@ -1,5 +1,6 @@
 //! Which tokens stay in the draw, and the draw. Nothing here sorts the vocabulary: a truncation
-//! that keeps a mass looks at the best 64 tokens, then at 8 times as many, until it has the mass.
+//! that keeps a mass looks for the last token it keeps by halving, as quickselect does, which is
+//! linear.
 
 use super::softmax::{SUM_BLOCK, exp_nonpositive, sum_of_weights};
 use crate::request::SamplingParams;
@@ -19,13 +20,14 @@ struct Candidate {
 
 /// Scratch for the candidates of one row.
 pub(super) struct Candidates {
+    /// Those still in the draw; ascending by id but for top-k's own work.
     kept: Vec<Candidate>,
+    /// Those that a truncation ranks.
+    ranked: Vec<Candidate>,
 }
 
-/// Tokens that a truncation looks at first.
-const FIRST_LOOK: usize = 64;
-/// How many times as many it looks at next.
-const GROWTH: usize = 8;
+/// Few enough to be sorted.
+const SORTED_MAX: usize = 64;
 
 /// Best first; the lower id first of equals.
 fn by_logit(a: &Candidate, b: &Candidate) -> Ordering {
@@ -39,7 +41,7 @@ fn by_surprise(a: &Candidate, b: &Candidate) -> Ordering {
 
 impl Candidates {
     pub(super) fn new(vocab_size: usize) -> Self {
-        Self { kept: Vec::with_capacity(vocab_size) }
+        Self { kept: Vec::with_capacity(vocab_size), ranked: Vec::with_capacity(vocab_size) }
     }
 
     /// Truncates, applies the temperature and draws with a number in `[0, 1)`: tokens in ascending
@@ -63,7 +65,6 @@ impl Candidates {
         if truncates {
             self.truncate(largest, params);
         }
-        self.kept.sort_unstable_by_key(|candidate| candidate.id);
         self.draw(params.temperature, draw)
     }
 
@@ -96,6 +97,7 @@ impl Candidates {
             kept.select_nth_unstable_by(count - 1, by_logit);
             kept.truncate(count);
         }
+        kept.sort_unstable_by_key(|candidate| candidate.id);
     }
 
     /// Typical, top-p and min-p. Weights are relative to the best logit; what one truncation keeps
@@ -107,7 +109,7 @@ impl Candidates {
         if params.typical_p < 1.0 {
             let sum = self.sum();
             self.measure_surprise(largest, sum);
-            self.keep_mass(f64::from(params.typical_p) * sum, by_surprise);
+            self.keep_mass(f64::from(params.typical_p) * sum, 0.0, by_surprise);
         }
         let sum = self.sum();
         // Min-p keeps a beginning of the ranking, as top-p does, so it may come first, with top-p's
@@ -118,7 +120,11 @@ impl Candidates {
             self.kept.retain(|candidate| candidate.weight >= params.min_p * best);
         }
         if params.top_p < 1.0 {
-            self.keep_mass(f64::from(params.top_p) * sum, by_logit);
+            // All tokens lighter than this together weigh less than what top-p leaves out, so the
+            // others reach the mass without them.
+            let mass = f64::from(params.top_p) * sum;
+            let lightest = (self.sum() - mass).max(0.0) / self.kept.len() as f64;
+            self.keep_mass(mass, lightest as f32, by_logit);
         }
     }
 
@@ -142,26 +148,19 @@ impl Candidates {
     }
 
     /// Keeps the fewest candidates, first by `order`, whose weights reach `mass`; at least one.
-    fn keep_mass(&mut self, mass: f64, order: impl Fn(&Candidate, &Candidate) -> Ordering) {
-        let kept = &mut self.kept;
-        let (mut sorted, mut reached) = (0, 0.0);
-        let mut look = FIRST_LOOK;
-        while sorted < kept.len() {
-            let end = (sorted + look).min(kept.len());
-            let unsorted = &mut kept[sorted..];
-            if end - sorted < unsorted.len() {
-                unsorted.select_nth_unstable_by(end - sorted - 1, &order);
-            }
-            kept[sorted..end].sort_unstable_by(&order);
-            for at in sorted..end {
-                reached += f64::from(kept[at].weight);
-                if reached >= mass {
-                    kept.truncate(at + 1);
-                    return;
-                }
-            }
-            sorted = end;
-            look *= GROWTH;
+    /// Those lighter than `lightest` can't be among them.
+    fn keep_mass(
+        &mut self,
+        mass: f64,
+        lightest: f32,
+        order: impl Fn(&Candidate, &Candidate) -> Ordering,
+    ) {
+        self.ranked.clear();
+        // A little less, so that rounding never leaves out one that is needed.
+        let lightest = lightest * 0.999;
+        self.ranked.extend(self.kept.iter().filter(|candidate| candidate.weight >= lightest));
+        if let Some(last) = last_of_mass(&mut self.ranked, mass, &order) {
+            self.kept.retain(|candidate| order(candidate, &last) != Ordering::Greater);
         }
     }
 
@@ -183,6 +182,40 @@ impl Candidates {
         // Rounding may leave a last bit of the interval to the last token.
         TokenId(last)
     }
+}
+
+/// The candidate with which the weights, summed in order, reach a mass; `None` if they don't.
+/// Quickselect on weights: split at the middle, go on in the half where the mass is reached.
+fn last_of_mass(
+    mut ranked: &mut [Candidate],
+    mass: f64,
+    order: impl Fn(&Candidate, &Candidate) -> Ordering,
+) -> Option<Candidate> {
+    let weight = |candidate: &Candidate| f64::from(candidate.weight);
+    let mut reached = 0.0;
+    // The last candidate of a first half that reaches the mass, should its sum in another order,
+    // and so rounded otherwise, not quite reach it.
+    let mut at_latest = None;
+    while ranked.len() > SORTED_MAX {
+        let middle = ranked.len() / 2;
+        let (first, last, _) = ranked.select_nth_unstable_by(middle, &order);
+        let half = first.iter().map(weight).sum::<f64>() + weight(last);
+        if reached + half >= mass {
+            at_latest = Some(*last);
+            ranked = &mut ranked[..=middle];
+        } else {
+            reached += half;
+            ranked = &mut ranked[middle + 1..];
+        }
+    }
+    ranked.sort_unstable_by(&order);
+    for candidate in &*ranked {
+        reached += weight(candidate);
+        if reached >= mass {
+            return Some(*candidate);
+        }
+    }
+    at_latest
 }
 
 fn candidate(id: u32, logit: f32) -> Candidate {

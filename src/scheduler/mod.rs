@@ -1,204 +1,200 @@
-//! Stand-in with the agreed interface, until the branch `scheduler` is merged and replaces it: first
-//! come first served, no prefix cache, no preemption. Without it the actors could not be run. Take
-//! the other side when it conflicts.
-#![allow(missing_docs, reason = "replaced as a whole")]
-use crate::request::*;
-use crate::step::*;
-use crate::units::*;
-use std::collections::{HashSet, VecDeque};
-use std::sync::Arc;
-pub struct NewSequence {
-    pub id: SequenceId,
-    pub tokens: Vec<TokenId>,
-    pub prompt_tokens: usize,
-    pub sampling: Arc<SamplingParams>,
-    pub max_tokens: usize,
-    pub end_tokens: Arc<[TokenId]>,
-    pub priority: Priority,
-    pub deadline_us: Option<u64>,
-    pub ttft_deadline_us: Option<u64>,
-    pub top_logprobs: usize,
-    pub prompt_logprobs: Option<usize>,
-    pub crashes: u32,
-}
-#[derive(Debug)]
-pub struct SequenceEvent {
-    pub sequence: SequenceId,
-    pub kind: SequenceEventKind,
-}
-#[derive(Debug)]
-pub enum SequenceEventKind {
-    Prefill { done: usize, total: usize, cached_tokens: usize },
-    Token(RowOutput),
-    PromptScore(RowOutput),
-    Interrupted { crashes: u32 },
-    Finished { reason: FinishReason, cached_tokens: usize },
-    Failed(RequestError),
-}
-pub struct SchedulerOptions {
-    pub crashes_max: u32,
-}
-struct Seq {
-    n: NewSequence,
-    computed: usize,
-    slot: u32,
-}
-#[derive(Default, Clone, Copy)]
-pub struct SchedulerStats {
-    pub running: usize,
-    pub waiting: usize,
-    pub paused: usize,
-}
+//! Owns the decision of what the next step computes: queue, running set, KV blocks, chunk sizes.
+//! It must not know executors, channels or clocks: time is an argument, the same calls give the
+//! same plans. The engine loop calls it: `plan_step` → the step runs → `apply`.
+//!
+//! ```text
+//! plan_step:  end what is past its deadline
+//!             one token for every decoding sequence, best rank first; without a block, take one
+//!             from the worst-ranked running sequence (to the host tier, else computed again)
+//!             admit from the queue while the whole prompt has room
+//!             share the chunk budget (chunking.rs) among prompts: half to the oldest, then
+//!             shortest remaining first
+//! apply:      computed += planned; full blocks become findable; tokens, ends and failures go out
+//! ```
+//! Rank is priority, then age. Nothing is ever both in the queue and running.
+
+mod admission;
+mod apply;
+mod chunking;
+mod options;
+mod plan;
+mod preemption;
+mod sequence;
+
+pub use chunking::{ChunkController, ChunkLimits, StepMix};
+pub use options::{KvBlocks, SchedulerOptions, SchedulerStats};
+pub use sequence::{NewSequence, SequenceEvent, SequenceEventKind};
+
+use crate::kv::{BlockPool, ChainHasher, HostPool};
+use crate::request::FinishReason;
+use crate::units::SequenceId;
+use sequence::{Flow, Sequence, State};
+use std::collections::HashMap;
+
+/// In-flight batching over paged KV. See the module's pseudo-code.
 pub struct Scheduler {
-    seqs: VecDeque<Seq>,
-    paused: HashSet<SequenceId>,
+    options: SchedulerOptions,
+    hasher: Option<ChainHasher>,
+    pool: BlockPool,
+    host: HostPool,
+    sequences: HashMap<SequenceId, Sequence>,
+    /// Waiting and swapped, in no order; ranked when it is read.
+    queue: Vec<SequenceId>,
+    /// In order of admission.
+    running: Vec<SequenceId>,
+    chunks: ChunkController,
+    mix: StepMix,
     step: u64,
-    in_flight: Vec<SequenceId>,
-    pending: Vec<SequenceEvent>,
-    o: SchedulerOptions,
+    arrivals: u64,
+    events: Vec<SequenceEvent>,
+    /// Scratch of `plan_step`.
+    ids: Vec<SequenceId>,
+    shares: Vec<(SequenceId, usize)>,
+    stats: SchedulerStats,
+    /// Mean time between two ends, for `retry_after_ms`.
+    end_interval_us: Option<f64>,
+    last_end_us: Option<u64>,
 }
+
 impl Scheduler {
-    pub fn new(o: SchedulerOptions) -> Self {
+    /// A scheduler without sequences.
+    pub fn new(options: SchedulerOptions) -> Self {
         Self {
-            seqs: VecDeque::new(),
-            paused: HashSet::new(),
+            hasher: options.prefix_key.map(ChainHasher::new),
+            pool: BlockPool::new(options.device_blocks),
+            host: HostPool::new(options.host_blocks),
+            sequences: HashMap::new(),
+            queue: Vec::new(),
+            running: Vec::new(),
+            chunks: ChunkController::new(options.chunks),
+            mix: StepMix::default(),
             step: 0,
-            in_flight: vec![],
-            pending: vec![],
-            o,
+            arrivals: 0,
+            events: Vec::new(),
+            ids: Vec::new(),
+            shares: Vec::new(),
+            stats: SchedulerStats::default(),
+            end_interval_us: None,
+            last_end_us: None,
+            options,
         }
     }
+
+    /// Whether there is no sequence at all.
     pub fn is_empty(&self) -> bool {
-        self.seqs.is_empty()
+        self.sequences.is_empty()
     }
-    pub fn add(&mut self, _now: u64, n: NewSequence) -> Result<usize, RequestError> {
-        let p = self.seqs.len();
-        let slot = (0..).find(|k| self.seqs.iter().all(|s| s.slot != *k)).unwrap_or(0);
-        self.seqs.push_back(Seq { n, computed: 0, slot });
-        Ok(p)
-    }
+
+    /// Forgets a sequence, without an event. An unknown one is none of our business: it may have
+    /// ended meanwhile.
     pub fn abort(&mut self, id: SequenceId) {
-        self.seqs.retain(|s| s.n.id != id);
-        self.paused.remove(&id);
+        self.remove(id);
     }
+
+    /// Holds a sequence back until [`Scheduler::resume`]. It keeps its blocks unless others need
+    /// them.
     pub fn pause(&mut self, id: SequenceId) {
-        if self.seqs.iter().any(|s| s.n.id == id) {
-            self.paused.insert(id);
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.flow = Flow::Paused;
         }
     }
+
+    /// Lets a paused sequence go on.
     pub fn resume(&mut self, id: SequenceId) {
-        self.paused.remove(&id);
-    }
-    pub fn plan_step(&mut self, now: u64, plan: &mut StepPlan) {
-        plan.clear();
-        self.step += 1;
-        plan.step = StepId(self.step);
-        self.in_flight.clear();
-        let mut ended = vec![];
-        for s in &mut self.seqs {
-            if s.n.deadline_us.is_some_and(|d| d <= now) {
-                ended.push(s.n.id);
-                continue;
-            }
-            if self.paused.contains(&s.n.id) || plan.sequences.len() >= 16 {
-                continue;
-            }
-            let start = plan.tokens.len();
-            plan.tokens.extend_from_slice(&s.n.tokens[s.computed..]);
-            let table = plan.block_tables.len();
-            plan.block_tables.extend((0..64).map(|k| BlockId(s.slot * 64 + k)));
-            plan.sequences.push(PlannedSequence {
-                id: s.n.id,
-                tokens: start..plan.tokens.len(),
-                position_start: s.computed,
-                block_table: table..table + 64,
-            });
-            let h = plan.history.len();
-            plan.history.extend_from_slice(&s.n.tokens);
-            plan.logits.push(LogitsRow {
-                sequence: s.n.id,
-                row: plan.tokens.len() - 1,
-                position: s.n.tokens.len(),
-                task: LogitsTask::Sample {
-                    params: s.n.sampling.clone(),
-                    history: h..plan.history.len(),
-                    prompt_tokens: s.n.prompt_tokens,
-                },
-            });
-            self.in_flight.push(s.n.id);
-        }
-        for id in ended {
-            self.abort(id);
-            self.pending.push(SequenceEvent {
-                sequence: id,
-                kind: SequenceEventKind::Finished {
-                    reason: FinishReason::Deadline,
-                    cached_tokens: 0,
-                },
-            });
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.flow = Flow::Open;
         }
     }
-    pub fn apply(
-        &mut self,
-        _now: u64,
-        _plan: &StepPlan,
-        out: &StepOutput,
-        events: &mut Vec<SequenceEvent>,
-    ) {
-        for row in &out.rows {
-            let Some(s) = self.seqs.iter_mut().find(|s| s.n.id == row.sequence) else { continue };
-            let id = row.sequence;
-            if s.computed == 0 {
-                let total = s.n.prompt_tokens;
-                let kind = SequenceEventKind::Prefill { done: total, total, cached_tokens: 0 };
-                events.push(SequenceEvent { sequence: id, kind });
-            }
-            s.computed = s.n.tokens.len();
-            let mut reason = None;
-            if s.n.end_tokens.contains(&row.token.id) {
-                reason = Some(FinishReason::Stop);
-            } else {
-                s.n.tokens.push(row.token.id);
-                events.push(SequenceEvent {
-                    sequence: id,
-                    kind: SequenceEventKind::Token(row.clone()),
-                });
-                if s.n.tokens.len() - s.n.prompt_tokens >= s.n.max_tokens {
-                    reason = Some(FinishReason::Length);
-                }
-            }
-            if let Some(reason) = reason {
-                self.abort(id);
-                let kind = SequenceEventKind::Finished { reason, cached_tokens: 0 };
-                events.push(SequenceEvent { sequence: id, kind });
-            }
-        }
-        self.in_flight.clear();
+
+    /// Moves events that happened outside `apply` (deadlines) to `events`.
+    pub fn drain_events(&mut self, events: &mut Vec<SequenceEvent>) {
+        events.append(&mut self.events);
     }
-    pub fn executor_lost(&mut self, _now: u64, events: &mut Vec<SequenceEvent>) {
-        for s in &mut self.seqs {
-            s.computed = 0;
-        }
-        for id in std::mem::take(&mut self.in_flight) {
-            let Some(s) = self.seqs.iter_mut().find(|s| s.n.id == id) else { continue };
-            s.n.crashes += 1;
-            let crashes = s.n.crashes;
-            if crashes >= self.o.crashes_max {
-                self.abort(id);
-                let kind = SequenceEventKind::Failed(RequestError::PoisonRequest { crashes });
-                events.push(SequenceEvent { sequence: id, kind });
-            } else {
-                events.push(SequenceEvent {
-                    sequence: id,
-                    kind: SequenceEventKind::Interrupted { crashes },
-                });
-            }
-        }
-    }
-    pub fn drain_events(&mut self, e: &mut Vec<SequenceEvent>) {
-        e.append(&mut self.pending);
-    }
+
+    /// All figures.
     pub fn stats(&self) -> SchedulerStats {
-        SchedulerStats { running: self.seqs.len(), waiting: 0, paused: self.paused.len() }
+        let count = |state| self.sequences.values().filter(|s| s.state == state).count();
+        let blocks = self.pool.counts();
+        SchedulerStats {
+            waiting: count(State::Waiting),
+            running: self.running.len(),
+            swapped: count(State::Swapped),
+            paused: self.sequences.values().filter(|s| s.flow == Flow::Paused).count(),
+            blocks_used: blocks.used,
+            blocks_cached: blocks.cached,
+            blocks_free: blocks.free,
+            host_blocks: self.host.len(),
+            host_blocks_used: self.host.used(),
+            ..self.stats
+        }
+    }
+
+    /// Checks what must hold between any two calls; for tests and simulations.
+    ///
+    /// # Panics
+    /// When it does not hold, with the values.
+    pub fn check_invariants(&self) {
+        let mut references: HashMap<_, u32> = HashMap::new();
+        let mut host_blocks = 0;
+        for (id, sequence) in &self.sequences {
+            let queued = self.queue.iter().filter(|other| *other == id).count();
+            let running = self.running.iter().filter(|other| *other == id).count();
+            let expected = if sequence.state == State::Running { (0, 1) } else { (1, 0) };
+            assert_eq!((queued, running), expected, "{id:?} is {:?}", sequence.state);
+            assert!(sequence.computed < sequence.new.tokens.len(), "{id:?} has nothing to do");
+            let covered = match sequence.state {
+                State::Running => sequence.blocks.len(),
+                State::Swapped => sequence.host_blocks.len(),
+                State::Waiting => 0,
+            } * self.options.block_tokens;
+            assert!(covered >= sequence.computed, "{id:?}: {covered} < {}", sequence.computed);
+            host_blocks += sequence.host_blocks.len();
+            for block in &sequence.blocks {
+                *references.entry(*block).or_default() += 1;
+            }
+        }
+        assert_eq!(self.queue.len() + self.running.len(), self.sequences.len());
+        assert_eq!(self.pool.counts().used, references.len(), "blocks in use");
+        assert_eq!(self.host.used(), host_blocks, "host blocks in use");
+        for (block, count) in references {
+            assert_eq!(self.pool.references(block), count, "references of {block:?}");
+        }
+    }
+
+    /// Takes a sequence out, with everything it holds.
+    fn remove(&mut self, id: SequenceId) -> Option<Sequence> {
+        let mut sequence = self.sequences.remove(&id)?;
+        self.queue.retain(|other| *other != id);
+        self.running.retain(|other| *other != id);
+        Self::release(&mut self.pool, &mut self.host, &mut sequence);
+        Some(sequence)
+    }
+
+    /// Gives back all blocks of a sequence, last first, so that the cache evicts ends of prefixes
+    /// before their beginnings.
+    fn release(pool: &mut BlockPool, host: &mut HostPool, sequence: &mut Sequence) {
+        for block in sequence.blocks.drain(..).rev() {
+            pool.release(block);
+        }
+        for block in sequence.host_blocks.drain(..) {
+            host.release(block);
+        }
+    }
+
+    /// Ends a sequence with a reason.
+    fn finish(&mut self, now_us: u64, id: SequenceId, reason: FinishReason) -> SequenceEvent {
+        let sequence = self.remove(id);
+        self.note_end(now_us);
+        let cached_tokens = sequence.and_then(|sequence| sequence.cached_tokens).unwrap_or(0);
+        SequenceEvent { sequence: id, kind: SequenceEventKind::Finished { reason, cached_tokens } }
+    }
+
+    fn note_end(&mut self, now_us: u64) {
+        if let Some(last_us) = self.last_end_us {
+            let interval_us = now_us.saturating_sub(last_us) as f64;
+            let mean = self.end_interval_us.unwrap_or(interval_us);
+            self.end_interval_us = Some(mean + 0.2 * (interval_us - mean));
+        }
+        self.last_end_us = Some(now_us);
     }
 }

@@ -29,8 +29,8 @@ pub enum TokenizerError {
     },
     /// The text holds a byte for which the vocabulary has no token.
     #[error(
-        "the text has the byte {byte:#04x} at offset {offset}, for which the model's vocabulary has \
-         no token; leave it out"
+        "the text has the byte {byte:#04x} at offset {offset}, for which the model's vocabulary \
+         has no token; leave it out"
     )]
     Unencodable {
         /// The byte.

@@ -281,8 +281,8 @@ impl Tokenizer {
         self.special.named(name).filter(|id| self.is_special(*id))
     }
 
-    /// Fills `dry_breaker_tokens` from `dry.sequence_breakers` if the DRY penalty is on: every token
-    /// whose text contains a breaker, and the last token of a breaker that is several tokens.
+    /// Fills `dry_breaker_tokens` from `dry.sequence_breakers` if the DRY penalty is on: every
+    /// token whose text contains a breaker, and the last token of a breaker that is several tokens.
     /// Ascending.
     ///
     /// # Errors

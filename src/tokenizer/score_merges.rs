@@ -60,12 +60,22 @@ impl PartialEq for Pair {
 
 impl Eq for Pair {}
 
+/// Buffers of one text, used again for each word.
+#[derive(Default)]
+struct Scratch {
+    symbols: Vec<Symbol>,
+    heap: BinaryHeap<Pair>,
+}
+
 /// Joins characters by the scores of the joined tokens.
 pub(super) struct ScoreMerges {
     tokens: HashMap<Box<str>, (TokenId, f32)>,
     bytes: Box<[Option<TokenId>; 256]>,
     unknown: Option<TokenId>,
     token_bytes_max: usize,
+    /// No token has a space after something else, so no join reaches across the start of a word and
+    /// words can be joined one by one: the same tokens with a heap of a few entries.
+    words_apart: bool,
 }
 
 impl ScoreMerges {
@@ -76,7 +86,9 @@ impl ScoreMerges {
         }
         let mut tokens = HashMap::with_capacity(vocabulary.tokens.len());
         let mut token_bytes_max = 0;
+        let mut words_apart = true;
         for (id, token) in vocabulary.spellable() {
+            words_apart &= next_word(token).is_none();
             token_bytes_max = token_bytes_max.max(token.len());
             tokens.insert(token.into(), (id, vocabulary.scores[id.index()]));
         }
@@ -90,7 +102,7 @@ impl ScoreMerges {
             let message = "neither all 256 byte tokens nor an unknown token are there";
             return Err(TokenizerError::invalid("tokenizer.ggml.tokens", message));
         }
-        Ok(Self { tokens, bytes, unknown, token_bytes_max })
+        Ok(Self { tokens, bytes, unknown, token_bytes_max, words_apart })
     }
 
     /// Appends the tokens of a run of plain text.
@@ -100,17 +112,28 @@ impl ScoreMerges {
             let message = format!("{} bytes at once; at most 4 GiB", marked.len());
             return Err(TokenizerError::invalid("text", message));
         }
-        let mut symbols = characters(&marked);
-        self.join(&marked, &mut symbols);
-        for symbol in symbols.iter().filter(|symbol| symbol.bytes > 0) {
+        let mut scratch = Scratch::default();
+        let mut rest = marked.as_str();
+        while !rest.is_empty() {
+            let end = next_word(rest).filter(|_| self.words_apart).unwrap_or(rest.len());
+            let (word, after) = rest.split_at(end);
+            self.encode_word(word, &mut scratch, ids);
+            rest = after;
+        }
+        Ok(())
+    }
+
+    fn encode_word(&self, word: &str, scratch: &mut Scratch, ids: &mut Vec<TokenId>) {
+        list_characters(word, &mut scratch.symbols);
+        self.join(word, scratch);
+        for symbol in scratch.symbols.iter().filter(|symbol| symbol.bytes > 0) {
             let start = symbol.start as usize;
-            let piece = &marked[start..start + symbol.bytes as usize];
+            let piece = &word[start..start + symbol.bytes as usize];
             match self.tokens.get(piece) {
                 Some((id, _)) => ids.push(*id),
                 None => self.spell_in_bytes(piece, ids),
             }
         }
-        Ok(())
     }
 
     fn spell_in_bytes(&self, piece: &str, ids: &mut Vec<TokenId>) {
@@ -122,10 +145,10 @@ impl ScoreMerges {
         }
     }
 
-    fn join(&self, text: &str, symbols: &mut [Symbol]) {
+    fn join(&self, text: &str, Scratch { symbols, heap }: &mut Scratch) {
         let pairs = (1..symbols.len() as u32)
             .filter_map(|right| self.pair(text, symbols, right - 1, right));
-        let mut heap: BinaryHeap<Pair> = pairs.collect();
+        heap.extend(pairs);
         while let Some(pair) = heap.pop() {
             let (left, right) = (symbols[pair.left as usize], symbols[pair.right as usize]);
             let stale = left.bytes == 0 || right.bytes == 0;
@@ -158,20 +181,22 @@ impl ScoreMerges {
     }
 }
 
+/// Where a text's second word starts: at the first `▁` that follows something else.
+fn next_word(text: &str) -> Option<usize> {
+    let first = text.len() - text.trim_start_matches(SPACE_MARK).len();
+    text[first..].find(SPACE_MARK).map(|at| first + at)
+}
+
 /// One symbol per character, linked.
-fn characters(text: &str) -> Vec<Symbol> {
-    let mut symbols: Vec<Symbol> = text
-        .char_indices()
-        .zip(0u32..)
-        .map(|((start, character), at)| Symbol {
-            start: start as u32,
-            bytes: character.len_utf8() as u32,
-            previous: at.checked_sub(1).unwrap_or(NONE),
-            next: at + 1,
-        })
-        .collect();
+fn list_characters(text: &str, symbols: &mut Vec<Symbol>) {
+    symbols.clear();
+    symbols.extend(text.char_indices().zip(0u32..).map(|((start, character), at)| Symbol {
+        start: start as u32,
+        bytes: character.len_utf8() as u32,
+        previous: at.checked_sub(1).unwrap_or(NONE),
+        next: at + 1,
+    }));
     if let Some(last) = symbols.last_mut() {
         last.next = NONE;
     }
-    symbols
 }

@@ -1,6 +1,7 @@
 //! What tests of the executor share: models that may be absent, stages, and plans built by hand.
 
 #![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(clippy::print_stderr, reason = "a skipped test says so")]
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};

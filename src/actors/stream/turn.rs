@@ -118,7 +118,6 @@ impl Task {
             priority: self.request.priority,
             deadline_us: job.deadline_us,
             ttft_deadline_us: job.ttft_deadline_us,
-            top_logprobs: self.request.logprobs.unwrap_or(0),
             prompt_logprobs: self.request.prompt_logprobs.filter(|_| wants_scores),
             crashes: self.crashes,
         })

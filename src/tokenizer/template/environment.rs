@@ -32,6 +32,8 @@ pub(super) fn compile(
             .map_err(|message| Error::new(ErrorKind::InvalidOperation, message))
     });
     environment.add_filter("tojson", to_json);
+    // As in Jinja: the engine's own test says that none is iterable.
+    environment.add_test("iterable", |value: Value| !value.is_none() && value.try_iter().is_ok());
     let source = without_generation_tags(source);
     environment.add_template_owned(NAME, source).map_err(place)?;
     Ok(environment)
@@ -86,6 +88,8 @@ pub(super) fn place(error: Error) -> TemplateError {
     });
     let message = match (error.kind(), error.detail()) {
         (ErrorKind::OutOfFuel, _) => "the template goes on for too long".to_owned(),
+        // Our bound on the output speaks through the writer's own error.
+        (ErrorKind::WriteFailure, _) => source_message(&error).unwrap_or_default(),
         (ErrorKind::InvalidOperation, Some(detail)) => detail.to_owned(),
         (kind, Some(detail)) => format!("{kind}: {detail}"),
         (kind, None) => source_message(&error).unwrap_or_else(|| kind.to_string()),

@@ -1,8 +1,8 @@
 //! Keeps what users write text: a special token that a message spells is marked before rendering,
 //! so that afterwards it can be told from the template's own.
 //!
-//! The mark is one of Unicode's noncharacters, put before the token's spelling; templates move texts
-//! around whole, so the mark comes out where the spelling does. A noncharacter that the messages
+//! The mark is one of Unicode's noncharacters, put before the token's spelling; templates move
+//! texts around whole, so the mark comes out where the spelling does. A noncharacter that the messages
 //! already have is not taken.
 
 use super::TemplateError;

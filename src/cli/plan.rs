@@ -1,0 +1,51 @@
+//! `tandem plan FILE`: what would lie where, before anything is loaded.
+
+use super::output::Output;
+use anyhow::Result;
+use serde_json::json;
+use std::path::Path;
+use tandem::config::Config;
+use tandem::formats::Checkpoint;
+use tandem::hardware::HardwareProfile;
+use tandem::model::ModelSpec;
+use tandem::placement::Placement;
+use tandem::request::RequestError;
+use tandem::units::ByteSize;
+
+/// Prints the placement of a model on this machine.
+///
+/// # Errors
+/// The file is bad, or the model does not fit: then need, free and what to change.
+pub fn run(file: &Path, config: &Config, output: Output) -> Result<()> {
+    let checkpoint = Checkpoint::open(file).map_err(RequestError::from)?;
+    let spec = ModelSpec::from_checkpoint(&checkpoint).map_err(RequestError::from)?;
+    let hardware = HardwareProfile::detect();
+    let placement = Placement::plan(&spec, &hardware, config)?;
+    if output.json {
+        output.object(&json!({ "placement": placement, "explain": placement.explain() }))?;
+        return Ok(());
+    }
+    let title = format!(
+        "{} ({}): context {} of {} tokens, {} threads",
+        placement.model,
+        spec.architecture,
+        placement.context_tokens,
+        placement.context_tokens_trained,
+        placement.threads
+    );
+    output.line(&output.heading(&title))?;
+    let rows: Vec<Vec<String>> = placement
+        .explain()
+        .into_iter()
+        .map(|row| vec![row.what, row.device, ByteSize(row.bytes).to_string(), row.why])
+        .collect();
+    output.table(&["what", "where", "bytes", "why"], &rows)?;
+    match &hardware.gpus.absence {
+        Some(absence) => output.line(&format!("no GPU is used: {absence}"))?,
+        None => output.line("the GPUs here are not used by this version")?,
+    }
+    for note in &placement.notes {
+        output.line(&format!("note: {note}"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,51 @@
+//! A placement in rows that a person can read.
+
+use super::Placement;
+use crate::units::ByteSize;
+use serde::Serialize;
+
+/// One line of an explanation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ExplainRow {
+    /// What lies there.
+    pub what: String,
+    /// On which device.
+    pub device: String,
+    /// How many bytes.
+    pub bytes: u64,
+    /// Why, or of what.
+    pub why: String,
+}
+
+impl Placement {
+    /// What lies where, how many bytes, and why.
+    pub fn explain(&self) -> Vec<ExplainRow> {
+        let mut rows = Vec::new();
+        for stage in &self.stages {
+            let device = format!("{:?}", stage.device).to_lowercase();
+            let mut row = |what: &str, bytes: u64, why: String| {
+                rows.push(ExplainRow { what: what.into(), device: device.clone(), bytes, why });
+            };
+            let layers = format!("layers {}–{}", stage.layers.start, stage.layers.end - 1);
+            row("weights", stage.weight_bytes, format!("{layers}, in the kernels' layout"));
+            let tokens = self.device_blocks * self.block_tokens;
+            let why =
+                format!("{} blocks of {}: {tokens} tokens", self.device_blocks, self.block_tokens);
+            row("KV cache", stage.kv_bytes, why);
+            row("activations", stage.activation_bytes, "of the widest step".into());
+        }
+        rows.push(ExplainRow {
+            what: "KV swap".into(),
+            device: "host".into(),
+            bytes: self.host_kv_bytes,
+            why: format!("{} blocks for preempted sequences", self.host_blocks),
+        });
+        rows.push(ExplainRow {
+            what: "total".into(),
+            device: "host".into(),
+            bytes: self.total_bytes(),
+            why: format!("of {} available", ByteSize(self.memory_available_bytes)),
+        });
+        rows
+    }
+}

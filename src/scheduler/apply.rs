@@ -1,0 +1,133 @@
+//! What a finished, or a lost, step changes.
+
+use super::sequence::{Sequence, State};
+use super::{Scheduler, SequenceEvent, SequenceEventKind};
+use crate::request::{FinishReason, RequestError};
+use crate::step::{RowFailure, RowOutput, StepOutput, StepPlan};
+use crate::units::SequenceId;
+
+impl Scheduler {
+    /// Takes in the output of the plan that [`Scheduler::plan_step`] gave last.
+    pub fn apply(
+        &mut self,
+        now_us: u64,
+        plan: &StepPlan,
+        output: &StepOutput,
+        events: &mut Vec<SequenceEvent>,
+    ) {
+        self.chunks.learn(self.mix, output.duration_us);
+        for planned in &plan.sequences {
+            self.advance(planned.id, planned.tokens.len(), events);
+        }
+        for failure in &output.failures {
+            self.fail_row(now_us, *failure, events);
+        }
+        for row in &output.rows {
+            self.take_row(now_us, row, events);
+        }
+        for planned in &plan.sequences {
+            // Only the prompt was wanted.
+            let done = self.sequences.get(&planned.id).is_some_and(|s| s.remaining() == 0);
+            if done {
+                events.push(self.finish(now_us, planned.id, FinishReason::Length));
+            }
+        }
+    }
+
+    /// The executor died and all KV with it: every sequence is computed again, from the queue.
+    /// Those in the step in flight are suspects; at the limit of crashes they fail.
+    pub fn executor_lost(&mut self, now_us: u64, events: &mut Vec<SequenceEvent>) {
+        self.pool.clear();
+        self.host.clear();
+        self.running.clear();
+        self.queue.clear();
+        let mut suspects = Vec::new();
+        for (id, sequence) in &mut self.sequences {
+            sequence.blocks.clear();
+            sequence.host_blocks.clear();
+            sequence.computed = 0;
+            sequence.published = 0;
+            sequence.state = State::Waiting;
+            self.queue.push(*id);
+            if std::mem::take(&mut sequence.planned_tokens) > 0 {
+                suspects.push(*id);
+            }
+        }
+        suspects.sort_unstable();
+        for id in suspects {
+            let Some(sequence) = self.sequences.get_mut(&id) else { continue };
+            sequence.new.crashes += 1;
+            let crashes = sequence.new.crashes;
+            let kind = if crashes >= self.options.crashes_max {
+                self.remove(id);
+                self.note_end(now_us);
+                SequenceEventKind::Failed(RequestError::PoisonRequest { crashes })
+            } else {
+                SequenceEventKind::Interrupted { crashes }
+            };
+            events.push(SequenceEvent { sequence: id, kind });
+        }
+    }
+
+    /// Counts computed tokens and makes full blocks findable.
+    fn advance(&mut self, id: SequenceId, tokens: usize, events: &mut Vec<SequenceEvent>) {
+        let block_tokens = self.options.block_tokens;
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        sequence.planned_tokens = 0;
+        sequence.computed += tokens;
+        if sequence.generated() == 0 {
+            let total = sequence.new.prompt_tokens;
+            let cached_tokens = sequence.cached_tokens.unwrap_or(0);
+            let kind = SequenceEventKind::Prefill { done: sequence.computed, total, cached_tokens };
+            events.push(SequenceEvent { sequence: id, kind });
+        }
+        let Some(hasher) = &self.hasher else { return };
+        let full = sequence.computed / block_tokens;
+        if full <= sequence.published {
+            return;
+        }
+        hasher.extend(&mut sequence.hashes, &sequence.new.tokens, block_tokens);
+        for index in sequence.published..full {
+            let parent = index.checked_sub(1).map(|before| sequence.hashes[before]);
+            let tokens = &sequence.new.tokens[index * block_tokens..][..block_tokens];
+            self.pool.publish(sequence.blocks[index], sequence.hashes[index], parent, tokens);
+        }
+        sequence.published = full;
+    }
+
+    fn fail_row(&mut self, now_us: u64, failure: RowFailure, events: &mut Vec<SequenceEvent>) {
+        let RowFailure { sequence, position } = failure;
+        if self.remove(sequence).is_some() {
+            self.note_end(now_us);
+            let kind = SequenceEventKind::Failed(RequestError::NumericError { position });
+            events.push(SequenceEvent { sequence, kind });
+        }
+    }
+
+    /// A scored prompt token or a new one.
+    fn take_row(&mut self, now_us: u64, row: &RowOutput, events: &mut Vec<SequenceEvent>) {
+        let (id, token) = (row.sequence, row.token.id);
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        if row.position < sequence.new.tokens.len() {
+            sequence.scored = row.position + 1;
+            let kind = SequenceEventKind::PromptScore(row.clone());
+            events.push(SequenceEvent { sequence: id, kind });
+            return;
+        }
+        if sequence.new.end_tokens.contains(&token) {
+            events.push(self.finish(now_us, id, FinishReason::Stop));
+            return;
+        }
+        sequence.new.tokens.push(token);
+        self.stats.tokens_generated += 1;
+        let full = is_full(sequence, self.options.context_tokens);
+        events.push(SequenceEvent { sequence: id, kind: SequenceEventKind::Token(row.clone()) });
+        if full {
+            events.push(self.finish(now_us, id, FinishReason::Length));
+        }
+    }
+}
+
+fn is_full(sequence: &Sequence, context_tokens: usize) -> bool {
+    sequence.generated() >= sequence.new.max_tokens || sequence.new.tokens.len() >= context_tokens
+}

@@ -1,0 +1,104 @@
+//! The scheduler's knobs and figures.
+
+use super::chunking::ChunkLimits;
+use crate::config::Config;
+use serde::Serialize;
+
+/// What a scheduler is built from.
+#[derive(Clone, Debug)]
+pub struct SchedulerOptions {
+    /// Tokens of one KV block.
+    pub block_tokens: usize,
+    /// Blocks of the device tier.
+    pub device_blocks: usize,
+    /// Blocks of the host tier; 0 switches swapping off.
+    pub host_blocks: usize,
+    /// Longest sequence.
+    pub context_tokens: usize,
+    /// Sequences running at once.
+    pub sequences_max: usize,
+    /// Sequences waiting at once.
+    pub queue_max: usize,
+    /// Bounds of prefill chunks and steps.
+    pub chunks: ChunkLimits,
+    /// Rows of logits that one prompt may ask for in one step.
+    pub logits_rows_max: usize,
+    /// A sequence in flight at so many crashes fails.
+    pub crashes_max: u32,
+    /// Key of the prefix cache; `None` switches it off.
+    pub prefix_key: Option<[u8; 16]>,
+    /// A batch sequence that waited so long is queued like an interactive one.
+    pub batch_wait_us_max: u64,
+}
+
+impl SchedulerOptions {
+    /// Rows of logits that one prompt may ask for in one step, unless said otherwise.
+    pub const LOGITS_ROWS_MAX: usize = 256;
+    /// How long batch sequences step back, unless said otherwise.
+    pub const BATCH_WAIT_US_MAX: u64 = 30_000_000;
+
+    /// Options from the configuration, for a KV store of so many blocks.
+    pub fn from_config(config: &Config, kv: KvBlocks, prefix_key: [u8; 16]) -> Self {
+        Self {
+            block_tokens: config.kv.block_tokens,
+            device_blocks: kv.device,
+            host_blocks: kv.host,
+            context_tokens: kv.context_tokens,
+            sequences_max: config.scheduler.sequences_max,
+            queue_max: config.scheduler.queue_max,
+            chunks: ChunkLimits {
+                slowdown_max: config.scheduler.prefill_slowdown_max,
+                tokens_min: config.scheduler.prefill_tokens_min,
+                step_tokens_max: config.scheduler.step_tokens_max,
+            },
+            logits_rows_max: Self::LOGITS_ROWS_MAX,
+            crashes_max: config.supervision.crashes_per_request_max,
+            prefix_key: config.kv.prefix_cache.then_some(prefix_key),
+            batch_wait_us_max: Self::BATCH_WAIT_US_MAX,
+        }
+    }
+}
+
+/// The KV store that a placement gave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvBlocks {
+    /// Blocks of the device tier.
+    pub device: usize,
+    /// Blocks of the host tier.
+    pub host: usize,
+    /// Longest sequence.
+    pub context_tokens: usize,
+}
+
+/// The scheduler's figures at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct SchedulerStats {
+    /// Sequences without blocks.
+    pub waiting: usize,
+    /// Sequences with device blocks.
+    pub running: usize,
+    /// Sequences whose blocks are in the host tier.
+    pub swapped: usize,
+    /// Sequences that flow control holds back, in any state.
+    pub paused: usize,
+    /// Device blocks that sequences refer to.
+    pub blocks_used: usize,
+    /// Device blocks that only the prefix cache remembers.
+    pub blocks_cached: usize,
+    /// Device blocks without content.
+    pub blocks_free: usize,
+    /// Blocks of the host tier.
+    pub host_blocks: usize,
+    /// Host blocks in use.
+    pub host_blocks_used: usize,
+    /// Prompt tokens found in the prefix cache, over the scheduler's life.
+    pub prefix_hit_tokens: u64,
+    /// Sequences that lost their device blocks to others, over the scheduler's life.
+    pub preemptions: u64,
+    /// Of these, sequences that went to the host tier.
+    pub swapped_out: u64,
+    /// Tokens generated, over the scheduler's life.
+    pub tokens_generated: u64,
+    /// Steps planned that had something to do, over the scheduler's life.
+    pub steps: u64,
+}

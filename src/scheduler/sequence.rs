@@ -1,0 +1,160 @@
+//! What the scheduler is given and what it tells: sequences come in, events go out.
+
+use crate::kv::BlockHash;
+use crate::request::{FinishReason, Priority, RequestError, SamplingParams};
+use crate::step::RowOutput;
+use crate::units::{BlockId, SequenceId, TokenId};
+use std::sync::Arc;
+
+/// A sequence to be continued. After a crash it comes again with the tokens emitted so far.
+#[derive(Clone, Debug)]
+pub struct NewSequence {
+    /// Its name, unique over the engine's life.
+    pub id: SequenceId,
+    /// Prompt and, after a crash, what was generated already.
+    pub tokens: Vec<TokenId>,
+    /// How many of `tokens` are the prompt.
+    pub prompt_tokens: usize,
+    /// How the next token is chosen; the seed is resolved.
+    pub sampling: Arc<SamplingParams>,
+    /// New tokens in all, counting those in `tokens`; 0 computes the prompt only.
+    pub max_tokens: usize,
+    /// Tokens that end the answer without being part of it.
+    pub end_tokens: Arc<[TokenId]>,
+    /// Queue class.
+    pub priority: Priority,
+    /// When the answer ends as it is.
+    pub deadline_us: Option<u64>,
+    /// When it fails unless a token was generated.
+    pub ttft_deadline_us: Option<u64>,
+    /// `Some(k)`: every prompt token from the second on is scored, with `k` alternatives.
+    pub prompt_logprobs: Option<usize>,
+    /// At how many crashes it was in flight.
+    pub crashes: u32,
+}
+
+/// Something that happened to a sequence.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SequenceEvent {
+    /// Whose event.
+    pub sequence: SequenceId,
+    /// What.
+    pub kind: SequenceEventKind,
+}
+
+/// What can happen to a sequence.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SequenceEventKind {
+    /// Prompt tokens computed.
+    Prefill {
+        /// So far.
+        done: usize,
+        /// Of so many.
+        total: usize,
+        /// Found in the prefix cache.
+        cached_tokens: usize,
+    },
+    /// A new token.
+    Token(RowOutput),
+    /// The log-probability of a prompt token.
+    PromptScore(RowOutput),
+    /// It was in flight when the executor died, and is computed again.
+    Interrupted {
+        /// Crashes it was in flight at.
+        crashes: u32,
+    },
+    /// It ended.
+    Finished {
+        /// Why.
+        reason: FinishReason,
+        /// Prompt tokens found in the prefix cache.
+        cached_tokens: usize,
+    },
+    /// It failed.
+    Failed(RequestError),
+}
+
+/// Where a sequence stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// In the queue, without blocks.
+    Waiting,
+    /// In the queue, its blocks in the host tier.
+    Swapped,
+    /// With blocks of the device tier.
+    Running,
+}
+
+/// Whether flow control lets a sequence run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Flow {
+    Open,
+    Paused,
+}
+
+/// A sequence in the scheduler.
+#[derive(Clone, Debug)]
+pub(super) struct Sequence {
+    pub new: NewSequence,
+    pub state: State,
+    pub flow: Flow,
+    /// Arrival number: the smaller, the older.
+    pub order: u64,
+    pub arrival_us: u64,
+    /// Tokens whose keys and values lie in blocks.
+    pub computed: usize,
+    /// Device blocks of positions `0 ..`.
+    pub blocks: Vec<BlockId>,
+    /// Host blocks, while swapped.
+    pub host_blocks: Vec<BlockId>,
+    /// Names of the full blocks of `new.tokens`, as far as known.
+    pub hashes: Vec<BlockHash>,
+    /// How many of `blocks` were offered to the prefix index or came from it.
+    pub published: usize,
+    /// Prompt tokens found in the prefix cache at first admission.
+    pub cached_tokens: Option<usize>,
+    /// Prompt positions below this were scored.
+    pub scored: usize,
+    /// Tokens in the step in flight, and which step that is.
+    pub planned_tokens: usize,
+    pub planned_step: u64,
+}
+
+impl Sequence {
+    pub fn new(new: NewSequence, order: u64, arrival_us: u64) -> Self {
+        Self {
+            new,
+            state: State::Waiting,
+            flow: Flow::Open,
+            order,
+            arrival_us,
+            computed: 0,
+            blocks: Vec::new(),
+            host_blocks: Vec::new(),
+            hashes: Vec::new(),
+            published: 0,
+            cached_tokens: None,
+            scored: 1,
+            planned_tokens: 0,
+            planned_step: 0,
+        }
+    }
+
+    /// Tokens that have to be computed before the next one can be sampled.
+    pub fn remaining(&self) -> usize {
+        self.new.tokens.len() - self.computed
+    }
+
+    pub fn generated(&self) -> usize {
+        self.new.tokens.len() - self.new.prompt_tokens
+    }
+
+    pub fn is_decoding(&self) -> bool {
+        self.state == State::Running && self.remaining() == 1 && self.generated() > 0
+    }
+
+    /// Smaller goes first.
+    pub fn rank(&self) -> (Priority, u64) {
+        (self.new.priority, self.order)
+    }
+}

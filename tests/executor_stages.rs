@@ -1,0 +1,176 @@
+//! Stages: split at any layer, restarted on the same weights, fed with bad plans and bad weights,
+//! with KV blocks moved between tiers.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test and its figures")]
+
+#[path = "support/stage.rs"]
+mod stage;
+#[path = "support/tiny_model.rs"]
+mod tiny_model;
+
+use stage::{Model, options, plan_tokens, run, score_next};
+use std::sync::Arc;
+use tandem::executor::{ExecutorError, Stage, StageOptions, StagePart, handoff};
+use tandem::step::{BlockCopy, StepOutput, StepPlan, Tier};
+use tandem::units::{BlockId, TokenId};
+use tiny_model::{Family, TinyModel, split_mix};
+
+fn tiny(family: Family) -> Model {
+    Model::from_bytes(&TinyModel::new(family).gguf().bytes())
+}
+
+fn tokens(count: usize) -> Vec<TokenId> {
+    let mut seed = 3;
+    (0..count).map(|_| TokenId((split_mix(&mut seed) % 256) as u32)).collect()
+}
+
+/// A plan that scores tokens `start .. end` of a sequence in blocks `0 ..`.
+fn scored(tokens: &[TokenId], start: usize, end: usize) -> StepPlan {
+    let mut plan = StepPlan::default();
+    plan_tokens(&mut plan, (1, 0), tokens, start..end, score_next(tokens, 5));
+    plan
+}
+
+#[test]
+fn two_stages_split_anywhere_answer_like_one() {
+    for family in Family::ALL {
+        let model = tiny(family);
+        let n_layers = model.spec.layers.len();
+        let tokens = tokens(70);
+        let plans = [scored(&tokens, 0, 40), scored(&tokens, 40, 41), scored(&tokens, 41, 70)];
+        let mut whole = model.stage(&options(1, 128));
+        let wanted: Vec<_> = plans.iter().map(|plan| run(&mut whole, plan).rows).collect();
+        for cut in 0..=n_layers {
+            let options = options(2, 128);
+            let [mut first, mut last] = StagePart::split(n_layers, cut)
+                .map(|part| model.stage(&StageOptions { part: Some(part), ..options.clone() }));
+            let (to_last, from_first) =
+                handoff(2, options.step_tokens_max, model.spec.embedding_dim);
+            first.set_outlet(to_last);
+            last.set_inlet(from_first);
+            let got = std::thread::scope(|scope| {
+                scope.spawn(|| plans.iter().for_each(|plan| drop(run(&mut first, plan))));
+                plans.iter().map(|plan| run(&mut last, plan).rows).collect::<Vec<_>>()
+            });
+            assert!(got == wanted, "{family:?} cut before layer {cut}");
+        }
+    }
+}
+
+#[test]
+fn a_neighbour_that_has_gone_is_an_error_and_not_a_hang() {
+    let model = tiny(Family::Llama);
+    let [first, _] = StagePart::split(2, 1);
+    let mut first = model.stage(&StageOptions { part: Some(first), ..options(1, 64) });
+    let (to_last, from_first) = handoff(1, 512, model.spec.embedding_dim);
+    first.set_outlet(to_last);
+    drop(from_first);
+    let result = first.run(&scored(&tokens(4), 0, 4), &mut StepOutput::default());
+    assert!(matches!(result, Err(ExecutorError::Handoff(_))), "{result:?}");
+}
+
+#[test]
+fn a_restarted_stage_shares_the_weights_and_answers_the_same() {
+    let model = tiny(Family::Qwen3);
+    let (tokens, options) = (tokens(30), options(2, 64));
+    let mut stage = model.stage(&options);
+    let wanted = run(&mut stage, &scored(&tokens, 0, 30)).rows;
+    let weights = stage.weights().clone();
+    drop(stage);
+    assert_eq!(Arc::strong_count(&weights), 1);
+    let mut again = Stage::restart(weights, &options).unwrap();
+    assert_eq!(run(&mut again, &scored(&tokens, 0, 30)).rows, wanted);
+}
+
+#[test]
+fn a_panic_in_a_worker_is_an_error_and_the_stage_must_be_replaced() {
+    let model = tiny(Family::Llama);
+    let [_, last] = StagePart::split(2, 1);
+    // Nobody gave the stage an inlet: its workers find out in the middle of the step.
+    let options = StageOptions { part: Some(last), ..options(3, 64) };
+    let mut stage = model.stage(&options);
+    let plan = scored(&tokens(9), 0, 9);
+    for _ in 0..2 {
+        let result = stage.run(&plan, &mut StepOutput::default());
+        assert!(matches!(result, Err(ExecutorError::Worker(_))), "{result:?}");
+    }
+    drop(Stage::restart(stage.weights().clone(), &options).unwrap());
+}
+
+#[test]
+fn a_bad_plan_is_refused_and_the_stage_goes_on() {
+    let model = tiny(Family::Llama);
+    let tokens = tokens(30);
+    let mut stage = model.stage(&options(2, 64));
+    let wanted = run(&mut stage, &scored(&tokens, 0, 30)).rows;
+    let mut bad = scored(&tokens, 0, 30);
+    bad.tokens[3] = TokenId(1_000_000);
+    let result = stage.run(&bad, &mut StepOutput::default());
+    assert!(matches!(result, Err(ExecutorError::InvalidPlan { field: "tokens", .. })));
+    let mut bad = scored(&tokens, 0, 30);
+    let block = (Tier::Host, BlockId(1000));
+    bad.copies.push(BlockCopy { from: block, to: (Tier::Device, BlockId(0)) });
+    let result = stage.run(&bad, &mut StepOutput::default());
+    assert!(matches!(result, Err(ExecutorError::InvalidPlan { field: "copies", .. })));
+    assert_eq!(run(&mut stage, &scored(&tokens, 0, 30)).rows, wanted);
+}
+
+#[test]
+fn a_sequence_swapped_to_the_host_and_back_elsewhere_goes_on_unchanged() {
+    let model = tiny(Family::Gemma3);
+    let tokens = tokens(60);
+    let mut stage = model.stage(&options(2, 256));
+    run(&mut stage, &scored(&tokens, 0, 50));
+    let wanted = run(&mut stage, &scored(&tokens, 50, 60)).rows;
+    run(&mut stage, &scored(&tokens, 0, 50));
+
+    let copy = |from: (Tier, u32), to: (Tier, u32)| BlockCopy {
+        from: (from.0, BlockId(from.1)),
+        to: (to.0, BlockId(to.1)),
+    };
+    let mut away = StepPlan::default();
+    away.copies.push(copy((Tier::Device, 0), (Tier::Host, 2)));
+    away.copies.push(copy((Tier::Device, 1), (Tier::Host, 0)));
+    run(&mut stage, &away);
+    // Another sequence overwrites the blocks.
+    run(&mut stage, &scored(&tokens[10..], 0, 50));
+    let mut plan = StepPlan::default();
+    plan.copies.push(copy((Tier::Host, 2), (Tier::Device, 4)));
+    plan.copies.push(copy((Tier::Host, 0), (Tier::Device, 6)));
+    plan.copies.push(copy((Tier::Device, 6), (Tier::Device, 5)));
+    plan_tokens(&mut plan, (1, 4), &tokens, 50..60, score_next(&tokens, 5));
+    assert_eq!(run(&mut stage, &plan).rows, wanted);
+}
+
+#[test]
+fn a_row_that_is_not_finite_fails_its_sequence_and_no_other() {
+    let mut gguf = TinyModel::new(Family::Llama).gguf();
+    let embedding = gguf.tensors.iter_mut().find(|t| t.name == "token_embd.weight").unwrap();
+    // The scale of the first block of token 7 becomes an f16 NaN. The output gets a tensor of its
+    // own: tied, the logit of token 7 would be NaN in every row.
+    let row_bytes = 256 / 32 * 34;
+    embedding.data[7 * row_bytes..][..2].copy_from_slice(&0x7e00_u16.to_le_bytes());
+    let mut output = TinyModel::new(Family::Llama);
+    output.output = tiny_model::Output::Own;
+    let own = output.gguf().tensors.into_iter().find(|t| t.name == "output.weight").unwrap();
+    gguf.tensors.push(own);
+    let model = Model::from_bytes(&gguf.bytes());
+    let mut stage = model.stage(&options(2, 256));
+    let healthy = [TokenId(1), TokenId(2), TokenId(3)];
+    let alone = run(&mut stage, &scored(&healthy, 0, 3)).rows;
+    let mut poisoned = tokens(20);
+    poisoned[10] = TokenId(7);
+    let mut plan = StepPlan::default();
+    plan_tokens(&mut plan, (1, 0), &healthy, 0..3, score_next(&healthy, 5));
+    plan_tokens(&mut plan, (2, 1), &poisoned, 0..20, score_next(&poisoned, 5));
+    let mut output = StepOutput::default();
+    stage.run(&plan, &mut output).unwrap();
+    assert!(output.failures.iter().all(|failure| failure.sequence.0 == 2));
+    let failed: Vec<_> = output.failures.iter().map(|failure| failure.position).collect();
+    assert!((11..20).all(|position| failed.contains(&position)), "{failed:?}");
+    assert_eq!(output.rows[..2], alone);
+    // Whoever gets the poisoned KV block next is not harmed by what is left in it.
+    let mut plan = StepPlan::default();
+    plan_tokens(&mut plan, (1, 1), &healthy, 0..3, score_next(&healthy, 5));
+    assert_eq!(run(&mut stage, &plan).rows, alone);
+}

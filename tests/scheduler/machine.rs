@@ -1,0 +1,101 @@
+//! An executor that computes no model but keeps real books: a block slot holds a digest of its own
+//! token and of the slot before it, read back through the block table. A stale, wrong or missing
+//! block, a wrong position or a lost copy changes the digest, and with it the next token.
+
+use std::collections::HashMap;
+use tandem::step::{LogitsTask, RowOutput, StepOutput, StepPlan, Tier, TokenLogprob};
+use tandem::units::{BlockId, TokenId};
+
+/// Small, so that end tokens and repeated blocks come up.
+pub const VOCABULARY: u64 = 97;
+
+/// Digest of a sequence's first tokens.
+pub fn digest(before: u64, token: TokenId) -> u64 {
+    let mut mixed = before ^ (u64::from(token.0) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    mixed = (mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed ^ (mixed >> 32)
+}
+
+/// The token that follows.
+pub fn next_token(digest: u64) -> TokenId {
+    TokenId((digest % VOCABULARY) as u32)
+}
+
+/// What a sequence that starts with these tokens says next, all alone.
+pub fn continuation(prompt: &[TokenId], count: usize) -> Vec<TokenId> {
+    let mut state = prompt.iter().fold(0, |state, token| digest(state, *token));
+    let mut said = Vec::new();
+    for _ in 0..count {
+        let token = next_token(state);
+        said.push(token);
+        state = digest(state, token);
+    }
+    said
+}
+
+/// The fake executor.
+#[derive(Default)]
+pub struct Machine {
+    /// Digest per (tier, block, slot).
+    slots: HashMap<(Tier, BlockId, usize), u64>,
+    block_tokens: usize,
+}
+
+impl Machine {
+    pub fn new(block_tokens: usize) -> Self {
+        Self { slots: HashMap::new(), block_tokens }
+    }
+
+    /// Forgets all KV, as a restarted executor does.
+    pub fn lose(&mut self) {
+        self.slots.clear();
+    }
+
+    /// Runs a plan.
+    pub fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) {
+        output.clear();
+        output.step = plan.step;
+        for copy in &plan.copies {
+            for slot in 0..self.block_tokens {
+                match self.slots.get(&(copy.from.0, copy.from.1, slot)).copied() {
+                    Some(value) => self.slots.insert((copy.to.0, copy.to.1, slot), value),
+                    None => self.slots.remove(&(copy.to.0, copy.to.1, slot)),
+                };
+            }
+        }
+        let mut digests = vec![0; plan.tokens.len()];
+        for planned in &plan.sequences {
+            let table = &plan.block_tables[planned.block_table.clone()];
+            for (offset, row) in planned.tokens.clone().enumerate() {
+                let position = planned.position_start + offset;
+                let before = match position.checked_sub(1) {
+                    Some(before) => self.slot(table, before),
+                    None => 0,
+                };
+                digests[row] = digest(before, plan.tokens[row]);
+                let block = table[position / self.block_tokens];
+                let slot = (Tier::Device, block, position % self.block_tokens);
+                self.slots.insert(slot, digests[row]);
+            }
+        }
+        for wanted in &plan.logits {
+            let token = match &wanted.task {
+                LogitsTask::Sample { .. } => next_token(digests[wanted.row]),
+                LogitsTask::Score { target, .. } => *target,
+            };
+            output.rows.push(RowOutput {
+                sequence: wanted.sequence,
+                position: wanted.position,
+                token: TokenLogprob { id: token, logprob: -1.0 },
+                top: Vec::new(),
+            });
+        }
+        output.duration_us = 1_000 + 50 * plan.tokens.len() as u64;
+    }
+
+    fn slot(&self, table: &[BlockId], position: usize) -> u64 {
+        let (block, slot) = (position / self.block_tokens, position % self.block_tokens);
+        // An empty slot gives a digest that no sequence has.
+        self.slots.get(&(Tier::Device, table[block], slot)).copied().unwrap_or(u64::MAX)
+    }
+}
