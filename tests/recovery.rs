@@ -7,6 +7,7 @@ mod rig;
 
 use rig::hash_stage::continuation;
 use rig::{Read, Rig, config, first_tokens, prompt, read, request};
+use std::sync::atomic::Ordering;
 use tandem::actors::{EngineError, EngineState, FaultPoint, RestartCounts};
 use tandem::request::{ErrorKind, Event, FinishReason};
 use tokio::time::{Duration, timeout};
@@ -214,5 +215,36 @@ async fn several_actors_dying_one_after_the_other_are_all_survived() {
     for (number, stream) in streams.into_iter().enumerate() {
         let read = timeout(PATIENCE, stream).await.unwrap().unwrap();
         assert_complete(&read, number as u32, 40, "six faults");
+    }
+}
+
+/// Room for ten blocks, so that sequences are preempted and go through the host tier.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kv_swap_actor_that_dies_loses_no_copy_from_its_books() {
+    let mut config = config();
+    config.model.context_tokens = 256;
+    config.kv.cache_bytes = tandem::units::ByteSize(10 << 15);
+    for fault in [None, Some(1), Some(2)] {
+        let rig = Rig::with(config.clone(), |faults| {
+            fault.iter().for_each(|pass| faults.arm(FaultPoint::KvSwapBeforeReport, *pass));
+        })
+        .await;
+        let streams: Vec<_> = (0..STREAMS)
+            .map(|number| {
+                let request = request(&prompt(number, 40 + number as usize), 60);
+                tokio::spawn(read(rig.engine.generate(request)))
+            })
+            .collect();
+        for (number, stream) in streams.into_iter().enumerate() {
+            let read = timeout(PATIENCE, stream).await.unwrap().unwrap();
+            assert_complete(&read, number as u32, 60, "through the host tier");
+        }
+        let booked = || rig.engine.stats().metrics;
+        rig::eventually("all copies are booked", || {
+            booked().blocks_swapped_out == rig.stages.copies_out.load(Ordering::SeqCst)
+        });
+        assert!(booked().blocks_swapped_out > 0, "nothing was swapped");
+        let restarts = rig.engine.status().restarts.kv_swap;
+        assert_eq!(restarts, u64::from(fault.is_some()), "fault at {fault:?}");
     }
 }

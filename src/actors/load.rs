@@ -191,6 +191,11 @@ fn stage_options(
     })
 }
 
+/// Sequences that may be alive at once, running or waiting.
+pub(super) fn sequences_alive_max(config: &Config) -> usize {
+    config.scheduler.sequences_max + config.scheduler.queue_max
+}
+
 impl Loaded {
     /// Options of a scheduler for this placement, with a fresh key for its prefix cache.
     pub(super) fn scheduler_options(&self, config: &Config) -> Result<SchedulerOptions, String> {
@@ -201,6 +206,9 @@ impl Loaded {
             host: self.placement.host_blocks,
             context_tokens: self.placement.context_tokens,
         };
-        Ok(SchedulerOptions::from_config(config, kv, prefix_key))
+        let options = SchedulerOptions::from_config(config, kv, prefix_key);
+        // Credits bound the sequences at the edge. Behind it none is refused: after a crash all of
+        // them come back at once, before any can run.
+        Ok(SchedulerOptions { queue_max: sequences_alive_max(config), ..options })
     }
 }

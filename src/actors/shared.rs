@@ -4,7 +4,7 @@
 use super::executor::StepLane;
 use super::kv_swap::SwapLedger;
 use super::lanes::{CommandLane, TextLane};
-use super::load::Loaded;
+use super::load::{Loaded, sequences_alive_max};
 use super::status::{BlockCounts, EngineState, LoadProgress, SequenceCounts};
 use super::text::{TextDone, TextWork};
 use super::threads::Threads;
@@ -62,6 +62,39 @@ pub(super) struct Occupancy {
     pub(super) blocks: BlockCounts,
 }
 
+/// How often requests end, for `retry_after_ms`.
+#[derive(Debug, Default)]
+struct Ends {
+    last_us: AtomicU64,
+    /// Moving mean of the time between two ends; 0 before there were two.
+    interval_us: AtomicU64,
+}
+
+impl Ends {
+    const RETRY_MS_MIN: u64 = 50;
+    const RETRY_MS_MAX: u64 = 30_000;
+    const RETRY_MS_UNKNOWN: u64 = 1000;
+
+    /// Two ends at the same moment may count as one: this is an estimate.
+    fn count(&self, now_us: u64) {
+        let last_us = self.last_us.swap(now_us, Relaxed);
+        if last_us > 0 {
+            let (interval_us, mean_us) =
+                (now_us.saturating_sub(last_us), self.interval_us.load(Relaxed));
+            let next_us = if mean_us == 0 { interval_us } else { (7 * mean_us + interval_us) / 8 };
+            self.interval_us.store(next_us.max(1), Relaxed);
+        }
+    }
+
+    /// After so long a request will probably have ended.
+    fn retry_after_ms(&self) -> u64 {
+        match self.interval_us.load(Relaxed) {
+            0 => Self::RETRY_MS_UNKNOWN,
+            us => (us / 1000).clamp(Self::RETRY_MS_MIN, Self::RETRY_MS_MAX),
+        }
+    }
+}
+
 pub(super) struct Shared {
     pub(super) config: Config,
     pub(super) faults: Arc<Faults>,
@@ -86,6 +119,7 @@ pub(super) struct Shared {
     sequence_ids: AtomicU64,
     loop_lives: AtomicU64,
     pub(super) root: Mutex<Option<JoinHandle<()>>>,
+    ends: Ends,
     load_done_bytes: AtomicU64,
     load_total_bytes: AtomicU64,
     started: Instant,
@@ -93,7 +127,7 @@ pub(super) struct Shared {
 
 impl Shared {
     pub(super) fn new(config: Config, faults: Arc<Faults>) -> Self {
-        let credits = config.scheduler.sequences_max + config.scheduler.queue_max;
+        let credits = sequences_alive_max(&config);
         Self {
             faults,
             metrics: Metrics::default(),
@@ -114,6 +148,7 @@ impl Shared {
             sequence_ids: AtomicU64::new(1),
             loop_lives: AtomicU64::new(1),
             root: Mutex::new(None),
+            ends: Ends::default(),
             load_done_bytes: AtomicU64::new(0),
             load_total_bytes: AtomicU64::new(0),
             started: Instant::now(),
@@ -124,6 +159,20 @@ impl Shared {
     /// Microseconds since the engine's start: the time that all of its parts speak of.
     pub(super) fn now_us(&self) -> u64 {
         self.started.elapsed().as_micros() as u64
+    }
+
+    /// Counts a request's end.
+    pub(super) fn request_ended(&self) {
+        self.ends.count(self.now_us());
+    }
+
+    /// What a client is told that finds the engine full.
+    pub(super) fn overloaded(&self) -> RequestError {
+        self.metrics.requests_overloaded.add(1);
+        RequestError::Overloaded {
+            queue_depth: self.metrics.requests_live.get().max(0) as usize,
+            retry_after_ms: self.ends.retry_after_ms(),
+        }
     }
 
     /// An id that no sequence of this engine ever had.
@@ -185,6 +234,7 @@ impl Shared {
         while self.texts.receiver.try_recv().is_ok() {}
         while self.steps.orders.1.try_recv().is_ok() {}
         while self.steps.results.1.try_recv().is_ok() {}
+        *self.occupancy.lock().unwrap_or_else(PoisonError::into_inner) = Occupancy::default();
         if let Some(loaded) = self.loaded.get() {
             loaded.stages.release();
         }

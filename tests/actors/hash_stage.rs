@@ -76,6 +76,8 @@ pub struct HashStages {
     pub faults: Arc<Faults>,
     pub block_tokens: usize,
     pub steps: AtomicU64,
+    /// Blocks copied from device to host.
+    pub copies_out: AtomicU64,
 }
 
 /// What the tests' engine runs on; the factory is shared with the test.
@@ -127,6 +129,8 @@ impl StepRunner for HashStage {
         for copy in &plan.copies {
             let bytes = self.blocks.get(&copy.from).cloned().ok_or("a copy of nothing")?;
             self.blocks.insert(copy.to, bytes);
+            let out = (copy.from.0, copy.to.0) == (Tier::Device, Tier::Host);
+            self.stages.copies_out.fetch_add(u64::from(out), Ordering::SeqCst);
         }
         for planned in &plan.sequences {
             self.write(plan, planned);

@@ -6,7 +6,7 @@ use super::prompt_scores::PromptScores;
 use super::task::{Job, Task};
 use crate::actors::Generation;
 use crate::actors::engine::Anchor;
-use crate::actors::load::Loaded;
+use crate::actors::load::{Loaded, sequences_alive_max};
 use crate::actors::shared::Shared;
 use crate::actors::text::TextDone;
 use crate::actors::window::Window;
@@ -17,9 +17,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
-
-/// What a client that finds the engine full is told to wait.
-const RETRY_AFTER_MS: u64 = 1000;
 
 /// Starts a request's task, or says in its stream why not.
 pub(in crate::actors) fn start(anchor: &Arc<Anchor>, request: Request) -> Generation {
@@ -48,8 +45,7 @@ fn admit(
     };
     request.validate()?;
     check_against_model(loaded, request)?;
-    let limits = &shared.config.scheduler;
-    let answers_max = limits.sequences_max + limits.queue_max;
+    let answers_max = sequences_alive_max(&shared.config);
     if request.n > answers_max {
         return Err(RequestError::InvalidParams {
             field: "n".into(),
@@ -58,13 +54,8 @@ fn admit(
         });
     }
     let credits = Arc::clone(&shared.credits);
-    let credits = credits.try_acquire_many_owned(request.n as u32).map_err(|_| {
-        shared.metrics.requests_overloaded.add(1);
-        RequestError::Overloaded {
-            queue_depth: shared.metrics.requests_live.get().max(0) as usize,
-            retry_after_ms: RETRY_AFTER_MS,
-        }
-    })?;
+    let credits =
+        credits.try_acquire_many_owned(request.n as u32).map_err(|_| shared.overloaded())?;
     Ok((runtime.clone(), credits))
 }
 

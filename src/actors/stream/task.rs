@@ -272,6 +272,7 @@ impl Drop for Task {
             // Without room the engine loop notices the closed lane by itself.
             let _ = self.shared.commands.try_send(Command::Abort(id));
         }
+        self.shared.request_ended();
         self.shared.metrics.requests_live.add(-1);
     }
 }
