@@ -15,8 +15,10 @@ use crate::units::ByteSize;
 use serde::Serialize;
 use std::ops::Range;
 
-/// Sequences and their length that the KV store holds at least, if memory allows.
-const KV_TOKENS_WANTED: usize = 4 * 2048;
+/// Full contexts that the KV store holds by itself, if a quarter of the memory that is left does.
+/// Its pages are taken from the system only as sequences touch them.
+const KV_CONTEXTS_WANTED: usize = 8;
+const KV_ROOM_DIVISOR: usize = 4;
 /// Shortest context worth starting with when the model's own does not fit.
 const CONTEXT_TOKENS_MIN: usize = 256;
 /// Part of the available memory that is left to others: 1/16.
@@ -162,7 +164,7 @@ impl KvRoom {
         let context_blocks = blocks_for(context_tokens, self.block_tokens);
         let fit = (self.room / self.block_bytes) as usize;
         let wanted = match asked.0 {
-            0 => blocks_for(context_tokens.max(KV_TOKENS_WANTED), self.block_tokens),
+            0 => (KV_CONTEXTS_WANTED * context_blocks).min(fit / KV_ROOM_DIVISOR),
             bytes => (bytes / self.block_bytes) as usize,
         };
         let given = wanted.min(fit).max(context_blocks);

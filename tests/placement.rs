@@ -1,0 +1,119 @@
+//! What lies where, on machines of every size, for a tiny model and real figures of memory.
+
+#[path = "support/tiny_model.rs"]
+mod tiny_model;
+
+use proptest::prelude::*;
+use std::path::Path;
+use std::sync::OnceLock;
+use tandem::config::Config;
+use tandem::executor::{KvOptions, PoolOptions, Stage, StageOptions};
+use tandem::formats::Checkpoint;
+use tandem::hardware::HardwareProfile;
+use tandem::model::ModelSpec;
+use tandem::placement::Placement;
+use tandem::request::RequestError;
+use tandem::units::ByteSize;
+use tiny_model::{Family, TinyModel};
+
+fn checkpoint() -> Checkpoint {
+    let bytes = TinyModel::new(Family::Llama).gguf().bytes();
+    Checkpoint::from_bytes(Path::new("tiny.gguf"), &bytes).unwrap()
+}
+
+fn spec() -> ModelSpec {
+    ModelSpec::from_checkpoint(&checkpoint()).unwrap()
+}
+
+fn machine(available_bytes: u64) -> HardwareProfile {
+    static HERE: OnceLock<HardwareProfile> = OnceLock::new();
+    let here = HERE.get_or_init(HardwareProfile::detect);
+    HardwareProfile { memory_available_bytes: available_bytes, ..here.clone() }
+}
+
+#[test]
+fn a_large_machine_holds_the_whole_context_and_more() {
+    let spec = spec();
+    let placement = Placement::plan(&spec, &machine(64 << 30), &Config::default()).unwrap();
+    assert_eq!(placement.context_tokens, spec.context_tokens_max);
+    assert!(placement.device_blocks * placement.block_tokens >= 8 * placement.context_tokens);
+    assert!(placement.notes.is_empty(), "{:?}", placement.notes);
+}
+
+#[test]
+fn a_small_machine_gets_a_shorter_context_and_is_told() {
+    let spec = spec();
+    let config = Config::default();
+    let all = Placement::plan(&spec, &machine(64 << 30), &config).unwrap();
+    let fixed = all.stages[0].weight_bytes + all.stages[0].activation_bytes;
+    let half_context = spec.kv_bytes_per_token() * spec.context_tokens_max as u64 / 2;
+    let available = (fixed + half_context) * 16 / 15 + 1;
+    let placement = Placement::plan(&spec, &machine(available), &config).unwrap();
+    assert!(placement.context_tokens < spec.context_tokens_max);
+    assert!(placement.notes.iter().any(|note| note.contains("memory holds")));
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_figures() {
+    let refused = Placement::plan(&spec(), &machine(1 << 20), &Config::default());
+    let Err(RequestError::InsufficientMemory { device, need, free, suggest }) = refused else {
+        panic!("{refused:?}")
+    };
+    assert_eq!(device, "host memory");
+    assert!(need > free && free < 1 << 20 && !suggest.is_empty());
+}
+
+#[test]
+fn a_context_that_was_asked_for_is_never_shortened() {
+    let mut config = Config::default();
+    config.model.context_tokens = 100_000_000;
+    let refused = Placement::plan(&spec(), &machine(1 << 30), &config);
+    assert!(matches!(refused, Err(RequestError::InsufficientMemory { .. })));
+}
+
+#[test]
+fn the_executor_takes_what_was_planned() {
+    let (checkpoint, spec) = (checkpoint(), spec());
+    let config = Config::default();
+    let placement = Placement::plan(&spec, &machine(4 << 30), &config).unwrap();
+    let options = StageOptions {
+        part: None,
+        pool: PoolOptions { threads: 1, cores: Vec::new(), spin_us: 0 },
+        isa: None,
+        huge_pages: false,
+        kv: KvOptions {
+            block_tokens: placement.block_tokens,
+            device_blocks: placement.device_blocks,
+            host_blocks: placement.host_blocks,
+        },
+        step_tokens_max: config.scheduler.step_tokens_max,
+    };
+    let stage = Stage::load(checkpoint.into(), spec.into(), &options, &mut |_| {}).unwrap();
+    let (memory, planned) = (stage.memory(), &placement.stages[0]);
+    assert_eq!(memory.kv_bytes as u64, planned.kv_bytes + placement.host_kv_bytes);
+    let near = |real: usize, planned: u64| {
+        let ratio = real as f64 / planned as f64;
+        assert!((0.9..=1.1).contains(&ratio), "{real} bytes, planned {planned}");
+    };
+    near(memory.weight_bytes, planned.weight_bytes);
+    near(memory.activation_bytes, planned.activation_bytes);
+}
+
+proptest! {
+    #[test]
+    fn no_machine_is_overcommitted(
+        available in 1u64 << 16..1 << 34,
+        cache in 0u64..1 << 32,
+        swap in 0u64..1 << 32,
+    ) {
+        let mut config = Config::default();
+        config.kv.cache_bytes = ByteSize(cache);
+        config.kv.swap_bytes = ByteSize(swap);
+        let spec = spec();
+        if let Ok(placement) = Placement::plan(&spec, &machine(available), &config) {
+            prop_assert!(placement.total_bytes() <= available);
+            let tokens = placement.device_blocks * placement.block_tokens;
+            prop_assert!(tokens >= placement.context_tokens);
+        }
+    }
+}
