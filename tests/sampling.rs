@@ -1,5 +1,7 @@
 //! The sampler against the same chain done the slow way, and against chance.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 #[path = "sampling/oracle.rs"]
 mod oracle;
 

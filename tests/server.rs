@@ -9,6 +9,8 @@ mod served;
 
 #[path = "server/client.rs"]
 mod client;
+#[path = "server/documentation.rs"]
+mod documentation;
 #[path = "server/errors.rs"]
 mod errors;
 #[path = "server/frames.rs"]

@@ -322,11 +322,13 @@ fn every_dependency_says_what_it_saves_us() {
 
 #[test]
 fn every_knob_is_explained() {
-    let text = fs::read_to_string(root().join("config/default.toml")).expect("the defaults");
-    let offences = text
-        .lines()
-        .filter(|line| line.contains('=') && !line.starts_with('#') && !line.contains(" # "))
-        .map(str::to_owned)
-        .collect();
-    report("every knob in config/default.toml says its unit and why", offences);
+    let mut offences = Vec::new();
+    for (file, text) in sources(&["config"], &["toml"]) {
+        for line in text.lines() {
+            if line.contains('=') && !line.starts_with('#') && !line.contains(" # ") {
+                offences.push(format!("{file}: {line}"));
+            }
+        }
+    }
+    report("every knob in config says its unit and why", offences);
 }

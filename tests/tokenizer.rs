@@ -1,5 +1,7 @@
 //! Tokenizers and chat templates against published cases, a whole-text decoder, and hostile input.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test and its figures")]
+
 #[path = "tokenizer/decoding.rs"]
 mod decoding;
 #[path = "tokenizer/encoding.rs"]
@@ -10,5 +12,7 @@ mod files;
 mod golden;
 #[path = "tokenizer/prompts.rs"]
 mod prompts;
+#[path = "tokenizer/templates.rs"]
+mod templates;
 #[path = "tokenizer/vocabularies.rs"]
 mod vocabularies;

@@ -186,6 +186,16 @@ mod tests {
     }
 
     #[test]
+    fn every_profile_fits() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/profiles");
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let layers = Layers { file: Some(entry.unwrap().path()), ..Layers::default() };
+            let settings = layers.load().unwrap();
+            assert_ne!(settings.config, Config::default(), "{layers:?}");
+        }
+    }
+
+    #[test]
     fn a_mistyped_key_is_named_with_its_neighbour() {
         let layers = Layers { flags: vec![pair("cpu.thread", "2")], ..Layers::default() };
         let message = layers.load().unwrap_err().to_string();

@@ -83,7 +83,6 @@ fn engine_failures() -> Vec<(RequestError, &'static str, Value)> {
             "grammar_error",
             json!({"line": 1, "column": 2}),
         ),
-        (RequestError::Internal { message: text("a broken invariant") }, "internal", json!({})),
         (
             RequestError::NotReady { reason: text("loading"), retry_after_ms: 1000 },
             "not_ready",
@@ -96,6 +95,7 @@ fn engine_failures() -> Vec<(RequestError, &'static str, Value)> {
 fn stream_failures() -> Vec<(RequestError, &'static str, Value)> {
     let text = str::to_owned;
     vec![
+        (RequestError::Internal { message: text("a bug") }, "internal", json!({})),
         (RequestError::SlowConsumer { waited_ms: 30_000 }, "slow_consumer", json!({})),
         (RequestError::NumericError { position: 17 }, "numeric_error", json!({"position": 17})),
         (

@@ -175,11 +175,11 @@ impl Random {
 fn mutated(random: &mut Random) -> Vec<u8> {
     let seeds = [
         json!({"id": 1, "method": "generate", "params": {"prompt": "é", "stop": ["a"], "n": 2}}),
-        json!({"id": "x", "method": "chat", "params": {"messages": [{"role": "u", "content": ""}]}}),
+        json!({"id": "x", "method": "chat", "params": {"messages": [{"role": "u"}]}}),
         json!({"id": 2, "method": "tokenize", "params": {"text": "a", "add_special": true}}),
         json!({"id": 3, "method": "cancel", "params": {"id": 1}}),
         json!({"id": 4, "method": "stats.get", "jsonrpc": "2.0"}),
-        json!({"id": 5, "method": "generate", "params": {"prompt_tokens": [1], "logit_bias": {"1": 2}}}),
+        json!({"id": 5, "method": "chat", "params": {"messages": [], "logit_bias": {"1": 2}}}),
     ];
     let mut line = seeds[random.below(seeds.len())].to_string().into_bytes();
     for _ in 0..random.below(8) {

@@ -344,3 +344,27 @@ fn last_event(client: &mut RawClient) -> Value {
         }
     }
 }
+
+#[test]
+fn connections_that_close_leave_nothing_behind() {
+    let served = Served::start(|_| vec![accepted(), Act::Hang]);
+    let mut stays = served.connect();
+    for round in 0..3 {
+        let mut clients: Vec<RawClient> = (0..40).map(|_| served.connect()).collect();
+        for client in &mut clients {
+            client.ask(1, "generate", json!({"prompt": "x"}));
+            assert_eq!(client.event()["type"], "accepted");
+        }
+        drop(clients);
+        served.engine.wait_until(|counts| counts.dropped == 40 * (round + 1));
+    }
+    loop {
+        stays.ask(1, "stats.get", json!({}));
+        let stats = stays.result(1)["server"].clone();
+        if stats["connections"] == 1 && stats["requests_live"] == 0 {
+            assert_eq!(stats["connections_total"], 121);
+            assert_eq!(stats["requests_total"], 120);
+            return;
+        }
+    }
+}

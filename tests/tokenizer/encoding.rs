@@ -66,7 +66,8 @@ fn end_tokens_are_those_of_the_roles_and_the_known_names() {
 
 #[test]
 fn unusable_vocabularies_are_refused_with_the_field() {
-    let cases: [(&str, fn(&mut Vocabulary)); 9] = [
+    type Change = fn(&mut Vocabulary);
+    let cases: [(&str, Change); 9] = [
         ("tokens", |v| v.tokens.clear()),
         ("token_type", |v| v.kinds.truncate(5)),
         ("scores", |v| v.scores = vec![0.0; 7]),
@@ -87,9 +88,9 @@ fn unusable_vocabularies_are_refused_with_the_field() {
             other => panic!("{name}: {other}"),
         }
     }
-    for change in [(|v| v.model = "bert".to_owned()) as fn(&mut Vocabulary), |v| {
-        v.pre = Some("no-such-pre".to_owned())
-    }] {
+    for change in
+        [(|v| v.model = "bert".to_owned()) as Change, |v| v.pre = Some("no-such-pre".to_owned())]
+    {
         let error = RequestError::from(refusal(change));
         assert!(matches!(error, RequestError::TokenizerInvalid { .. }), "{error}");
         assert!(error.to_string().contains("known: "), "{error}");

@@ -1,6 +1,6 @@
 //! The protocol's words and rules as pure functions from bytes to commands and from events to
-//! lines; `docs/protocol.md` is their description. Must not know sockets, tasks and engines. The server's
-//! connections and the client call it.
+//! lines; `docs/protocol.md` is their description. Must not know sockets and tasks, and of an
+//! engine only the schemas of its figures. The server's connections and the client call it.
 
 mod catalogue;
 mod error;

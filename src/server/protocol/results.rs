@@ -1,6 +1,7 @@
 //! The results of every method as they stand on the wire, and the hello.
 
 use super::WireToken;
+use crate::actors::{ModelInfo, StatsSnapshot, Status};
 use crate::request::{FinishReason, Timings, Usage};
 use crate::server::engine_handle::ServiceState;
 use serde::{Deserialize, Serialize};
@@ -112,6 +113,7 @@ pub struct StatusResult {
     /// Live requests of all connections.
     pub requests_live: usize,
     /// The engine's own words.
+    #[schemars(with = "Status")]
     pub engine: Value,
 }
 
@@ -138,6 +140,7 @@ pub struct StatsResult {
     /// The server's figures.
     pub server: ServerStats,
     /// The engine's figures.
+    #[schemars(with = "StatsSnapshot")]
     pub engine: Value,
 }
 
@@ -151,7 +154,8 @@ pub struct SubscribeResult {
 /// `models.list`.
 #[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct ModelsResult {
-    /// Each with at least `name`.
+    /// Each with at least `name`; none while loading.
+    #[schemars(with = "Vec<ModelInfo>")]
     pub models: Vec<Value>,
 }
 

@@ -70,7 +70,7 @@ impl Pretokenizer {
 
     /// The pieces of a text, in order, without gaps, as byte ranges.
     pub(super) fn cut(&self, text: &str) -> Vec<Range<usize>> {
-        let mut pieces = vec![0..text.len()];
+        let mut pieces = Vec::from([Range { start: 0, end: text.len() }]);
         let mut finer = Vec::new();
         for stage in &self.stages {
             finer.clear();

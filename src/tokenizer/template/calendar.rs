@@ -44,8 +44,14 @@ fn date(days: u64) -> Date {
     Date { year, month, day }
 }
 
+/// Longest pattern, in bytes.
+const PATTERN_BYTES_MAX: usize = 256;
+
 /// Formats a time as C's `strftime` does, or says which directive is not known.
 pub(super) fn format(pattern: &str, unix_s: u64) -> Result<String, String> {
+    if pattern.len() > PATTERN_BYTES_MAX {
+        return Err(format!("strftime_now: a pattern has at most {PATTERN_BYTES_MAX} bytes"));
+    }
     let (days, second_of_day) = (unix_s / 86_400, unix_s % 86_400);
     let Date { year, month, day } = date(days);
     let (hour, minute, second) =

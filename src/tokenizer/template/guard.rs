@@ -2,8 +2,8 @@
 //! so that afterwards it can be told from the template's own.
 //!
 //! The mark is one of Unicode's noncharacters, put before the token's spelling; templates move
-//! texts around whole, so the mark comes out where the spelling does. A noncharacter that the messages
-//! already have is not taken.
+//! texts around whole, so the mark comes out where the spelling does. A noncharacter that the
+//! messages already have is not taken.
 
 use super::TemplateError;
 use crate::request::ChatMessage;

@@ -5,8 +5,10 @@
 //! pays for instructions and for bytes), a bound on its output and a thread stack of its own.
 
 mod calendar;
+mod charges;
 mod environment;
 mod guard;
+mod lexer;
 mod python_json;
 
 pub use guard::MessageSpan;
@@ -109,6 +111,9 @@ const PLAIN: &str = "\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}";
 
+/// Messages up to which the fuel grows with their square.
+const MESSAGES_SUMMED_MAX: usize = 1000;
+
 /// Stack of a render: deep values are dropped by recursion, and fuel pays for some 10^5 levels.
 const STACK_BYTES: usize = 256 << 20;
 
@@ -208,8 +213,10 @@ impl ChatTemplate {
         let guarded = self.guard.mark(messages)?;
         let bytes: usize = guarded.messages.iter().map(|m| m.role.len() + m.content.len()).sum();
         let mut environment = self.environment.clone();
-        // A template looks at a message's bytes a few times: at 64 bytes per fuel, 16 times.
-        environment.set_fuel(Some(self.config.fuel + (bytes / 4) as u64));
+        // A template looks at a message's bytes a few times: at 64 bytes per fuel, 16 times. Some
+        // gather the messages in a list, one sum each.
+        let sums = messages.len().min(MESSAGES_SUMMED_MAX).pow(2);
+        environment.set_fuel(Some(self.config.fuel + (bytes / 4 + sums) as u64));
         let limit = self.config.output_bytes_max + 4 * bytes;
         let context = self.context(&guarded.messages, prompt);
         let marked = on_own_stack(|| write(&environment, context, limit))?;

@@ -1,0 +1,227 @@
+//! The command as a person runs it: the built binary, its output and its exit codes, on tiny models
+//! that the test writes.
+
+#[path = "support/tiny_model.rs"]
+mod tiny_model;
+
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use tempfile::TempDir;
+use tiny_model::{Family, TinyModel};
+
+/// A folder with a model and a socket's place, and the command run in it.
+struct Desk {
+    folder: TempDir,
+}
+
+impl Desk {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        TinyModel::new(Family::Llama).write(&folder.path().join("tiny.gguf"));
+        Self { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
+        command.args(arguments).current_dir(self.folder.path()).stdin(Stdio::null());
+        command.env_clear().env("XDG_RUNTIME_DIR", self.folder.path());
+        command.env("TMPDIR", self.folder.path()).env("HOME", self.folder.path());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    fn ok(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        serde_json::from_str(&self.ok(arguments)).unwrap()
+    }
+
+    /// The exit code and the message on standard error.
+    fn fails(&self, arguments: &[&str]) -> (i32, String) {
+        let output = self.run(arguments);
+        let code = output.status.code().expect("it was not killed");
+        assert_ne!(code, 0, "{arguments:?}: {output:?}");
+        (code, String::from_utf8(output.stderr).unwrap())
+    }
+}
+
+/// A service in a process of its own, stopped at the latest when dropped.
+struct Service(std::process::Child);
+
+impl Service {
+    fn start(desk: &Desk) -> Self {
+        let mut command = desk.command(&["serve", "--model", "tiny.gguf", "--quiet"]);
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let service = Self(child);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        loop {
+            let output = desk.run(&["ps", "--json"]);
+            if output.status.success() {
+                let shown: Value = serde_json::from_slice(&output.stdout).unwrap();
+                if shown["status"]["state"] == "ready" {
+                    return service;
+                }
+            }
+            assert!(std::time::Instant::now() < deadline, "the service is not ready: {output:?}");
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // It has ended already in a test that went well.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn settings_show_their_values_and_origins() {
+    let desk = Desk::new();
+    std::fs::write(desk.path("my.toml"), "[cpu]\nspin_us = 7\n").unwrap();
+    let arguments = ["config", "show", "--json", "--config", "my.toml", "--set", "cpu.pin=false"];
+    let output = desk.command(&arguments).env("TANDEM__LOG__LEVEL", "debug").output().unwrap();
+    let shown: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(shown["cpu.spin_us"]["value"], 7);
+    assert_eq!(shown["cpu.spin_us"]["origin"]["kind"], "file");
+    assert_eq!(shown["cpu.pin"]["origin"]["kind"], "flag");
+    assert_eq!(shown["log.level"]["origin"]["name"], "TANDEM__LOG__LEVEL");
+    assert_eq!(shown["kv.block_tokens"]["origin"]["kind"], "default");
+}
+
+#[test]
+fn a_wrong_setting_is_named_with_its_origin() {
+    let desk = Desk::new();
+    let (code, message) = desk.fails(&["config", "show", "--set", "kv.block_tokens=17"]);
+    assert_eq!(code, 78);
+    assert!(message.contains("kv.block_tokens") && message.contains("flag"), "{message}");
+}
+
+#[test]
+fn inspect_shows_a_model_and_names_what_a_bad_file_is() {
+    let desk = Desk::new();
+    let shown = desk.json(&["inspect", "tiny.gguf", "--json", "--tensors", "--metadata"]);
+    assert_eq!(shown["architecture"], "llama");
+    assert_eq!(shown["runs_here"], "yes");
+    assert!(shown["tensors"].as_array().unwrap().len() > 10);
+    std::fs::write(desk.path("page.gguf"), "<!DOCTYPE html><html></html>").unwrap();
+    let (code, message) = desk.fails(&["inspect", "page.gguf"]);
+    assert_eq!(code, 65);
+    assert!(message.contains("HTML") && message.contains("page.gguf"), "{message}");
+}
+
+#[test]
+fn plan_says_what_would_lie_where() {
+    let desk = Desk::new();
+    let shown = desk.json(&["plan", "tiny.gguf", "--json", "--context", "256"]);
+    assert_eq!(shown["placement"]["context_tokens"], 256);
+    let rows = shown["explain"].as_array().unwrap();
+    assert!(rows.iter().any(|row| row["what"] == "weights" && row["bytes"].as_u64() > Some(0)));
+    assert!(desk.ok(&["plan", "tiny.gguf"]).contains("KV cache"));
+}
+
+#[test]
+fn tokens_of_a_text_come_one_a_line() {
+    let desk = Desk::new();
+    let text = desk.ok(&["tokenize", "the rain", "--model", "tiny.gguf"]);
+    let tokens = desk.json(&["tokenize", "the rain", "--model", "tiny.gguf", "--json"]);
+    assert_eq!(text.lines().count(), tokens["tokens"].as_array().unwrap().len());
+}
+
+#[test]
+fn a_model_is_loaded_when_no_service_runs() {
+    let desk = Desk::new();
+    let arguments =
+        ["generate", "the rain", "-m", "tiny.gguf", "-n", "8", "-t", "0", "--ignore-eos"];
+    let first = desk.ok(&arguments);
+    assert_eq!(first, desk.ok(&arguments), "greedy answers repeat");
+    assert!(!first.trim().is_empty());
+    let left: Vec<_> = std::fs::read_dir(desk.folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.starts_with("tandem-"))
+        .collect();
+    assert!(left.is_empty(), "{left:?} is left behind");
+}
+
+#[test]
+fn without_service_and_model_the_reason_is_told() {
+    let desk = Desk::new();
+    for arguments in [&["generate", "hello"][..], &["ps"], &["stop"]] {
+        let (code, message) = desk.fails(arguments);
+        assert_eq!(code, 69, "{arguments:?}");
+        assert!(message.contains("no service answers"), "{message}");
+    }
+    let (code, message) = desk.fails(&["generate", "hello", "-m", "absent.gguf"]);
+    assert_eq!(code, 65);
+    assert!(message.contains("absent.gguf"), "{message}");
+}
+
+#[test]
+fn a_service_answers_its_commands_and_stops() {
+    let desk = Desk::new();
+    let mut service = Service::start(&desk);
+    let (code, message) = desk.fails(&["serve", "--model", "tiny.gguf"]);
+    assert_eq!(code, 75, "a second one does not start");
+    assert!(message.contains(&service.0.id().to_string()), "{message} names the first");
+    let answer = desk.ok(&["generate", "the rain", "-n", "8", "-t", "0", "--ignore-eos"]);
+    let local = Desk::new();
+    let arguments =
+        ["generate", "the rain", "-m", "tiny.gguf", "-n", "8", "-t", "0", "--ignore-eos"];
+    assert_eq!(answer, local.ok(&arguments), "service and own engine agree");
+    let chat = desk.ok(&["chat", "--prompt", "hello", "-n", "8", "--json"]);
+    let last: Value = serde_json::from_str(chat.lines().last().unwrap()).unwrap();
+    assert_eq!(last["type"], "done");
+    let (code, message) = desk.fails(&["generate", "x", "--temperature", "1000"]);
+    assert_eq!(code, 2);
+    assert!(message.contains("temperature"), "{message}");
+    desk.ok(&["stop"]);
+    assert!(service.0.wait().unwrap().success());
+    assert_eq!(desk.fails(&["ps"]).0, 69);
+}
+
+#[test]
+fn perplexity_of_a_text_is_reported() {
+    let desk = Desk::new();
+    std::fs::write(desk.path("text.txt"), "the rain in the plain stays mainly ".repeat(20))
+        .unwrap();
+    let arguments =
+        ["perplexity", "text.txt", "-m", "tiny.gguf", "--chunk", "64", "--chunks", "2", "--json"];
+    let shown = desk.json(&arguments);
+    assert_eq!(shown["chunks"], 2);
+    // 32 of 64 tokens are the second half; its first one is context of the rest.
+    assert_eq!(shown["scored_tokens"], 2 * 31);
+    assert!(shown["perplexity"].as_f64().unwrap() > 1.0);
+}
+
+#[test]
+fn completions_are_printed_for_every_shell() {
+    let desk = Desk::new();
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(desk.ok(&["completions", shell]).contains("tandem"), "{shell}");
+    }
+}
+
+#[test]
+fn a_closed_pipe_is_no_failure() {
+    let desk = Desk::new();
+    let binary = Path::new(env!("CARGO_BIN_EXE_tandem"));
+    let line = format!("{} config show | head -n 1", binary.display());
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &line]).env_clear().env("PATH", "/usr/bin:/bin");
+    let output = shell.current_dir(desk.folder.path()).output().unwrap();
+    assert!(output.stderr.is_empty(), "{output:?}");
+}
