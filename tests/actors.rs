@@ -1,5 +1,7 @@
 //! The actor tree on stages without a model: flow control, endings, limits, several answers.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 #[path = "actors/answers.rs"]
 mod answers;
 #[path = "actors/endings.rs"]

@@ -1,5 +1,7 @@
 //! The public engine on real models: the tiny one that tests write, and SmolLM2 where it is.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 #[path = "actors/rig.rs"]
 mod rig;
 #[path = "engine/together.rs"]

@@ -1,5 +1,7 @@
 //! One test in a process of its own, because it counts the process's threads and descriptors.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 #[path = "actors/rig.rs"]
 mod rig;
 
@@ -32,7 +34,7 @@ fn use_an_engine(number: u32) {
     for generation in kept {
         generation.collect_text().unwrap();
     }
-    if number % 2 == 0 {
+    if number.is_multiple_of(2) {
         engine.shutdown(Duration::from_secs(10));
     }
     // Odd ones are ended by being dropped.

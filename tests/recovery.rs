@@ -2,6 +2,8 @@
 //! have had, or with the error that says why not. A test `x_that_dies` says: x is replaced, and no
 //! stream notices.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 #[path = "actors/rig.rs"]
 mod rig;
 
