@@ -1,5 +1,7 @@
 //! What lies where, on machines of every size, for a tiny model and real figures of memory.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
 

@@ -59,8 +59,8 @@ pub async fn run(options: ChatOptions, place: Place, output: Output) -> Result<(
         true => None,
         false => Some(text_or_stdin(options.prompt, "prompt")?),
     };
-    let mut conversation = Conversation::default();
-    conversation.settings = sampling_params::params(&options.sampling);
+    let mut conversation =
+        Conversation { messages: Vec::new(), settings: sampling_params::params(&options.sampling) };
     if let Some(system) = options.system {
         conversation.push("system", system);
     }

@@ -19,6 +19,6 @@ pub fn params(arguments: &SamplingArguments) -> Map<String, Value> {
     put("repetition_penalty", arguments.repetition_penalty.map(|value| json!(value)));
     put("seed", arguments.seed.map(|value| json!(value)));
     put("stop", (!arguments.stop.is_empty()).then(|| json!(arguments.stop)));
-    put("ignore_eos", arguments.ignore_eos.then(|| json!(true)));
+    put("ignore_eos", arguments.ignore_eos.then_some(Value::Bool(true)));
     params
 }

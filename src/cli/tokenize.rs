@@ -41,7 +41,7 @@ pub async fn run(options: TokenizeOptions, place: Place, output: Output) -> Resu
     }
     for token in tokens {
         let bytes = tokenizer.token_bytes(token);
-        let text = String::from_utf8_lossy(&bytes);
+        let text = String::from_utf8_lossy(bytes);
         output.line(&format!("{:>8}  {}", token.0, text.escape_debug()))?;
     }
     Ok(())
