@@ -1,6 +1,8 @@
 //! The command as a person runs it: the built binary, its output and its exit codes, on tiny models
 //! that the test writes.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
 

@@ -2,6 +2,8 @@
 //! without memory, on many seeds. After each step the books are checked, and at the end every
 //! sequence has said exactly what it would have said alone. `TANDEM_SIM_SEED=N` runs one seed.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
 #[path = "scheduler/machine.rs"]
 mod machine;
 #[path = "scheduler/random.rs"]
