@@ -9,10 +9,13 @@ mod together;
 
 use futures_util::StreamExt;
 use rig::{config, read, tiny_model_file};
+use std::sync::Arc;
 use std::time::Duration;
-use tandem::actors::{Engine, Generation};
+use tandem::actors::{Engine, FaultPoint, Faults, Generation};
 use tandem::blocking;
-use tandem::request::{AddSpecial, ChatMessage, Event, ParseSpecial, Request, SamplingParams};
+use tandem::request::{
+    AddSpecial, ChatMessage, Delta, Event, ParseSpecial, Request, SamplingParams,
+};
 use tandem::units::TokenId;
 
 async fn tiny_engine() -> Engine {
@@ -148,4 +151,41 @@ async fn two_engines_live_in_one_process_and_one_may_die() {
     one.shutdown(Duration::ZERO).await;
     assert!(one.generate(greedy("one", 4)).collect_text().await.is_err());
     assert!(two.generate(greedy("one", 4)).collect_text().await.is_ok());
+}
+
+/// Sampled with penalties: the random numbers and the history must be those of before the crash.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_real_stage_and_the_scheduler_die_and_the_answer_is_the_same() {
+    let sampling = SamplingParams {
+        seed: Some(11),
+        temperature: 1.2,
+        top_p: 0.9,
+        repetition_penalty: 1.3,
+        frequency_penalty: 0.4,
+        ..SamplingParams::default()
+    };
+    let mut request = greedy("in the beginning there was", 48).sampling(sampling);
+    request.logprobs = Some(3);
+    let undisturbed = read(tiny_engine().await.generate(request.clone())).await;
+    for point in [FaultPoint::ExecutorBeforeRun, FaultPoint::ExecutorAfterRun] {
+        let faults = Arc::new(Faults::default());
+        faults.arm(point, 9);
+        faults.arm(FaultPoint::SchedulerBeforePlan, 30);
+        let mut config = config();
+        config.supervision.crashes_per_request_max = 3;
+        let builder = Engine::builder().model(tiny_model_file()).config(config);
+        let engine = builder.faults(Arc::clone(&faults)).build().await.unwrap();
+        let disturbed = read(engine.generate(request.clone())).await;
+        assert_eq!(faults.left(), 0, "both faults struck");
+        assert_eq!(deltas(&disturbed), deltas(&undisturbed), "{point:?}");
+    }
+}
+
+/// Text, tokens and log-probabilities: all that an answer says.
+fn deltas(read: &rig::Read) -> Vec<&Delta> {
+    let deltas = read.events.iter().filter_map(|event| match event {
+        Event::Delta(delta) => Some(delta),
+        _ => None,
+    });
+    deltas.collect()
 }
