@@ -68,5 +68,9 @@ pub fn event_line(id: &RequestId, seq: u64, event: &WireEvent) -> Line {
 
 /// `{"hello":{…}}`.
 pub fn hello_line(hello: &super::Hello) -> Line {
-    line(&json!({"hello": hello}))
+    #[derive(Serialize)]
+    struct Speech<'a> {
+        hello: &'a super::Hello,
+    }
+    line(&Speech { hello })
 }
