@@ -3,9 +3,10 @@
 
 Usage: benches/latency_under_load.py SOCKET [--streams 4] [--prompt-tokens 8000]
 
-Talks to a running service. Some streams decode; after a while one more request brings a long prompt.
-Prints the streams' inter-token times before it and during its prefill, and their ratio: the same
-run, so the ratio does not depend on what else the machine does.
+Talks to a running service. Some clients ask for one short answer after the other; after a while one
+more request brings a long prompt. Prints the streams' inter-token times before it and during its
+prefill, and their ratio: the same run, so the ratio does not depend on what else the machine does,
+and answers of the same lengths, so that it does not depend on their own contexts either.
 """
 import argparse
 import json
@@ -41,18 +42,21 @@ class Client:
         return json.loads(self.lines.readline())["result"]
 
 
-def stream(path, index, stamps, stop):
+def stream(path, index, answers, stop):
+    """Asks for short answers until told to stop; `answers` gets each one's token times."""
     client = Client(path)
-    client.send("generate", {
-        "prompt": f"Story number {index}:", "max_tokens": 4000, "temperature": 0.8, "seed": index,
-        "ignore_eos": True,
-    })
-    for at, event in client.events():
-        if event.get("type") == "delta":
-            stamps.extend([at] * len(event["token_ids"]))
-        if stop.is_set():
-            client.socket.close()
-            return
+    number = 0
+    while not stop.is_set():
+        number += 1
+        stamps = []
+        answers.append(stamps)
+        client.send("generate", {
+            "prompt": f"Story number {index}.{number}:", "max_tokens": 200, "temperature": 0.8,
+            "seed": number, "ignore_eos": True,
+        })
+        for at, event in client.events():
+            if event.get("type") == "delta":
+                stamps.extend([at] * len(event["token_ids"]))
 
 
 def gaps(stamps, start, end):
@@ -81,11 +85,9 @@ def main():
     tokens = probe.call("tokenize", {"text": words * (arguments.prompt_tokens // 8)})["tokens"]
     prompt = tokens[: arguments.prompt_tokens]
 
-    stop, all_stamps, threads = threading.Event(), [], []
+    stop, answers, threads = threading.Event(), [], []
     for index in range(arguments.streams):
-        stamps = []
-        all_stamps.append(stamps)
-        thread = threading.Thread(target=stream, args=(arguments.socket, index, stamps, stop))
+        thread = threading.Thread(target=stream, args=(arguments.socket, index, answers, stop))
         thread.start()
         threads.append(thread)
     time.sleep(2)
@@ -104,8 +106,8 @@ def main():
     for thread in threads:
         thread.join()
 
-    quiet = [gap for stamps in all_stamps for gap in gaps(stamps, before, start)]
-    busy = [gap for stamps in all_stamps for gap in gaps(stamps, start, end)]
+    quiet = [gap for stamps in answers for gap in gaps(stamps, before, start)]
+    busy = [gap for stamps in answers for gap in gaps(stamps, start, end)]
     print(f"{arguments.streams} streams; a prompt of {len(prompt)} tokens prefilled in "
           f"{end - start:.2f} s ({len(prompt) / (end - start):.0f} tokens/s)")
     median, mean, p99 = describe("undisturbed", quiet)
