@@ -5,15 +5,19 @@
 use super::failure::{Exit, ServiceError, UNAVAILABLE};
 use super::output::{Output, ProgressUnit};
 use anyhow::{Context, Result};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use tandem::actors::Engine;
 use tandem::config::Config;
 use tandem::server::client::{Client, ClientError, EventReader};
 use tandem::server::protocol::{ErrorObject, WireEvent};
 use tandem::server::{self, Endpoint, Folder, ServerOptions, Stop};
 use tokio::task::JoinHandle;
+
+/// How often a service that loads its model is asked whether it has done so.
+const LOADING_POLL: Duration = Duration::from_millis(100);
 
 /// Where an engine may be found.
 #[derive(Clone, Debug)]
@@ -49,7 +53,7 @@ impl Connection {
     /// No service and no model, or a model that can't be loaded.
     pub async fn open(place: Place, output: Output) -> Result<Self> {
         match Client::connect(&place.socket).await {
-            Ok(client) => Ok(Self { client, embedded: None }),
+            Ok(client) => Self { client, embedded: None }.loaded(output).await,
             Err(error) if !error.is_no_service() => Err(error.into()),
             Err(_) if place.config.model.path.as_os_str().is_empty() => {
                 Err(no_service(&place.socket, "; start one with `tandem serve`, or name a --model"))
@@ -68,6 +72,18 @@ impl Connection {
             Err(error) if error.is_no_service() => Err(no_service(&place.socket, "")),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Waits while the service loads its model.
+    async fn loaded(mut self, output: Output) -> Result<Self> {
+        let mut told = false;
+        while self.call("status", json!({})).await?["state"] == "loading" {
+            if !std::mem::replace(&mut told, true) {
+                output.notice("the service loads its model")?;
+            }
+            tokio::time::sleep(LOADING_POLL).await;
+        }
+        Ok(self)
     }
 
     async fn embed(config: Config, output: Output) -> Result<Self> {

@@ -90,7 +90,8 @@ impl Output {
         if self.color { format!("\x1b[1m{text}\x1b[0m") } else { text.to_owned() }
     }
 
-    /// A table with aligned columns; numbers (cells that start with a digit) to the right.
+    /// A table with aligned columns; those that hold only numbers (cells that start with a digit)
+    /// to the right.
     ///
     /// # Errors
     /// Standard output is closed.
@@ -101,10 +102,24 @@ impl Output {
                 cells.chain([header[column].chars().count()]).max().unwrap_or(0)
             })
             .collect();
+        let is_number = |cell: &String| cell.starts_with(|c: char| c.is_ascii_digit());
+        let numeric: Vec<bool> = (0..header.len())
+            .map(|column| rows.iter().all(|row| is_number(&row[column])))
+            .collect();
+        let aligned = |cells: &[String]| {
+            let cells = cells.iter().zip(&widths).zip(&numeric);
+            let padded: Vec<String> = cells
+                .map(|((cell, width), numeric)| match numeric {
+                    true => format!("{cell:>width$}"),
+                    false => format!("{cell:<width$}"),
+                })
+                .collect();
+            padded.join("  ").trim_end().to_owned()
+        };
         let heads: Vec<String> = header.iter().map(|head| (*head).to_owned()).collect();
-        self.line(&self.heading(aligned(&heads, &widths).trim_end()))?;
+        self.line(&self.heading(&aligned(&heads)))?;
         for row in rows {
-            self.line(aligned(row, &widths).trim_end())?;
+            self.line(&aligned(row))?;
         }
         Ok(())
     }
@@ -136,16 +151,4 @@ pub enum ProgressUnit {
     Bytes,
     /// Tokens of a prompt or text.
     Tokens,
-}
-
-fn aligned(cells: &[String], widths: &[usize]) -> String {
-    let padded = cells.iter().zip(widths).map(|(cell, width)| {
-        let padding = " ".repeat(width.saturating_sub(cell.chars().count()));
-        if cell.starts_with(|c: char| c.is_ascii_digit()) {
-            format!("{padding}{cell}")
-        } else {
-            format!("{cell}{padding}")
-        }
-    });
-    padded.collect::<Vec<_>>().join("  ")
 }
