@@ -1,4 +1,5 @@
-//! 8-bit activations: error bound, special values, and the same bits from every ISA.
+//! 8-bit activations, and the second 8 bits of 16-bit ones: error bounds, special values, and the
+//! same bits from every ISA.
 
 use proptest::prelude::*;
 use tandem_cpu_kernels::activations::AMAX_MIN;
@@ -26,6 +27,18 @@ fn read_back(kernels: &Kernels, x: &[f32]) -> Vec<f32> {
     out
 }
 
+/// What the 8-bit form of `x` misses of it.
+fn missed(kernels: &Kernels, x: &[f32]) -> Vec<f32> {
+    let mut buffer = ActivationBuffer::new(1, x.len());
+    // SAFETY: one thread.
+    let target = unsafe { buffer.writer(1, x.len()) };
+    kernels.quantize_activations(x, target, 0, 0..x.len());
+    let mut residual = vec![0.0; x.len()];
+    target.residual(&x[..32], 0, 0..32, &mut residual[..32]);
+    target.residual(&x[32..], 0, 32..x.len(), &mut residual[32..]);
+    residual
+}
+
 fn every_isa() -> impl Iterator<Item = &'static Kernels> {
     Isa::available().map(|isa| Kernels::for_isa(isa).expect("available"))
 }
@@ -50,6 +63,28 @@ proptest! {
         }
     }
 
+    /// `q₂` has 254 steps for the half step of `q₁` on either side; what floats round is the
+    /// product `scale · q₁` (twice: here and in the residual) and `scale · q₂`.
+    #[test]
+    fn activations_and_what_they_miss_are_within_half_a_step_of_a_half_step(
+        x in prop::collection::vec(-100.0f32..100.0, 96),
+        magnitude in -60i32..60,
+    ) {
+        let x: Vec<f32> = x.iter().map(|x| x * 2f32.powi(magnitude)).collect();
+        for kernels in every_isa() {
+            let first = read_back(kernels, &x);
+            let second = read_back(kernels, &missed(kernels, &x));
+            for group in (0..3).map(|group| 32 * group..32 * (group + 1)) {
+                let amax = x[group.clone()].iter().fold(0f32, |a, b| a.max(b.abs()));
+                let step = 1.0001 / (254.0 * 254.0) + f64::from(f32::EPSILON) * 2.0;
+                for i in group {
+                    let off = f64::from(x[i]) - f64::from(first[i]) - f64::from(second[i]);
+                    prop_assert!(off.abs() <= step * f64::from(amax), "{} is off by {off}", x[i]);
+                }
+            }
+        }
+    }
+
     #[test]
     fn any_floats_give_the_same_bits_on_every_isa(
         words in prop::collection::vec(any::<u32>(), 96),
@@ -64,6 +99,10 @@ proptest! {
         let wanted = read_back(scalar, &x);
         for kernels in every_isa() {
             prop_assert_eq!(bits(&read_back(kernels, &x)), bits(&wanted), "{}", kernels.isa());
+            let rest = missed(kernels, &x);
+            prop_assert_eq!(bits(&rest), bits(&missed(scalar, &x)), "{}", kernels.isa());
+            let wanted = read_back(scalar, &rest);
+            prop_assert_eq!(bits(&read_back(kernels, &rest)), bits(&wanted), "{}", kernels.isa());
         }
     }
 }
@@ -76,6 +115,9 @@ fn a_group_with_a_nan_or_infinity_poisons_its_outputs() {
             x[40] = bad;
             let back = read_back(kernels, &x);
             assert!(back.iter().all(|value| value.is_nan()), "{bad} on {}", kernels.isa());
+            let rest = missed(kernels, &x);
+            assert!(rest[..32].iter().all(|value| value.abs() < 1e-6), "the other group");
+            assert!(rest[32..].iter().all(|value| value.is_nan()), "{bad} on {}", kernels.isa());
         }
     }
 }
@@ -89,6 +131,8 @@ fn groups_too_small_to_scale_become_zero_and_the_smallest_scale_works() {
         let back = read_back(kernels, &x);
         assert_eq!(back[3], 0.0);
         assert_eq!(back[35], -AMAX_MIN);
+        let again = read_back(kernels, &missed(kernels, &x));
+        assert!(again.iter().all(|value| *value == 0.0), "nothing is left to represent");
     }
 }
 
