@@ -53,6 +53,7 @@ impl World {
         let device_blocks = 30 + random.below(60);
         let options = SchedulerOptions {
             block_tokens: BLOCK_TOKENS,
+            block_bytes: 1_000,
             device_blocks,
             host_blocks: [0, 20, 200][random.below(3)],
             context_tokens: CONTEXT_TOKENS,
@@ -333,6 +334,7 @@ fn a_dead_scheduler_is_survived_by_resubmission() {
             }
             let options = SchedulerOptions {
                 block_tokens: BLOCK_TOKENS,
+                block_bytes: 1_000,
                 device_blocks: 40 + round,
                 host_blocks: 0,
                 context_tokens: CONTEXT_TOKENS,

@@ -2,6 +2,8 @@
 //! token and of the slot before it, read back through the block table. A stale, wrong or missing
 //! block, a wrong position or a lost copy changes the digest, and with it the next token.
 
+#![allow(dead_code, reason = "each test binary uses its part")]
+
 use std::collections::HashMap;
 use tandem::step::{LogitsTask, RowOutput, StepOutput, StepPlan, Tier, TokenLogprob};
 use tandem::units::{BlockId, TokenId};
