@@ -17,12 +17,13 @@ use tandem::request::{FinishReason, Priority, RequestError, SamplingParams};
 use tandem::scheduler::{
     ChunkLimits, NewSequence, Scheduler, SchedulerOptions, SequenceEvent, SequenceEventKind,
 };
-use tandem::step::{StepOutput, StepPlan};
-use tandem::units::{SequenceId, TokenId};
+use tandem::step::{LogitsTask, RowFailure, StepOutput, StepPlan};
+use tandem::units::{BlockId, SequenceId, TokenId};
 
 const BLOCK_TOKENS: usize = 16;
 const CONTEXT_TOKENS: usize = 400;
 const STEP_TOKENS_MAX: usize = 64;
+const SCORE_ROWS_MAX: usize = 8;
 
 /// What a client knows of its sequence.
 struct Client {
@@ -44,7 +45,10 @@ struct World {
     now_us: u64,
     ended: usize,
     poisoned: usize,
+    spoiled: usize,
     refused: usize,
+    /// Whether commands come in the middle of steps and numbers fail.
+    turbulent: bool,
 }
 
 impl World {
@@ -64,7 +68,7 @@ impl World {
                 tokens_min: 4,
                 step_tokens_max: STEP_TOKENS_MAX,
             },
-            logits_rows_max: 8,
+            logits_rows_max: SCORE_ROWS_MAX,
             crashes_max: 2,
             prefix_key: (random.below(4) > 0).then_some([7; 16]),
             batch_wait_us_max: 500_000,
@@ -80,7 +84,9 @@ impl World {
             now_us: 0,
             ended: 0,
             poisoned: 0,
+            spoiled: 0,
             refused: 0,
+            turbulent: true,
         }
     }
 
@@ -161,12 +167,21 @@ impl World {
         self.scheduler.plan_step(self.now_us, &mut plan);
         self.scheduler.drain_events(&mut events);
         self.check_plan(&plan);
+        for event in events.drain(..) {
+            self.hear(event);
+        }
         let worked = !plan.is_empty();
+        if self.turbulent && self.random.below(4) == 0 {
+            // The engine obeys while a step is in flight.
+            self.arrive();
+            self.disturb();
+        }
         if crash && worked {
             self.machine.lose();
             self.scheduler.executor_lost(self.now_us, &mut events);
         } else if worked {
             self.machine.run(&plan, &mut output);
+            self.spoil(&mut output);
             self.now_us += output.duration_us;
             self.scheduler.apply(self.now_us, &plan, &output, &mut events);
         } else {
@@ -177,6 +192,16 @@ impl World {
             self.hear(event);
         }
         worked
+    }
+
+    /// Makes the numbers of one row infinite, now and then.
+    fn spoil(&mut self, output: &mut StepOutput) {
+        if self.turbulent && !output.rows.is_empty() && self.random.below(200) == 0 {
+            let row = output.rows.remove(self.random.below(output.rows.len()));
+            let failure = RowFailure { sequence: row.sequence, position: row.position };
+            output.rows.retain(|other| other.sequence != row.sequence);
+            output.failures.push(failure);
+        }
     }
 
     fn check_plan(&self, plan: &StepPlan) {
@@ -195,7 +220,28 @@ impl World {
             assert_eq!(&known[planned.position_start..end], tokens, "positions hold their tokens");
         }
         assert_eq!(row, plan.tokens.len());
+        let scores = plan.logits.iter();
+        let scores = scores.filter(|row| matches!(row.task, LogitsTask::Score { .. })).count();
+        assert!(scores <= SCORE_ROWS_MAX, "{scores} rows of scores");
+        self.check_owners(plan);
         assert!(plan.logits.windows(2).all(|pair| pair[0].row < pair[1].row), "rows ascend");
+    }
+
+    /// A block that is written in this step is in one table only.
+    fn check_owners(&self, plan: &StepPlan) {
+        let mut written: HashMap<BlockId, SequenceId> = HashMap::new();
+        for planned in &plan.sequences {
+            let table = &plan.block_tables[planned.block_table.clone()];
+            for block in &table[planned.position_start / BLOCK_TOKENS..] {
+                assert_eq!(written.insert(*block, planned.id), None, "{block:?} has two writers");
+            }
+        }
+        for planned in &plan.sequences {
+            let table = &plan.block_tables[planned.block_table.clone()];
+            for block in table.iter().filter(|block| written.contains_key(block)) {
+                assert_eq!(written[block], planned.id, "{block:?} is read while it is written");
+            }
+        }
     }
 
     fn hear(&mut self, event: SequenceEvent) {
@@ -235,6 +281,7 @@ impl World {
                         assert!((1..=60).contains(&deadline_ms), "{deadline_ms}");
                         assert!(client.said.is_empty());
                     }
+                    RequestError::NumericError { .. } if self.turbulent => self.spoiled += 1,
                     other => panic!("{other}"),
                 }
             }
@@ -260,6 +307,7 @@ impl World {
     }
 
     fn finish(&mut self) {
+        self.turbulent = false;
         let ids: Vec<SequenceId> = self.clients.keys().copied().collect();
         for id in ids {
             self.set_paused(id, false);
@@ -275,7 +323,7 @@ impl World {
     }
 }
 
-fn run(seed: u64, totals: &mut [u64; 5]) {
+fn run(seed: u64, totals: &mut [u64; 6]) {
     let mut world = World::new(seed);
     for _ in 0..400 {
         if world.random.below(3) == 0 {
@@ -294,16 +342,17 @@ fn run(seed: u64, totals: &mut [u64; 5]) {
     totals[2] += stats.swapped_out;
     totals[3] += stats.prefix_hit_tokens;
     totals[4] += world.poisoned as u64;
+    totals[5] += world.spoiled as u64;
 }
 
 #[test]
 fn every_sequence_says_what_it_would_have_said_alone() {
     let only = std::env::var("TANDEM_SIM_SEED").ok().and_then(|seed| seed.parse().ok());
-    let seeds = only.map_or(0..100, |seed: u64| seed..seed + 1);
-    let mut totals = [0; 5];
+    let seeds = only.map_or(0..400, |seed: u64| seed..seed + 1);
+    let mut totals = [0; 6];
     for seed in seeds {
         let outcome = std::panic::catch_unwind(move || {
-            let mut totals = [0; 5];
+            let mut totals = [0; 6];
             run(seed, &mut totals);
             totals
         });
@@ -314,8 +363,8 @@ fn every_sequence_says_what_it_would_have_said_alone() {
     }
     if only.is_none() {
         // The simulation is worth its name only if everything rare happened.
-        let [ended, preemptions, swapped, cached, poisoned] = totals;
-        assert!(ended > 5_000, "{totals:?}");
+        let [ended, preemptions, swapped, cached, poisoned, spoiled] = totals;
+        assert!(ended > 20_000 && spoiled > 100, "{totals:?}");
         assert!(preemptions > swapped && swapped > 100, "{totals:?}");
         assert!(cached > 10_000 && poisoned > 10, "{totals:?}");
     }
@@ -341,7 +390,7 @@ fn a_dead_scheduler_is_survived_by_resubmission() {
                 sequences_max: 8,
                 queue_max: 1,
                 chunks: ChunkLimits { slowdown_max: 2.0, tokens_min: 4, step_tokens_max: 64 },
-                logits_rows_max: 8,
+                logits_rows_max: SCORE_ROWS_MAX,
                 crashes_max: 2,
                 prefix_key: Some([seed as u8; 16]),
                 batch_wait_us_max: 500_000,
