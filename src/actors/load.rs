@@ -204,6 +204,7 @@ impl Loaded {
         let kv = KvBlocks {
             device: self.placement.device_blocks,
             host: self.placement.host_blocks,
+            block_bytes: self.placement.block_bytes(),
             context_tokens: self.placement.context_tokens,
         };
         let options = SchedulerOptions::from_config(config, kv, prefix_key);

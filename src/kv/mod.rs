@@ -3,6 +3,7 @@
 //! The scheduler calls it; the executor performs the copies that the scheduler orders from it.
 
 mod host;
+mod lru;
 mod pool;
 mod prefix;
 

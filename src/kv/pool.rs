@@ -1,24 +1,23 @@
 //! The device tier: reference counts, the free list, and blocks that nobody refers to but that
 //! still hold a known prefix. Those are found again by name, or evicted least recently used first.
+//! Everything is sized when the pool is made: no operation allocates, each is O(1) in the blocks.
 
-use super::prefix::BlockHash;
+use super::lru::LruList;
+use super::prefix::{BlockHash, NameState};
 use crate::units::{BlockId, TokenId};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
-/// What an indexed block holds.
-#[derive(Clone, Debug)]
-struct Content {
+/// What an indexed block holds; its tokens are in `BlockPool::tokens`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Name {
     hash: BlockHash,
     parent: Option<BlockHash>,
-    tokens: Box<[TokenId]>,
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Block {
     references: u32,
-    content: Option<Content>,
-    /// When it lost its last reference; its key in `evictable`.
-    released_at: u64,
+    name: Option<Name>,
 }
 
 /// How many blocks are in which state. They add up to the pool's size.
@@ -32,27 +31,30 @@ pub struct PoolCounts {
     pub free: usize,
 }
 
-/// All blocks of the device tier. Every operation is O(1) or O(log n).
+/// All blocks of the device tier.
 #[derive(Clone, Debug)]
 pub struct BlockPool {
+    block_tokens: usize,
     blocks: Vec<Block>,
+    /// `[count, block_tokens]`: the tokens of named blocks, to verify a hit.
+    tokens: Vec<TokenId>,
     free: Vec<BlockId>,
-    index: HashMap<BlockHash, BlockId>,
-    /// Unreferenced blocks with content, by the time of their release.
-    evictable: BTreeMap<u64, BlockId>,
-    clock: u64,
+    index: HashMap<BlockHash, BlockId, NameState>,
+    /// Unreferenced blocks with a name.
+    cached: LruList,
 }
 
 impl BlockPool {
-    /// A pool of `count` free blocks.
-    pub fn new(count: usize) -> Self {
-        let blocks = vec![Block::default(); count];
+    /// A pool of `count` free blocks of `block_tokens` tokens.
+    pub fn new(count: usize, block_tokens: usize) -> Self {
         let mut pool = Self {
-            blocks,
+            block_tokens,
+            blocks: vec![Block::default(); count],
+            tokens: vec![TokenId(0); count * block_tokens],
             free: Vec::with_capacity(count),
-            index: HashMap::new(),
-            evictable: BTreeMap::new(),
-            clock: 0,
+            // At most half full, so that the map cleans its tombstones in place for ever.
+            index: HashMap::with_capacity_and_hasher(2 * count + 2, NameState::default()),
+            cached: LruList::new(count),
         };
         pool.clear();
         pool
@@ -70,12 +72,12 @@ impl BlockPool {
 
     /// Blocks that [`BlockPool::allocate`] can still give.
     pub fn available(&self) -> usize {
-        self.free.len() + self.evictable.len()
+        self.free.len() + self.cached.len()
     }
 
     /// Blocks by state.
     pub fn counts(&self) -> PoolCounts {
-        let (cached, free) = (self.evictable.len(), self.free.len());
+        let (cached, free) = (self.cached.len(), self.free.len());
         PoolCounts { used: self.blocks.len() - cached - free, cached, free }
     }
 
@@ -84,12 +86,12 @@ impl BlockPool {
         self.blocks[block.index()].references
     }
 
-    /// A block with one reference and no content, evicting the oldest cached one if none is free.
+    /// A block with one reference and no name, evicting the oldest cached one if none is free.
     pub fn allocate(&mut self) -> Option<BlockId> {
         let block = match self.free.pop() {
             Some(block) => block,
             None => {
-                let (_, block) = self.evictable.pop_first()?;
+                let block = self.cached.pop()?;
                 self.forget(block);
                 block
             }
@@ -103,23 +105,23 @@ impl BlockPool {
     /// # Panics
     /// When nobody refers to the block.
     pub fn release(&mut self, id: BlockId) {
-        self.clock += 1;
         let block = &mut self.blocks[id.index()];
         assert!(block.references > 0, "block {id:?} is released without a reference");
         block.references -= 1;
         if block.references > 0 {
             return;
         }
-        if block.content.is_some() {
-            block.released_at = self.clock;
-            self.evictable.insert(self.clock, id);
-        } else {
-            self.free.push(id);
+        match block.name {
+            Some(_) => self.cached.push(id),
+            None => self.free.push(id),
         }
     }
 
     /// Makes a referenced, fully computed block findable. If its content is known already under
     /// another id, that one stays.
+    ///
+    /// # Panics
+    /// When nobody refers to the block, or `tokens` do not fill one.
     pub fn publish(
         &mut self,
         id: BlockId,
@@ -127,12 +129,14 @@ impl BlockPool {
         parent: Option<BlockHash>,
         tokens: &[TokenId],
     ) {
+        assert_eq!(tokens.len(), self.block_tokens, "only full blocks have names");
         let block = &mut self.blocks[id.index()];
         assert!(block.references > 0, "block {id:?} is published without a reference");
-        if block.content.is_some() || self.index.contains_key(&hash) {
+        if block.name.is_some() || self.index.contains_key(&hash) {
             return;
         }
-        block.content = Some(Content { hash, parent, tokens: tokens.into() });
+        block.name = Some(Name { hash, parent });
+        self.tokens[id.index() * self.block_tokens..][..self.block_tokens].copy_from_slice(tokens);
         self.index.insert(hash, id);
     }
 
@@ -144,16 +148,15 @@ impl BlockPool {
         tokens: &[TokenId],
     ) -> Option<BlockId> {
         let id = *self.index.get(&hash)?;
-        let content = self.blocks[id.index()].content.as_ref()?;
-        (content.parent == parent && *content.tokens == *tokens).then_some(id)
+        let name = self.blocks[id.index()].name?;
+        (name.parent == parent && self.tokens_of(id) == tokens).then_some(id)
     }
 
     /// Takes one more reference of a block that [`BlockPool::find`] gave.
     pub fn retain(&mut self, id: BlockId) {
         let block = &mut self.blocks[id.index()];
         if block.references == 0 {
-            let found = self.evictable.remove(&block.released_at);
-            assert_eq!(found, Some(id), "an unreferenced block is retained only from the cache");
+            self.cached.remove(id);
         }
         block.references += 1;
     }
@@ -168,14 +171,46 @@ impl BlockPool {
         let count = self.blocks.len();
         self.blocks.fill(Block::default());
         self.index.clear();
-        self.evictable.clear();
+        self.cached.clear();
         self.free.clear();
         self.free.extend((0..count as u32).rev().map(BlockId));
     }
 
+    /// Checks that each block is in exactly one state and that the index tells the truth; for
+    /// tests and simulations.
+    ///
+    /// # Panics
+    /// When it does not hold, with the values.
+    pub fn check_invariants(&self) {
+        let mut free = vec![false; self.blocks.len()];
+        for id in &self.free {
+            assert!(!std::mem::replace(&mut free[id.index()], true), "{id:?} is free twice");
+        }
+        let mut named = 0;
+        for (index, block) in self.blocks.iter().enumerate() {
+            let id = BlockId(index as u32);
+            let states = (block.references > 0, self.cached.contains(id), free[index]);
+            let expected = match (block.references, block.name) {
+                (0, None) => (false, false, true),
+                (0, Some(_)) => (false, true, false),
+                _ => (true, false, false),
+            };
+            assert_eq!(states, expected, "{id:?} as (referenced, cached, free): {block:?}");
+            if let Some(name) = block.name {
+                assert_eq!(self.index.get(&name.hash), Some(&id), "the index knows {id:?}");
+                named += 1;
+            }
+        }
+        assert_eq!(self.index.len(), named, "names in the index and on blocks");
+    }
+
+    fn tokens_of(&self, id: BlockId) -> &[TokenId] {
+        &self.tokens[id.index() * self.block_tokens..][..self.block_tokens]
+    }
+
     fn forget(&mut self, id: BlockId) {
-        if let Some(content) = self.blocks[id.index()].content.take() {
-            self.index.remove(&content.hash);
+        if let Some(name) = self.blocks[id.index()].name.take() {
+            self.index.remove(&name.hash);
         }
     }
 }

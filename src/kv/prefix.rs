@@ -4,11 +4,35 @@
 
 use crate::units::TokenId;
 use siphasher::sip128::{Hasher128, SipHasher13};
-use std::hash::Hasher;
+use std::hash::{BuildHasherDefault, Hasher};
 
 /// Name of a full block: its tokens and all tokens before them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockHash(pub u128);
+
+/// Hashes the names of blocks for a map of them: they are random bits already, which nobody outside
+/// can choose.
+pub(super) type NameState = BuildHasherDefault<NameHasher>;
+
+/// The low half of a name.
+#[derive(Clone, Debug, Default)]
+pub(super) struct NameHasher(u64);
+
+impl Hasher for NameHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
+        }
+    }
+
+    fn write_u128(&mut self, name: u128) {
+        self.0 = name as u64;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
 
 /// Hashes blocks of one engine. SipHash-1-3 with a 128-bit result (Aumasson and Bernstein, 2012).
 #[derive(Clone, Debug)]

@@ -80,8 +80,8 @@ impl Placement {
     /// Places a model on a machine.
     ///
     /// # Errors
-    /// `InsufficientMemory` with need and free bytes and what to change, `InvalidParams` for a
-    /// context beyond what the model was trained for.
+    /// `InsufficientMemory` with need and free bytes and what to change. A context that was asked
+    /// for beyond what the model was trained for is given, with a note.
     pub fn plan(
         spec: &ModelSpec,
         hardware: &HardwareProfile,
@@ -131,6 +131,12 @@ impl Placement {
             memory_available_bytes: available,
             notes,
         })
+    }
+
+    /// Bytes of one KV block over all layers.
+    pub fn block_bytes(&self) -> u64 {
+        let kv_bytes: u64 = self.stages.iter().map(|stage| stage.kv_bytes).sum();
+        kv_bytes.checked_div(self.device_blocks as u64).unwrap_or(0)
     }
 
     /// All bytes that the placement takes.

@@ -5,7 +5,7 @@ use super::{Scheduler, SequenceEvent, SequenceEventKind};
 use crate::kv::blocks_for;
 use crate::request::{FinishReason, Priority, RequestError};
 use crate::step::{BlockCopy, StepPlan, Tier};
-use crate::units::{BlockId, SequenceId};
+use crate::units::SequenceId;
 
 /// Queued sequences looked at in one step: bounds the time that looking up prefixes takes.
 const ADMISSION_SCAN_MAX: usize = 64;
@@ -15,46 +15,41 @@ const RETRY_MS: std::ops::RangeInclusive<u64> = 50..=30_000;
 const RETRY_MS_UNKNOWN: u64 = 1_000;
 
 impl Scheduler {
-    /// Queues a sequence and tells how many go before it.
+    /// Queues a sequence and tells how many go before it. One of the same id is replaced: its
+    /// stream has started over.
     ///
     /// # Errors
-    /// `ContextExceeded`, `InsufficientMemory` for one that could never run, `Overloaded` when the
-    /// queue is full. One that comes back after a crash is never refused as `Overloaded`.
+    /// `InvalidParams` for an empty prompt, `ContextExceeded`, `InsufficientMemory` for one that
+    /// could never run, `Overloaded` when the queue is full. One that comes back after a crash is
+    /// never refused as `Overloaded`.
     pub fn add(&mut self, now_us: u64, new: NewSequence) -> Result<usize, RequestError> {
-        let options = &self.options;
-        let prompt_tokens = new.prompt_tokens;
-        if new.tokens.is_empty() {
-            return Err(RequestError::InvalidParams {
-                field: "prompt".into(),
-                got: "0 tokens".into(),
-                allowed: "at least 1 token".into(),
-            });
-        }
-        let needed = prompt_tokens + usize::from(new.max_tokens > 0);
-        if needed > options.context_tokens {
-            let context_tokens = options.context_tokens;
-            return Err(RequestError::ContextExceeded { prompt_tokens, context_tokens });
-        }
-        let longest = (prompt_tokens + new.max_tokens).min(options.context_tokens);
-        let blocks = blocks_for(longest, options.block_tokens);
-        if blocks > self.pool.len() {
-            return Err(RequestError::InsufficientMemory {
-                device: "KV store".into(),
-                need: blocks as u64,
-                free: self.pool.len() as u64,
-                suggest: format!(
-                    "these are blocks of {} tokens; lower max_tokens or raise kv.cache_bytes",
-                    options.block_tokens
-                ),
-            });
-        }
-        let returns = new.crashes > 0 || new.tokens.len() > prompt_tokens;
-        if !returns && self.queue.len() >= options.queue_max {
+        let blocks_max = self.check_size(&new)?;
+        self.remove(new.id);
+        let returns = new.crashes > 0 || new.tokens.len() > new.prompt_tokens;
+        if !returns && self.queue.len() >= self.options.queue_max {
             let queue_depth = self.queue.len();
             return Err(RequestError::Overloaded { queue_depth, retry_after_ms: self.retry_ms() });
         }
+        if self.sequences.is_empty() {
+            // What passed without work says nothing about how fast work goes.
+            self.last_end_us = Some(now_us);
+        }
         self.arrivals += 1;
-        let sequence = Sequence::new(new, self.arrivals, now_us);
+        let mut sequence = Sequence::new(new, self.arrivals, now_us);
+        let said_all = returns && sequence.is_full(self.options.context_tokens);
+        if said_all && sequence.generated() > 0 && !sequence.is_scoring() {
+            let kind =
+                SequenceEventKind::Finished { reason: FinishReason::Length, cached_tokens: 0 };
+            self.events.push(SequenceEvent { sequence: sequence.new.id, kind });
+            return Ok(0);
+        }
+        if let Some(hasher) = &self.hasher {
+            let tokens = &sequence.new.tokens;
+            hasher.extend(&mut sequence.hashes, tokens, self.options.block_tokens);
+        }
+        // Steps are planned without allocating.
+        sequence.blocks.reserve_exact(blocks_max);
+        sequence.host_blocks.reserve_exact(blocks_max.min(self.host.len()));
         let rank = sequence.rank();
         let before = self.queue.iter().filter(|id| self.sequences[*id].rank() < rank).count();
         self.queue.push(sequence.new.id);
@@ -62,152 +57,181 @@ impl Scheduler {
         Ok(before)
     }
 
+    /// The blocks that a sequence takes at most, if it can run here at all.
+    fn check_size(&self, new: &NewSequence) -> Result<usize, RequestError> {
+        let options = &self.options;
+        let prompt_tokens = new.prompt_tokens;
+        if prompt_tokens == 0 || new.tokens.len() < prompt_tokens {
+            return Err(RequestError::InvalidParams {
+                field: "prompt".into(),
+                got: format!("{} tokens, {prompt_tokens} of the prompt", new.tokens.len()),
+                allowed: "at least 1 token".into(),
+            });
+        }
+        let context_tokens = options.context_tokens;
+        if prompt_tokens + usize::from(new.max_tokens > 0) > context_tokens {
+            return Err(RequestError::ContextExceeded { prompt_tokens, context_tokens });
+        }
+        let longest = prompt_tokens.saturating_add(new.max_tokens).min(context_tokens);
+        let blocks = blocks_for(longest.max(new.tokens.len()), options.block_tokens);
+        if blocks > self.pool.len() {
+            return Err(RequestError::InsufficientMemory {
+                device: "KV store".into(),
+                need: blocks as u64 * options.block_bytes,
+                free: self.pool.len() as u64 * options.block_bytes,
+                suggest: "lower max_tokens or raise kv.cache_bytes".into(),
+            });
+        }
+        Ok(blocks)
+    }
+
     fn retry_ms(&self) -> u64 {
         let interval_ms = self.end_interval_us.map(|us| (us / 1e3) as u64);
         interval_ms.unwrap_or(RETRY_MS_UNKNOWN).clamp(*RETRY_MS.start(), *RETRY_MS.end())
     }
 
-    /// Ends everything that is past its deadline.
-    pub(super) fn expire(&mut self, now_us: u64) {
-        let mut late: Vec<(SequenceId, Option<u64>)> = Vec::new();
-        for (id, sequence) in &self.sequences {
-            let passed = |deadline: Option<u64>| deadline.filter(|at| *at <= now_us);
-            if passed(sequence.new.deadline_us).is_some() {
-                late.push((*id, None));
-            } else if sequence.generated() == 0
-                && let Some(at) = passed(sequence.new.ttft_deadline_us)
-            {
-                late.push((*id, Some(at.saturating_sub(sequence.arrival_us))));
+    /// Ends everything that is past its deadline, and raises what has waited too long.
+    pub(super) fn expire(&mut self) {
+        let now_us = self.now_us;
+        let mut late = std::mem::take(&mut self.ids);
+        late.clear();
+        for (id, sequence) in &mut self.sequences {
+            if sequence.is_late(now_us) {
+                late.push(*id);
+            }
+            let waits = sequence.state != State::Running;
+            let waited_us = sequence.waited_us + now_us.saturating_sub(sequence.queued_us);
+            if waits && waited_us > self.options.batch_wait_us_max {
+                sequence.urgency = Priority::Interactive;
             }
         }
         late.sort_unstable();
-        for (id, first_token) in late {
-            let event = match first_token {
-                None => self.finish(now_us, id, FinishReason::Deadline),
-                Some(waited_us) => {
-                    self.remove(id);
-                    let deadline_ms = waited_us.div_ceil(1000);
-                    let error = RequestError::DeadlineExceeded { deadline_ms };
-                    SequenceEvent { sequence: id, kind: SequenceEventKind::Failed(error) }
-                }
-            };
+        for id in late.drain(..) {
+            let event = self.end_late(id);
             self.events.push(event);
         }
+        self.ids = late;
+    }
+
+    /// Ends one that is past a deadline: as it is, or as a failure if only the first token's is.
+    fn end_late(&mut self, id: SequenceId) -> SequenceEvent {
+        let sequence = &self.sequences[&id];
+        if sequence.new.deadline_us.is_some_and(|at| at <= self.now_us) {
+            return self.finish(self.now_us, id, FinishReason::Deadline);
+        }
+        let at_us = sequence.new.ttft_deadline_us.unwrap_or(self.now_us);
+        let deadline_ms = at_us.saturating_sub(sequence.arrival_us).div_ceil(1000);
+        self.remove(id);
+        self.note_end(self.now_us);
+        let error = RequestError::DeadlineExceeded { deadline_ms };
+        SequenceEvent { sequence: id, kind: SequenceEventKind::Failed(error) }
     }
 
     /// Moves sequences from the queue to the running set while there is room for their whole
     /// prompts, best rank first. The first one without room ends it, so that none is overtaken
     /// for ever; only those that wait for a prefix under computation are passed over.
-    pub(super) fn admit(&mut self, now_us: u64, plan: &mut StepPlan) {
-        if self.queue.is_empty() {
-            return;
-        }
-        let mut ids = std::mem::take(&mut self.ids);
-        ids.clear();
-        ids.extend(self.queue.iter().filter(|id| self.sequences[*id].flow == Flow::Open));
-        ids.sort_unstable_by_key(|id| self.queue_rank(now_us, *id));
-        ids.truncate(ADMISSION_SCAN_MAX);
-        for id in ids.drain(..) {
-            if self.running.len() >= self.options.sequences_max {
-                break;
-            }
-            if self.waits_for_prefix(id) {
+    pub(super) fn admit(&mut self, plan: &mut StepPlan) {
+        let mut ranked = std::mem::take(&mut self.ranked);
+        ranked.clear();
+        let queued = self.queue.iter().map(|id| &self.sequences[id]);
+        let open = queued.filter(|sequence| sequence.flow == Flow::Open);
+        ranked.extend(open.map(|sequence| (sequence.rank(), sequence.new.id)));
+        ranked.sort_unstable();
+        for (_, id) in ranked.iter().take(ADMISSION_SCAN_MAX) {
+            self.find_cached(*id);
+            if self.waits_for_prefix(*id) {
                 continue;
             }
-            if !self.start(id, plan) {
+            if !self.has_room(*id, plan) {
                 break;
             }
+            self.start(*id, plan);
         }
-        self.ids = ids;
+        self.ranked = ranked;
     }
 
-    fn queue_rank(&self, now_us: u64, id: SequenceId) -> (Priority, u64) {
+    /// Leaves the cached blocks that a queued sequence begins with in `found`, without references.
+    fn find_cached(&mut self, id: SequenceId) {
+        self.found.clear();
         let sequence = &self.sequences[&id];
-        let waited_us = now_us.saturating_sub(sequence.arrival_us);
-        let (priority, order) = sequence.rank();
-        match waited_us > self.options.batch_wait_us_max {
-            true => (Priority::Interactive, order),
-            false => (priority, order),
+        if sequence.new.prompt_logprobs.is_some() || sequence.state == State::Swapped {
+            return;
+        }
+        let block_tokens = self.options.block_tokens;
+        let mut parent = None;
+        let blocks = sequence.new.tokens.chunks_exact(block_tokens);
+        let usable = sequence.usable_blocks(block_tokens);
+        for (hash, tokens) in sequence.hashes.iter().zip(blocks).take(usable) {
+            let Some(block) = self.pool.find(*hash, parent, tokens) else { break };
+            self.found.push(block);
+            parent = Some(*hash);
         }
     }
 
-    /// Whether another running sequence is computing the very block that this one needs next.
-    fn waits_for_prefix(&mut self, id: SequenceId) -> bool {
-        let found = self.cached_blocks(id).len();
+    /// Whether another running sequence is computing the very block that this one needs next, and
+    /// is at least as urgent.
+    fn waits_for_prefix(&self, id: SequenceId) -> bool {
         let sequence = &self.sequences[&id];
         if sequence.state == State::Swapped || sequence.new.prompt_logprobs.is_some() {
             return false;
         }
-        // The last token is always computed, so a block that ends with it is not waited for.
-        let usable = (sequence.new.tokens.len() - 1) / self.options.block_tokens;
-        let Some(next) = sequence.hashes.get(found).filter(|_| found < usable).copied() else {
-            return false;
-        };
+        let at = self.found.len();
+        let usable = sequence.usable_blocks(self.options.block_tokens);
+        let Some(next) = sequence.hashes.get(at).filter(|_| at < usable) else { return false };
         self.running.iter().any(|other| {
             let other = &self.sequences[other];
-            let unfinished = other.hashes.get(other.published..).unwrap_or_default();
-            other.flow == Flow::Open && other.remaining() > 1 && unfinished.contains(&next)
+            // A block's name stands for all before it, so it lies at the same place in both.
+            other.hashes.get(at) == Some(next)
+                && at >= other.published
+                && other.flow == Flow::Open
+                && other.remaining() > 1
+                && other.urgency <= sequence.urgency
         })
     }
 
-    /// Cached blocks that the sequence's tokens begin with, without taking references.
-    fn cached_blocks(&mut self, id: SequenceId) -> Vec<BlockId> {
-        let block_tokens = self.options.block_tokens;
-        let (Some(hasher), Some(sequence)) = (&self.hasher, self.sequences.get_mut(&id)) else {
-            return Vec::new();
-        };
-        hasher.extend(&mut sequence.hashes, &sequence.new.tokens, block_tokens);
-        if sequence.new.prompt_logprobs.is_some() || sequence.state == State::Swapped {
-            return Vec::new();
-        }
-        let usable = (sequence.new.tokens.len() - 1) / block_tokens;
-        let mut parent = None;
-        let mut found = Vec::new();
-        let blocks = sequence.new.tokens.chunks_exact(block_tokens);
-        for (hash, tokens) in sequence.hashes.iter().zip(blocks).take(usable) {
-            let Some(block) = self.pool.find(*hash, parent, tokens) else { break };
-            found.push(block);
-            parent = Some(*hash);
-        }
-        found
-    }
-
-    /// Gives a queued sequence its cached or swapped blocks, if its whole prompt has room.
-    fn start(&mut self, id: SequenceId, plan: &mut StepPlan) -> bool {
-        let cached = self.cached_blocks(id);
+    /// Whether there is a slot and room for all tokens of a queued sequence, if need be at the cost
+    /// of those that have to yield to it.
+    fn has_room(&mut self, id: SequenceId, plan: &mut StepPlan) -> bool {
         loop {
             let sequence = &self.sequences[&id];
             let total = blocks_for(sequence.new.tokens.len() + 1, self.options.block_tokens);
-            let fresh = total.min(self.pool.len()) - cached.len();
-            let from_cache = cached.iter().filter(|b| self.pool.is_unreferenced(**b)).count();
-            let room = self.pool.available().saturating_sub(self.committed() + from_cache);
-            if self.running.is_empty() || room >= fresh {
-                break;
+            let fresh = total.min(self.pool.len()) - self.found.len();
+            let found = self.found.iter().filter(|block| self.pool.is_unreferenced(**block));
+            let needed = self.committed() + found.count() + fresh;
+            let lacking = needed.saturating_sub(self.pool.available());
+            let has_slot = self.running.len() < self.options.sequences_max;
+            if self.running.is_empty() || (has_slot && lacking == 0) {
+                return true;
             }
-            if !self.make_room_for(id, plan) {
+            if !self.make_room_for(id, lacking, plan) {
                 return false;
             }
         }
-        for block in &cached {
-            self.pool.retain(*block);
-        }
-        let Some(sequence) = self.sequences.get_mut(&id) else { return false };
-        if sequence.state == State::Waiting {
-            let tokens = cached.len() * self.options.block_tokens;
-            sequence.computed = tokens;
-            sequence.published = cached.len();
-            sequence.blocks = cached;
-            if sequence.cached_tokens.is_none() {
-                sequence.cached_tokens = Some(tokens);
-                self.stats.prefix_hit_tokens += tokens as u64;
-            }
-        } else {
+    }
+
+    /// Gives a queued sequence its cached or swapped blocks, and a place among the running.
+    fn start(&mut self, id: SequenceId, plan: &mut StepPlan) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        sequence.waited_us += self.now_us.saturating_sub(sequence.queued_us);
+        if sequence.state == State::Swapped {
             Self::swap_in(&mut self.pool, &mut self.host, sequence, plan);
+        } else {
+            for block in &self.found {
+                self.pool.retain(*block);
+            }
+            let tokens = self.found.len() * self.options.block_tokens;
+            sequence.computed = tokens;
+            sequence.published = self.found.len();
+            sequence.blocks.extend_from_slice(&self.found);
+            if sequence.cached_tokens.is_none() {
+                let prompt_hit = tokens.min(sequence.new.prompt_tokens);
+                sequence.cached_tokens = Some(prompt_hit);
+                self.stats.prefix_hit_tokens += prompt_hit as u64;
+            }
         }
         sequence.state = State::Running;
         self.queue.retain(|other| *other != id);
         self.running.push(id);
-        true
     }
 
     /// Blocks that running sequences will still need for the tokens they have.

@@ -1,6 +1,6 @@
 //! What a finished, or a lost, step changes.
 
-use super::sequence::{Sequence, State};
+use super::sequence::State;
 use super::{Scheduler, SequenceEvent, SequenceEventKind};
 use crate::request::{FinishReason, RequestError};
 use crate::step::{RowFailure, RowOutput, StepOutput, StepPlan};
@@ -15,7 +15,9 @@ impl Scheduler {
         output: &StepOutput,
         events: &mut Vec<SequenceEvent>,
     ) {
-        self.chunks.learn(self.mix, output.duration_us);
+        // Copies take time that is neither the streams' nor the prompts'.
+        let duration_us = plan.copies.is_empty().then_some(output.duration_us);
+        self.chunks.learn(&self.mix, duration_us);
         for planned in &plan.sequences {
             self.advance(planned.id, planned.tokens.len(), events);
         }
@@ -45,9 +47,10 @@ impl Scheduler {
         for (id, sequence) in &mut self.sequences {
             sequence.blocks.clear();
             sequence.host_blocks.clear();
-            sequence.computed = 0;
-            sequence.published = 0;
-            sequence.state = State::Waiting;
+            if sequence.state == State::Running {
+                sequence.queued_us = now_us;
+            }
+            sequence.requeue(sequence.queued_us);
             self.queue.push(*id);
             if std::mem::take(&mut sequence.planned_tokens) > 0 {
                 suspects.push(*id);
@@ -120,14 +123,10 @@ impl Scheduler {
         }
         sequence.new.tokens.push(token);
         self.stats.tokens_generated += 1;
-        let full = is_full(sequence, self.options.context_tokens);
+        let full = sequence.is_full(self.options.context_tokens);
         events.push(SequenceEvent { sequence: id, kind: SequenceEventKind::Token(row.clone()) });
         if full {
             events.push(self.finish(now_us, id, FinishReason::Length));
         }
     }
-}
-
-fn is_full(sequence: &Sequence, context_tokens: usize) -> bool {
-    sequence.generated() >= sequence.new.max_tokens || sequence.new.tokens.len() >= context_tokens
 }

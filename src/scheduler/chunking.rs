@@ -1,27 +1,70 @@
 //! How large a prefill chunk may be beside decoding streams. A chunk stretches the step that it
 //! rides in, and with it every stream's inter-token time; this controller keeps the stretch within
-//! a factor.
+//! a factor, whatever the machine.
 //!
 //! ```text
-//! decode(n)  = moving mean of steps that only decode n sequences (by power of two of n)
-//! per_token  = moving mean of (step − decode(n)) / prefill tokens, of steps that did both
-//! chunk      = (slowdown − 1) · decode(n) / per_token, at most twice the last one
+//! step       = decode(n) + Σ token(position)          over the prompt tokens in the step
+//! decode(n)  = moving mean of steps without prompts, by power of two of the n sequences
+//! token(p)   = moving mean of (step − decode(n)) / Σ predicted, by power of two of the position:
+//!              attention makes a token dearer the deeper it lies
+//! earned     = (slowdown − 1) · decode(n) per step, into an account
+//! spent      = step − decode(n), as measured, out of the account
+//! chunk      = min(account, earned) / token(p), at most twice the last one at such positions;
+//!              if that is below the minimum: the minimum once the account holds it, else nothing
 //! ```
-//! `per_token` follows the growing cost of attention by itself, since consecutive chunks of a
-//! prompt lie close together.
+//! The account is charged what chunks really took, so the mean stretch is the factor even where the
+//! prediction errs. Deep in a prompt one token may cost more than a step earns: then it rides only
+//! in every second or third step. When prompts never stop coming there is no step without them, so
+//! one in [`PROBE_STEPS`] is kept free of them: `decode(n)` is measured, never extrapolated.
+
+use super::budget::ChunkBudget;
 
 /// Weight of the newest measurement in a moving mean.
-const NEWEST: f64 = 0.3;
-/// First chunk beside decoding streams, in minimal chunks, before anything was measured.
+const NEWEST: f64 = 0.4;
+/// Tokens from which a measurement has its whole weight: a prompt's last crumb says little.
+const WHOLE_TOKENS: f64 = 4.0;
+/// First chunk at a position, in minimal chunks.
 const FIRST_CHUNKS: usize = 4;
+/// Steps with prompts after which one without them measures the streams again: costs at most
+/// 1/32 of the prompts' time.
+const PROBE_STEPS: usize = 32;
+/// A measurement beyond these factors of the mean counts as them: somebody else had the cores.
+const OUTLIER: std::ops::RangeInclusive<f64> = 0.25..=2.0;
+/// What tokens beside streams may cost, as a multiple of their cost in steps of their own, until
+/// that was measured: large chunks are cheaper per token than small ones.
+const BESIDE_FACTOR: f64 = 2.0;
+
+/// Earnings of so many steps are the deepest debt: a stall of the machine is forgotten after that.
+const DEBT_STEPS: f64 = 16.0;
+/// Least part of a decode step that is earned, so that prompts always get on.
+const EARNED_PART_MIN: f64 = 0.1;
+
+const BUCKETS: usize = 16;
+/// Positions that are not told apart: log2.
+const POSITION_GRAIN: u32 = 6;
 
 /// What a step consisted of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepMix {
-    /// Sequences that decoded one token.
-    pub decodes: usize,
-    /// Tokens of prompts.
-    pub prefill_tokens: usize,
+    decodes: usize,
+    /// Prompt tokens by the power of two of their position.
+    prompt_tokens: [usize; BUCKETS],
+}
+
+impl StepMix {
+    /// A step in which so many sequences decode one token each.
+    pub fn of_decodes(decodes: usize) -> Self {
+        Self { decodes, ..Self::default() }
+    }
+
+    /// Adds a chunk of a prompt that starts at `position`.
+    pub fn add_chunk(&mut self, position: usize, tokens: usize) {
+        self.prompt_tokens[position_bucket(position)] += tokens;
+    }
+
+    fn chunks(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.prompt_tokens.into_iter().enumerate().filter(|(_, tokens)| *tokens > 0)
+    }
 }
 
 /// Bounds of a chunk.
@@ -35,126 +78,199 @@ pub struct ChunkLimits {
     pub step_tokens_max: usize,
 }
 
+/// Where a token's cost was measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    /// In steps of prompts only.
+    Alone,
+    /// In steps that decoded too.
+    Beside,
+}
+
+/// What a prompt token costs at some positions.
+#[derive(Clone, Copy, Debug)]
+struct TokenCost {
+    us: f64,
+    source: Source,
+    /// Largest chunk that the measurement speaks for.
+    chunk_max: usize,
+}
+
 /// The controller. Pure: durations come in, chunk sizes go out.
 #[derive(Clone, Debug)]
 pub struct ChunkController {
     limits: ChunkLimits,
     /// Mean duration of decode-only steps in microseconds, by `ilog2` of their sequences.
-    decode_us: [Option<f64>; 16],
-    per_token_us: Option<f64>,
-    last_chunk: usize,
+    decode_us: [Option<f64>; BUCKETS],
+    token_costs: [Option<TokenCost>; BUCKETS],
+    /// Steps with prompts and streams since the last one with streams only.
+    mixed_steps: usize,
+    /// Earned and not spent, in microseconds; below zero where a chunk took longer than predicted.
+    account_us: f64,
 }
 
 impl ChunkController {
     /// A controller that has measured nothing yet.
     pub fn new(limits: ChunkLimits) -> Self {
-        let last_chunk = limits.tokens_min * FIRST_CHUNKS;
-        Self { limits, decode_us: [None; 16], per_token_us: None, last_chunk }
+        Self {
+            limits,
+            decode_us: [None; BUCKETS],
+            token_costs: [None; BUCKETS],
+            mixed_steps: 1,
+            account_us: 0.0,
+        }
     }
 
-    /// Prompt tokens that the next step may hold beside `decodes` decoding sequences.
-    pub fn budget(&self, decodes: usize) -> usize {
-        let room = self.limits.step_tokens_max.saturating_sub(decodes);
+    /// What the next step may spend on prompts beside `decodes` decoding sequences.
+    pub fn budget(&self, decodes: usize) -> ChunkBudget {
+        let tokens = self.limits.step_tokens_max.saturating_sub(decodes);
         if decodes == 0 {
-            return room;
+            return ChunkBudget::prompts_only(tokens);
         }
-        let wanted = match (self.decode_estimate(decodes), self.per_token_us) {
-            (Some(decode_us), Some(per_token_us)) => {
-                let extra_us = (self.limits.slowdown_max - 1.0) * decode_us;
-                ((extra_us / per_token_us) as usize).min(self.last_chunk * 2)
-            }
-            _ => self.limits.tokens_min * FIRST_CHUNKS,
-        };
-        wanted.max(self.limits.tokens_min).min(room)
+        let measured = self.decode_us[decode_bucket(decodes)];
+        let patience = if measured.is_some() { PROBE_STEPS } else { 1 };
+        if self.mixed_steps >= patience {
+            return ChunkBudget::default();
+        }
+        let decode_us = measured.or_else(|| self.nearest_decode_us(decodes)).unwrap_or(0.0);
+        let earned_us = self.earned_us(decode_us);
+        let account_us = self.account_us + earned_us;
+        let step_us = account_us.min(earned_us);
+        let tokens_min = self.limits.tokens_min.min(tokens);
+        ChunkBudget { tokens, tokens_min, account_us, step_us }
     }
 
-    /// Learns from a step that took `duration_us`.
-    pub fn learn(&mut self, mix: StepMix, duration_us: u64) {
-        let duration_us = duration_us as f64;
-        match mix {
-            StepMix { decodes: 0, .. } => {}
-            StepMix { decodes, prefill_tokens: 0 } => {
-                let mean = &mut self.decode_us[bucket(decodes)];
-                *mean = Some(moved(*mean, duration_us));
+    /// How many tokens from `position` on a budget pays for.
+    pub fn affordable(&self, budget: &ChunkBudget, position: usize) -> usize {
+        if budget.step_us.is_infinite() {
+            return budget.tokens;
+        }
+        let (token_us, chunk_max) = match self.token_cost(position) {
+            Some(cost) => (cost.us, cost.chunk_max),
+            // Unknown ground is entered with the smallest chunk.
+            None => (0.0, budget.tokens_min),
+        };
+        let paid = ((budget.step_us / token_us.max(1e-3)) as usize).min(chunk_max);
+        let saved = budget.account_us >= token_us * budget.tokens_min as f64;
+        match () {
+            _ if paid >= budget.tokens_min => paid.min(budget.tokens),
+            _ if saved => budget.tokens_min,
+            _ => 0,
+        }
+    }
+
+    /// Pays for tokens from `position` on.
+    pub fn spend(&self, budget: &mut ChunkBudget, position: usize, tokens: usize) {
+        let token_us = self.token_cost(position).map_or(0.0, |cost| cost.us);
+        budget.spend(tokens, token_us);
+    }
+
+    /// Learns from a step that took `duration_us`; `None` if it did other things as well.
+    pub fn learn(&mut self, mix: &StepMix, duration_us: Option<u64>) {
+        let tokens: usize = mix.prompt_tokens.iter().sum();
+        match (mix.decodes, tokens) {
+            (0, _) => {}
+            (_, 0) => self.mixed_steps = 0,
+            _ => self.mixed_steps += 1,
+        }
+        let Some(duration_us) = duration_us.map(|us| (us as f64).max(1.0)) else { return };
+        match (mix.decodes, tokens) {
+            (0, 0) => {}
+            (0, tokens) => self.learn_alone(mix, duration_us / tokens as f64),
+            (decodes, 0) => {
+                let mean = &mut self.decode_us[decode_bucket(decodes)];
+                *mean = Some(mean.map_or(duration_us, |mean| moved(mean, duration_us, NEWEST)));
+                self.settle(self.nearest_decode_us(decodes).unwrap_or(0.0), 0.0);
             }
-            StepMix { decodes, prefill_tokens } => {
-                self.last_chunk = prefill_tokens.max(self.limits.tokens_min);
-                if let Some(decode_us) = self.decode_estimate(decodes) {
-                    // A step is never free: a hundredth of its time bounds the next chunk's growth.
-                    let extra_us = (duration_us - decode_us).max(duration_us / 100.0).max(1e-3);
-                    let per_token_us = extra_us / prefill_tokens as f64;
-                    self.per_token_us = Some(moved(self.per_token_us, per_token_us));
-                }
+            (decodes, _) => {
+                let Some(decode_us) = self.nearest_decode_us(decodes) else { return };
+                let extra_us = duration_us - decode_us;
+                // One that was free proves only that twice as much may be tried.
+                self.learn_beside(mix, extra_us.max(self.earned_us(decode_us) / 2.0));
+                self.settle(decode_us, extra_us);
             }
         }
+    }
+
+    /// Closes the account of a step. Savings never exceed what the dearest smallest chunk costs.
+    fn settle(&mut self, decode_us: f64, spent_us: f64) {
+        let earned_us = self.earned_us(decode_us);
+        let dearest_us = self.token_costs.iter().flatten().map(|cost| cost.us).fold(0.0, f64::max);
+        let saved_max_us = dearest_us * self.limits.tokens_min as f64;
+        let account_us = self.account_us + earned_us - spent_us;
+        self.account_us = account_us.min(saved_max_us).max(-DEBT_STEPS * earned_us);
+    }
+
+    fn earned_us(&self, decode_us: f64) -> f64 {
+        (self.limits.slowdown_max - 1.0).max(EARNED_PART_MIN) * decode_us
+    }
+
+    /// Prompts had the step to themselves: their cost is a first guess for chunks beside streams.
+    fn learn_alone(&mut self, mix: &StepMix, token_us: f64) {
+        let chunk_max = self.limits.tokens_min * FIRST_CHUNKS;
+        for (bucket, _) in mix.chunks() {
+            let cost = &mut self.token_costs[bucket];
+            if cost.is_none_or(|cost| cost.source == Source::Alone) {
+                let us = BESIDE_FACTOR * token_us;
+                *cost = Some(TokenCost { us, source: Source::Alone, chunk_max });
+            }
+        }
+    }
+
+    /// Chunks made a step `extra_us` longer: all their costs were wrong by the same factor.
+    fn learn_beside(&mut self, mix: &StepMix, extra_us: f64) {
+        let tokens: usize = mix.prompt_tokens.iter().sum();
+        let mean_us = extra_us / tokens as f64;
+        let measured = |cost: Option<TokenCost>| {
+            cost.filter(|cost| cost.source == Source::Beside).map_or(mean_us, |cost| cost.us)
+        };
+        let predicted = |(bucket, tokens)| tokens as f64 * measured(self.token_costs[bucket]);
+        let factor = extra_us / mix.chunks().map(predicted).sum::<f64>();
+        for (bucket, tokens) in mix.chunks() {
+            let us = measured(self.token_costs[bucket]);
+            let weight = NEWEST * (tokens as f64 / WHOLE_TOKENS).min(1.0);
+            let grown = match self.token_costs[bucket] {
+                Some(cost) => cost.chunk_max - cost.chunk_max / 4,
+                None => 0,
+            };
+            self.token_costs[bucket] = Some(TokenCost {
+                us: moved(us, us * factor, weight),
+                source: Source::Beside,
+                chunk_max: grown.max(2 * tokens).max(self.limits.tokens_min),
+            });
+        }
+    }
+
+    /// Cost at a position: measured there; else deeper, which is dearer; else just before.
+    fn token_cost(&self, position: usize) -> Option<TokenCost> {
+        let bucket = position_bucket(position);
+        let deeper = self.token_costs[bucket..].iter().find_map(|cost| *cost);
+        deeper.or_else(|| self.token_costs[bucket.checked_sub(1)?])
     }
 
     /// Time of a step that only decodes so many sequences: measured, or of the nearest count.
-    fn decode_estimate(&self, decodes: usize) -> Option<f64> {
-        let wanted = bucket(decodes);
+    fn nearest_decode_us(&self, decodes: usize) -> Option<f64> {
+        let wanted = decode_bucket(decodes);
         let measured = self.decode_us.iter().enumerate();
         let known = measured.filter_map(|(at, mean)| mean.map(|mean| (at, mean)));
         known.min_by_key(|(at, _)| at.abs_diff(wanted)).map(|(_, mean)| mean)
     }
 }
 
-fn bucket(decodes: usize) -> usize {
-    (decodes.max(1).ilog2() as usize).min(15)
+fn decode_bucket(decodes: usize) -> usize {
+    (decodes.max(1).ilog2() as usize).min(BUCKETS - 1)
 }
 
-fn moved(mean: Option<f64>, newest: f64) -> f64 {
-    mean.map_or(newest, |mean| mean + NEWEST * (newest - mean))
+fn position_bucket(position: usize) -> usize {
+    (((position >> POSITION_GRAIN) + 1).ilog2() as usize).min(BUCKETS - 1)
+}
+
+/// A moving mean after one more measurement.
+fn moved(mean: f64, newest: f64, weight: f64) -> f64 {
+    let newest = newest.clamp(OUTLIER.start() * mean, OUTLIER.end() * mean);
+    mean + weight * (newest - mean)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const LIMITS: ChunkLimits =
-        ChunkLimits { slowdown_max: 2.0, tokens_min: 4, step_tokens_max: 512 };
-
-    /// A machine whose prefill tokens cost `token_us` plus attention that grows with position.
-    fn step_us(mix: StepMix, position: usize) -> u64 {
-        let attention = mix.prefill_tokens as f64 * position as f64 * 0.1;
-        (7_000.0 + 200.0 * mix.decodes as f64 + 900.0 * mix.prefill_tokens as f64 + attention)
-            as u64
-    }
-
-    #[test]
-    fn a_long_prompt_stays_within_the_stretch_all_the_way() {
-        let mut controller = ChunkController::new(LIMITS);
-        let alone = StepMix { decodes: 3, prefill_tokens: 0 };
-        let undisturbed_us = step_us(alone, 0);
-        for _ in 0..5 {
-            controller.learn(alone, undisturbed_us);
-        }
-        let (mut position, mut steps) = (0, 0);
-        while position < 8_000 {
-            let mix = StepMix { decodes: 3, prefill_tokens: controller.budget(3) };
-            let duration_us = step_us(mix, position);
-            if steps > 0 {
-                let stretch = duration_us as f64 / undisturbed_us as f64;
-                assert!(stretch < 2.6, "step {steps} at {position}: {stretch}");
-            }
-            controller.learn(mix, duration_us);
-            position += mix.prefill_tokens;
-            steps += 1;
-        }
-        assert!(steps < 8_000 / 4, "the chunk grew beyond its minimum");
-    }
-
-    #[test]
-    fn without_streams_a_chunk_fills_the_step() {
-        assert_eq!(ChunkController::new(LIMITS).budget(0), 512);
-    }
-
-    #[test]
-    fn a_chunk_is_never_below_its_minimum() {
-        let mut controller = ChunkController::new(LIMITS);
-        controller.learn(StepMix { decodes: 1, prefill_tokens: 0 }, 1_000);
-        for _ in 0..20 {
-            controller.learn(StepMix { decodes: 1, prefill_tokens: 4 }, 1_000_000);
-        }
-        assert_eq!(controller.budget(1), 4);
-    }
-}
+#[path = "chunking_tests.rs"]
+mod tests;

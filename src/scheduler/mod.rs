@@ -4,30 +4,36 @@
 //!
 //! ```text
 //! plan_step:  end what is past its deadline
+//!             admit from the queue while the whole prompt has room, beside what runs
 //!             one token for every decoding sequence, best rank first; without a block, take one
 //!             from the worst-ranked running sequence (to the host tier, else computed again)
-//!             admit from the queue while the whole prompt has room
-//!             share the chunk budget (chunking.rs) among prompts: half to the oldest, then
-//!             shortest remaining first
+//!             share the chunk budget (chunking.rs) among prompts: half to the best rank, then
+//!             the more urgent and the shortest remaining first
 //! apply:      computed += planned; full blocks become findable; tokens, ends and failures go out
 //! ```
-//! Rank is priority, then age. Nothing is ever both in the queue and running.
+//! Rank is urgency, then age. Urgency is the priority asked for; batch sequences that were in the
+//! queue too long are raised for good, so none starves. When blocks or slots are lacking, running
+//! batch sequences yield to waiting interactive ones, and paused ones to any as urgent. Nothing is
+//! ever both in the queue and running.
 
 mod admission;
 mod apply;
+mod budget;
 mod chunking;
 mod options;
 mod plan;
 mod preemption;
 mod sequence;
 
+pub use budget::ChunkBudget;
 pub use chunking::{ChunkController, ChunkLimits, StepMix};
 pub use options::{KvBlocks, SchedulerOptions, SchedulerStats};
 pub use sequence::{NewSequence, SequenceEvent, SequenceEventKind};
 
 use crate::kv::{BlockPool, ChainHasher, HostPool};
-use crate::request::FinishReason;
-use crate::units::SequenceId;
+use crate::request::{FinishReason, Priority};
+use crate::units::{BlockId, SequenceId};
+use plan::Share;
 use sequence::{Flow, Sequence, State};
 use std::collections::HashMap;
 
@@ -45,11 +51,16 @@ pub struct Scheduler {
     chunks: ChunkController,
     mix: StepMix,
     step: u64,
+    /// When the step was planned.
+    now_us: u64,
     arrivals: u64,
     events: Vec<SequenceEvent>,
     /// Scratch of `plan_step`.
     ids: Vec<SequenceId>,
-    shares: Vec<(SequenceId, usize)>,
+    ranked: Vec<((Priority, u64), SequenceId)>,
+    shares: Vec<Share>,
+    /// Cached blocks that the sequence under consideration begins with.
+    found: Vec<BlockId>,
     stats: SchedulerStats,
     /// Mean time between two ends, for `retry_after_ms`.
     end_interval_us: Option<f64>,
@@ -61,7 +72,7 @@ impl Scheduler {
     pub fn new(options: SchedulerOptions) -> Self {
         Self {
             hasher: options.prefix_key.map(ChainHasher::new),
-            pool: BlockPool::new(options.device_blocks),
+            pool: BlockPool::new(options.device_blocks, options.block_tokens),
             host: HostPool::new(options.host_blocks),
             sequences: HashMap::new(),
             queue: Vec::new(),
@@ -69,10 +80,13 @@ impl Scheduler {
             chunks: ChunkController::new(options.chunks),
             mix: StepMix::default(),
             step: 0,
+            now_us: 0,
             arrivals: 0,
             events: Vec::new(),
             ids: Vec::new(),
+            ranked: Vec::new(),
             shares: Vec::new(),
+            found: Vec::new(),
             stats: SchedulerStats::default(),
             end_interval_us: None,
             last_end_us: None,
@@ -134,6 +148,7 @@ impl Scheduler {
     /// # Panics
     /// When it does not hold, with the values.
     pub fn check_invariants(&self) {
+        self.pool.check_invariants();
         let mut references: HashMap<_, u32> = HashMap::new();
         let mut host_blocks = 0;
         for (id, sequence) in &self.sequences {

@@ -9,6 +9,8 @@ use serde::Serialize;
 pub struct SchedulerOptions {
     /// Tokens of one KV block.
     pub block_tokens: usize,
+    /// Bytes of one KV block over all layers, for what clients are told.
+    pub block_bytes: u64,
     /// Blocks of the device tier.
     pub device_blocks: usize,
     /// Blocks of the host tier; 0 switches swapping off.
@@ -21,18 +23,19 @@ pub struct SchedulerOptions {
     pub queue_max: usize,
     /// Bounds of prefill chunks and steps.
     pub chunks: ChunkLimits,
-    /// Rows of logits that one prompt may ask for in one step.
+    /// Rows of logits that all scored prompts together may ask for in one step.
     pub logits_rows_max: usize,
     /// A sequence in flight at so many crashes fails.
     pub crashes_max: u32,
     /// Key of the prefix cache; `None` switches it off.
     pub prefix_key: Option<[u8; 16]>,
-    /// A batch sequence that waited so long is queued like an interactive one.
+    /// A batch sequence that was in the queue for so long, in all, is from then on treated like an
+    /// interactive one: it keeps its place and never yields to a younger one again.
     pub batch_wait_us_max: u64,
 }
 
 impl SchedulerOptions {
-    /// Rows of logits that one prompt may ask for in one step, unless said otherwise.
+    /// Rows of logits for scored prompts in one step, unless said otherwise.
     pub const LOGITS_ROWS_MAX: usize = 256;
     /// How long batch sequences step back, unless said otherwise.
     pub const BATCH_WAIT_US_MAX: u64 = 30_000_000;
@@ -41,6 +44,7 @@ impl SchedulerOptions {
     pub fn from_config(config: &Config, kv: KvBlocks, prefix_key: [u8; 16]) -> Self {
         Self {
             block_tokens: config.kv.block_tokens,
+            block_bytes: kv.block_bytes,
             device_blocks: kv.device,
             host_blocks: kv.host,
             context_tokens: kv.context_tokens,
@@ -66,6 +70,8 @@ pub struct KvBlocks {
     pub device: usize,
     /// Blocks of the host tier.
     pub host: usize,
+    /// Bytes of one block.
+    pub block_bytes: u64,
     /// Longest sequence.
     pub context_tokens: usize,
 }

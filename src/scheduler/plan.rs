@@ -1,34 +1,37 @@
 //! One step: who computes which tokens in which blocks.
 
 use super::Scheduler;
-use super::chunking::StepMix;
+use super::budget::ChunkBudget;
+use super::chunking::{ChunkController, StepMix};
 use super::sequence::{Flow, Sequence};
 use crate::kv::blocks_for;
+use crate::request::Priority;
 use crate::step::{LogitsRow, LogitsTask, PlannedSequence, StepPlan};
 use crate::units::{SequenceId, StepId};
 
 impl Scheduler {
     /// Fills `plan` with the next step; empty if there is nothing to do. Whoever ended without a
-    /// step (deadlines) is in [`Scheduler::drain_events`].
+    /// step (deadlines) is in [`Scheduler::drain_events`]. Allocates nothing once its buffers have
+    /// their size.
     pub fn plan_step(&mut self, now_us: u64, plan: &mut StepPlan) {
         plan.clear();
+        self.now_us = now_us;
         self.step += 1;
         plan.step = StepId(self.step);
-        self.expire(now_us);
+        self.expire();
+        self.admit(plan);
         let decodes = self.plan_decodes(plan);
-        self.admit(now_us, plan);
-        let budget = self.chunks.budget(decodes);
-        let before = plan.tokens.len();
-        self.share_budget(budget);
+        self.mix = StepMix::of_decodes(decodes);
+        self.share_budget(decodes);
         let mut shares = std::mem::take(&mut self.shares);
-        for (id, tokens) in shares.drain(..) {
+        for share in shares.drain(..) {
             // An earlier share may have cost this one its blocks.
-            if self.running.contains(&id) && self.reserve(id, tokens, plan) {
-                self.push(id, tokens, plan);
+            if self.running.contains(&share.id) && self.reserve(share.id, share.tokens, plan) {
+                self.mix.add_chunk(share.position, share.tokens);
+                self.push(share.id, share.tokens, plan);
             }
         }
         self.shares = shares;
-        self.mix = StepMix { decodes, prefill_tokens: plan.tokens.len() - before };
         if !plan.is_empty() {
             self.stats.steps += 1;
         }
@@ -55,35 +58,32 @@ impl Scheduler {
         plan.tokens.len()
     }
 
-    /// Splits the chunk budget: half to the oldest prompt, then shortest remaining first.
-    fn share_budget(&mut self, mut budget: usize) {
+    /// Splits the chunk budget: half to the prompt of the best rank, the rest to the others, the
+    /// more urgent first and then the one with the least to do.
+    fn share_budget(&mut self, decodes: usize) {
         let mut shares = std::mem::take(&mut self.shares);
         shares.clear();
         for id in &self.running {
             let sequence = &self.sequences[id];
             if sequence.flow == Flow::Open && sequence.planned_step != self.step {
-                let rows_max = match sequence.new.prompt_logprobs {
-                    Some(_) => self.options.logits_rows_max,
-                    None => usize::MAX,
-                };
-                shares.push((*id, sequence.remaining().min(rows_max)));
+                shares.push(Share::of(sequence));
             }
         }
-        shares.sort_unstable_by_key(|(id, _)| self.sequences[id].rank());
-        if shares.len() > 1 {
-            let first = shares[0].1.min(budget.div_ceil(2));
-            budget -= first;
-            shares[1..].sort_by_key(|(_, remaining)| *remaining);
-            let wanted = std::mem::replace(&mut shares[0].1, first) - first;
+        if let Some(best) = (0..shares.len()).min_by_key(|at| shares[*at].rank) {
+            shares.swap(0, best);
+            shares[1..].sort_unstable_by_key(|share| (share.rank.0, share.wanted, share.rank.1));
+            let mut purse = Purse {
+                budget: self.chunks.budget(decodes),
+                score_rows: self.options.logits_rows_max,
+            };
+            let halves = if shares.len() > 1 { 2 } else { 1 };
+            purse.pay(&self.chunks, &mut shares[0], halves);
             for share in &mut shares[1..] {
-                share.1 = share.1.min(budget);
-                budget -= share.1;
+                purse.pay(&self.chunks, share, 1);
             }
-            shares[0].1 += wanted.min(budget);
-        } else if let Some(only) = shares.first_mut() {
-            only.1 = only.1.min(budget);
+            purse.pay(&self.chunks, &mut shares[0], 1);
         }
-        shares.retain(|(_, tokens)| *tokens > 0);
+        shares.retain(|share| share.tokens > 0);
         self.shares = shares;
     }
 
@@ -105,6 +105,7 @@ impl Scheduler {
 
     /// Writes the next `tokens` tokens of a sequence into the plan.
     fn push(&mut self, id: SequenceId, tokens: usize, plan: &mut StepPlan) {
+        let context_tokens = self.options.context_tokens;
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         sequence.planned_tokens = tokens;
         sequence.planned_step = self.step;
@@ -121,8 +122,56 @@ impl Scheduler {
             block_table: table_start..plan.block_tables.len(),
         });
         push_scores(sequence, first..end, row_start, plan);
-        if end == sequence.new.tokens.len() && sequence.generated() < sequence.new.max_tokens {
+        if end == sequence.new.tokens.len() && !sequence.is_full(context_tokens) {
             push_sample(sequence, plan);
+        }
+    }
+}
+
+/// What a prompt gets of a step's budget.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Share {
+    pub id: SequenceId,
+    /// Where its chunk starts.
+    position: usize,
+    /// Tokens that it still has to compute.
+    wanted: usize,
+    /// Whether its tokens ask for rows of scores.
+    is_scoring: bool,
+    rank: (Priority, u64),
+    tokens: usize,
+}
+
+impl Share {
+    fn of(sequence: &Sequence) -> Self {
+        Self {
+            id: sequence.new.id,
+            position: sequence.computed,
+            wanted: sequence.remaining(),
+            is_scoring: sequence.is_scoring(),
+            rank: sequence.rank(),
+            tokens: 0,
+        }
+    }
+}
+
+/// What is left of a step for prompts.
+struct Purse {
+    budget: ChunkBudget,
+    score_rows: usize,
+}
+
+impl Purse {
+    /// Gives a share what it wants and the budget, or a part of it, pays for.
+    fn pay(&mut self, chunks: &ChunkController, share: &mut Share, part: usize) {
+        let position = share.position + share.tokens;
+        let affordable = chunks.affordable(&self.budget, position).div_ceil(part);
+        let rows = if share.is_scoring { self.score_rows } else { usize::MAX };
+        let tokens = (share.wanted - share.tokens).min(affordable).min(rows);
+        chunks.spend(&mut self.budget, position, tokens);
+        share.tokens += tokens;
+        if share.is_scoring {
+            self.score_rows -= tokens;
         }
     }
 }

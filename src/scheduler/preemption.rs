@@ -1,7 +1,7 @@
 //! Taking device blocks from running sequences, worst rank first.
 
 use super::Scheduler;
-use super::sequence::{Flow, State};
+use super::sequence::{Flow, Sequence, State};
 use crate::kv::blocks_for;
 use crate::request::Priority;
 use crate::step::{BlockCopy, StepPlan, Tier};
@@ -20,15 +20,28 @@ impl Scheduler {
         true
     }
 
-    /// Makes room for a queued interactive sequence at the cost of a running batch sequence.
-    pub(super) fn make_room_for(&mut self, id: SequenceId, plan: &mut StepPlan) -> bool {
-        let Some(victim) = self.worst_running() else { return false };
-        let worse = self.sequences[&victim].new.priority == Priority::Batch;
-        if self.sequences[&id].new.priority != Priority::Interactive || !worse {
+    /// Makes a slot or some blocks available for a queued sequence, at the cost of a running one
+    /// that has to yield to it. Takes nothing from anybody unless `blocks` more can be had so.
+    pub(super) fn make_room_for(
+        &mut self,
+        id: SequenceId,
+        blocks: usize,
+        plan: &mut StepPlan,
+    ) -> bool {
+        let urgency = self.sequences[&id].urgency;
+        let yielding = self.running.iter().map(|other| &self.sequences[other]);
+        let yielding = yielding.filter(|other| yields_to(other, urgency));
+        // Blocks that several of them share are counted twice: it errs for the urgent one.
+        if yielding.map(|other| other.blocks.len()).sum::<usize>() < blocks {
             return false;
         }
-        self.preempt(victim, plan);
-        true
+        match self.worst_running() {
+            Some(victim) if yields_to(&self.sequences[&victim], urgency) => {
+                self.preempt(victim, plan);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Paused before open, then the worst rank; never one that this step computes already.
@@ -52,20 +65,28 @@ impl Scheduler {
         if kept > 0 && self.host.can_allocate(kept) {
             self.stats.swapped_out += 1;
             sequence.state = State::Swapped;
+            sequence.queued_us = self.now_us;
             for from in &sequence.blocks[..kept] {
                 let to = self.host.allocate().expect("can_allocate has said so");
                 plan.copies.push(BlockCopy { from: (Tier::Device, *from), to: (Tier::Host, to) });
                 sequence.host_blocks.push(to);
             }
         } else {
-            sequence.state = State::Waiting;
-            sequence.computed = 0;
-            sequence.published = 0;
+            sequence.requeue(self.now_us);
         }
         for block in sequence.blocks.drain(..).rev() {
             self.pool.release(block);
         }
         self.running.retain(|other| *other != id);
         self.queue.push(id);
+    }
+}
+
+/// Whether a running sequence yields to a waiting one of that urgency: batch to interactive, and
+/// one that is paused, so does nothing with its blocks, to any that is as urgent.
+fn yields_to(running: &Sequence, urgency: Priority) -> bool {
+    match running.flow {
+        Flow::Paused => urgency <= running.urgency,
+        Flow::Open => urgency < running.urgency,
     }
 }

@@ -98,6 +98,11 @@ pub(super) struct Sequence {
     pub new: NewSequence,
     pub state: State,
     pub flow: Flow,
+    /// Queue class: as asked, or raised because it waited long. Never lowered.
+    pub urgency: Priority,
+    /// When it last came into the queue, and how long it was there before that.
+    pub queued_us: u64,
+    pub waited_us: u64,
     /// Arrival number: the smaller, the older.
     pub order: u64,
     pub arrival_us: u64,
@@ -123,9 +128,11 @@ pub(super) struct Sequence {
 impl Sequence {
     pub fn new(new: NewSequence, order: u64, arrival_us: u64) -> Self {
         Self {
-            new,
             state: State::Waiting,
             flow: Flow::Open,
+            urgency: new.priority,
+            queued_us: arrival_us,
+            waited_us: 0,
             order,
             arrival_us,
             computed: 0,
@@ -137,7 +144,21 @@ impl Sequence {
             scored: 1,
             planned_tokens: 0,
             planned_step: 0,
+            new,
         }
+    }
+
+    /// Whether prompt tokens are still to be scored.
+    pub fn is_scoring(&self) -> bool {
+        self.new.prompt_logprobs.is_some() && self.scored < self.new.prompt_tokens
+    }
+
+    /// Puts it back into the queue, its tokens to be computed again.
+    pub fn requeue(&mut self, now_us: u64) {
+        self.state = State::Waiting;
+        self.computed = 0;
+        self.published = 0;
+        self.queued_us = now_us;
     }
 
     /// Tokens that have to be computed before the next one can be sampled.
@@ -149,12 +170,30 @@ impl Sequence {
         self.new.tokens.len() - self.new.prompt_tokens
     }
 
+    /// Whether no further token may be said: there are as many as were asked for, or as the context
+    /// holds.
+    pub fn is_full(&self, context_tokens: usize) -> bool {
+        self.generated() >= self.new.max_tokens || self.new.tokens.len() >= context_tokens
+    }
+
+    /// Whether a deadline has passed.
+    pub fn is_late(&self, now_us: u64) -> bool {
+        let passed = |deadline: Option<u64>| deadline.is_some_and(|at| at <= now_us);
+        let first_token = self.new.ttft_deadline_us.filter(|_| self.generated() == 0);
+        passed(self.new.deadline_us) || passed(first_token)
+    }
+
+    /// How many of its full blocks can come from the cache: the last token is always computed.
+    pub fn usable_blocks(&self, block_tokens: usize) -> usize {
+        (self.new.tokens.len() - 1) / block_tokens
+    }
+
     pub fn is_decoding(&self) -> bool {
         self.state == State::Running && self.remaining() == 1 && self.generated() > 0
     }
 
     /// Smaller goes first.
     pub fn rank(&self) -> (Priority, u64) {
-        (self.new.priority, self.order)
+        (self.urgency, self.order)
     }
 }

@@ -2,9 +2,11 @@
 //! token and of the slot before it, read back through the block table. A stale, wrong or missing
 //! block, a wrong position or a lost copy changes the digest, and with it the next token.
 
+#![allow(dead_code, reason = "each test binary uses its part")]
+
 use std::collections::HashMap;
 use tandem::step::{LogitsTask, RowOutput, StepOutput, StepPlan, Tier, TokenLogprob};
-use tandem::units::{BlockId, TokenId};
+use tandem::units::{BlockId, SequenceId, TokenId};
 
 /// Small, so that end tokens and repeated blocks come up.
 pub const VOCABULARY: u64 = 97;
@@ -97,5 +99,22 @@ impl Machine {
         let (block, slot) = (position / self.block_tokens, position % self.block_tokens);
         // An empty slot gives a digest that no sequence has.
         self.slots.get(&(Tier::Device, table[block], slot)).copied().unwrap_or(u64::MAX)
+    }
+}
+
+/// A block that is written in this step is in one table only.
+pub fn check_owners(plan: &StepPlan, block_tokens: usize) {
+    let mut written: HashMap<BlockId, SequenceId> = HashMap::new();
+    for planned in &plan.sequences {
+        let table = &plan.block_tables[planned.block_table.clone()];
+        for block in &table[planned.position_start / block_tokens..] {
+            assert_eq!(written.insert(*block, planned.id), None, "{block:?} has two writers");
+        }
+    }
+    for planned in &plan.sequences {
+        let table = &plan.block_tables[planned.block_table.clone()];
+        for block in table.iter().filter(|block| written.contains_key(block)) {
+            assert_eq!(written[block], planned.id, "{block:?} is read while it is written");
+        }
     }
 }

@@ -1,0 +1,165 @@
+//! The controller on simulated machines.
+
+use super::*;
+
+const LIMITS: ChunkLimits = ChunkLimits { slowdown_max: 2.0, tokens_min: 4, step_tokens_max: 512 };
+
+/// Microseconds of a step with `streams` and `tokens` prompt tokens from `position` on.
+type Machine = fn(streams: usize, tokens: usize, position: usize) -> f64;
+
+/// Every token costs: a small CPU.
+fn steep(streams: usize, tokens: usize, position: usize) -> f64 {
+    7_000.0 + 200.0 * streams as f64 + tokens as f64 * (900.0 + 0.15 * position as f64)
+}
+
+/// Tokens are free until arithmetic takes longer than reading the weights: a GPU.
+fn flat(streams: usize, tokens: usize, position: usize) -> f64 {
+    let arithmetic = 20.0 * (streams + tokens) as f64 + 0.01 * (tokens * position) as f64;
+    arithmetic.max(3_000.0)
+}
+
+/// Small chunks pay for a whole tile of eight.
+fn tiled(streams: usize, tokens: usize, position: usize) -> f64 {
+    steep(streams, tokens.next_multiple_of(8), position) - if tokens == 0 { 0.0 } else { 500.0 }
+}
+
+/// How a prefill went.
+#[derive(Debug)]
+struct Outcome {
+    /// The longest step, in undisturbed ones.
+    worst: f64,
+    /// The mean step, in undisturbed ones.
+    mean: f64,
+    tokens_per_step: f64,
+}
+
+/// Prefills a prompt.
+fn prefill(
+    controller: &mut ChunkController,
+    machine: Machine,
+    streams: usize,
+    positions: std::ops::Range<usize>,
+) -> Outcome {
+    let (mut position, mut steps, mut worst, mut total) = (positions.start, 0, 0.0_f64, 0.0);
+    let alone_us = machine(streams, 0, 0);
+    while position < positions.end {
+        let budget = controller.budget(streams);
+        let tokens = controller.affordable(&budget, position).min(positions.end - position);
+        let mut mix = StepMix::of_decodes(streams);
+        mix.add_chunk(position, tokens);
+        // Noise of up to a tenth, the same in every run.
+        let noise = 1.0 + 0.1 * ((steps * 7919 % 21) as f64 / 10.0 - 1.0);
+        let duration_us = machine(streams, tokens, position + tokens / 2) * noise;
+        worst = worst.max(duration_us / alone_us);
+        total += duration_us / alone_us;
+        controller.learn(&mix, Some(duration_us as u64));
+        position += tokens;
+        steps += 1;
+        assert!(steps < 100_000, "prefill stands still at {position}");
+    }
+    let tokens_per_step = positions.len() as f64 / steps as f64;
+    Outcome { worst, mean: total / steps as f64, tokens_per_step }
+}
+
+fn decode(controller: &mut ChunkController, machine: Machine, streams: usize) {
+    for _ in 0..10 {
+        let duration_us = machine(streams, 0, 0) as u64;
+        controller.learn(&StepMix::of_decodes(streams), Some(duration_us));
+    }
+}
+
+#[test]
+fn the_stretch_stays_within_bounds_on_every_machine() {
+    for (name, machine) in [("steep", steep as Machine), ("flat", flat), ("tiled", tiled)] {
+        for streams in [1, 5, 64] {
+            let mut controller = ChunkController::new(LIMITS);
+            decode(&mut controller, machine, streams);
+            let outcome = prefill(&mut controller, machine, streams, 0..8_000);
+            assert!(outcome.mean < 2.15, "{name}, {streams} streams: {outcome:?}");
+            // Deep in the prompt one tile alone takes longer than two steps.
+            let worst = if name == "tiled" { 3.7 } else { 2.7 };
+            assert!(outcome.worst < worst, "{name}, {streams} streams: {outcome:?}");
+            if name != "flat" {
+                assert!(outcome.mean > 1.7, "{name}, {streams} streams: {outcome:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_machine_with_room_is_used() {
+    let mut controller = ChunkController::new(LIMITS);
+    decode(&mut controller, flat, 4);
+    let outcome = prefill(&mut controller, flat, 4, 0..8_000);
+    // 6 ms at 20 to 100 microseconds a token: from 300 down to 60.
+    assert!(outcome.tokens_per_step > 70.0, "{outcome:?}");
+}
+
+#[test]
+fn a_prompt_that_begins_after_a_deep_one_is_not_held_to_its_cost() {
+    let mut controller = ChunkController::new(LIMITS);
+    decode(&mut controller, flat, 4);
+    prefill(&mut controller, flat, 4, 0..8_000);
+    let outcome = prefill(&mut controller, flat, 4, 0..1_000);
+    assert!(outcome.tokens_per_step > 80.0 && outcome.worst < 2.7, "{outcome:?}");
+}
+
+#[test]
+fn a_prompt_that_begins_deep_is_entered_carefully() {
+    let mut controller = ChunkController::new(LIMITS);
+    decode(&mut controller, steep, 8);
+    prefill(&mut controller, steep, 8, 0..500);
+    let budget = controller.budget(8);
+    assert!(controller.affordable(&budget, 200) > 4);
+    assert_eq!(controller.affordable(&budget, 30_000), 4);
+}
+
+#[test]
+fn one_step_in_many_is_kept_free_of_prompts() {
+    let mut controller = ChunkController::new(LIMITS);
+    decode(&mut controller, steep, 4);
+    let mut free = 0;
+    for _ in 0..660 {
+        let tokens = controller.affordable(&controller.budget(4), 0);
+        let mut mix = StepMix::of_decodes(4);
+        mix.add_chunk(0, tokens);
+        controller.learn(&mix, Some(steep(4, tokens, 0) as u64));
+        free += usize::from(tokens == 0);
+    }
+    assert_eq!(free, 20);
+}
+
+#[test]
+fn steps_that_cannot_be_learnt_from_do_not_stop_prompts() {
+    let mut controller = ChunkController::new(LIMITS);
+    for _ in 0..10 {
+        let free = StepMix::of_decodes(1);
+        controller.learn(&free, None);
+        assert_eq!(controller.affordable(&controller.budget(1), 0), 4);
+    }
+}
+
+#[test]
+fn without_streams_a_chunk_fills_the_step() {
+    let controller = ChunkController::new(LIMITS);
+    assert_eq!(controller.affordable(&controller.budget(0), 5_000), 512);
+}
+
+#[test]
+fn a_dear_chunk_is_the_smallest_and_comes_as_often_as_it_was_earned() {
+    let mut controller = ChunkController::new(LIMITS);
+    controller.learn(&StepMix::of_decodes(1), Some(1_000));
+    let (mut chunks, mut tokens) = (0, 0);
+    for _ in 0..20_000 {
+        let chunk = controller.affordable(&controller.budget(1), 0);
+        let mut mix = StepMix::of_decodes(1);
+        mix.add_chunk(0, chunk);
+        controller.learn(&mix, Some(1_000 + 50_000 * chunk as u64));
+        chunks += usize::from(chunk > 0);
+        tokens += chunk;
+    }
+    assert_eq!(tokens, 4 * chunks, "each is the smallest");
+    assert!((90..=110).contains(&chunks), "{chunks} chunks of 200 ms in 20 s of decoding");
+    assert!(controller.affordable(&controller.budget(510), 0) <= 2);
+    assert_eq!(controller.affordable(&controller.budget(512), 0), 0);
+}

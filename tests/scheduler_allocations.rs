@@ -1,0 +1,63 @@
+//! Planning a step allocates nothing: while streams decode, prompts are computed, others wait, and
+//! blocks are evicted and found again.
+
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
+#[path = "support/counting_allocator.rs"]
+mod counting_allocator;
+#[path = "scheduler/machine.rs"]
+mod machine;
+#[path = "scheduler/rig.rs"]
+mod rig;
+
+use counting_allocator::{CountingAllocator, measure};
+use rig::{Rig, batch, options, prompt, sequence};
+use tandem::scheduler::SchedulerOptions;
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator;
+
+/// Plans, runs and applies one step; how often planning allocated.
+fn planned_step(rig: &mut Rig) -> usize {
+    let ((), usage) = measure(|| rig.scheduler.plan_step(rig.now_us, &mut rig.plan));
+    rig.machine.run(&rig.plan, &mut rig.output);
+    rig.now_us += rig.output.duration_us;
+    rig.apply();
+    usage.allocations
+}
+
+/// A day's work: streams, and more prompts than fit beside them. How often planning allocated.
+fn day(rig: &mut Rig, first_id: u64) -> usize {
+    for id in 0..8 {
+        rig.add(sequence(first_id + id, prompt(id as u32, 20), 450));
+    }
+    for id in 0..100 {
+        // Every fourth begins like another one.
+        let tokens = prompt((id % 25) as u32, 60 + id);
+        let id = first_id + 10 + id as u64;
+        match id % 2 {
+            0 => rig.add(sequence(id, tokens, 20)),
+            _ => rig.add(batch(id, tokens, 20)),
+        }
+    }
+    let mut allocations = 0;
+    while !rig.scheduler.is_empty() {
+        allocations += planned_step(rig);
+    }
+    allocations
+}
+
+#[test]
+fn a_step_is_planned_without_allocating() {
+    for host_blocks in [0, 50] {
+        let options =
+            SchedulerOptions { device_blocks: 100, host_blocks, queue_max: 200, ..options() };
+        let mut rig = Rig::new(options);
+        assert!(day(&mut rig, 0) > 0, "the buffers got their size");
+        let allocations = day(&mut rig, 1_000);
+        let stats = rig.scheduler.stats();
+        assert!(stats.steps > 1_000 && stats.prefix_hit_tokens > 0, "{stats:?}");
+        assert!(stats.preemptions > 0 && (stats.swapped_out > 0) == (host_blocks > 0));
+        assert_eq!(allocations, 0);
+    }
+}
