@@ -267,8 +267,9 @@ impl<'a> Bench<'a> {
                 true => OpSplit::default(),
                 false => rig.once_by_op(&shortened(test, OP_TIMES_TOKENS))?,
             };
+            let pinned = setting.pinned.saturating_sub(rig.pin_failures());
             printer.print(Record {
-                setting: setting.clone(),
+                setting: Setting { pinned, ..setting.clone() },
                 test: *test,
                 ended: SystemTime::now(),
                 samples,

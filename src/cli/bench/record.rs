@@ -7,6 +7,8 @@ use serde_json::{Value, json};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tandem::executor::OpTime;
 
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
 /// What is the same for all tests of one run.
 #[derive(Clone, Debug)]
 pub struct Setting {
@@ -138,9 +140,9 @@ impl Record {
 impl Setting {
     fn fields(&self) -> Vec<(&'static str, Value)> {
         vec![
-            // Set by whoever builds a release; llama-bench has its own commit here.
-            ("build_commit", json!(option_env!("TANDEM_BUILD_COMMIT").unwrap_or("unknown"))),
-            ("build_number", json!(env!("CARGO_PKG_VERSION"))),
+            // A release build names its commit.
+            ("build_commit", json!(option_env!("TANDEM_BUILD_COMMIT").unwrap_or(VERSION))),
+            ("build_number", json!(0)),
             ("cpu_info", json!(self.cpu)),
             ("gpu_info", json!("")),
             ("backends", json!("CPU")),

@@ -68,6 +68,11 @@ impl Rig {
         }
     }
 
+    /// Workers that the system did not let be pinned, after a first step.
+    pub fn pin_failures(&self) -> usize {
+        self.stage.pin_failures().len()
+    }
+
     /// Runs a test once and says how long it took, the depth not counted.
     ///
     /// # Errors
