@@ -8,6 +8,7 @@ use super::cpu::Step;
 use super::cpu_pool::{CpuPool, PoolOptions, WorkerPanic};
 use super::handoff::{HandoffReceiver, HandoffSender, Slot};
 use super::kv_store::{KvMemory, KvOptions};
+use super::op_times::{OpClocks, OpTime};
 use super::program::{Op, Program, StagePart};
 use super::sample::RowSamplers;
 use super::weights::{LoadProgress, Weights, WeightsRequest};
@@ -64,6 +65,7 @@ pub struct Stage {
     inlet: Option<HandoffReceiver>,
     outlet: Option<HandoffSender>,
     failure: Option<WorkerPanic>,
+    clocks: Option<OpClocks>,
     // Last, so that workers are joined before what they work on is freed.
     pool: CpuPool,
 }
@@ -89,7 +91,7 @@ impl Stage {
         let mut pool = CpuPool::new(&options.pool).map_err(ExecutorError::Threads)?;
         let part = options.part.clone().unwrap_or_else(|| StagePart::whole(spec.layers.len()));
         let (isa, huge_pages) = (options.isa, options.huge_pages());
-        let request = WeightsRequest { checkpoint, spec, part, isa, huge_pages };
+        let request = WeightsRequest { source: checkpoint.into(), spec, part, isa, huge_pages };
         let weights = Arc::new(Weights::load(&request, &mut pool, progress)?);
         Self::with_pool(weights, options, pool)
     }
@@ -132,6 +134,7 @@ impl Stage {
             inlet: None,
             outlet: None,
             failure: None,
+            clocks: None,
             pool,
             weights,
         })
@@ -145,6 +148,16 @@ impl Stage {
     /// Workers that run on no core of their own because the system refused it.
     pub fn pin_failures(&self) -> Vec<usize> {
         self.pool.pin_failures()
+    }
+
+    /// From now on every op's time is counted, from 0.
+    pub fn start_op_times(&mut self) {
+        self.clocks = Some(OpClocks::new(self.weights.program(), self.pool.threads()));
+    }
+
+    /// Ends the counting; the times since [`Stage::start_op_times`], if it was called.
+    pub fn take_op_times(&mut self) -> Option<Vec<OpTime>> {
+        self.clocks.take().map(|clocks| clocks.times())
     }
 
     /// Bytes held.
@@ -213,6 +226,7 @@ impl Stage {
                 .map(|slot| Rows::new(&mut slot.residual, tokens, embedding_dim)),
             scratch: &self.scratch,
             samplers: &self.samplers,
+            clocks: self.clocks.as_ref(),
         };
         let done = self.pool.run(&|worker| step.execute(worker));
         if let Err(panic) = done {
