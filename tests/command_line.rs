@@ -190,9 +190,11 @@ fn a_service_answers_its_commands_and_stops() {
     let (code, message) = desk.fails(&["generate", "x", "--temperature", "1000"]);
     assert_eq!(code, 2);
     assert!(message.contains("temperature"), "{message}");
+    let shown = desk.ok(&["ps"]);
+    assert!(shown.contains("ready") && shown.contains("tiny.gguf"), "{shown}");
     desk.ok(&["stop"]);
+    assert_eq!(desk.fails(&["ps"]).0, 69, "stop waits for the end");
     assert!(service.0.wait().unwrap().success());
-    assert_eq!(desk.fails(&["ps"]).0, 69);
 }
 
 #[test]
