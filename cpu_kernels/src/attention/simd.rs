@@ -1,6 +1,6 @@
 //! Attention for any vector width. A tile of query rows goes through the chunks of a segment:
 //! ```text
-//! scores[row][j] = q[row]·k[j]             lanes are positions; 4 rows share each load of keys
+//! scores[row][j] = q[row]·k[j]             lanes are positions; rows share each load of keys
 //! mask, scale, cap; new maximum, correction, weights e^(score − max)      lanes are positions
 //! sums[row][d] = sums[row][d]·correction + Σ_j weight[row][j]·v[j][d]      lanes are elements
 //! ```
@@ -14,14 +14,15 @@ use super::scratch::{CHUNK, TILE_ROWS};
 use super::{AttentionTable, KvWrite, TOKEN_GROUP, Tile, TileState};
 use crate::lanes::{Lanes, exp_lanes, softcap_lanes};
 
-/// See [`AttentionTable::segment`]. `T` vectors are held per row of a micro-kernel of 4 rows:
-/// `4·T` accumulators, `T` operands and a broadcast must fit the registers.
+/// See [`AttentionTable::segment`]. A micro-kernel has `M` rows of `T` vectors: `M·T` accumulators,
+/// `T` operands and a broadcast must fit the registers, and the accumulators should be more than
+/// the latency of a multiply-add times its throughput (4 · 2).
 ///
 /// # Safety
 /// The call was checked, the state is that of a borrowed scratch, cleared, and the CPU has the
 /// instructions of `L`.
 #[inline(always)]
-unsafe fn segment<L: Lanes, const T: usize>(tile: &Tile<'_>, state: &TileState) {
+unsafe fn segment<L: Lanes, const M: usize, const T: usize>(tile: &Tile<'_>, state: &TileState) {
     let rows = tile.rows.len();
     let mut queries = [std::ptr::null(); TILE_ROWS];
     for (index, row) in tile.rows.clone().enumerate() {
@@ -33,7 +34,7 @@ unsafe fn segment<L: Lanes, const T: usize>(tile: &Tile<'_>, state: &TileState) 
         let next = chunk.start + CHUNK;
         let ahead = (next < tile.read_end).then(|| Chunk::new(tile, next, next..tile.read_end));
         // SAFETY: queries and scratch have the tile's rows.
-        unsafe { attend_chunk::<L, T>(tile, state, &queries[..rows], (&chunk, ahead.as_ref())) }
+        unsafe { attend_chunk::<L, M, T>(tile, state, &queries[..rows], (&chunk, ahead.as_ref())) }
         match ahead {
             Some(ahead) if next < tile.positions.end => chunk = ahead,
             _ => break,
@@ -46,7 +47,7 @@ unsafe fn segment<L: Lanes, const T: usize>(tile: &Tile<'_>, state: &TileState) 
 /// # Safety
 /// As [`segment`]; there is a query per row of the tile.
 #[inline(always)]
-unsafe fn attend_chunk<L: Lanes, const T: usize>(
+unsafe fn attend_chunk<L: Lanes, const M: usize, const T: usize>(
     tile: &Tile<'_>,
     state: &TileState,
     queries: &[*const f32],
@@ -60,24 +61,28 @@ unsafe fn attend_chunk<L: Lanes, const T: usize>(
         while row < rows {
             let scores = state.scores.add(row * CHUNK);
             let at = &queries[row..];
-            match rows - row {
+            match M.min(rows - row) {
                 1 => score_rows::<L, 1, T>(tile, at, lines(row), scores),
                 2 => score_rows::<L, 2, T>(tile, at, lines(row), scores),
                 3 => score_rows::<L, 3, T>(tile, at, lines(row), scores),
-                _ => score_rows::<L, 4, T>(tile, at, lines(row), scores),
+                4 => score_rows::<L, 4, T>(tile, at, lines(row), scores),
+                5 => score_rows::<L, 5, T>(tile, at, lines(row), scores),
+                _ => score_rows::<L, 6, T>(tile, at, lines(row), scores),
             }
-            row += 4;
+            row += M;
         }
         weigh::<L>(tile, state, chunk.start);
         row = 0;
         while row < rows {
-            match rows - row {
+            match M.min(rows - row) {
                 1 => add_values::<L, 1, T>(tile, state, lines(row), row),
                 2 => add_values::<L, 2, T>(tile, state, lines(row), row),
                 3 => add_values::<L, 3, T>(tile, state, lines(row), row),
-                _ => add_values::<L, 4, T>(tile, state, lines(row), row),
+                4 => add_values::<L, 4, T>(tile, state, lines(row), row),
+                5 => add_values::<L, 5, T>(tile, state, lines(row), row),
+                _ => add_values::<L, 6, T>(tile, state, lines(row), row),
             }
-            row += 4;
+            row += M;
         }
     }
 }
@@ -346,7 +351,7 @@ unsafe fn store_f16<L: Lanes>(to: *mut u16, from: *const f32, len: usize) {
 
 /// The outermost functions of one instruction set, and their table.
 macro_rules! attention_table {
-    ($module:ident, $lanes:ty, $vectors:literal, $features:tt) => {
+    ($module:ident, $lanes:ty, $rows:literal, $vectors:literal, $features:tt) => {
         pub(crate) mod $module {
             use super::*;
 
@@ -357,7 +362,7 @@ macro_rules! attention_table {
             #[target_feature(enable = $features)]
             unsafe fn segment(tile: &Tile<'_>, state: &TileState) {
                 // SAFETY: the caller keeps the promises of the generic function.
-                unsafe { super::segment::<$lanes, $vectors>(tile, state) }
+                unsafe { super::segment::<$lanes, $rows, $vectors>(tile, state) }
             }
 
             /// # Safety
@@ -371,10 +376,11 @@ macro_rules! attention_table {
     };
 }
 
-attention_table!(avx2, crate::lanes::avx2::Avx2, 2, "avx2,fma,f16c");
+attention_table!(avx2, crate::lanes::avx2::Avx2, 4, 2, "avx2,fma,f16c");
 attention_table!(
     avx512,
     crate::lanes::avx512::Avx512,
+    6,
     4,
     "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"
 );
