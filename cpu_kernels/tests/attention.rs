@@ -51,8 +51,14 @@ fn attend(kernels: &Kernels, world: &World, first: usize, n_queries: usize) -> V
     out
 }
 
-/// The same, every segment on its own (last first, to show that order doesn't matter), then merged.
-fn attend_by_segments(kernels: &Kernels, world: &World, first: usize, n: usize) -> Vec<f32> {
+/// The same, runs of `run` segments on their own (last first, to show that order doesn't matter),
+/// then merged.
+fn attend_by_segments(
+    kernels: &Kernels,
+    world: &World,
+    (first, n): (usize, usize),
+    run: usize,
+) -> Vec<f32> {
     let width = world.shape.n_heads() * world.shape.head_dim;
     let mut out = vec![f32::NAN; n * width];
     // SAFETY: `out` lives through the calls and nobody else uses it.
@@ -63,9 +69,10 @@ fn attend_by_segments(kernels: &Kernels, world: &World, first: usize, n: usize) 
         let part = AttentionPart { kv_head, queries: 0..n };
         let (segments, len) = (call.segments(&part.queries), call.partial_len(n));
         let mut partials = vec![f32::NAN; segments.len() * len];
-        for (index, partial) in partials.chunks_exact_mut(len).enumerate().rev() {
-            let segment = segments.start + index;
-            kernels.attend_segment(&call, &part, segment, partial, &mut scratch);
+        for (index, own) in partials.chunks_mut(run * len).enumerate().rev() {
+            let start = segments.start + index * run;
+            let own_segments = start..segments.end.min(start + run);
+            kernels.attend_segments(&call, &part, own_segments, own, &mut scratch);
         }
         kernels.merge_segments(&call, &part, &partials, view, &mut scratch);
     }
@@ -128,13 +135,14 @@ proptest! {
 
     #[test]
     fn segments_merged_give_the_bits_of_one_call(
-        shape in shapes(), seed in any::<u64>(), tokens in 1usize..1400, n in 1usize..20,
+        shape in shapes(), seed in any::<u64>(), tokens in 1usize..1400, n in 1usize..90,
+        run in 1usize..4,
     ) {
         let n = n.min(tokens);
         for kernels in kernels() {
             let world = World::filled(kernels, shape, tokens, seed);
             let together = attend(kernels, &world, tokens - n, n);
-            let apart = attend_by_segments(kernels, &world, tokens - n, n);
+            let apart = attend_by_segments(kernels, &world, (tokens - n, n), run);
             prop_assert_eq!(bits(&together), bits(&apart), "{}", kernels.isa());
         }
     }

@@ -30,8 +30,9 @@ pub(crate) use scratch::TileState;
 use std::ops::Range;
 pub use store::{KvLayout, KvLayoutError, KvStore, TOKEN_GROUP, TokenRows};
 
-/// Positions of one segment: the unit in which a long context may be shared among threads.
-pub const SEGMENT_TOKENS: usize = 512;
+/// Positions of one segment: the unit in which a long context may be shared among threads. Small
+/// enough to deal out contexts of a thousand tokens evenly, large enough that merging costs 1–2 %.
+pub const SEGMENT_TOKENS: usize = 256;
 
 /// What a layer's attention computes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -101,6 +102,8 @@ pub(crate) struct Tile<'a> {
 pub(crate) struct AttentionTable {
     /// Leaves maximum, weight and sums of a tile over its positions in the state, from cleared.
     pub segment: unsafe fn(&Tile<'_>, &TileState),
+    /// Adds the state's segment of so many rows of `head_dim` elements to those merged before.
+    pub merge: unsafe fn(&TileState, usize, usize),
     /// Stores all tokens of a write for one head.
     pub write_kv: unsafe fn(&KvWrite<'_>, usize),
 }
@@ -118,7 +121,7 @@ impl AttentionCall<'_> {
     }
 
     /// The segments that some of the queries see. Each can be computed on its own by
-    /// [`Kernels::attend_segment`].
+    /// [`Kernels::attend_segments`].
     pub fn segments(&self, queries: &Range<usize>) -> Range<usize> {
         if queries.is_empty() {
             return 0..0;
@@ -127,7 +130,8 @@ impl AttentionCall<'_> {
         first.start / SEGMENT_TOKENS..last.end.div_ceil(SEGMENT_TOKENS)
     }
 
-    /// f32 elements that [`Kernels::attend_segment`] leaves for a part with this many queries.
+    /// f32 elements that [`Kernels::attend_segments`] leaves per segment for a part with this many
+    /// queries.
     pub fn partial_len(&self, n_queries: usize) -> usize {
         n_queries * self.group() * (self.store.layout().head_dim() + 2)
     }
@@ -219,39 +223,42 @@ impl Kernels {
                 for segment in segments.clone() {
                     let rest = (rows.clone(), segment..segments.end);
                     self.compute_segment(call, part.kv_head, rest, &state);
-                    merge::merge_tile(&state, rows.len(), call.store.layout().head_dim());
+                    (self.attention.merge)(&state, rows.len(), call.store.layout().head_dim());
                 }
                 merge::write_tile(call, part.kv_head, rows, &state, output);
             }
         }
     }
 
-    /// Attends over segment `segment` only and leaves the unmerged result in `partial`, of
-    /// [`AttentionCall::partial_len`] elements. For decoding on long contexts, where one head's
-    /// work is worth several threads.
+    /// Attends over some of the part's segments only and leaves the unmerged results in
+    /// `partials`: per segment [`AttentionCall::partial_len`] elements. For contexts whose one
+    /// head is work for several threads.
     ///
     /// # Panics
-    /// As [`Kernels::attend`], and when `partial` has another length.
-    pub fn attend_segment(
+    /// As [`Kernels::attend`], and when `partials` has another length.
+    pub fn attend_segments(
         &self,
         call: &AttentionCall<'_>,
         part: &AttentionPart,
-        segment: usize,
-        partial: &mut [f32],
+        segments: Range<usize>,
+        partials: &mut [f32],
         scratch: &mut AttentionScratch,
     ) {
         call.check(part, scratch);
-        assert_eq!(partial.len(), call.partial_len(part.queries.len()), "length of a partial");
+        let len = call.partial_len(part.queries.len());
+        assert_eq!(partials.len(), segments.len() * len, "length of {segments:?} partials");
         let (state, head_dim) = (scratch.tile_state(), call.store.layout().head_dim());
-        let mut rest = partial;
+        let first_row = part.queries.start * call.group();
         for rows in call.tiles(part) {
-            let (own, others) = rest.split_at_mut(rows.len() * (head_dim + 2));
-            rest = others;
-            // SAFETY: the scratch is borrowed for the whole loop; shapes were checked.
-            unsafe {
-                let only = (rows, segment..segment + 1);
-                self.compute_segment(call, part.kv_head, only, &state);
-                merge::save_partial(&state, head_dim, own);
+            let offset = (rows.start - first_row) * (head_dim + 2);
+            for (segment, partial) in segments.clone().zip(partials.chunks_exact_mut(len.max(1))) {
+                let own = &mut partial[offset..][..rows.len() * (head_dim + 2)];
+                // SAFETY: the scratch is borrowed for the whole loop; shapes were checked.
+                unsafe {
+                    let rest = (rows.clone(), segment..segments.end);
+                    self.compute_segment(call, part.kv_head, rest, &state);
+                    merge::save_partial(&state, head_dim, own);
+                }
             }
         }
     }
@@ -280,10 +287,10 @@ impl Kernels {
             // SAFETY: the scratch is borrowed for the whole loop; shapes were checked.
             unsafe {
                 state.clear_merged(rows.len());
-                for partial in partials.chunks_exact(len) {
+                for partial in partials.chunks_exact(len.max(1)) {
                     let own = &partial[offset..][..rows.len() * (head_dim + 2)];
                     merge::load_partial(&state, head_dim, own);
-                    merge::merge_tile(&state, rows.len(), head_dim);
+                    (self.attention.merge)(&state, rows.len(), head_dim);
                 }
                 merge::write_tile(call, part.kv_head, rows, &state, output);
             }

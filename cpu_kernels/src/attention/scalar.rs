@@ -1,12 +1,13 @@
 //! The specification of attention: per query row, one pass for the scores of a segment and one for
 //! the weighted sum.
 
+use super::merge::merge_tile;
 use super::{AttentionTable, KvWrite, SEGMENT_TOKENS, Tile, TileState};
 use crate::elementwise::scalar::softcap_one;
 use half::f16;
 
 /// The portable kernels.
-pub(crate) const TABLE: AttentionTable = AttentionTable { segment, write_kv };
+pub(crate) const TABLE: AttentionTable = AttentionTable { segment, merge: merge_tile, write_kv };
 
 /// See [`AttentionTable::segment`].
 ///
