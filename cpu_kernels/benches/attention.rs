@@ -15,7 +15,7 @@ mod store;
 use std::hint::black_box;
 use std::time::Instant;
 use store::Layers;
-use tandem_cpu_kernels::attention::{AttentionParams, AttentionScratch, KvLayout};
+use tandem_cpu_kernels::attention::{AttentionParams, AttentionScratch, KvDType, KvLayout};
 use tandem_cpu_kernels::{Isa, Kernels};
 
 const STORE_BYTES: usize = 256 << 20;
@@ -47,10 +47,12 @@ fn main() {
         read / 1e9,
         peak / 1e9
     );
-    println!("kv heads, group, head_dim | decode GB/s (% of roof) at {CONTEXTS:?} | prefill");
-    for (n_kv_heads, group, head_dim) in SHAPES {
-        let layout = KvLayout::new(n_kv_heads, head_dim, BLOCK_TOKENS).expect("a good layout");
-        print!("{n_kv_heads:2} {group:2} {head_dim:4} |");
+    println!("type, kv heads, group, head_dim | decode GB/s (% of roof) at {CONTEXTS:?} | prefill");
+    let cases = KvDType::ALL.into_iter().flat_map(|dtype| SHAPES.map(|shape| (dtype, shape)));
+    for (dtype, (n_kv_heads, group, head_dim)) in cases {
+        let layout = KvLayout::new(n_kv_heads, head_dim, BLOCK_TOKENS, dtype);
+        let layout = layout.expect("a good layout");
+        print!("{dtype:4} {n_kv_heads:2} {group:2} {head_dim:4} |");
         for context in CONTEXTS {
             let layers = Layers::new(layout, context, STORE_BYTES);
             let speed = layers.bytes() as f64 / decode(kernels, &layers, group, threads);

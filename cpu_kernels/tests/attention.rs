@@ -5,7 +5,8 @@ mod world;
 
 use proptest::prelude::*;
 use tandem_cpu_kernels::attention::{
-    AttentionCall, AttentionPart, AttentionScratch, KvLayout, KvLayoutError, SEGMENT_TOKENS,
+    AttentionCall, AttentionPart, AttentionScratch, KvDType, KvLayout, KvLayoutError,
+    SEGMENT_TOKENS,
 };
 use tandem_cpu_kernels::{Isa, Kernels, OutputColumns};
 use world::{Shape, World};
@@ -24,8 +25,10 @@ fn shapes() -> impl Strategy<Value = Shape> {
     let softcap = prop_oneof![Just(None), Just(Some(2.0f32))];
     let window = prop_oneof![Just(None), (1usize..200).prop_map(Some)];
     let blocks = prop_oneof![Just(16usize), Just(32), Just(48), Just(64), Just(128)];
-    (1usize..3, 1usize..8, head_dims, blocks, softcap, window).prop_map(
-        |(n_kv_heads, group, head_dim, block_tokens, softcap, window)| Shape {
+    let dtype = prop_oneof![Just(KvDType::F16), Just(KvDType::Q8_0)];
+    (1usize..3, 1usize..8, head_dims, blocks, (softcap, window), dtype).prop_map(
+        |(n_kv_heads, group, head_dim, block_tokens, (softcap, window), dtype)| Shape {
+            dtype,
             n_kv_heads,
             group,
             head_dim,
@@ -148,7 +151,7 @@ proptest! {
     }
 
     #[test]
-    fn tokens_written_one_by_one_or_together_are_the_same_f16(
+    fn tokens_written_one_by_one_or_together_are_the_same(
         shape in shapes(), seed in any::<u64>(), tokens in 1usize..90,
     ) {
         for kernels in kernels() {
@@ -207,7 +210,7 @@ fn huge_scores_keep_their_distribution() {
     let shape = Shape { head_dim: 8, ..Shape::default() };
     for kernels in kernels() {
         let mut world = World::empty(shape, 130, 5);
-        world.keys.iter_mut().for_each(|k| *k *= 1e4);
+        world.scale_keys(1e4);
         world.write(kernels, 0, 130);
         let got = attend(kernels, &world, 129, 1);
         for (got, wanted) in got.iter().zip(world.naive(129, 1)) {
@@ -218,8 +221,8 @@ fn huge_scores_keep_their_distribution() {
 
 #[test]
 fn layouts_that_no_kernel_can_read_are_refused() {
-    assert_eq!(KvLayout::new(1, 64, 20), Err(KvLayoutError::BlockTokens { got: 20 }));
-    assert_eq!(KvLayout::new(1, 64, 0), Err(KvLayoutError::BlockTokens { got: 0 }));
+    assert_eq!(KvLayout::new(1, 64, 20, KvDType::F16), Err(KvLayoutError::BlockTokens { got: 20 }));
+    assert_eq!(KvLayout::new(1, 64, 0, KvDType::Q8_0), Err(KvLayoutError::BlockTokens { got: 0 }));
     let empty = KvLayoutError::Empty { n_kv_heads: 2, head_dim: 0 };
-    assert_eq!(KvLayout::new(2, 0, 16), Err(empty));
+    assert_eq!(KvLayout::new(2, 0, 16, KvDType::F16), Err(empty));
 }

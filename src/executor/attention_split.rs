@@ -371,11 +371,9 @@ mod tests {
 
     #[test]
     fn short_contexts_and_even_items_stay_whole() {
-        for (step, heads, workers) in [
-            (&[(1, 200)][..], 3, 2),
-            (&[(1, 9_000)], 4, 4),
-            (&[(1, 100), (1, 110), (1, 90)], 3, 2),
-        ] {
+        for (step, heads, workers) in
+            [(&[(1, 200)][..], 3, 2), (&[(1, 9_000)], 4, 4), (&[(1, 100), (1, 110), (1, 90)], 3, 2)]
+        {
             let mut split = split(heads, workers, None);
             split.deal(&tiles(step));
             assert!(split.divided().is_empty(), "{step:?}");

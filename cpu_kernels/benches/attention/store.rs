@@ -26,7 +26,7 @@ unsafe extern "C" {
 impl Layers {
     pub fn new(layout: KvLayout, context: usize, store_bytes: usize) -> Layers {
         let n_blocks = context / layout.block_tokens();
-        let plane = n_blocks * layout.block_elements() * 2;
+        let plane = n_blocks * layout.block_bytes();
         let count = store_bytes.div_ceil(2 * plane);
         let bytes = count * 2 * plane;
         let mut memory: Vec<u8> = Vec::with_capacity(bytes + HUGE_PAGE);
@@ -55,7 +55,7 @@ impl Layers {
     }
 
     fn plane(&self) -> usize {
-        self.blocks.len() * self.layout.block_elements() * 2
+        self.blocks.len() * self.layout.block_bytes()
     }
 
     /// `[n_tokens, n_heads · head_dim]`.
@@ -81,7 +81,7 @@ impl Layers {
         // borrowed exclusively.
         let (store, output) = unsafe {
             let values = keys.add(plane);
-            let store = KvStore::new(keys.cast(), values.cast(), self.blocks.len(), self.layout);
+            let store = KvStore::new(keys, values, self.blocks.len(), self.layout);
             (store, OutputColumns::new(out.as_mut_ptr(), n_tokens, width))
         };
         let call = AttentionCall {

@@ -1,4 +1,4 @@
-//! Owns attention over a paged f16 store of keys and values: writing tokens into it and reading it
+//! Owns attention over a paged store of keys and values, f16 or 8 bits: writing tokens into it and reading it
 //! with queries. It must not know sequences or schedulers: a block table says where positions lie.
 //! Called by the executor's workers, each with its own head, queries and scratch.
 //!
@@ -21,6 +21,7 @@ mod scratch;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod simd;
 mod store;
+mod write;
 
 use crate::dispatch::Kernels;
 use crate::matmul::OutputColumns;
@@ -28,7 +29,9 @@ pub use scratch::AttentionScratch;
 use scratch::TILE_ROWS;
 pub(crate) use scratch::TileState;
 use std::ops::Range;
-pub use store::{KvLayout, KvLayoutError, KvStore, TOKEN_GROUP, TokenRows};
+pub use store::{
+    KV_GROUP, KvDType, KvLayout, KvLayoutError, KvStore, TOKEN_GROUP, TokenRows, UnknownKvDType,
+};
 
 /// Positions of one segment: the unit in which a long context may be shared among threads. Small
 /// enough to deal out contexts of a thousand tokens evenly, large enough that merging costs 1–2 %.
@@ -181,8 +184,10 @@ impl AttentionCall<'_> {
 }
 
 impl Kernels {
-    /// Stores tokens for the given heads, rounded to the nearest f16 (ties to even); what exceeds
-    /// the range of f16 becomes its largest number, NaN stays NaN.
+    /// Stores tokens for the given heads. f16: rounded to the nearest (ties to even); what exceeds
+    /// the range of f16 becomes its largest number, NaN stays NaN. 8 bits: a group's scale is the
+    /// f16 nearest to its largest magnitude / 127, its elements the nearest multiples of that; a
+    /// NaN makes its group NaN.
     ///
     /// # Panics
     /// When shapes disagree or a position has no block.

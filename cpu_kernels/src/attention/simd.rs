@@ -9,13 +9,14 @@
 
 #![allow(clippy::needless_range_loop, reason = "register tiles are read by their indices")]
 
-mod half;
+mod products;
 mod write;
 
 use super::chunk::Chunk;
 use super::scratch::{CHUNK, TILE_ROWS};
-use super::{AttentionTable, KvWrite, Tile, TileState};
+use super::{AttentionTable, KvDType, KvWrite, Tile, TileState};
 use crate::lanes::{Lanes, exp_lanes, softcap_lanes};
+use products::{EightBit, Element, Half, add_values, score_rows};
 
 /// See [`AttentionTable::segment`]. A micro-kernel has `M` rows of `T` vectors: `M·T` accumulators,
 /// `T` operands and a broadcast must fit the registers, and the accumulators should be more than
@@ -25,7 +26,10 @@ use crate::lanes::{Lanes, exp_lanes, softcap_lanes};
 /// The call was checked, the state is that of a borrowed scratch, cleared, and the CPU has the
 /// instructions of `L`.
 #[inline(always)]
-unsafe fn segment<L: Lanes, const M: usize, const T: usize>(tile: &Tile<'_>, state: &TileState) {
+unsafe fn segment<E: Element, L: Lanes, const M: usize, const T: usize>(
+    tile: &Tile<'_>,
+    state: &TileState,
+) {
     let rows = tile.rows.len();
     let mut queries = [std::ptr::null(); TILE_ROWS];
     for (index, row) in tile.rows.clone().enumerate() {
@@ -37,7 +41,9 @@ unsafe fn segment<L: Lanes, const M: usize, const T: usize>(tile: &Tile<'_>, sta
         let next = chunk.start + CHUNK;
         let ahead = (next < tile.read_end).then(|| Chunk::new(tile, next, next..tile.read_end));
         // SAFETY: queries and scratch have the tile's rows.
-        unsafe { attend_chunk::<L, M, T>(tile, state, &queries[..rows], (&chunk, ahead.as_ref())) }
+        unsafe {
+            attend_chunk::<E, L, M, T>(tile, state, &queries[..rows], (&chunk, ahead.as_ref()))
+        }
         match ahead {
             Some(ahead) if next < tile.positions.end => chunk = ahead,
             _ => break,
@@ -50,7 +56,7 @@ unsafe fn segment<L: Lanes, const M: usize, const T: usize>(tile: &Tile<'_>, sta
 /// # Safety
 /// As [`segment`]; there is a query per row of the tile.
 #[inline(always)]
-unsafe fn attend_chunk<L: Lanes, const M: usize, const T: usize>(
+unsafe fn attend_chunk<E: Element, L: Lanes, const M: usize, const T: usize>(
     tile: &Tile<'_>,
     state: &TileState,
     queries: &[*const f32],
@@ -65,12 +71,12 @@ unsafe fn attend_chunk<L: Lanes, const M: usize, const T: usize>(
             let scores = state.scores.add(row * CHUNK);
             let at = &queries[row..];
             match M.min(rows - row) {
-                1 => half::score_rows::<L, 1, T>(tile, at, lines(row), scores),
-                2 => half::score_rows::<L, 2, T>(tile, at, lines(row), scores),
-                3 => half::score_rows::<L, 3, T>(tile, at, lines(row), scores),
-                4 => half::score_rows::<L, 4, T>(tile, at, lines(row), scores),
-                5 => half::score_rows::<L, 5, T>(tile, at, lines(row), scores),
-                _ => half::score_rows::<L, 6, T>(tile, at, lines(row), scores),
+                1 => score_rows::<E, L, 1, T>(tile, at, lines(row), scores),
+                2 => score_rows::<E, L, 2, T>(tile, at, lines(row), scores),
+                3 => score_rows::<E, L, 3, T>(tile, at, lines(row), scores),
+                4 => score_rows::<E, L, 4, T>(tile, at, lines(row), scores),
+                5 => score_rows::<E, L, 5, T>(tile, at, lines(row), scores),
+                _ => score_rows::<E, L, 6, T>(tile, at, lines(row), scores),
             }
             row += M;
         }
@@ -78,12 +84,12 @@ unsafe fn attend_chunk<L: Lanes, const M: usize, const T: usize>(
         row = 0;
         while row < rows {
             match M.min(rows - row) {
-                1 => half::add_values::<L, 1, T>(tile, state, lines(row), row),
-                2 => half::add_values::<L, 2, T>(tile, state, lines(row), row),
-                3 => half::add_values::<L, 3, T>(tile, state, lines(row), row),
-                4 => half::add_values::<L, 4, T>(tile, state, lines(row), row),
-                5 => half::add_values::<L, 5, T>(tile, state, lines(row), row),
-                _ => half::add_values::<L, 6, T>(tile, state, lines(row), row),
+                1 => add_values::<E, L, 1, T>(tile, state, lines(row), row),
+                2 => add_values::<E, L, 2, T>(tile, state, lines(row), row),
+                3 => add_values::<E, L, 3, T>(tile, state, lines(row), row),
+                4 => add_values::<E, L, 4, T>(tile, state, lines(row), row),
+                5 => add_values::<E, L, 5, T>(tile, state, lines(row), row),
+                _ => add_values::<E, L, 6, T>(tile, state, lines(row), row),
             }
             row += M;
         }
@@ -219,7 +225,16 @@ macro_rules! attention_table {
             #[target_feature(enable = $features)]
             unsafe fn segment(tile: &Tile<'_>, state: &TileState) {
                 // SAFETY: the caller keeps the promises of the generic function.
-                unsafe { super::segment::<$lanes, $rows, $vectors>(tile, state) }
+                unsafe {
+                    match tile.call.store.layout().dtype() {
+                        KvDType::F16 => {
+                            super::segment::<Half, $lanes, $rows, $vectors>(tile, state)
+                        }
+                        KvDType::Q8_0 => {
+                            super::segment::<EightBit, $lanes, $rows, $vectors>(tile, state);
+                        }
+                    }
+                }
             }
 
             /// # Safety

@@ -1,6 +1,7 @@
 //! Storing keys and values.
 
-use crate::attention::KvWrite;
+use crate::attention::write::write_groups;
+use crate::attention::{KvDType, KvWrite};
 use crate::lanes::Lanes;
 
 /// See [`AttentionTable::write_kv`].
@@ -10,12 +11,16 @@ use crate::lanes::Lanes;
 #[inline(always)]
 pub(super) unsafe fn write_kv<L: Lanes>(write: &KvWrite<'_>, kv_head: usize) {
     let layout = write.store.layout();
+    if layout.dtype() == KvDType::Q8_0 {
+        // SAFETY: the write was checked.
+        return unsafe { write_groups(write, kv_head) };
+    }
     let (head_dim, block_tokens) = (layout.head_dim(), layout.block_tokens());
     for token in 0..write.keys.n_tokens() {
         let position = write.first_position + token;
         let (block, slot) = (write.blocks[position / block_tokens], position % block_tokens);
-        let key = write.store.key_at(block, kv_head, slot);
-        let value = write.store.value_at(block, kv_head, slot);
+        let key = write.store.key_at(block, kv_head, slot).cast::<u16>();
+        let value = write.store.value_at(block, kv_head, slot).cast::<u16>();
         let keys = &write.keys.row(token)[kv_head * head_dim..][..head_dim];
         let values = &write.values.row(token)[kv_head * head_dim..][..head_dim];
         let mut d = 0;
