@@ -221,20 +221,31 @@ macro_rules! attention_table {
             pub(crate) const TABLE: AttentionTable = AttentionTable { segment, merge, write_kv };
 
             /// # Safety
-            /// The CPU has these features; otherwise as the generic function.
-            #[target_feature(enable = $features)]
+            /// As the generic function; the CPU has these features.
             unsafe fn segment(tile: &Tile<'_>, state: &TileState) {
-                // SAFETY: the caller keeps the promises of the generic function.
+                // SAFETY: the caller keeps the promises of both.
                 unsafe {
                     match tile.call.store.layout().dtype() {
-                        KvDType::F16 => {
-                            super::segment::<Half, $lanes, $rows, $vectors>(tile, state)
-                        }
-                        KvDType::Q8_0 => {
-                            super::segment::<EightBit, $lanes, $rows, $vectors>(tile, state);
-                        }
+                        KvDType::F16 => segment_f16(tile, state),
+                        KvDType::Q8_0 => segment_q8_0(tile, state),
                     }
                 }
+            }
+
+            /// # Safety
+            /// The CPU has these features; otherwise as the generic function.
+            #[target_feature(enable = $features)]
+            unsafe fn segment_f16(tile: &Tile<'_>, state: &TileState) {
+                // SAFETY: the caller keeps the promises of the generic function.
+                unsafe { super::segment::<Half, $lanes, $rows, $vectors>(tile, state) }
+            }
+
+            /// # Safety
+            /// The CPU has these features; otherwise as the generic function.
+            #[target_feature(enable = $features)]
+            unsafe fn segment_q8_0(tile: &Tile<'_>, state: &TileState) {
+                // SAFETY: the caller keeps the promises of the generic function.
+                unsafe { super::segment::<EightBit, $lanes, $rows, $vectors>(tile, state) }
             }
 
             /// # Safety

@@ -5,6 +5,7 @@ use crate::attention::scratch::CHUNK;
 use crate::attention::store::KV_GROUP;
 use crate::attention::{TOKEN_GROUP, Tile, TileState};
 use crate::lanes::Lanes;
+use std::ops::Range;
 
 /// How a store keeps an element.
 pub(super) trait Element {
@@ -93,25 +94,12 @@ pub(super) unsafe fn score_rows<E: Element, L: Lanes, const R: usize, const T: u
             let mut from = 0;
             while from < head_dim {
                 let to = head_dim.min(from + step);
-                let mut sums = [[L::splat(0.0); T]; R];
-                for d in from..to {
-                    if let Some(ahead) = ahead {
-                        for t in 0..(T * L::WIDTH).div_ceil(TOKEN_GROUP) {
-                            let keys = ahead.keys[first / TOKEN_GROUP + t];
-                            prefetch(keys.wrapping_add(d * stride * E::BYTES));
-                        }
-                    }
-                    let mut k = [L::splat(0.0); T];
-                    for t in 0..T {
-                        k[t] = E::load::<L>(keys[t].add(d * stride * E::BYTES));
-                    }
-                    for r in 0..R {
-                        let q = L::splat(*queries[r].add(d));
-                        for t in 0..T {
-                            sums[r][t] = L::fma(q, k[t], sums[r][t]);
-                        }
-                    }
-                }
+                let ahead = ahead.map(|ahead| &ahead.keys[first / TOKEN_GROUP..]);
+                let heads = (queries, keys);
+                let sums = match ahead {
+                    Some(ahead) => dot::<E, L, R, T, true>(heads, ahead, (from..to, stride)),
+                    None => dot::<E, L, R, T, false>(heads, &[], (from..to, stride)),
+                };
                 for t in 0..T {
                     let position = first + t * L::WIDTH;
                     let scale = if E::SCALED {
@@ -133,6 +121,41 @@ pub(super) unsafe fn score_rows<E: Element, L: Lanes, const R: usize, const T: u
                 from = to;
             }
         }
+    }
+}
+
+/// Products of `R` queries with `T` vectors of keys over the elements `of`, `stride` apart; `ASK`
+/// has it ask for the keys `ahead` on the way.
+///
+/// # Safety
+/// As [`score_rows`].
+#[inline(always)]
+unsafe fn dot<E: Element, L: Lanes, const R: usize, const T: usize, const ASK: bool>(
+    (queries, keys): (&[*const f32], [*const u8; T]),
+    ahead: &[*const u8],
+    (of, stride): (Range<usize>, usize),
+) -> [[L::V; T]; R] {
+    // SAFETY: the elements lie inside the heads of queries and keys.
+    unsafe {
+        let mut sums = [[L::splat(0.0); T]; R];
+        for d in of {
+            if ASK {
+                for keys in &ahead[..(T * L::WIDTH).div_ceil(TOKEN_GROUP)] {
+                    prefetch(keys.wrapping_add(d * stride * E::BYTES));
+                }
+            }
+            let mut k = [L::splat(0.0); T];
+            for t in 0..T {
+                k[t] = E::load::<L>(keys[t].add(d * stride * E::BYTES));
+            }
+            for r in 0..R {
+                let q = L::splat(*queries[r].add(d));
+                for t in 0..T {
+                    sums[r][t] = L::fma(q, k[t], sums[r][t]);
+                }
+            }
+        }
+        sums
     }
 }
 
