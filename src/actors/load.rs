@@ -151,7 +151,7 @@ fn model_info(
         context_tokens_max: spec.context_tokens_max,
         layers: spec.layers.len(),
         weight_bytes: spec.weight_bytes(),
-        kv_bytes_per_token: spec.kv_bytes_per_token(),
+        kv_bytes_per_token: spec.kv_bytes_per_token(placement.kv_dtype),
         warnings: warnings.iter().chain(&placement.notes).cloned().chain(unused).collect(),
     }
 }
@@ -184,6 +184,7 @@ fn stage_options(
         huge_pages: config.cpu.huge_pages,
         kv: KvOptions {
             block_tokens: config.kv.block_tokens,
+            dtype: placement.kv_dtype,
             device_blocks: placement.device_blocks,
             host_blocks: placement.host_blocks,
         },
