@@ -16,6 +16,7 @@
 #[cfg(target_arch = "x86_64")]
 mod chunk;
 mod merge;
+mod rotate;
 pub(crate) mod scalar;
 mod scratch;
 #[cfg(target_arch = "x86_64")]
@@ -111,6 +112,21 @@ pub(crate) struct AttentionTable {
     pub write_kv: unsafe fn(&KvWrite<'_>, usize),
 }
 
+impl Tile<'_> {
+    /// `[head_dim]` of the tile's row `index`, as the store's keys are multiplied with.
+    ///
+    /// # Safety
+    /// The row is one of the tile, whose queries have been prepared in `state`.
+    #[inline(always)]
+    pub(crate) unsafe fn query(&self, index: usize, state: &TileState) -> *const f32 {
+        match self.call.store.layout().dtype() {
+            KvDType::F16 => self.call.query(self.kv_head, self.rows.start + index),
+            // SAFETY: the row is inside the scratch.
+            KvDType::Q8_0 => unsafe { state.rotated.add(index * state.stride) },
+        }
+    }
+}
+
 impl AttentionCall<'_> {
     /// Query heads per key-value head.
     pub fn group(&self) -> usize {
@@ -153,6 +169,17 @@ impl AttentionCall<'_> {
         self.queries.row(row / group)[head * head_dim..][..head_dim].as_ptr()
     }
 
+    /// Makes the queries of a tile ready for the store's keys.
+    ///
+    /// # Safety
+    /// The call was checked, the state is that of a borrowed scratch.
+    unsafe fn prepare_queries(&self, kv_head: usize, rows: &Range<usize>, state: &TileState) {
+        if self.store.layout().dtype() == KvDType::Q8_0 {
+            // SAFETY: passed on; tiles have at most `TILE_ROWS` rows.
+            unsafe { rotate::rotate_queries(self, kv_head, rows.clone(), state) }
+        }
+    }
+
     fn check(&self, part: &AttentionPart, scratch: &AttentionScratch) {
         let layout = self.store.layout();
         let (kv_heads, head_dim) = (layout.n_kv_heads(), layout.head_dim());
@@ -187,7 +214,7 @@ impl Kernels {
     /// Stores tokens for the given heads. f16: rounded to the nearest (ties to even); what exceeds
     /// the range of f16 becomes its largest number, NaN stays NaN. 8 bits: a group's scale is the
     /// f16 nearest to its largest magnitude / 127, its elements the nearest multiples of that; a
-    /// NaN makes its group NaN.
+    /// NaN makes its group NaN; whole groups of keys are rotated first (`rotate.rs`).
     ///
     /// # Panics
     /// When shapes disagree or a position has no block.
@@ -224,6 +251,7 @@ impl Kernels {
             // SAFETY: the scratch is borrowed for the whole loop; shapes were checked.
             unsafe {
                 state.clear_merged(rows.len());
+                call.prepare_queries(part.kv_head, &rows, &state);
                 let segments = call.segments(&call.tile_queries(&rows));
                 for segment in segments.clone() {
                     let rest = (rows.clone(), segment..segments.end);
@@ -256,6 +284,8 @@ impl Kernels {
         let first_row = part.queries.start * call.group();
         for rows in call.tiles(part) {
             let offset = (rows.start - first_row) * (head_dim + 2);
+            // SAFETY: as below.
+            unsafe { call.prepare_queries(part.kv_head, &rows, &state) }
             for (segment, partial) in segments.clone().zip(partials.chunks_exact_mut(len.max(1))) {
                 let own = &mut partial[offset..][..rows.len() * (head_dim + 2)];
                 // SAFETY: the scratch is borrowed for the whole loop; shapes were checked.

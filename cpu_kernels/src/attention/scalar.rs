@@ -28,7 +28,7 @@ unsafe fn segment(tile: &Tile<'_>, state: &TileState) {
         let scores = &mut scores[..end - start];
         // SAFETY: positions of the tile have blocks; the row is inside the scratch.
         unsafe {
-            score(tile, row, start, scores);
+            score(tile, tile.query(index, state), start, scores);
             let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             *state.max.add(index) = max;
             let mut weight = 0.0;
@@ -43,13 +43,12 @@ unsafe fn segment(tile: &Tile<'_>, state: &TileState) {
     }
 }
 
-/// Scores of one row at positions `start ..`.
+/// Scores of one query at positions `start ..`.
 ///
 /// # Safety
 /// As [`segment`].
-unsafe fn score(tile: &Tile<'_>, row: usize, start: usize, scores: &mut [f32]) {
+unsafe fn score(tile: &Tile<'_>, query: *const f32, start: usize, scores: &mut [f32]) {
     let (call, head_dim) = (tile.call, tile.call.store.layout().head_dim());
-    let query = call.query(tile.kv_head, row);
     for (position, score) in (start..).zip(scores) {
         let mut dot = 0.0f32;
         for d in 0..head_dim {

@@ -32,8 +32,9 @@ unsafe fn segment<E: Element, L: Lanes, const M: usize, const T: usize>(
 ) {
     let rows = tile.rows.len();
     let mut queries = [std::ptr::null(); TILE_ROWS];
-    for (index, row) in tile.rows.clone().enumerate() {
-        queries[index] = tile.call.query(tile.kv_head, row);
+    for (index, query) in queries[..rows].iter_mut().enumerate() {
+        // SAFETY: the row is one of the tile's.
+        *query = unsafe { tile.query(index, state) };
     }
     let start = tile.positions.start / CHUNK * CHUNK;
     let mut chunk = Chunk::new(tile, start, tile.positions.clone());

@@ -1,6 +1,7 @@
 //! Storing keys and values in 8 bits: plain Rust, the same bits for every instruction set. It is
 //! inlined into the outermost function of each, whose vectors the compiler then uses.
 
+use super::rotate::rotate;
 use super::store::KV_GROUP;
 use super::{KvWrite, scalar};
 use half::f16;
@@ -23,12 +24,11 @@ pub(super) unsafe fn write_groups(write: &KvWrite<'_>, kv_head: usize) {
         let value = write.store.value_at(block, kv_head, slot);
         let scales = write.store.scales_at(block, kv_head, slot);
         let rows = [write.keys.row(token), write.values.row(token)];
-        for ((row, (to, stride)), scales) in
-            rows.into_iter().zip([(key, block_tokens), (value, 1)]).zip(scales)
-        {
+        let places = [(key, block_tokens, Turn::Rotated), (value, 1, Turn::AsIs)];
+        for ((row, (to, stride, turn)), scales) in rows.into_iter().zip(places).zip(scales) {
             let row = &row[kv_head * head_dim..][..head_dim];
             for (index, group) in row.chunks(KV_GROUP).enumerate() {
-                let (scale, elements) = quantize(group);
+                let (scale, elements) = quantize(group, turn);
                 // SAFETY: groups and elements lie inside the head.
                 unsafe {
                     *scales.add(index * block_tokens) = scale;
@@ -41,13 +41,23 @@ pub(super) unsafe fn write_groups(write: &KvWrite<'_>, kv_head: usize) {
     }
 }
 
+/// What is done to a whole group before it is rounded.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    AsIs,
+    Rotated,
+}
+
 /// f16 bits of the scale and the elements of a group: multiples of the scale as it is stored.
 #[inline(always)]
-fn quantize(group: &[f32]) -> (u16, [i8; KV_GROUP]) {
+fn quantize(group: &[f32], turn: Turn) -> (u16, [i8; KV_GROUP]) {
     let limit = f16::MAX.to_f32() * ELEMENT_MAX;
     let mut values = [0.0f32; KV_GROUP];
     for (value, x) in values.iter_mut().zip(group) {
         *value = if x.is_nan() { f32::NAN } else { x.clamp(-limit, limit) };
+    }
+    if turn == Turn::Rotated && group.len() == KV_GROUP {
+        rotate(&mut values);
     }
     // Times 0, everything that is finite adds nothing, and a NaN makes the scale NaN.
     let nan: f32 = values.iter().map(|value| value * 0.0).sum();

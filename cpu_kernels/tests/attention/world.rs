@@ -73,6 +73,11 @@ fn random(n: usize, state: &mut u64) -> Vec<f32> {
         .collect()
 }
 
+/// Element of a Hadamard matrix: ±1.
+fn sign(row: usize, column: usize) -> f32 {
+    if (row & column).count_ones() % 2 == 0 { 1.0 } else { -1.0 }
+}
+
 impl World {
     /// Nothing is written yet. Every second block of the store belongs to the sequence, from the
     /// last to the first.
@@ -204,14 +209,26 @@ impl World {
         let offsets = [layout.key_offset(head, slot, d), layout.value_offset(head, slot, d)];
         let scale_at = block + layout.scale_offset(head, slot, d / KV_GROUP);
         let mut stored = [(0.0, 0.0); 2];
+        let first = d / KV_GROUP * KV_GROUP;
+        let rotated = self.shape.dtype == KvDType::Q8_0 && first + KV_GROUP <= self.shape.head_dim;
         for (index, words) in [&self.stored_keys, &self.stored_values].into_iter().enumerate() {
             let at = block + offsets[index];
             stored[index] = match self.shape.dtype {
                 KvDType::F16 => (f16::from_bits(words[at / 2]).to_f32(), 0.0),
                 KvDType::Q8_0 => {
                     let scale = f16::from_bits(words[scale_at / 2]).to_f32();
-                    let element = words[at / 2].to_le_bytes()[at % 2] as i8;
-                    (f32::from(element) * scale, scale * (0.5 + 127.0 / 2048.0))
+                    let step = 0.5 + 127.0 / 2048.0;
+                    let element = |at: usize| f32::from(words[at / 2].to_le_bytes()[at % 2] as i8);
+                    if rotated && index == 0 {
+                        let keys = (first..first + KV_GROUP)
+                            .map(|dim| element(block + layout.key_offset(head, slot, dim)));
+                        let turned: f32 =
+                            keys.enumerate().map(|(i, key)| sign(i, d % KV_GROUP) * key).sum();
+                        let norm = (KV_GROUP as f32).sqrt();
+                        (turned / norm * scale, scale * step * norm)
+                    } else {
+                        (element(at) * scale, scale * step)
+                    }
                 }
             };
         }
