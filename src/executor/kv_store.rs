@@ -1,5 +1,5 @@
-//! The bytes of KV blocks, f16 or 8 bits, per tier: the store that attention reads, and host memory behind
-//! it for sequences that wait. Performs [`BlockCopy`] orders.
+//! The bytes of KV blocks, f16 or 8 bits, per tier: the store that attention reads, and host memory
+//! behind it for sequences that wait. Performs [`BlockCopy`] orders.
 
 use super::ExecutorError;
 use super::program::{KvLayerId, KvShape};
@@ -188,8 +188,8 @@ impl<'a> KvLayers<'a> {
         let layer = &self.layers[id.0 as usize];
         let [keys, values] = [&layer.device[0], &layer.device[1]].map(|plane| plane.bytes);
         // SAFETY: both planes hold `blocks · block_bytes` bytes, aligned to cache lines, and are
-        // borrowed for 'a, by `KvMemory::layers` exclusively. The interpreter writes a block through one worker
-        // (`BlockRun`) and reads after a barrier.
+        // borrowed for 'a, by `KvMemory::layers` exclusively. The interpreter writes a block
+        // through one worker (`BlockRun`) and reads after a barrier.
         unsafe { KvStore::new(keys, values, self.blocks, layer.layout) }
     }
 }

@@ -3,8 +3,8 @@
 //!
 //! Some models' keys have a few elements a hundred times as large as the rest (Qwen2's biases). One
 //! such element would take all steps of its group's scale. A Hadamard matrix `H / √32` is
-//! orthogonal, so rotating both sides changes no product, `(Hq)·(Hk) / 32 = q·k`, and it spreads one
-//! large element evenly over its group (QuaRot, Ashkboos et al., arXiv 2404.00456).
+//! orthogonal, so rotating both sides changes no product, `(Hq)·(Hk) / 32 = q·k`, and it spreads
+//! one large element evenly over its group (QuaRot, Ashkboos et al., arXiv 2404.00456).
 
 use super::store::KV_GROUP;
 use super::{AttentionCall, TileState};

@@ -75,7 +75,7 @@ fn random(n: usize, state: &mut u64) -> Vec<f32> {
 
 /// Element of a Hadamard matrix: ±1.
 fn sign(row: usize, column: usize) -> f32 {
-    if (row & column).count_ones() % 2 == 0 { 1.0 } else { -1.0 }
+    if (row & column).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 }
 }
 
 impl World {

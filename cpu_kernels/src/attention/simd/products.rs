@@ -232,8 +232,8 @@ unsafe fn scale_weights<L: Lanes, const R: usize>(
     }
 }
 
-/// [`add_values`] for `T` vectors of elements from `d`, with the given `[R, CHUNK]` weights; `WHOLE`
-/// says that the elements before `end` fill them.
+/// [`add_values`] for `T` vectors of elements from `d`, with the given `[R, CHUNK]` weights;
+/// `WHOLE` says that the elements before `end` fill them.
 ///
 /// # Safety
 /// As [`add_values`]. Rows of the sums are padded to whole vectors.
