@@ -1,6 +1,6 @@
 //! Owns attention over a paged store of keys and values, f16 or 8 bits: writing tokens into it and
-//! reading it with queries. It must not know sequences or schedulers: a block table says where positions lie.
-//! Called by the executor's workers, each with its own head, queries and scratch.
+//! reading it with queries. It must not know sequences or schedulers: a block table says where
+//! positions lie. Called by the executor's workers, each with its own head, queries and scratch.
 //!
 //! For a query at position `p` and the positions `j` it sees (`p − window < j ≤ p`):
 //! ```text

@@ -203,7 +203,8 @@ impl<'a> KvStore<'a> {
     /// Both pointers must be even, and valid for reads and writes of that many initialised bytes
     /// during `'a`. While copies of the view live, nobody may write an element that another thread
     /// uses at the same time: writes to one sequence's head (`Kernels::write_kv`) end before
-    /// attention on it starts, and two threads write different heads, or different blocks, or through one.
+    /// attention on it starts, and two threads write different heads, or different blocks, or
+    /// through one.
     pub unsafe fn new(
         keys: *mut u8,
         values: *mut u8,
