@@ -121,19 +121,21 @@ def run_peer(options, flash_attn):
 
 
 def run_tandem(options):
+    rates = {}
+    for row in bench(options, "0", str(options.gen), options.batch):
+        rates[str(row["n_parallel"])] = row["avg_ts"]
+    if options.prompt:
+        rates["prompt"] = bench(options, str(options.prompt), "0", "1")[0]["avg_ts"]
+    return rates
+
+
+def bench(options, prompt, gen, streams):
     command = [
         options.tandem, "bench", options.model, "--output", "json", "--repetitions", "1",
-        "--threads", str(options.threads), "--n-prompt", str(options.prompt),
-        "--n-gen", str(options.gen), "--parallel", options.batch,
+        "--quiet", "--threads", str(options.threads), "--n-prompt", prompt, "--n-gen", gen,
+        "--n-parallel", streams,
     ]
-    rows = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    rates = {}
-    for row in rows:
-        if row["n_gen"] == 0:
-            rates["prompt"] = row["avg_ts"]
-        else:
-            rates[str(row["n_parallel"])] = row["avg_ts"]
-    return rates
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def streams_of(options):

@@ -63,6 +63,32 @@ fn float_models_of_every_family_agree_with_the_reference() {
     }
 }
 
+/// Widths that are no multiple of any vector, group or pair of threads.
+#[test]
+fn models_of_odd_widths_agree_with_the_reference() {
+    for family in Family::ALL {
+        for (dtype, [embedding_dim, n_heads, n_kv_heads, head_dim, n_ff]) in [
+            (DType::F32, [99, 3, 1, 6, 71]),
+            (DType::F16, [33, 5, 5, 2, 1]),
+            (DType::BF16, [1, 6, 2, 10, 97]),
+            (DType::Q8_0, [96, 16, 2, 10, 32]),
+            (DType::Q4_0, [32, 1, 1, 32, 416]),
+        ] {
+            let shape = TinyModel {
+                embedding_dim,
+                n_heads,
+                n_kv_heads,
+                head_dim,
+                n_ff,
+                ..TinyModel::new(family).dtype(dtype)
+            };
+            let (mean, largest) = distance(&tiny(&shape));
+            println!("{family:?} {dtype}: {mean:.6} mean, {largest:.6} largest");
+            assert!(mean < 0.03 && largest < 0.3, "{family:?} {dtype}: {mean} {largest}");
+        }
+    }
+}
+
 #[test]
 fn quantised_models_of_every_type_stay_near_the_reference() {
     for family in Family::ALL {

@@ -8,6 +8,7 @@ use crate::activations::{self, ActivationTable};
 use crate::attention::{self, AttentionTable};
 use crate::isa::{Isa, UnsupportedIsa};
 use crate::matmul::{self, MatmulTable};
+use crate::roof::{self, RoofTable};
 use crate::vector::{self, VectorTable};
 use std::sync::LazyLock;
 
@@ -18,6 +19,7 @@ pub struct Kernels {
     pub(crate) activations: ActivationTable,
     pub(crate) vector: VectorTable,
     pub(crate) attention: AttentionTable,
+    pub(crate) roof: RoofTable,
 }
 
 static SCALAR: Kernels = Kernels {
@@ -26,6 +28,7 @@ static SCALAR: Kernels = Kernels {
     activations: activations::scalar::TABLE,
     vector: vector::SCALAR,
     attention: attention::scalar::TABLE,
+    roof: roof::scalar::TABLE,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -35,6 +38,7 @@ static AVX2: Kernels = Kernels {
     activations: activations::x86::AVX2,
     vector: vector::avx2::TABLE,
     attention: attention::simd::avx2::TABLE,
+    roof: roof::avx2::TABLE,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -44,6 +48,7 @@ static AVX512: Kernels = Kernels {
     activations: activations::x86::AVX512,
     vector: vector::avx512::TABLE,
     attention: attention::simd::avx512::TABLE,
+    roof: roof::avx512::PLAIN,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -53,6 +58,7 @@ static AVX512_VNNI: Kernels = Kernels {
     activations: activations::x86::AVX512,
     vector: vector::avx512::TABLE,
     attention: attention::simd::avx512::TABLE,
+    roof: roof::avx512::VNNI,
 };
 
 static BEST: LazyLock<&'static Kernels> = LazyLock::new(|| table(Isa::detect()));

@@ -17,6 +17,7 @@ pub mod matmul;
 mod norm;
 pub mod quantize;
 pub mod repack;
+mod roof;
 pub mod rope;
 pub mod softmax;
 mod vector;

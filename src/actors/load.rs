@@ -9,7 +9,7 @@ use super::{EngineError, LoadProgress, ModelInfo};
 use crate::config::{Config, ConfigError};
 use crate::executor::{KvOptions, PoolOptions, StageOptions};
 use crate::formats::{Checkpoint, FormatError};
-use crate::hardware::HardwareProfile;
+use crate::hardware::{HardwareProfile, Topology};
 use crate::model::ModelSpec;
 use crate::placement::Placement;
 use crate::request::RequestError;
@@ -82,7 +82,13 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
     let factory = match source.stages {
         Some(factory) => factory,
         None => {
-            let options = stage_options(config, &placement, &cores)?;
+            let kv = KvOptions {
+                block_tokens: config.kv.block_tokens,
+                dtype: placement.kv_dtype,
+                device_blocks: placement.device_blocks,
+                host_blocks: placement.host_blocks,
+            };
+            let options = stage_options(config, &hardware.topology, kv)?;
             let model = (checkpoint, Arc::clone(&spec));
             Arc::new(load_weights(shared, model, options, source.on_progress)?)
         }
@@ -155,6 +161,7 @@ fn model_info(
         warnings: warnings.iter().chain(&placement.notes).cloned().chain(unused).collect(),
     }
 }
+
 fn isa(config: &Config) -> Result<Option<Isa>, EngineError> {
     let name = config.cpu.isa.as_str();
     if name == "auto" {
@@ -171,23 +178,23 @@ fn isa(config: &Config) -> Result<Option<Isa>, EngineError> {
     })
 }
 
-fn stage_options(
+/// How a stage of all layers is made here: threads, pinning, kernels and step width by the
+/// configuration, with the given KV blocks. The engine and benchmarks share it.
+///
+/// # Errors
+/// An instruction set that is not there.
+pub fn stage_options(
     config: &Config,
-    placement: &Placement,
-    cores: &Cores,
+    topology: &Topology,
+    kv: KvOptions,
 ) -> Result<StageOptions, EngineError> {
-    let (threads, spin_us) = (cores.threads, config.cpu.spin_us);
+    let Cores { threads, workers: cores, .. } = Cores::new(topology, &config.cpu);
     Ok(StageOptions {
         part: None,
-        pool: PoolOptions { threads, cores: cores.workers.clone(), spin_us },
+        pool: PoolOptions { threads, cores, spin_us: config.cpu.spin_us },
         isa: isa(config)?,
         huge_pages: config.cpu.huge_pages,
-        kv: KvOptions {
-            block_tokens: config.kv.block_tokens,
-            dtype: placement.kv_dtype,
-            device_blocks: placement.device_blocks,
-            host_blocks: placement.host_blocks,
-        },
+        kv,
         step_tokens_max: config.scheduler.step_tokens_max,
     })
 }

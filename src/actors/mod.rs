@@ -34,6 +34,7 @@ pub use error::EngineError;
 #[doc(hidden)]
 pub use faults::{FaultPoint, Faults};
 pub use generation::{Answer, Canceller, Generation};
+pub use load::stage_options;
 #[doc(hidden)]
 pub use stage::{StageFactory, StepRunner};
 pub use status::{

@@ -50,7 +50,7 @@ impl CpuStages {
     ) -> Result<Self, ExecutorError> {
         let part = options.part.clone().unwrap_or_else(|| StagePart::whole(spec.layers.len()));
         let (isa, huge_pages) = (options.isa, options.huge_pages());
-        let request = WeightsRequest { checkpoint, spec, part, isa, huge_pages };
+        let request = WeightsRequest { source: checkpoint.into(), spec, part, isa, huge_pages };
         let load = || {
             let mut pool = CpuPool::new(&options.pool).map_err(ExecutorError::Threads)?;
             Weights::load(&request, &mut pool, progress)

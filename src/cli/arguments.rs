@@ -1,5 +1,6 @@
 //! The command line's grammar, as clap reads it. No logic.
 
+use super::bench::BenchArguments;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
@@ -176,6 +177,8 @@ pub enum Command {
         #[command(flatten)]
         engine: EngineArguments,
     },
+    /// Measure tokens per second, with llama-bench's options, names and formats
+    Bench(BenchArguments),
     /// Show the running service: model, requests, memory
     Ps {
         #[command(flatten)]

@@ -1,5 +1,6 @@
 //! Which exit code a failure gets. Codes follow sysexits where it has a word.
 
+use super::bench::BenchError;
 use tandem::actors::EngineError;
 use tandem::config::ConfigError;
 use tandem::request::{ErrorKind, RequestError};
@@ -45,6 +46,9 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
         if let Some(exit) = cause.downcast_ref::<Exit>() {
             return exit.code;
+        }
+        if cause.is::<BenchError>() {
+            return USAGE;
         }
         if cause.is::<ConfigError>() {
             return CONFIG;

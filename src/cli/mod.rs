@@ -3,6 +3,7 @@
 
 mod answer;
 mod arguments;
+mod bench;
 mod chat;
 mod config_show;
 mod connection;
@@ -92,6 +93,7 @@ async fn act(command: Command, settings: Settings, output: Output) -> Result<()>
             inspect::run(file, options, output)
         }
         Command::Plan { file, .. } => plan::run(file, &settings.config, output),
+        Command::Bench(arguments) => bench::run(arguments, &settings.config, output),
         Command::Config { command: ConfigCommand::Show } => config_show::run(&settings, output),
         Command::Serve { .. } => serve_here(settings, output).await,
         Command::Ps { .. } => service::ps(place(settings)?, output).await,
@@ -187,6 +189,10 @@ fn flags(sets: &[String], command: &Command) -> Result<Vec<(String, String)>> {
     }
     put("kv.dtype", engine.kv_dtype.first().cloned());
     put("server.socket", socket.socket.as_ref().map(path));
+    if let Command::Bench(arguments) = command {
+        let tokens = arguments.ubatch_size.map(|tokens| tokens.to_string());
+        put("scheduler.step_tokens_max", tokens);
+    }
     Ok(flags)
 }
 

@@ -23,6 +23,7 @@ use super::batch::Batch;
 use super::buffers::{LOGITS_TILE_ROWS, QuantizedRows, Rows, StepBuffers};
 use super::cpu_pool::Worker;
 use super::kv_store::KvLayers;
+use super::op_times::OpClocks;
 use super::program::{HeadShape, KvLayerId, Norm, Op, Pending, Precision, Program, RopeId};
 use super::rotations::Rotations;
 use super::sample::RowSamplers;
@@ -30,6 +31,7 @@ use super::weights::Weights;
 use crate::step::StepPlan;
 use std::ops::Range;
 use std::sync::Mutex;
+use std::time::Instant;
 use tandem_cpu_kernels::attention::{AttentionParams, AttentionScratch, KvWrite, TokenRows};
 use tandem_cpu_kernels::{Kernels, dequantize_packed_row};
 
@@ -54,14 +56,28 @@ pub(super) struct Step<'a> {
     /// `[1, partials_max]`: unmerged segments of divided attentions.
     pub partials: Rows<'a>,
     pub samplers: &'a RowSamplers,
+    /// Given while somebody wants to know each op's time.
+    pub clocks: Option<&'a OpClocks>,
 }
 
 impl Step<'_> {
     /// Runs the program as one of the workers.
     pub fn execute(&self, worker: &Worker<'_>) {
-        for op in &self.program.ops {
+        for (index, op) in self.program.ops.iter().enumerate() {
+            let started = self.clocks.map(|_| Instant::now());
             self.interpret(worker, op);
-            worker.meet();
+            self.meet(worker);
+            if let (Some(clocks), Some(started)) = (self.clocks, started) {
+                clocks.ended(worker.index, index, started.elapsed());
+            }
+        }
+    }
+
+    /// Waits for all workers.
+    fn meet(&self, worker: &Worker<'_>) {
+        match self.clocks {
+            None => worker.meet(),
+            Some(clocks) => clocks.wait(worker.index, || worker.meet()),
         }
     }
 

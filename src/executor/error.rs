@@ -4,6 +4,7 @@ use super::cpu_pool::WorkerPanic;
 use super::handoff::HandoffClosed;
 use crate::formats::FormatError;
 use crate::memory::ArenaError;
+use crate::tensor::DType;
 use tandem_cpu_kernels::attention::KvLayoutError;
 use tandem_cpu_kernels::{MatrixError, UnsupportedIsa};
 
@@ -20,6 +21,16 @@ pub enum ExecutorError {
         tensor: String,
         /// What does not add up.
         source: MatrixError,
+    },
+    /// Rows that are no whole number of their type's blocks.
+    #[error("tensor {tensor}: rows of {cols} elements are no whole number of {dtype} blocks")]
+    Misshapen {
+        /// Which tensor.
+        tensor: String,
+        /// Its element type.
+        dtype: DType,
+        /// Elements of a row.
+        cols: usize,
     },
     /// A rotary embedding from which no angle can be computed.
     #[error("rotary embedding: {0}")]

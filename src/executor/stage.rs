@@ -9,6 +9,7 @@ use super::cpu::Step;
 use super::cpu_pool::{CpuPool, PoolOptions, WorkerPanic};
 use super::handoff::{HandoffReceiver, HandoffSender, Slot};
 use super::kv_store::{KvMemory, KvOptions};
+use super::op_times::{OpClocks, OpTime};
 use super::program::{Op, Program, StagePart};
 use super::sample::RowSamplers;
 use super::weights::{LoadProgress, Weights, WeightsRequest};
@@ -66,6 +67,7 @@ pub struct Stage {
     inlet: Option<HandoffReceiver>,
     outlet: Option<HandoffSender>,
     failure: Option<WorkerPanic>,
+    clocks: Option<OpClocks>,
     // Last, so that workers are joined before what they work on is freed.
     pool: CpuPool,
 }
@@ -91,7 +93,7 @@ impl Stage {
         let mut pool = CpuPool::new(&options.pool).map_err(ExecutorError::Threads)?;
         let part = options.part.clone().unwrap_or_else(|| StagePart::whole(spec.layers.len()));
         let (isa, huge_pages) = (options.isa, options.huge_pages());
-        let request = WeightsRequest { checkpoint, spec, part, isa, huge_pages };
+        let request = WeightsRequest { source: checkpoint.into(), spec, part, isa, huge_pages };
         let weights = Arc::new(Weights::load(&request, &mut pool, progress)?);
         Self::with_pool(weights, options, pool)
     }
@@ -141,6 +143,7 @@ impl Stage {
             inlet: None,
             outlet: None,
             failure: None,
+            clocks: None,
             pool,
             weights,
         })
@@ -154,6 +157,16 @@ impl Stage {
     /// Workers that run on no core of their own because the system refused it.
     pub fn pin_failures(&self) -> Vec<usize> {
         self.pool.pin_failures()
+    }
+
+    /// From now on every op's time is counted, from 0.
+    pub fn start_op_times(&mut self) {
+        self.clocks = Some(OpClocks::new(self.weights.program(), self.pool.threads()));
+    }
+
+    /// Ends the counting; the times since [`Stage::start_op_times`], if it was called.
+    pub fn take_op_times(&mut self) -> Option<Vec<OpTime>> {
+        self.clocks.take().map(|clocks| clocks.times())
     }
 
     /// Bytes held.
@@ -223,6 +236,7 @@ impl Stage {
             partials: self.partials.rows(1, self.batch.partials_max()),
             scratch: &self.scratch,
             samplers: &self.samplers,
+            clocks: self.clocks.as_ref(),
         };
         let done = self.pool.run(&|worker| step.execute(worker));
         if let Err(panic) = done {

@@ -6,15 +6,17 @@ use super::ExecutorError;
 use super::cpu_pool::{CpuPool, share};
 use super::program::{MatrixEntry, MatrixId, MatrixUse, Program, StagePart, VectorId};
 use super::rotations::Rotations;
+use super::weight_source::{WeightSource, fill_random};
 use crate::formats::Checkpoint;
 use crate::memory::{ALIGNMENT, AlignedBytes, HugePages};
 use crate::model::{ModelSpec, TensorRef};
 use crate::tensor::DType;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::{Mutex, PoisonError};
 use tandem_cpu_kernels::repack::ROWS;
 use tandem_cpu_kernels::{
-    Isa, Kernels, Layout, MatrixView, dequantize_row, layout_for, packed_bytes, repack_row_group,
+    Isa, Kernels, Layout, MatrixView, layout_for, packed_bytes, repack_row_group,
 };
 
 /// How far loading has come.
@@ -46,7 +48,7 @@ struct Matrix {
 
 /// The loaded weights of one stage, with the program that uses them.
 pub struct Weights {
-    checkpoint: Arc<Checkpoint>,
+    source: WeightSource,
     program: Program,
     kernels: &'static Kernels,
     arena: AlignedBytes,
@@ -60,7 +62,7 @@ pub struct Weights {
 #[derive(Clone, Debug)]
 pub struct WeightsRequest {
     /// Where the tensors are.
-    pub checkpoint: Arc<Checkpoint>,
+    pub source: WeightSource,
     /// What they mean.
     pub spec: Arc<ModelSpec>,
     /// Which of them.
@@ -84,16 +86,18 @@ impl Weights {
     ) -> Result<Self, ExecutorError> {
         let kernels = Kernels::for_isa(request.isa.unwrap_or_else(Isa::detect))?;
         let program = Program::lower(&request.spec, &request.part)?;
-        let checkpoint = request.checkpoint.clone();
-        checkpoint.files().for_each(|file| file.will_read_all());
-        let (matrices, arena_bytes) = place_matrices(&checkpoint, &program, kernels.isa())?;
-        let vectors = program.vectors.iter().map(|vector| load_vector(&checkpoint, vector));
+        let source = request.source.clone();
+        if let WeightSource::Checkpoint(checkpoint) = &source {
+            checkpoint.files().for_each(|file| file.will_read_all());
+        }
+        let (matrices, arena_bytes) = place_matrices(&source, &program, kernels.isa())?;
+        let vectors = program.vectors.iter().map(|vector| source.vector(vector));
         let vectors = vectors.collect::<Result<_, _>>()?;
-        let rotations = load_rotations(&checkpoint, &program)?;
+        let rotations = load_rotations(&source, &program)?;
         let arena = AlignedBytes::zeroed(arena_bytes, request.huge_pages)
             .map_err(|source| ExecutorError::Memory { what: "repacked weights", source })?;
         let mut weights = Self {
-            checkpoint,
+            source,
             program,
             kernels,
             arena,
@@ -103,7 +107,9 @@ impl Weights {
             vocab_size: request.spec.vocab_size,
         };
         weights.repack(pool, progress)?;
-        weights.checkpoint.check_unchanged()?;
+        if let WeightSource::Checkpoint(checkpoint) = &weights.source {
+            checkpoint.check_unchanged()?;
+        }
         Ok(weights)
     }
 
@@ -156,11 +162,11 @@ impl Weights {
     fn bytes_of(&self, matrix: &Matrix) -> &[u8] {
         match &matrix.place {
             Place::Arena(bytes) => &self.arena[bytes.clone()],
-            Place::File { file, bytes } => file_bytes(&self.checkpoint, *file, bytes),
+            Place::File { file, bytes } => file_bytes(&self.source, *file, bytes),
         }
     }
 
-    /// Interleaves every matrix that has a place in the arena.
+    /// Fills the place of every matrix in the arena.
     fn repack(
         &mut self,
         pool: &mut CpuPool,
@@ -172,8 +178,15 @@ impl Weights {
         for (matrix, entry) in self.matrices.iter().zip(&self.program.matrices) {
             let Place::Arena(bytes) = &matrix.place else { continue };
             let (own, rest) = arena[bytes.start - offset..].split_at_mut(bytes.len());
-            let source = self.checkpoint.tensor(&entry.tensor.name)?.bytes;
-            repack_matrix(pool, matrix, source, own)?;
+            match &self.source {
+                WeightSource::Checkpoint(checkpoint) => {
+                    let source = checkpoint.tensor(&entry.tensor.name)?.bytes;
+                    repack_matrix(pool, matrix, source, own)?;
+                }
+                WeightSource::Random { seed } => {
+                    fill_random(pool, *seed, (&entry.tensor, matrix.layout), own)?;
+                }
+            }
             (arena, offset) = (rest, bytes.end);
             progress(LoadProgress { done_bytes: offset, total_bytes });
         }
@@ -216,37 +229,46 @@ fn repack_matrix(
 
 /// Decides where each matrix lies; returns the arena's size too.
 fn place_matrices(
-    checkpoint: &Checkpoint,
+    source: &WeightSource,
     program: &Program,
     isa: Isa,
 ) -> Result<(Vec<Matrix>, usize), ExecutorError> {
     let mut arena_bytes = 0;
     let mut matrices = Vec::with_capacity(program.matrices.len());
     for entry in &program.matrices {
-        let tensor = checkpoint.tensor(&entry.tensor.name)?;
-        let (dtype, rows, cols) = (tensor.dtype, tensor.shape.rows(), tensor.shape.cols());
-        let file_matrix = MatrixView::new(dtype, Layout::RowMajor, rows, cols, tensor.bytes);
-        file_matrix.map_err(|source| ExecutorError::Matrix {
-            tensor: entry.tensor.name.clone(),
-            source,
-        })?;
+        let TensorRef { dtype, rows, cols, .. } = stored(source, &entry.tensor)?;
         let layout = match entry.used_for {
             MatrixUse::Lookup => Layout::RowMajor,
             MatrixUse::Multiply => layout_for(dtype, isa),
         };
-        let packed = packed_bytes(dtype, layout, rows, cols).filter(|_| layout != Layout::RowMajor);
-        let place = match packed {
-            Some(bytes) => {
+        let place = match (source, layout) {
+            (WeightSource::Checkpoint(checkpoint), Layout::RowMajor) => {
+                file_place(checkpoint, &entry.tensor)?
+            }
+            _ => {
+                let bytes = packed_bytes(dtype, layout, rows, cols).ok_or_else(|| {
+                    ExecutorError::Misshapen { tensor: entry.tensor.name.clone(), dtype, cols }
+                })?;
                 let start = arena_bytes;
                 arena_bytes = (start + bytes).next_multiple_of(ALIGNMENT);
                 Place::Arena(start..start + bytes)
             }
-            None => file_place(checkpoint, &entry.tensor)?,
         };
-        let layout = if packed.is_some() { layout } else { Layout::RowMajor };
         matrices.push(Matrix { dtype, layout, rows, cols, place });
     }
     Ok((matrices, arena_bytes))
+}
+
+/// A matrix as its source has it.
+fn stored(source: &WeightSource, tensor: &TensorRef) -> Result<TensorRef, ExecutorError> {
+    let WeightSource::Checkpoint(checkpoint) = source else { return Ok(tensor.clone()) };
+    let name = tensor.name.clone();
+    let tensor = checkpoint.tensor(&name)?;
+    let (dtype, rows, cols) = (tensor.dtype, tensor.shape.rows(), tensor.shape.cols());
+    match MatrixView::new(dtype, Layout::RowMajor, rows, cols, tensor.bytes) {
+        Ok(_) => Ok(TensorRef { name, dtype, rows, cols }),
+        Err(source) => Err(ExecutorError::Matrix { tensor: name, source }),
+    }
 }
 
 /// Where a tensor lies in the checkpoint's files.
@@ -258,25 +280,19 @@ fn file_place(checkpoint: &Checkpoint, tensor: &TensorRef) -> Result<Place, Exec
     Ok(Place::File { file, bytes: start..start + checkpoint.tensor(&tensor.name)?.bytes.len() })
 }
 
-fn file_bytes<'a>(checkpoint: &'a Checkpoint, file: usize, bytes: &Range<usize>) -> &'a [u8] {
+fn file_bytes<'a>(source: &'a WeightSource, file: usize, bytes: &Range<usize>) -> &'a [u8] {
+    let WeightSource::Checkpoint(checkpoint) = source else {
+        unreachable!("random weights all lie in the arena")
+    };
     let file = checkpoint.files().nth(file).expect("the checkpoint keeps its files");
     &file.bytes()[bytes.clone()]
 }
 
-fn load_vector(checkpoint: &Checkpoint, vector: &TensorRef) -> Result<Vec<f32>, ExecutorError> {
-    let tensor = checkpoint.tensor(&vector.name)?;
-    let mut values = vec![0.0; tensor.shape.elements()];
-    for (row, values) in values.chunks_exact_mut(tensor.shape.cols()).enumerate() {
-        dequantize_row(tensor.dtype, tensor.rows(row..row + 1), values);
-    }
-    Ok(values)
-}
-
-fn load_rotations(checkpoint: &Checkpoint, program: &Program) -> Result<Rotations, ExecutorError> {
+fn load_rotations(source: &WeightSource, program: &Program) -> Result<Rotations, ExecutorError> {
     let mut rotations = Rotations::default();
     for rope in &program.ropes {
         let factors = rope.frequency_factors.as_ref();
-        let factors = factors.map(|factors| load_vector(checkpoint, factors)).transpose()?;
+        let factors = factors.map(|factors| source.vector(factors)).transpose()?;
         rotations.push(rope, factors.as_deref())?;
     }
     Ok(rotations)

@@ -1,11 +1,12 @@
 //! Owns the facts of the machine: processors, caches, memory, GPUs, and the pinning of threads.
-//! It must not know models or what anybody does with the facts; it measures nothing and decides
-//! nothing. Called by the command line and the engine at start-up, and by the executor's workers,
-//! which pin themselves.
+//! It must not know models or what anybody does with the facts; it decides nothing, and measures
+//! only when asked to ([`roofs`]). Called by the command line and the engine at start-up, and by
+//! the executor's workers, which pin themselves.
 
 mod affinity;
 mod cgroup;
 mod gpu;
+pub mod roofs;
 mod system_files;
 mod topology;
 
@@ -44,6 +45,13 @@ impl HardwareProfile {
             memory_total_bytes,
             memory_available_bytes,
         }
+    }
+
+    /// What the processor calls itself; `None` where the system does not tell.
+    pub fn cpu_name() -> Option<String> {
+        let text = SystemFiles::new(Path::new("/")).text("proc/cpuinfo")?;
+        let line = text.lines().find(|line| line.starts_with("model name"))?;
+        line.split_once(':').map(|(_, name)| name.trim().to_owned())
     }
 
     /// `(total, available)` bytes of host memory by the `/proc` and `/sys` below `root`; 0 where

@@ -3,14 +3,18 @@
 //! weighs it, and the executor lowers it to operations.
 
 mod arch;
+mod file_type;
 mod rope;
 mod source;
 mod spec;
+mod synthetic;
 
+pub use file_type::FileType;
 pub use rope::{RopeScaling, RopeSpec, RopeStyle};
 pub use spec::{
     Activation, AttentionSpec, FfnSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, TensorRef,
 };
+pub use synthetic::{SyntheticError, SyntheticModel, WeightTypes};
 
 use crate::formats::{Checkpoint, FormatError};
 

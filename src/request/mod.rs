@@ -122,6 +122,10 @@ impl Request {
     pub const ANSWERS_MAX: usize = 16;
     /// Most stop strings of one request.
     pub const STOP_STRINGS_MAX: usize = 16;
+    /// Most bytes of a stop string: each costs nine while the request runs.
+    pub const STOP_BYTES_MAX: usize = 1 << 16;
+    /// Most stop tokens of one request: every new token is held against all of them.
+    pub const STOP_TOKENS_MAX: usize = 1024;
 
     /// A request with every other field at its default.
     pub fn new(input: Input) -> Self {
@@ -193,9 +197,49 @@ impl Request {
         if self.stop.iter().any(String::is_empty) {
             return refuse("stop", "an empty string".into(), "strings of at least one byte".into());
         }
+        if let Some(long) = self.stop.iter().find(|stop| stop.len() > Self::STOP_BYTES_MAX) {
+            let allowed = format!("strings of at most {} bytes", Self::STOP_BYTES_MAX);
+            return refuse("stop", format!("a string of {} bytes", long.len()), allowed);
+        }
+        if self.stop_token_ids.len() > Self::STOP_TOKENS_MAX {
+            let allowed = format!("at most {} tokens", Self::STOP_TOKENS_MAX);
+            return refuse(
+                "stop_token_ids",
+                format!("{} tokens", self.stop_token_ids.len()),
+                allowed,
+            );
+        }
         if self.max_tokens == Some(0) && self.prompt_logprobs.is_none() {
             return refuse("max_tokens", "0".into(), "at least 1".into());
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn refused(field: &str, spoil: impl FnOnce(&mut Request)) {
+        let mut request = Request::text("Hello");
+        request.validate().unwrap();
+        spoil(&mut request);
+        match request.validate() {
+            Err(RequestError::InvalidParams { field: found, .. }) => assert_eq!(found, field),
+            other => panic!("{field}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn lists_and_texts_that_cost_memory_or_time_are_bounded() {
+        let long = |bytes: usize| vec!["x".repeat(bytes + 1)];
+        refused("stop", |request| request.stop = long(Request::STOP_BYTES_MAX));
+        refused("stop_token_ids", |request| {
+            request.stop_token_ids = vec![TokenId(0); Request::STOP_TOKENS_MAX + 1];
+        });
+        refused("dry_sequence_breakers", |request| {
+            request.sampling.dry.sequence_breakers = long(SamplingParams::DRY_BREAKER_BYTES_MAX);
+        });
     }
 }

@@ -92,6 +92,9 @@ impl SamplingParams {
     pub const LOGIT_BIAS_MAX: usize = 1024;
     /// Most DRY sequence breakers.
     pub const DRY_BREAKERS_MAX: usize = 32;
+    /// Most bytes of a DRY sequence breaker: the automaton that looks for them in all tokens takes
+    /// over 100 bytes for each.
+    pub const DRY_BREAKER_BYTES_MAX: usize = 1024;
 
     /// Always the most likely token.
     pub fn greedy() -> Self {
@@ -144,6 +147,14 @@ impl SamplingParams {
                 field: "dry_sequence_breakers".into(),
                 got: format!("{} strings", self.dry.sequence_breakers.len()),
                 allowed: format!("at most {}", Self::DRY_BREAKERS_MAX),
+            });
+        }
+        let long = |text: &&String| text.len() > Self::DRY_BREAKER_BYTES_MAX;
+        if let Some(long) = self.dry.sequence_breakers.iter().find(long) {
+            return Err(RequestError::InvalidParams {
+                field: "dry_sequence_breakers".into(),
+                got: format!("a string of {} bytes", long.len()),
+                allowed: format!("strings of at most {} bytes", Self::DRY_BREAKER_BYTES_MAX),
             });
         }
         Ok(())

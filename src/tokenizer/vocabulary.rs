@@ -166,6 +166,13 @@ impl Vocabulary {
             let message = format!("{} bytes; at most 65536", self.tokens[at].len());
             return refuse(&format!("tokens[{at}]"), message);
         }
+        let roles = &self.roles;
+        let named = [roles.bos, roles.eos, roles.eot, roles.eom, roles.unknown, roles.padding];
+        let mut named = named.iter().flatten().chain(&roles.fim_ends);
+        if let Some(outside) = named.find(|id| id.index() >= n_tokens) {
+            let message = format!("a role is token {}'s, of {n_tokens} tokens", outside.0);
+            return refuse("tokens", message);
+        }
         self.check_unique()
     }
 

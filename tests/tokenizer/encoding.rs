@@ -67,7 +67,7 @@ fn end_tokens_are_those_of_the_roles_and_the_known_names() {
 #[test]
 fn unusable_vocabularies_are_refused_with_the_field() {
     type Change = fn(&mut Vocabulary);
-    let cases: [(&str, Change); 9] = [
+    let cases: [(&str, Change); 10] = [
         ("tokens", |v| v.tokens.clear()),
         ("token_type", |v| v.kinds.truncate(5)),
         ("scores", |v| v.scores = vec![0.0; 7]),
@@ -78,6 +78,7 @@ fn unusable_vocabularies_are_refused_with_the_field() {
         ("merges", |v| v.merges.clear()),
         ("merges[1]", |v| v.merges[1] = "whole".to_owned()),
         ("merges", |v| v.merges[1] = "no such".to_owned()),
+        ("tokens", |v| v.roles.bos = Some(TokenId(u32::MAX))),
         ("tokens[9]", |v| v.tokens[9] = "x".repeat(1 << 17)),
     ];
     for (name, change) in cases {

@@ -60,6 +60,10 @@ fn bombs_run_out_of_fuel() {
              {{% set {what} %}}{{% endfor %}}{{{{ {then} }}}}"
         )
     };
+    let unrolled = |first: &str, then: &str| {
+        let steps = format!("{{% set {then} %}}").repeat(45);
+        format!("{{% set x = {{}} %}}{{% set {first} %}}{steps}{{{{ x | string | length }}}}")
+    };
     let bombs = [
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}".to_owned(),
         "{{ 'a' * 1000000000 }}".to_owned(),
@@ -81,14 +85,60 @@ fn bombs_run_out_of_fuel() {
         doubled("n.x = (n.x, n.x)", "n.x == n.x"),
         "{% set n = namespace(x=[]) %}{% for a in range(99999) %}{% set n.x = [n.x] %}{% endfor %}"
             .to_owned(),
+        unrolled("d = dict", "x = d(a=x, b=x)"),
+        unrolled("d = 0", "x = (dict)(a=x, b=x)"),
+        unrolled("d = 0", "x = [none, none] | map('default', x, true) | list"),
+        unrolled("d = 0", "x = x, x"),
+        unrolled("d = 0", "x = [x] * 2"),
+        "{{ [[1] * 90000] * 90000 | string | length }}".to_owned(),
+        "{% set x = [range(90000) | list] * 90000 %}{{ x | string | length }}".to_owned(),
+        "{{ ('a' * 200000).join(range(100000) | map('string') | list) }}".to_owned(),
+        "{{ ('a' * 1000000).replace('', 'b' * 1000000) }}".to_owned(),
+        "{{ '{:>1000000000}'.format('a') }}".to_owned(),
+        "{{ '{:>{w}}'.format('a', w=1000000000) }}".to_owned(),
+        "{{ ('{0}' * 100000).format('a' * 1000000) }}".to_owned(),
+        "{{ debug() }}".to_owned(),
         "(".repeat(1 << 21),
         format!("{{{{ {} }}}}", "(".repeat(100_000)),
         "{% if 1 %}".repeat(50_000),
         format!("{{{{ {} }}}}", "not ".repeat(100_000)),
     ];
+    let start = std::time::Instant::now();
     for bomb in bombs {
         let error = refusal(&bomb);
+        println!("{:?} {bomb:.60}: {error}", start.elapsed());
         assert!(!error.message.is_empty());
+    }
+}
+
+/// Written or compared, a value that holds itself would overflow the stack, which ends the process.
+#[test]
+fn no_value_can_hold_itself() {
+    for set in [
+        "n.x = n",
+        "n.x = [n]",
+        "n.x = {'a': n}",
+        "n.x = 0 if false else n",
+        "n.x = n or 0",
+        "n.x, m.x = n, n",
+        "a, n.x = 1, n",
+        "n.x = (n)",
+        "n.x = dict(a=n)",
+        "n.x = d(a=n)",
+        "n.x = s(n=n)",
+        "n.x = [none] | map('default', n, true) | list",
+        "n.x = ([none] | map('default', n, true) | list) + []",
+        "n.x = ([none] | map('default', n, true)) * 2",
+    ] {
+        let source = format!(
+            "{{% set d = dict %}}{{% set s = namespace %}}{{% set n = namespace(x=1) %}}\
+             {{% set m = namespace(x=1) %}}{{% set {set} %}}{{{{ 'a' ~ n ~ n.x }}}}"
+        );
+        let error = refusal(&source);
+        assert!(error.message.contains("a namespace can't be put into"), "{set}: {error}");
+    }
+    for source in ["{% set __counted = dict %}", "{% macro __charged(x) %}{% endmacro %}"] {
+        assert!(refusal(source).message.contains("are taken"));
     }
 }
 

@@ -47,13 +47,13 @@ impl Step<'_> {
             }
         }
         if !split.divided().is_empty() {
-            worker.meet();
+            self.meet(worker);
             for index in worker.share(split.divided().len(), 1) {
                 attention.merge(&split.divided()[index], &mut scratch);
             }
         }
         if !attention.heads_are_whole_groups() {
-            worker.meet();
+            self.meet(worker);
             for token in self.tokens(worker) {
                 self.quantize(self.buffers.attended, token, 0..self.buffers.attended.values.width);
             }

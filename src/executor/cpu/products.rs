@@ -149,13 +149,13 @@ impl Step<'_> {
         while first < wanted {
             let rows = LOGITS_TILE_ROWS.min(wanted - first);
             self.logits_tile(worker, output, (first, rows), softcap);
-            worker.meet();
+            self.meet(worker);
             for index in worker.share(rows, 1) {
                 // SAFETY: workers' rows are disjoint; the products are behind the barrier.
                 let row = unsafe { whole_row_mut(self.buffers.logits, index) };
                 self.samplers.take(worker.index, self.plan, first + index, row);
             }
-            worker.meet();
+            self.meet(worker);
             first += rows;
         }
     }

@@ -75,11 +75,12 @@ impl Pattern {
 /// `1 / sqrt(head_dim)`; in 27B `1 / sqrt(embedding_dim / n_heads)`, its `query_pre_attn_scalar`.
 fn attention_scale(dimensions: &Dimensions) -> f32 {
     let of = if dimensions.layers.len() == LAYERS_27B {
-        dimensions.embedding_dim / dimensions.layers[0].n_heads
+        // More heads than elements is no reason to divide by zero.
+        dimensions.embedding_dim as f32 / dimensions.layers[0].n_heads as f32
     } else {
-        dimensions.head_dim
+        dimensions.head_dim as f32
     };
-    1.0 / (of as f32).sqrt()
+    1.0 / of.sqrt()
 }
 
 pub(super) fn read(source: &Source<'_>) -> Result<ModelSpec, FormatError> {
@@ -111,4 +112,27 @@ pub(super) fn read(source: &Source<'_>) -> Result<ModelSpec, FormatError> {
     spec.embedding_scale = Some((dimensions.embedding_dim as f32).sqrt());
     spec.logit_softcap = source.softcap("final_logit_softcapping")?;
     Ok(spec)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::source::LayerDimensions;
+
+    #[test]
+    fn the_scale_of_27b_is_that_of_its_embedding_and_always_finite() {
+        let scale = |embedding_dim, n_heads| {
+            let layer = LayerDimensions { n_heads, n_kv_heads: 1, n_ff: 1 };
+            attention_scale(&Dimensions {
+                vocab_size: 1,
+                embedding_dim,
+                context_tokens_max: 1,
+                head_dim: 128,
+                eps: 1e-6,
+                layers: vec![layer; LAYERS_27B],
+            })
+        };
+        assert_eq!(scale(5376, 32), 1.0 / 168f32.sqrt());
+        assert!(scale(256, 512).is_finite());
+    }
 }

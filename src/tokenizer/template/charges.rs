@@ -58,12 +58,15 @@ pub(super) fn charge(source: &str) -> String {
     let mut inserted = Insertions::new();
     for tag in tags(source) {
         let parts = parts(source, tag);
-        charge_attribute(source, &parts, &mut inserted);
+        charge_assignment(source, &parts, &mut inserted);
         for at in 0..parts.len() {
             charge_elements(source, &parts, at, &mut inserted);
         }
         for at in 0..parts.len() {
             charge_sum(source, &parts, at, &mut inserted);
+        }
+        for at in 0..parts.len() {
+            charge_product(source, &parts, at, &mut inserted);
         }
     }
     inserted.sort_by_key(|(at, _)| *at);
@@ -83,17 +86,79 @@ fn wrap(parts: &[Part], operand: &Range<usize>, call: &'static str, inserted: &m
     inserted.push((parts[operand.end - 1].place.end, ")"));
 }
 
-/// `set a.b = value`, whose value goes into a namespace. A sum's operands are charged already.
-fn charge_attribute(source: &str, parts: &[Part], inserted: &mut Insertions) {
+/// `set a.b = value`, whose value goes into a namespace, and `set a = x, y`, a tuple without
+/// brackets. A sum's operands are charged already, and hold no namespace.
+fn charge_assignment(source: &str, parts: &[Part], inserted: &mut Insertions) {
     let text = |at: usize| parts.get(at).map_or("", |part| &source[part.place.clone()]);
     let set = usize::from(matches!(text(0), "-" | "+"));
-    if text(set) != "set" || text(set + 2) != "." {
+    let mut depth = 0i64;
+    let equals = parts.iter().position(|part| {
+        depth += i64::from(part.kind == Kind::Open) - i64::from(part.kind == Kind::Close);
+        depth == 0 && &source[part.place.clone()] == "="
+    });
+    let Some(equals) = equals.filter(|_| text(set) == "set") else { return };
+    let end = parts.len() - usize::from(matches!(text(parts.len() - 1), "-" | "+"));
+    let values = elements(source, parts, equals + 1..end);
+    let attribute = (set..equals).any(|at| text(at) == ".");
+    for value in values.iter().filter(|_| attribute || values.len() > 1) {
+        let part_of_sum = is_sum(source, &parts[value.clone()]);
+        if !value.is_empty() && !part_of_sum && !is_literal(source, &parts[value.clone()]) {
+            wrap(parts, value, "__counted(", inserted);
+        }
+    }
+}
+
+/// What commas outside of brackets separate.
+fn elements(source: &str, parts: &[Part], within: Range<usize>) -> Vec<Range<usize>> {
+    let (mut found, mut start, mut depth) = (Vec::new(), within.start, 0i64);
+    for at in within.clone() {
+        depth += i64::from(parts[at].kind == Kind::Open) - i64::from(parts[at].kind == Kind::Close);
+        if depth == 0 && &source[parts[at].place.clone()] == "," {
+            found.push(start..at);
+            start = at + 1;
+        }
+    }
+    found.push(start..within.end);
+    found
+}
+
+/// Whether an expression is a sum and nothing looser, such as a choice of which one branch is one.
+fn is_sum(source: &str, expression: &[Part]) -> bool {
+    let (mut depth, mut sums) = (0i64, false);
+    for part in expression {
+        depth += i64::from(part.kind == Kind::Open) - i64::from(part.kind == Kind::Close);
+        let text = &source[part.place.clone()];
+        sums |= depth == 0 && text == "+";
+        if depth == 0 && part.kind == Kind::Name && matches!(text, "if" | "else" | "or" | "and") {
+            return false;
+        }
+    }
+    sums
+}
+
+/// A product, which may repeat a list: all factors of the chain that a `*` is in.
+fn charge_product(source: &str, parts: &[Part], at: usize, inserted: &mut Insertions) {
+    let text = |at: usize| &source[parts[at].place.clone()];
+    let is_operator = |at: usize| matches!(text(at), "*" | "/" | "%");
+    if text(at) != "*" || at == 0 || is_operator(at - 1) {
         return;
     }
-    let Some(equals) = (0..parts.len()).find(|at| text(*at) == "=") else { return };
-    let value = after(source, parts, equals);
-    if !value.is_empty() && text(value.end) != "+" && !is_literal(source, &parts[value.clone()]) {
-        wrap(parts, &value, "__counted(", inserted);
+    let joins = |at: usize| is_operator(at) || matches!(text(at), "." | "|");
+    let ends = |at: usize| match parts[at].kind {
+        // A sign, not a difference.
+        Kind::Mark if at > 0 && matches!(text(at), "-" | "+") && is_operator(at - 1) => false,
+        Kind::Mark => !joins(at),
+        _ => ends_operand(source, parts, at),
+    };
+    let (left, right) = (before(parts, at, ends), after(parts, at, ends));
+    let mut depth = 0i64;
+    let is_later = left.clone().any(|at| {
+        depth += i64::from(parts[at].kind == Kind::Open) - i64::from(parts[at].kind == Kind::Close);
+        depth == 0 && text(at) == "*"
+    });
+    // Without a left factor it unpacks arguments.
+    if !is_later && !left.is_empty() && !is_operator(left.start) && !right.is_empty() {
+        wrap(parts, &(left.start..right.end), "__counted(", inserted);
     }
 }
 
@@ -174,7 +239,8 @@ fn charge_sum(source: &str, parts: &[Part], at: usize, inserted: &mut Insertions
     if &source[parts[at].place.clone()] != "+" {
         return;
     }
-    let (left, right) = (before(source, parts, at), after(source, parts, at));
+    let ends = |at: usize| ends_operand(source, parts, at);
+    let (left, right) = (before(parts, at, ends), after(parts, at, ends));
     let is_scalar = |operand: &Range<usize>| match &parts[operand.clone()] {
         [only] => matches!(only.kind, Kind::Text | Kind::Number),
         other => other.is_empty(),
@@ -231,7 +297,7 @@ fn ends_operand(source: &str, parts: &[Part], at: usize) -> bool {
 }
 
 /// The parts of the operand that ends before `at`.
-fn before(source: &str, parts: &[Part], at: usize) -> Range<usize> {
+fn before(parts: &[Part], at: usize, ends: impl Fn(usize) -> bool) -> Range<usize> {
     let (mut start, mut depth) = (at, 0usize);
     while start > 0 {
         let part = &parts[start - 1];
@@ -239,7 +305,7 @@ fn before(source: &str, parts: &[Part], at: usize) -> Range<usize> {
             Kind::Close => depth += 1,
             Kind::Open if depth == 0 => break,
             Kind::Open => depth -= 1,
-            _ if depth == 0 && ends_operand(source, parts, start - 1) => break,
+            _ if depth == 0 && ends(start - 1) => break,
             _ => {}
         }
         start -= 1;
@@ -248,14 +314,14 @@ fn before(source: &str, parts: &[Part], at: usize) -> Range<usize> {
 }
 
 /// The parts of the operand that starts behind `at`.
-fn after(source: &str, parts: &[Part], at: usize) -> Range<usize> {
+fn after(parts: &[Part], at: usize, ends: impl Fn(usize) -> bool) -> Range<usize> {
     let (mut end, mut depth) = (at + 1, 0usize);
     while end < parts.len() {
         match parts[end].kind {
             Kind::Open => depth += 1,
             Kind::Close if depth == 0 => break,
             Kind::Close => depth -= 1,
-            _ if depth == 0 && ends_operand(source, parts, end) => break,
+            _ if depth == 0 && ends(end) => break,
             _ => {}
         }
         end += 1;
@@ -288,7 +354,15 @@ mod tests {
             ("{{ f(a + b, c + d)['}}'] }}", "{{ f($(a) + $(b), $(c) + $(d))['}}'] }}"),
             ("{% raw %}{{ a + b }}{% endraw %}", "{% raw %}{{ a + b }}{% endraw %}"),
             ("{{ a + b + c }}", "{{ $(a) + $($(b)) + $(c) }}"),
-            ("{%+ if x.y * 2 + z > 3 +%}", "{%+ if $(x.y * 2) + $(z) > 3 +%}"),
+            ("{%+ if x.y * 2 + z > 3 +%}", "{%+ if $(#(x.y * 2)) + $(z) > 3 +%}"),
+            ("{% set x | f(a=b, c=d) %}", "{% set x | f(a=b, c=d) %}"),
+            ("{% set x = x, y -%}", "{% set x = #(x), #(y) -%}"),
+            ("{% set n.x = 0 if a else n %}", "{% set n.x = #(0 if a else n) %}"),
+            ("{% set n.x, m = n, n %}", "{% set n.x, m = #(n), #(n) %}"),
+            ("{{ [x] * n * -2 - 1 }}", "{{ #([#(x)] * n * -2) - 1 }}"),
+            ("{{ f(*a, **b) ~ -x ** 2 }}", "{{ f(*a, **b) ~ -#(x ** 2) }}"),
+            ("{#} {{ ' #}{{ a + b }}", "{#} {{ ' #}{{ $(a) + $(b) }}"),
+            ("{%+ raw %}{# {% endraw %}{{ a + b }}", "{%+ raw %}{# {% endraw %}{{ $(a) + $(b) }}"),
         ] {
             assert_eq!(short(source), wanted, "{source}");
         }

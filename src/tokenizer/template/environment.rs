@@ -3,11 +3,10 @@
 
 use super::calendar;
 use super::python_json::{self, JsonStyle};
-use super::{TemplateError, charges};
+use super::{TemplateError, charges, prices};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, State, Value};
-use minijinja_contrib::pycompat::unknown_method_callback;
+use minijinja::value::Kwargs;
+use minijinja::{Environment, Error, ErrorKind, Value};
 
 /// The one template of an environment.
 pub(super) const NAME: &str = "chat_template";
@@ -25,7 +24,6 @@ pub(super) fn compile(
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.map_err(place)?);
     environment.set_recursion_limit(RECURSION_MAX);
-    environment.set_unknown_method_callback(unknown_method_callback);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", move |format: &str| {
         calendar::format(format, clock())
@@ -33,50 +31,25 @@ pub(super) fn compile(
     });
     environment.add_filter("tojson", to_json);
     // As in Jinja: the engine's own test says that none is iterable.
-    environment.add_test("iterable", |value: Value| !value.is_none() && value.try_iter().is_ok());
+    environment.add_test("iterable", |value: Value| {
+        value.as_str().is_some() || (!value.is_none() && value.try_iter().is_ok())
+    });
     for filter in charges::FREE_FILTERS {
         environment.remove_filter(filter);
     }
-    environment.add_function(charges::CHARGED, charged);
-    environment.add_function(charges::COUNTED, counted);
+    environment.remove_global("debug");
+    prices::install(&mut environment);
     // First as it is, so that errors of syntax come with their own place, and before anything here
     // looks at a text that may be nested beyond reason.
     let source = without_generation_tags(source);
+    if [charges::CHARGED, charges::COUNTED].iter().any(|name| source.contains(name)) {
+        let (charged, counted) = (charges::CHARGED, charges::COUNTED);
+        let message = format!("the names {charged} and {counted} are taken");
+        return Err(TemplateError::without_place(message));
+    }
     environment.template_from_named_str(NAME, &source).map_err(place)?;
     environment.add_template_owned(NAME, charges::charge(&source)).map_err(place)?;
     Ok(environment)
-}
-
-/// Charges an operand of a sum for its items.
-fn charged(state: &State, operand: Value) -> Result<Value, Error> {
-    if matches!(operand.kind(), ValueKind::Seq | ValueKind::Iterable) {
-        let Some(items) = operand.len() else {
-            let message = "a sequence without a length can't be added";
-            return Err(Error::new(ErrorKind::InvalidOperation, message));
-        };
-        state.consume_fuel(items as u64)?;
-    }
-    Ok(operand)
-}
-
-/// Charges an element for all values in it.
-fn counted(state: &State, element: Value) -> Result<Value, Error> {
-    let mut pending = vec![element.clone()];
-    while let Some(value) = pending.pop() {
-        state.consume_fuel(1)?;
-        // What has no length is made as it is read, and is charged then.
-        let items = value.len().filter(|_| value.kind() != ValueKind::String);
-        if let (Some(_), Ok(items)) = (items, value.try_iter()) {
-            for item in items {
-                state.consume_fuel(1)?;
-                if value.kind() == ValueKind::Map {
-                    pending.extend(value.get_item(&item).ok());
-                }
-                pending.push(item);
-            }
-        }
-    }
-    Ok(element)
 }
 
 fn raise_exception(message: &str) -> Result<Value, Error> {

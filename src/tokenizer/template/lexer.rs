@@ -31,7 +31,9 @@ pub(super) fn tags(source: &str) -> Vec<Range<usize>> {
             Some(b'{') => "}}",
             Some(b'%') => "%}",
             Some(b'#') => {
-                let end = source[open..].find("#}").map_or(source.len(), |end| open + end + 2);
+                let inside = open + 2;
+                let end = source[inside..].find("#}");
+                let end = end.map_or(source.len(), |end| inside + end + 2);
                 at = end;
                 continue;
             }
@@ -42,7 +44,8 @@ pub(super) fn tags(source: &str) -> Vec<Range<usize>> {
         };
         let end = tag_end(source, open + 2, close);
         found.push(open + 2..end);
-        let word = source[open + 2..end].trim_matches(|c: char| c.is_whitespace() || c == '-');
+        let word =
+            source[open + 2..end].trim_matches(|c: char| c.is_whitespace() || "-+".contains(c));
         at = if close == "%}" && word == "raw" { raw_end(source, end) } else { end };
     }
     found

@@ -9,6 +9,7 @@ mod charges;
 mod environment;
 mod guard;
 mod lexer;
+mod prices;
 mod python_json;
 
 pub use guard::MessageSpan;

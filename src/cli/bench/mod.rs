@@ -1,0 +1,350 @@
+//! `tandem bench`: tokens per second of a model or of a shape without a file, as shares of what the
+//! machine can do. It owns tests, repetitions and their report; it must not know how a step is
+//! computed. It drives a stage made as `tandem serve` makes it, and the command line calls it.
+
+mod arguments;
+mod print;
+mod record;
+mod rig;
+mod work;
+
+pub use arguments::BenchArguments;
+
+use super::output::{Output, ProgressUnit};
+use anyhow::{Context, Result};
+use arguments::Test;
+use print::Printer;
+use record::{OpSplit, Record, Roofs, Setting};
+use rig::{Rig, RigSize};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+use tandem::actors::stage_options;
+use tandem::config::Config;
+use tandem::executor::{
+    CpuPool, ExecutorError, KvOptions, Stage, StageOptions, StagePart, WeightSource, Weights,
+    WeightsRequest,
+};
+use tandem::formats::Checkpoint;
+use tandem::hardware::{CpuId, HardwareProfile, roofs};
+use tandem::memory::AlignedBytes;
+use tandem::model::{FileType, ModelSpec};
+use tandem::placement::Placement;
+use tandem::request::RequestError;
+use tandem::units::ByteSize;
+use tandem_cpu_kernels::{Isa, Kernels};
+use work::Costs;
+
+/// Random weights are the same in every run.
+const SEED: u64 = 1;
+/// Memory that is read to measure its roof: far more than the caches of any processor hold, if so
+/// much is free.
+const ROOF_BYTES_MAX: u64 = 1 << 30;
+const ROOF_MEMORY_DIVISOR: u64 = 4;
+/// Generated tokens of a warm-up, and of the run that times ops.
+const WARMUP_TOKENS: usize = 8;
+const OP_TIMES_TOKENS: usize = 32;
+
+/// Why a benchmark is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BenchError {
+    /// All sizes are 0.
+    #[error("nothing to measure: every prompt size and generation length is 0")]
+    NoTest,
+    /// A step of all streams does not fit.
+    #[error(
+        "{streams} streams need steps of {streams} tokens, at most {step_tokens_max} are allowed; \
+         use a larger --ubatch-size"
+    )]
+    TooWide {
+        /// Streams asked for.
+        streams: usize,
+        /// Tokens of the widest step.
+        step_tokens_max: usize,
+    },
+}
+
+/// The model under test.
+struct Subject {
+    source: WeightSource,
+    spec: Arc<ModelSpec>,
+    file: String,
+    /// Such as `llama 8B Q4_0`.
+    title: String,
+}
+
+/// Runs all tests and prints their results.
+///
+/// # Errors
+/// A bad file, a model and contexts that do not fit into memory, options that make no sense.
+pub fn run(arguments: &BenchArguments, config: &Config, output: Output) -> Result<()> {
+    // Workers pin the thread that calls them, which the process's own should not be.
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("tandem-bench".into());
+        let job = || Bench::prepare(arguments, config, output)?.run();
+        let thread = thread.spawn_scoped(scope, job).context("a thread")?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// A benchmark whose size is known and fits.
+struct Bench<'a> {
+    arguments: &'a BenchArguments,
+    config: Config,
+    output: Output,
+    subject: Subject,
+    hardware: HardwareProfile,
+    tests: Vec<Test>,
+    thread_counts: Vec<usize>,
+    size: RigSize,
+}
+
+impl<'a> Bench<'a> {
+    fn prepare(arguments: &'a BenchArguments, config: &Config, output: Output) -> Result<Self> {
+        let tests = arguments.tests();
+        let streams = tests.iter().map(|test| test.streams).max().ok_or(BenchError::NoTest)?;
+        let step_tokens_max = config.scheduler.step_tokens_max;
+        if streams > step_tokens_max {
+            return Err(BenchError::TooWide { streams, step_tokens_max }.into());
+        }
+        let subject = Subject::find(arguments)?;
+        let length = tests.iter().map(Test::length).max().unwrap_or(1);
+        let block_tokens = config.kv.block_tokens;
+        let stream_blocks = length.div_ceil(block_tokens);
+        let vocab = subject.spec.vocab_size;
+        let kv_dtype = config.kv.dtype;
+        let size =
+            RigSize { block_tokens, kv_dtype, stream_blocks, streams, step_tokens_max, vocab };
+        let hardware = HardwareProfile::detect();
+        let configured = stage_options(config, &hardware.topology, size.kv())?.pool.threads;
+        let mut thread_counts = arguments.thread_counts();
+        if thread_counts.is_empty() {
+            thread_counts.push(configured);
+        }
+        // As in the configuration, 0 is as many as there are cores.
+        thread_counts.iter_mut().filter(|count| **count == 0).for_each(|count| *count = configured);
+        let config = config.clone();
+        let bench =
+            Self { arguments, config, output, subject, hardware, tests, thread_counts, size };
+        bench.check_memory()?;
+        Ok(bench)
+    }
+
+    /// Refuses what does not fit, before anything is loaded.
+    fn check_memory(&self) -> Result<()> {
+        let spec = &self.subject.spec;
+        let blocks = self.size.kv().device_blocks;
+        let block_bytes =
+            spec.kv_bytes_per_token(self.size.kv_dtype) * self.size.block_tokens as u64;
+        let mut config = self.config.clone();
+        config.model.context_tokens = self.size.stream_blocks * self.size.block_tokens;
+        config.kv.cache_bytes = ByteSize(blocks as u64 * block_bytes);
+        let placement = Placement::plan(spec, &self.hardware, &config)?;
+        if placement.device_blocks < blocks {
+            let free = placement.device_blocks as u64 * block_bytes;
+            let suggest = "use fewer streams, or less depth".to_owned();
+            let need = config.kv.cache_bytes.0;
+            let device = "host memory".to_owned();
+            return Err(RequestError::InsufficientMemory { device, need, free, suggest }.into());
+        }
+        if self.tests.iter().any(|test| test.length() > spec.context_tokens_max) {
+            let trained = spec.context_tokens_max;
+            self.output
+                .notice(&format!("the model was trained for {trained} tokens of context"))?;
+        }
+        Ok(())
+    }
+
+    fn options(&self, threads: usize) -> Result<StageOptions> {
+        let mut config = self.config.clone();
+        config.cpu.threads = threads;
+        Ok(stage_options(&config, &self.hardware.topology, self.size.kv())?)
+    }
+
+    fn run(&self) -> Result<()> {
+        // Before loading, while the memory for it is free.
+        let counts = self.thread_counts.iter();
+        let roofs = counts.map(|threads| self.roofs(*threads)).collect::<Result<Vec<_>>>()?;
+        let most = self.thread_counts.iter().copied().max().unwrap_or(1);
+        let started = Instant::now();
+        let weights = Arc::new(self.load(&self.options(most)?)?);
+        let load = started.elapsed();
+        let (size, seconds) = (ByteSize(weights.bytes() as u64), load.as_secs_f64());
+        self.output.notice(&format!("weights ready in {seconds:.2} s, {size} of memory"))?;
+        let format = self.arguments.format(self.output.json);
+        let mut printer = Printer::new(format, self.output, &self.subject.title, &self.tests);
+        for (threads, roofs) in self.thread_counts.iter().zip(roofs) {
+            let options = self.options(*threads)?;
+            let setting = Setting { roofs, ..self.setting(&weights, &options, load) };
+            // Threads start unpinned from here, so that each number of them gets its own cores.
+            let work = || self.tests_on(&weights, &options, &setting, &mut printer);
+            std::thread::scope(|scope| {
+                let done = scope.spawn(work).join();
+                done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })?;
+        }
+        printer.finish()
+    }
+
+    /// Weights outlive the stages of all numbers of threads.
+    fn load(&self, options: &StageOptions) -> Result<Weights> {
+        let (spec, source) = (Arc::clone(&self.subject.spec), self.subject.source.clone());
+        let part = StagePart::whole(spec.layers.len());
+        let (isa, huge_pages) = (options.isa, options.huge_pages());
+        let request = WeightsRequest { source, spec, part, isa, huge_pages };
+        let bar = self.output.progress("loading", ProgressUnit::Bytes);
+        let load = || {
+            let mut pool = CpuPool::new(&options.pool).map_err(ExecutorError::Threads)?;
+            Weights::load(&request, &mut pool, &mut |progress| {
+                bar.set_length(progress.total_bytes as u64);
+                bar.set_position(progress.done_bytes as u64);
+            })
+        };
+        let loaded = std::thread::scope(|scope| {
+            scope.spawn(load).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        bar.finish_and_clear();
+        loaded.map_err(|error| match error {
+            ExecutorError::Format(error) => RequestError::from(error).into(),
+            other => other.into(),
+        })
+    }
+
+    fn setting(&self, weights: &Weights, options: &StageOptions, load: Duration) -> Setting {
+        let spec = &self.subject.spec;
+        let threads = options.pool.threads;
+        Setting {
+            cpu: HardwareProfile::cpu_name().unwrap_or_default(),
+            file: self.subject.file.clone(),
+            model: self.subject.title.clone(),
+            weight_bytes: spec.weight_bytes(),
+            parameters: spec.parameters(),
+            step_tokens_max: options.step_tokens_max,
+            threads,
+            pinned: options.pool.cores.len().min(threads),
+            isa: weights.kernels().isa().name(),
+            block_tokens: self.size.block_tokens,
+            kv_dtype: self.size.kv_dtype,
+            load,
+            roofs: None,
+        }
+    }
+
+    /// Both roofs, on the threads and processors of a stage and memory like that of its weights.
+    fn roofs(&self, threads: usize) -> Result<Option<Roofs>> {
+        if self.arguments.no_roof {
+            return Ok(None);
+        }
+        let options = self.options(threads)?;
+        let kernels = Kernels::for_isa(options.isa.unwrap_or_else(Isa::detect))?;
+        let cpus = options.pool.cores.iter().map(|core| CpuId(*core as u32)).collect();
+        let team = roofs::Team { threads, cpus };
+        let free = self.hardware.memory_available_bytes / ROOF_MEMORY_DIVISOR;
+        let bytes = ROOF_BYTES_MAX.min(free).next_multiple_of(8) as usize;
+        let mut memory = AlignedBytes::zeroed(bytes, options.huge_pages())?;
+        let words = bytemuck::cast_slice_mut(&mut memory[..]);
+        let read_bytes_per_second = roofs::read_bytes_per_second(&team, kernels, words);
+        let macs_per_second = roofs::int8_macs_per_second(&team, kernels);
+        let (read, ops) = (read_bytes_per_second / 1e9, 2.0 * macs_per_second / 1e12);
+        let plural = if threads == 1 { "" } else { "s" };
+        self.output.notice(&format!(
+            "roofs of {threads} thread{plural}: memory {read:.1} GB/s, int8 {ops:.2} Top/s"
+        ))?;
+        Ok(Some(Roofs { read_bytes_per_second, macs_per_second }))
+    }
+
+    fn tests_on(
+        &self,
+        weights: &Arc<Weights>,
+        options: &StageOptions,
+        setting: &Setting,
+        printer: &mut Printer,
+    ) -> Result<()> {
+        let mut rig = Rig::new(Stage::restart(Arc::clone(weights), options)?, self.size);
+        let costs = Costs::new(&self.subject.spec, weights.bytes_per_token(), self.size.kv_dtype);
+        for test in &self.tests {
+            if !self.arguments.no_warmup {
+                rig.once(&shortened(test, WARMUP_TOKENS))?;
+            }
+            let repetitions = 0..self.arguments.repetitions;
+            let samples = repetitions.map(|_| rig.once(test)).collect::<Result<_>>()?;
+            let ops = match self.arguments.no_ops {
+                true => OpSplit::default(),
+                false => rig.once_by_op(&shortened(test, OP_TIMES_TOKENS))?,
+            };
+            let pinned = setting.pinned.saturating_sub(rig.pin_failures());
+            printer.print(Record {
+                setting: Setting { pinned, ..setting.clone() },
+                test: *test,
+                ended: SystemTime::now(),
+                samples,
+                work: costs.of(test, self.size.step_tokens_max),
+                ops,
+            })?;
+        }
+        Ok(())
+    }
+}
+
+impl RigSize {
+    fn kv(&self) -> KvOptions {
+        let device_blocks = self.streams * self.stream_blocks;
+        let (block_tokens, dtype) = (self.block_tokens, self.kv_dtype);
+        KvOptions { block_tokens, dtype, device_blocks, host_blocks: 0 }
+    }
+}
+
+fn shortened(test: &Test, generated_max: usize) -> Test {
+    Test { generated: test.generated.min(generated_max), ..*test }
+}
+
+impl Subject {
+    fn find(arguments: &BenchArguments) -> Result<Self> {
+        if let Some(synthetic) = arguments.synthetic {
+            let spec = synthetic.spec();
+            return Ok(Self {
+                source: WeightSource::Random { seed: SEED },
+                file: String::new(),
+                title: title(&spec, &synthetic.types().title()),
+                spec: Arc::new(spec),
+            });
+        }
+        let path = arguments.path().context("no model file")?;
+        let checkpoint = Arc::new(Checkpoint::open(path).map_err(RequestError::from)?);
+        let spec = ModelSpec::from_checkpoint(&checkpoint).map_err(RequestError::from)?;
+        let stored = checkpoint.metadata().u32_opt("general.file_type").ok().flatten();
+        let types = match stored.and_then(FileType::from_gguf_id) {
+            Some(file_type) => file_type.title().to_owned(),
+            None => most_used_type(&spec),
+        };
+        Ok(Self {
+            source: checkpoint.into(),
+            file: path.display().to_string(),
+            title: title(&spec, &types),
+            spec: Arc::new(spec),
+        })
+    }
+}
+
+/// Such as `llama 8B Q4_0`, `llama 1.2B Q4_0`, `gemma3 268M Q8_0`.
+fn title(spec: &ModelSpec, types: &str) -> String {
+    let parameters = spec.parameters() as f64;
+    let size = match parameters {
+        ..1e9 => format!("{:.0}M", parameters / 1e6),
+        ..1e10 => format!("{:.1}B", parameters / 1e9).replace(".0B", "B"),
+        _ => format!("{:.0}B", parameters / 1e9),
+    };
+    format!("{} {size} {types}", spec.architecture)
+}
+
+/// The element type of most weight bytes.
+fn most_used_type(spec: &ModelSpec) -> String {
+    let mut bytes: Vec<(&str, u64)> = Vec::new();
+    spec.for_each_tensor(&mut |tensor| {
+        let name = tensor.dtype.name();
+        match bytes.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, sum)) => *sum += tensor.bytes(),
+            None => bytes.push((name, tensor.bytes())),
+        }
+    });
+    bytes.into_iter().max_by_key(|(_, sum)| *sum).map_or(String::new(), |(name, _)| name.to_owned())
+}

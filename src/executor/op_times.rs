@@ -1,0 +1,137 @@
+//! How long each op of a program takes: on every worker the time that it works and the time that
+//! it waits for the others. A stage without it pays one branch per op.
+
+use super::program::{Buffer, Op, Program};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Time spent in all ops of one kind, the mean over the workers: the sum over all kinds is the time
+/// of the steps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct OpTime {
+    /// Which ops.
+    pub op: &'static str,
+    /// Nanoseconds of work.
+    pub work_ns: f64,
+    /// Nanoseconds at barriers: what uneven shares and the barrier itself cost.
+    pub wait_ns: f64,
+}
+
+/// One op on one worker. Only that worker writes it.
+#[derive(Debug, Default)]
+struct Cell {
+    work_ns: AtomicU64,
+    wait_ns: AtomicU64,
+}
+
+/// A worker's cells, on cache lines of their own.
+#[derive(Debug)]
+#[repr(align(128))]
+struct WorkerCells {
+    /// By index of the op in the program.
+    ops: Vec<Cell>,
+    /// Waits inside the op that runs.
+    waited_ns: AtomicU64,
+}
+
+/// The clocks of a stage's workers.
+#[derive(Debug)]
+pub(super) struct OpClocks {
+    labels: Vec<&'static str>,
+    workers: Vec<WorkerCells>,
+}
+
+fn add(cell: &AtomicU64, time: Duration) {
+    // There is one writer, so nothing is lost between the load and the store.
+    let sum = cell.load(Ordering::Relaxed) + time.as_nanos() as u64;
+    cell.store(sum, Ordering::Relaxed);
+}
+
+impl OpClocks {
+    pub fn new(program: &Program, threads: usize) -> Self {
+        let labels: Vec<_> = program.ops.iter().map(label).collect();
+        let worker = |_| WorkerCells {
+            ops: labels.iter().map(|_| Cell::default()).collect(),
+            waited_ns: AtomicU64::new(0),
+        };
+        let workers = (0..threads).map(worker).collect();
+        Self { labels, workers }
+    }
+
+    /// Counts a wait of a worker inside an op.
+    pub fn wait(&self, worker: usize, wait: impl FnOnce()) {
+        let started = Instant::now();
+        wait();
+        add(&self.workers[worker].waited_ns, started.elapsed());
+    }
+
+    /// Counts an op that has just ended on a worker, its waits included in `took`.
+    pub fn ended(&self, worker: usize, op: usize, took: Duration) {
+        let worker = &self.workers[worker];
+        let waited = Duration::from_nanos(worker.waited_ns.swap(0, Ordering::Relaxed));
+        add(&worker.ops[op].wait_ns, waited);
+        add(&worker.ops[op].work_ns, took.saturating_sub(waited));
+    }
+
+    /// Sums by kind, in the program's order, in means over the workers.
+    pub fn times(&self) -> Vec<OpTime> {
+        let mut times: Vec<OpTime> = Vec::new();
+        let mean = |cell: &dyn Fn(&WorkerCells) -> u64| {
+            self.workers.iter().map(cell).sum::<u64>() as f64 / self.workers.len() as f64
+        };
+        for (index, op) in self.labels.iter().enumerate() {
+            let work_ns = mean(&|worker| worker.ops[index].work_ns.load(Ordering::Relaxed));
+            let wait_ns = mean(&|worker| worker.ops[index].wait_ns.load(Ordering::Relaxed));
+            match times.iter_mut().find(|time| time.op == *op) {
+                Some(time) => {
+                    (time.work_ns, time.wait_ns) = (time.work_ns + work_ns, time.wait_ns + wait_ns)
+                }
+                None => times.push(OpTime { op, work_ns, wait_ns }),
+            }
+        }
+        times
+    }
+}
+
+/// What an op is called in reports.
+fn label(op: &Op) -> &'static str {
+    match op {
+        Op::Embed { .. } => "embed",
+        Op::Receive => "receive",
+        Op::Norm { .. } => "norm",
+        Op::Project { input: Buffer::Attended, .. } => "attention output",
+        Op::Project { input: Buffer::Hidden, .. } => "down",
+        Op::Project { .. } => "query, key, value",
+        Op::Rotate { .. } => "rotate, write KV",
+        Op::Attend { .. } => "attention",
+        Op::Gate { .. } => "gate, up",
+        Op::Send { .. } => "send",
+        Op::Select { .. } => "last norm",
+        Op::Logits { .. } => "logits, sampling",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_are_told_from_work_and_kinds_are_added_up() {
+        let worker = |_| WorkerCells {
+            ops: (0..3).map(|_| Cell::default()).collect(),
+            waited_ns: AtomicU64::new(0),
+        };
+        let labels = vec!["norm", "down", "norm"];
+        let clocks = OpClocks { labels, workers: (0..2).map(worker).collect() };
+        clocks.workers[0].waited_ns.store(30, Ordering::Relaxed);
+        clocks.ended(0, 0, Duration::from_nanos(100));
+        clocks.ended(1, 0, Duration::from_nanos(50));
+        clocks.ended(0, 1, Duration::from_nanos(8));
+        clocks.ended(1, 2, Duration::from_nanos(10));
+        clocks.wait(1, || {});
+        clocks.ended(1, 1, Duration::ZERO);
+        let [norm, down] = clocks.times()[..] else { panic!("two kinds") };
+        assert_eq!((norm.op, norm.work_ns, norm.wait_ns), ("norm", 65.0, 15.0));
+        assert_eq!((down.op, down.work_ns), ("down", 4.0));
+    }
+}

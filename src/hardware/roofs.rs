@@ -1,0 +1,98 @@
+//! What a set of threads can do at most, measured: bytes read from memory per second, and int8
+//! multiply-accumulates per second. Each function starts its own threads, pins them, keeps the best
+//! of several passes and leaves nothing behind.
+
+use super::affinity::pin_current_thread;
+use super::topology::CpuId;
+use std::sync::{Barrier, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tandem_cpu_kernels::Kernels;
+
+/// Passes over the memory; the best counts, since others only ever take away.
+const READ_PASSES: usize = 16;
+/// Bursts of arithmetic, and how long each lasts: past the clock's ramp, short of a time slice.
+const MAC_BURSTS: usize = 12;
+const MAC_BURST: Duration = Duration::from_millis(20);
+/// Rounds between two looks at the clock: some tens of microseconds.
+const MAC_ROUNDS: usize = 1 << 10;
+
+/// Which threads are measured, as compute workers are described.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Team {
+    /// At least 1.
+    pub threads: usize,
+    /// Processor of each thread; threads without an entry are not pinned. A processor that the
+    /// system refuses is no error: the thread then runs where it may.
+    pub cpus: Vec<CpuId>,
+}
+
+/// Bytes per second that the team reads from `memory` together, each thread its own part in order.
+/// The part is written first, by its reader, so that its pages exist and lie near.
+///
+/// The memory must be far larger than the caches, or their speed is what comes out. Pages should be
+/// of the kind that the real data has: huge ones read faster.
+pub fn read_bytes_per_second(team: &Team, kernels: &Kernels, memory: &mut [u64]) -> f64 {
+    let bytes = size_of_val(memory) as f64;
+    let share = memory.len().div_ceil(team.threads.max(1)).max(1);
+    let parts: Vec<_> = memory.chunks_mut(share).map(Mutex::new).collect();
+    let passes = in_step(team, READ_PASSES, |thread, pass| {
+        let Some(part) = parts.get(thread) else { return };
+        let mut part = part.lock().unwrap_or_else(PoisonError::into_inner);
+        if pass == 0 {
+            part.iter_mut().enumerate().for_each(|(at, word)| *word = at as u64);
+        } else {
+            std::hint::black_box(kernels.read_words(&part));
+        }
+    });
+    let best = passes.iter().skip(1).min().copied().unwrap_or_default();
+    bytes / best.as_secs_f64().max(1e-9)
+}
+
+/// int8 multiply-accumulates per second of the team together, in registers, with the instructions
+/// of `kernels`. One multiply-accumulate is two operations.
+pub fn int8_macs_per_second(team: &Team, kernels: &Kernels) -> f64 {
+    let rates = Mutex::new(vec![0.0; MAC_BURSTS]);
+    in_step(team, MAC_BURSTS, |_, burst| {
+        let (started, mut macs) = (Instant::now(), 0);
+        while started.elapsed() < MAC_BURST {
+            macs += kernels.int8_macs(MAC_ROUNDS);
+        }
+        let rate = macs as f64 / started.elapsed().as_secs_f64();
+        rates.lock().unwrap_or_else(PoisonError::into_inner)[burst] += rate;
+    });
+    let rates = rates.into_inner().unwrap_or_else(PoisonError::into_inner);
+    rates.into_iter().fold(0.0, f64::max)
+}
+
+/// Calls `work(thread, pass)` on every thread for each pass. Passes start together; returns how
+/// long the slowest thread took for each.
+fn in_step(team: &Team, passes: usize, work: impl Fn(usize, usize) + Sync) -> Vec<Duration> {
+    let threads = team.threads.max(1);
+    let (barrier, work) = (Barrier::new(threads), &work);
+    let life = |thread: usize| {
+        if let Some(cpu) = team.cpus.get(thread) {
+            // Unpinned is slower, not wrong.
+            let _ = pin_current_thread(*cpu);
+        }
+        let pass = |pass| {
+            barrier.wait();
+            let started = Instant::now();
+            work(thread, pass);
+            barrier.wait();
+            started.elapsed()
+        };
+        (0..passes).map(pass).collect::<Vec<_>>()
+    };
+    std::thread::scope(|scope| {
+        let life = &life;
+        let handles: Vec<_> =
+            (0..threads).map(|thread| scope.spawn(move || life(thread))).collect();
+        let times = handles.into_iter().map(|handle| match handle.join() {
+            Ok(times) => times,
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        times
+            .reduce(|a, b| a.into_iter().zip(b).map(|(a, b)| a.max(b)).collect())
+            .unwrap_or_default()
+    })
+}
