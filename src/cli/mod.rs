@@ -184,6 +184,11 @@ fn flags(sets: &[String], command: &Command) -> Result<Vec<(String, String)>> {
     put("model.path", engine.model.as_ref().map(path));
     put("cpu.threads", engine.threads.map(|threads| threads.to_string()));
     put("model.context_tokens", engine.context.map(|tokens| tokens.to_string()));
+    if engine.kv_dtype.windows(2).any(|pair| pair[0] != pair[1]) {
+        let message = format!("keys and values have one type, not {}", engine.kv_dtype.join(", "));
+        return Err(Exit { code: CONFIG, message }.into());
+    }
+    put("kv.dtype", engine.kv_dtype.first().cloned());
     put("server.socket", socket.socket.as_ref().map(path));
     if let Command::Bench(arguments) = command {
         let tokens = arguments.ubatch_size.map(|tokens| tokens.to_string());
