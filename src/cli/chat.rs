@@ -9,7 +9,7 @@ use super::generate::text_or_stdin;
 use super::output::Output;
 use super::repl::{Action, Conversation, HELP, LineCollector, interpret};
 use super::sampling_params;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use serde_json::{Value, json};
@@ -73,6 +73,13 @@ pub async fn run(options: ChatOptions, place: Place, output: Output) -> Result<(
     chat.connection.close().await
 }
 
+fn remember(editor: &mut DefaultEditor, file: &Path) -> Result<()> {
+    if let Some(folder) = file.parent() {
+        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    }
+    editor.save_history(file).with_context(|| file.display().to_string())
+}
+
 impl Chat {
     async fn ask_once(&mut self, question: String) -> Result<()> {
         self.say(question).await?;
@@ -128,11 +135,11 @@ impl Chat {
                 Err(error) => self.output.notice(&format!("error: {error:#}"))?,
             }
         }
-        if let Some(file) = history {
-            if let Some(folder) = file.parent() {
-                std::fs::create_dir_all(folder).context("the history's folder")?;
-            }
-            editor.save_history(file).context("the history file")?;
+        if let Some(file) = history
+            && let Err(error) = remember(&mut editor, file)
+        {
+            // The conversation went well: that it is not remembered is no failure of it.
+            self.output.notice(&format!("the history is not kept: {error:#}"))?;
         }
         Ok(())
     }
@@ -152,7 +159,10 @@ impl Chat {
                 }
             }
             Action::Set(name, value) => {
-                self.conversation.settings.insert(name, value);
+                let mut settings = self.conversation.settings.clone();
+                settings.insert(name, value);
+                Conversation::check(&settings).map_err(|message| anyhow!(message))?;
+                self.conversation.settings = settings;
             }
             Action::Stats => match &self.last {
                 Some(answer) => self.output.line(&answer::figures(&answer.done))?,
@@ -165,8 +175,11 @@ impl Chat {
             Action::Load(file) => {
                 let text =
                     std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
-                let loaded = serde_json::from_str(&text);
-                self.conversation = loaded.with_context(|| file.display().to_string())?;
+                let loaded: Conversation =
+                    serde_json::from_str(&text).with_context(|| file.display().to_string())?;
+                Conversation::check(&loaded.settings)
+                    .map_err(|message| anyhow!("{}: {message}", file.display()))?;
+                self.conversation = loaded;
             }
         }
         Ok(false)
