@@ -61,20 +61,20 @@ pub struct SamplingArguments {
     #[arg(long, short = 'n', value_name = "N")]
     pub max_tokens: Option<usize>,
     /// 0 is greedy
-    #[arg(long, short, value_name = "T")]
-    pub temperature: Option<f32>,
+    #[arg(long, short, value_name = "T", allow_negative_numbers = true)]
+    pub temperature: Option<f64>,
     /// Keep the K most likely tokens
     #[arg(long, value_name = "K")]
     pub top_k: Option<usize>,
     /// Nucleus sampling
     #[arg(long, value_name = "P")]
-    pub top_p: Option<f32>,
+    pub top_p: Option<f64>,
     /// Keep tokens at least P times as likely as the best
     #[arg(long, value_name = "P")]
-    pub min_p: Option<f32>,
+    pub min_p: Option<f64>,
     /// Divides the logits of tokens seen; 1 is off
     #[arg(long, value_name = "X")]
-    pub repetition_penalty: Option<f32>,
+    pub repetition_penalty: Option<f64>,
     /// The same seed gives the same answer
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
@@ -146,7 +146,7 @@ pub enum Command {
         #[command(flatten)]
         engine: EngineArguments,
     },
-    /// Turn text into tokens
+    /// Turn text into tokens; asks the running service if no model is named
     Tokenize {
         /// The text; without it standard input
         text: Option<String>,
@@ -159,6 +159,8 @@ pub enum Command {
         /// Model file
         #[arg(long, short, value_name = "FILE")]
         model: Option<PathBuf>,
+        #[command(flatten)]
+        socket: SocketArguments,
     },
     /// Measure perplexity on a text: chunks of the context, the second half of each scored
     Perplexity {
@@ -173,7 +175,7 @@ pub enum Command {
         #[command(flatten)]
         engine: EngineArguments,
     },
-    /// Show the running service: model, requests, memory
+    /// Show the running service: model, requests, memory; all figures with --json
     Ps {
         #[command(flatten)]
         socket: SocketArguments,

@@ -4,26 +4,28 @@ use super::connection::{Connection, Place};
 use super::output::Output;
 use anyhow::Result;
 use serde_json::{Value, json};
+use tandem::units::ByteSize;
 
 /// Shows the running service.
 ///
 /// # Errors
 /// No service answers.
 pub async fn ps(place: Place, output: Output) -> Result<()> {
-    let mut connection = Connection::to_service(&place).await?;
+    let connection = Connection::to_service(&place).await?;
     let status = connection.call("status", json!({})).await?;
     let stats = connection.call("stats.get", json!({})).await?;
     let models = connection.call("models.list", json!({})).await?;
-    connection.close().await?;
     if output.json {
         output.object(&json!({ "status": status, "stats": stats, "models": models }))?;
-        return Ok(());
+        return connection.close().await;
     }
-    output.line(&output.heading(&format!("socket {}", place.socket.display())))?;
-    let mut rows = Vec::new();
-    for (section, value) in [("status", &status), ("models", &models), ("stats", &stats)] {
-        flatten(section, value, &mut rows);
-    }
+    // A model that is still being loaded has no plan yet.
+    let plan = connection.call("models.plan", json!({})).await.unwrap_or_default();
+    connection.close().await?;
+    output.line(&output.heading(&format!("socket {}", place.socket()?.display())))?;
+    let mut rows: Vec<Vec<String>> =
+        models["models"].as_array().into_iter().flatten().map(model_row).collect();
+    rows.extend(summary(&status, &stats, &plan));
     output.table(&["what", "value"], &rows)?;
     Ok(())
 }
@@ -33,7 +35,7 @@ pub async fn ps(place: Place, output: Output) -> Result<()> {
 /// # Errors
 /// No service answers, or it refuses.
 pub async fn stop(place: Place, output: Output) -> Result<()> {
-    let mut connection = Connection::to_service(&place).await?;
+    let connection = Connection::to_service(&place).await?;
     let result = connection.call("shutdown", json!({})).await?;
     if output.json {
         output.object(&result)?;
@@ -43,17 +45,71 @@ pub async fn stop(place: Place, output: Output) -> Result<()> {
     Ok(())
 }
 
-/// Nested JSON as rows of dotted names and plain values.
-fn flatten(prefix: &str, value: &Value, rows: &mut Vec<Vec<String>>) {
-    let nested: Vec<(String, &Value)> = match value {
-        Value::Object(map) => map.iter().map(|(key, inner)| (key.clone(), inner)).collect(),
-        Value::Array(list) => {
-            list.iter().enumerate().map(|(index, inner)| (index.to_string(), inner)).collect()
-        }
-        Value::String(text) => return rows.push(vec![prefix.to_owned(), text.clone()]),
-        plain => return rows.push(vec![prefix.to_owned(), plain.to_string()]),
+/// What a person asks first; all figures come with `--json`.
+fn summary(status: &Value, stats: &Value, plan: &Value) -> Vec<Vec<String>> {
+    let engine = &stats["engine"];
+    let (metrics, sequences) = (&engine["metrics"], &engine["sequences"]);
+    let blocks = &engine["blocks"];
+    let ms = |time: &Value| {
+        let at = |name: &str| time[name].as_f64().unwrap_or(0.0) / 1e3;
+        format!("{:.1} ms median, {:.1} ms 99th percentile", at("p50_us"), at("p99_us"))
     };
-    for (key, inner) in nested {
-        flatten(&format!("{prefix}.{key}"), inner, rows);
+    let restarts = engine["status"]["restarts"].as_object();
+    let restarts: u64 = restarts.into_iter().flatten().filter_map(|(_, n)| n.as_u64()).sum();
+    let seconds = status["uptime_ms"].as_u64().unwrap_or(0) / 1000;
+    let mut rows = vec![
+        ("state", format!("{}, for {seconds} s", plain(&status["state"]))),
+        ("process", format!("{}, {}", status["pid"], plain(&status["server"]))),
+        (
+            "requests",
+            format!(
+                "{} running, {} waiting, {} paused; {} done, {} failed",
+                sequences["running"],
+                sequences["waiting"],
+                sequences["paused"],
+                metrics["requests_done"],
+                metrics["requests_failed"]
+            ),
+        ),
+        (
+            "tokens",
+            format!(
+                "{} of prompts ({} cached), {} of answers",
+                metrics["prompt_tokens"], metrics["cached_tokens"], metrics["completion_tokens"]
+            ),
+        ),
+        ("first token", ms(&metrics["first_token_time"])),
+        ("next token", ms(&metrics["inter_token_time"])),
+        (
+            "KV blocks",
+            format!(
+                "{} of {} in use, {} more kept for their prefix",
+                blocks["used"], blocks["total"], blocks["cached"]
+            ),
+        ),
+        ("restarts", restarts.to_string()),
+    ];
+    for row in plan["plan"]["explain"].as_array().into_iter().flatten() {
+        if row["what"] == "total" {
+            let bytes = ByteSize(row["bytes"].as_u64().unwrap_or(0));
+            rows.push(("memory", format!("{bytes} {}", plain(&row["why"]))));
+        }
     }
+    rows.into_iter().map(|(what, value)| vec![what.to_owned(), value]).collect()
+}
+
+fn model_row(model: &Value) -> Vec<String> {
+    let value = format!(
+        "{} ({}, {} of weights, context {} tokens)",
+        plain(&model["name"]),
+        plain(&model["architecture"]),
+        ByteSize(model["weight_bytes"].as_u64().unwrap_or(0)),
+        model["context_tokens"]
+    );
+    vec!["model".to_owned(), value]
+}
+
+/// A text without its quotes, anything else as JSON.
+fn plain(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }

@@ -7,8 +7,10 @@ use tracing_subscriber::EnvFilter;
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
-    /// For people.
+    /// For people, plain.
     Text,
+    /// For people at a terminal: ANSI colours.
+    ColoredText,
     /// One JSON object per line.
     Json,
 }
@@ -40,7 +42,8 @@ pub fn start_logging(level: &str, format: LogFormat) -> Result<(), LoggingError>
     })?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     match format {
-        LogFormat::Text => builder.try_init(),
+        LogFormat::Text => builder.with_ansi(false).try_init(),
+        LogFormat::ColoredText => builder.with_ansi(true).try_init(),
         LogFormat::Json => builder.json().try_init(),
     }
     .map_err(|error| LoggingError::Taken(error.to_string()))
