@@ -250,8 +250,8 @@ fn a_service_answers_its_commands_and_stops() {
     let shown = desk.ok(&["ps"]);
     assert!(shown.contains(" tiny (llama") && shown.lines().count() < 20, "{shown}");
     desk.ok(&["stop"]);
+    assert_eq!(desk.fails(&["ps"]).0, 69, "stop returns when the service is gone");
     assert!(service.0.wait().unwrap().success());
-    assert_eq!(desk.fails(&["ps"]).0, 69);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! there is none and a model was named, through one of their own behind a private socket. Either
 //! way they speak the protocol, so there is one code path.
 
-use super::failure::{Exit, ServiceError, UNAVAILABLE, USAGE};
+use super::failure::{Exit, ServiceError, TEMPORARY, UNAVAILABLE, USAGE};
 use super::output::{Output, ProgressUnit};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -20,6 +20,10 @@ use tokio::task::JoinHandle;
 
 /// How often a service that loads its model is asked whether it has done so.
 const LOADING_POLL: Duration = Duration::from_millis(100);
+/// How often a service that ends is looked for.
+const ENDING_POLL: Duration = Duration::from_millis(20);
+/// How long a service may take to say its hello, which it does at once unless it is stopped.
+const HELLO_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where an engine may be found.
 #[derive(Clone, Debug)]
@@ -79,7 +83,7 @@ impl Connection {
             Err(_) if place.names_model() => return Self::embed(place.config, output).await,
             Err(error) => return Err(error.into()),
         };
-        match Client::connect(socket).await {
+        match connect(socket).await? {
             Ok(client) => {
                 let connection = Self { client, embedded: None }.loaded(output).await?;
                 connection.tell_other_model(&place, output).await?;
@@ -97,7 +101,7 @@ impl Connection {
     /// There is none.
     pub async fn to_service(place: &Place) -> Result<Self> {
         let socket = place.socket()?;
-        match Client::connect(socket).await {
+        match connect(socket).await? {
             Ok(client) => Ok(Self { client, embedded: None }),
             Err(error) if error.is_no_service() => Err(no_service(socket, "")),
             Err(error) => Err(error.into()),
@@ -163,6 +167,28 @@ impl Connection {
     /// The service is gone.
     pub async fn stream(&mut self, method: &str, params: Value) -> Result<Events> {
         Ok(Events { reader: self.client.stream(method, params).await.map_err(refusal)? })
+    }
+
+    /// Waits until the service at `socket` that this connection speaks to is gone.
+    ///
+    /// # Errors
+    /// It is still there after `patience`.
+    pub async fn ended(&self, socket: &Path, patience: Duration) -> Result<()> {
+        let boot_id = &self.client.hello().boot_id;
+        let gone = async {
+            loop {
+                match Client::connect(socket).await {
+                    Err(error) if error.is_no_service() => break,
+                    // Another life of the service, such as systemd starts, is another service.
+                    Ok(client) if client.hello().boot_id != *boot_id => break,
+                    _ => tokio::time::sleep(ENDING_POLL).await,
+                }
+            }
+        };
+        tokio::time::timeout(patience, gone).await.map_err(|_| {
+            let message = format!("the service is still there after {} s", patience.as_secs());
+            Exit { code: TEMPORARY, message }.into()
+        })
     }
 
     /// Leaves the service; one of our own is stopped.
@@ -247,6 +273,15 @@ pub async fn load(config: Config, output: Output) -> Result<Engine> {
     let engine = engine.build().await?;
     bar.finish_and_clear();
     Ok(engine)
+}
+
+/// A connection, or why there is none; fails if whoever listens there says nothing.
+async fn connect(socket: &Path) -> Result<Result<Client, ClientError>> {
+    tokio::time::timeout(HELLO_PATIENCE, Client::connect(socket)).await.map_err(|_| {
+        let seconds = HELLO_PATIENCE.as_secs();
+        let silent = format!("the service at {} says nothing for {seconds} s", socket.display());
+        Exit { code: UNAVAILABLE, message: silent }.into()
+    })
 }
 
 fn no_service(socket: &Path, hint: &str) -> anyhow::Error {

@@ -4,7 +4,11 @@ use super::connection::{Connection, Place};
 use super::output::Output;
 use anyhow::Result;
 use serde_json::{Value, json};
+use std::time::Duration;
 use tandem::units::ByteSize;
+
+/// How much longer than its drain time a service may take to be gone.
+const ENDING_GRACE: Duration = Duration::from_secs(10);
 
 /// Shows the running service.
 ///
@@ -30,17 +34,18 @@ pub async fn ps(place: Place, output: Output) -> Result<()> {
     Ok(())
 }
 
-/// Stops the running service; running streams get their end first.
+/// Stops the running service and waits until it is gone; running streams get their end first.
 ///
 /// # Errors
-/// No service answers, or it refuses.
+/// No service answers, or it refuses, or it does not end.
 pub async fn stop(place: Place, output: Output) -> Result<()> {
     let connection = Connection::to_service(&place).await?;
     let result = connection.call("shutdown", json!({})).await?;
+    let drain = Duration::from_millis(result["drain_ms"].as_u64().unwrap_or(0));
+    output.notice("the service lets running streams end, then stops")?;
+    connection.ended(place.socket()?, drain + ENDING_GRACE).await?;
     if output.json {
         output.object(&result)?;
-    } else {
-        output.notice("the service drains and stops")?;
     }
     Ok(())
 }
