@@ -120,6 +120,9 @@ fn a_wrong_setting_is_named_with_its_origin() {
     let (code, message) = desk.fails(&["config", "show", "--set", "kv.block_tokens=17"]);
     assert_eq!(code, 78);
     assert!(message.contains("kv.block_tokens") && message.contains("flag"), "{message}");
+    let (code, message) = desk.fails(&["config", "show", "--set", "kv.cache_bytes=-1"]);
+    assert_eq!(code, 78);
+    assert!(message.contains("kv.cache_bytes") && message.contains("24GiB"), "{message}");
 }
 
 #[test]

@@ -64,6 +64,10 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
         if cause.is::<ConfigError>() || cause.is::<LoggingError>() {
             return CONFIG;
         }
+        // A transparent error hides its inner one from the chain.
+        if let Some(EngineError::Config(_)) = cause.downcast_ref::<EngineError>() {
+            return CONFIG;
+        }
         if let Some(error) = cause.downcast_ref::<EndpointError>() {
             return match error {
                 EndpointError::NoRuntimeDir | EndpointError::PathTooLong { .. } => CONFIG,
