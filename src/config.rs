@@ -188,8 +188,41 @@ impl Config {
             let got = self.scheduler.prefill_slowdown_max;
             return Err(refuse("scheduler.prefill_slowdown_max", got, "1 to 100".into()));
         }
-        if !["text", "json"].contains(&self.log.format.as_str()) {
-            return Err(refuse("log.format", &self.log.format, "text, json".into()));
+        self.validate_times()?;
+        let words: [(&str, &str, &[&str]); 2] = [
+            ("cpu.isa", &self.cpu.isa, &["auto", "scalar", "avx2", "avx512", "avx512vnni"]),
+            ("log.format", &self.log.format, &["text", "json"]),
+        ];
+        for (field, got, allowed) in words {
+            if !allowed.contains(&got) {
+                return Err(refuse(field, got, allowed.join(", ")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The ranges of times and of what templates and crashes may take.
+    fn validate_times(&self) -> Result<(), ConfigError> {
+        let (template, supervision) = (&self.template, &self.supervision);
+        let counts: [(&str, u64, u64, u64); 8] = [
+            ("cpu.spin_us", self.cpu.spin_us, 0, 1_000_000),
+            ("stream.slow_consumer_ms", self.stream.slow_consumer_ms, 1, WEEK_MS),
+            ("template.fuel", template.fuel, 1, 1_000_000_000_000),
+            ("template.output_bytes_max", template.output_bytes_max.0, 1, 1 << 30),
+            ("supervision.restarts_max", supervision.restarts_max.into(), 0, 1000),
+            ("supervision.restart_window_ms", supervision.restart_window_ms, 1, WEEK_MS),
+            (
+                "supervision.crashes_per_request_max",
+                supervision.crashes_per_request_max.into(),
+                1,
+                1000,
+            ),
+            ("server.drain_ms", self.server.drain_ms, 0, WEEK_MS),
+        ];
+        for (field, got, low, high) in counts {
+            if !(low..=high).contains(&got) {
+                return Err(refuse(field, got, format!("{low} to {high}")));
+            }
         }
         Ok(())
     }
@@ -209,6 +242,8 @@ pub(crate) mod kv_dtype {
         String::deserialize(from)?.parse().map_err(D::Error::custom)
     }
 }
+/// Longest time that can be set.
+const WEEK_MS: u64 = 7 * 24 * 3_600_000;
 
 fn refuse(field: &str, got: impl ToString, allowed: String) -> ConfigError {
     ConfigError { field: field.to_owned(), got: got.to_string(), allowed }
@@ -228,5 +263,14 @@ mod tests {
         let mut config = Config::default();
         config.kv.block_tokens = 48;
         assert_eq!(config.validate().unwrap_err().field, "kv.block_tokens");
+        let mut config = Config::default();
+        config.cpu.isa = "bogus".into();
+        assert_eq!(config.validate().unwrap_err().field, "cpu.isa");
+        let mut config = Config::default();
+        config.template.fuel = 0;
+        assert_eq!(config.validate().unwrap_err().field, "template.fuel");
+        let mut config = Config::default();
+        config.server.drain_ms = u64::MAX;
+        assert_eq!(config.validate().unwrap_err().field, "server.drain_ms");
     }
 }

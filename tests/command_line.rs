@@ -7,6 +7,7 @@
 mod tiny_model;
 
 use serde_json::Value;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use tempfile::TempDir;
@@ -48,6 +49,15 @@ impl Desk {
 
     fn json(&self, arguments: &[&str]) -> Value {
         serde_json::from_str(&self.ok(arguments)).unwrap()
+    }
+
+    fn nothing_is_left(&self) {
+        let left: Vec<_> = std::fs::read_dir(self.folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|name| name.starts_with("tandem-"))
+            .collect();
+        assert!(left.is_empty(), "{left:?} is left behind");
     }
 
     /// The exit code and the message on standard error.
@@ -110,6 +120,9 @@ fn a_wrong_setting_is_named_with_its_origin() {
     let (code, message) = desk.fails(&["config", "show", "--set", "kv.block_tokens=17"]);
     assert_eq!(code, 78);
     assert!(message.contains("kv.block_tokens") && message.contains("flag"), "{message}");
+    let (code, message) = desk.fails(&["config", "show", "--set", "kv.cache_bytes=-1"]);
+    assert_eq!(code, 78);
+    assert!(message.contains("kv.cache_bytes") && message.contains("24GiB"), "{message}");
 }
 
 #[test]
@@ -180,12 +193,55 @@ fn a_model_is_loaded_when_no_service_runs() {
     let first = desk.ok(&arguments);
     assert_eq!(first, desk.ok(&arguments), "greedy answers repeat");
     assert!(!first.trim().is_empty());
-    let left: Vec<_> = std::fs::read_dir(desk.folder.path())
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .filter(|name| name.starts_with("tandem-"))
-        .collect();
-    assert!(left.is_empty(), "{left:?} is left behind");
+    desk.nothing_is_left();
+    desk.fails(&["generate", "the rain", "-m", "tiny.gguf", "-n", "0"]);
+    desk.nothing_is_left();
+}
+
+#[test]
+fn without_a_service_no_runtime_directory_is_needed() {
+    let desk = Desk::new();
+    for arguments in [
+        &["generate", "the rain", "-m", "tiny.gguf", "-n", "2", "--ignore-eos"][..],
+        &["tokenize", "the rain", "-m", "tiny.gguf"],
+    ] {
+        let output = desk.command(arguments).env_remove("XDG_RUNTIME_DIR").output().unwrap();
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    }
+    // A service of this user may really run at the other default place.
+    let output = desk.command(&["ps"]).env_remove("XDG_RUNTIME_DIR").output().unwrap();
+    assert!(matches!(output.status.code(), Some(0 | 69)), "{output:?}");
+}
+
+#[test]
+fn variables_of_others_may_hold_any_bytes() {
+    let desk = Desk::new();
+    let bytes = std::ffi::OsStr::from_bytes(b"\xff");
+    let output = desk.command(&["config", "show"]).env("OTHERS", bytes).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let output = desk.command(&["config", "show"]).env("TANDEM__LOG__LEVEL", bytes).output();
+    assert_eq!(output.unwrap().status.code(), Some(78));
+}
+
+#[test]
+fn the_log_has_no_colours_unless_at_a_terminal() {
+    let desk = Desk::new();
+    let (code, log) = desk.fails(&["serve", "--model", "absent.gguf"]);
+    assert_eq!(code, 65);
+    assert!(log.contains("absent.gguf") && !log.contains('\x1b'), "{log}");
+}
+
+#[test]
+fn a_missing_file_or_model_is_named() {
+    let desk = Desk::new();
+    let (code, message) = desk.fails(&["serve"]);
+    assert_eq!(code, 2);
+    assert!(message.contains("--model"), "{message}");
+    let (_, message) = desk.fails(&["perplexity", "absent.txt", "-m", "tiny.gguf"]);
+    assert!(message.contains("absent.txt"), "{message}");
+    let (code, message) = desk.fails(&["perplexity", "x", "-m", "tiny.gguf", "--chunks", "0"]);
+    assert_eq!(code, 2);
+    assert!(message.contains("--chunks"), "{message}");
 }
 
 #[test]
@@ -216,13 +272,18 @@ fn a_service_answers_its_commands_and_stops() {
     let chat = desk.ok(&["chat", "--prompt", "hello", "-n", "8", "--json"]);
     let last: Value = serde_json::from_str(chat.lines().last().unwrap()).unwrap();
     assert_eq!(last["type"], "done");
-    let (code, message) = desk.fails(&["generate", "x", "--temperature", "1000"]);
+    let (code, message) = desk.fails(&["generate", "x", "--temperature", "100.1"]);
     assert_eq!(code, 2);
-    assert!(message.contains("temperature"), "{message}");
+    assert!(message.contains("temperature is 100.1;"), "{message}");
+    let output = desk.run(&["generate", "x", "-n", "2", "-m", "other.gguf"]);
+    let notice = String::from_utf8(output.stderr).unwrap();
+    assert!(notice.contains("tiny, not other"), "{notice}");
+    let by_file = desk.ok(&["tokenize", "the rain", "-m", "tiny.gguf"]);
+    assert_eq!(desk.ok(&["tokenize", "the rain"]), by_file);
     let shown = desk.ok(&["ps"]);
-    assert!(shown.contains("ready") && shown.contains("tiny.gguf"), "{shown}");
+    assert!(shown.contains(" tiny (llama") && shown.lines().count() < 20, "{shown}");
     desk.ok(&["stop"]);
-    assert_eq!(desk.fails(&["ps"]).0, 69, "stop waits for the end");
+    assert_eq!(desk.fails(&["ps"]).0, 69, "stop returns when the service is gone");
     assert!(service.0.wait().unwrap().success());
 }
 

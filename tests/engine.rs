@@ -10,8 +10,8 @@ mod together;
 use futures_util::StreamExt;
 use rig::{config, read, tiny_model_file};
 use std::sync::Arc;
-use std::time::Duration;
-use tandem::actors::{Engine, FaultPoint, Faults, Generation};
+use std::time::{Duration, Instant};
+use tandem::actors::{Engine, FaultPoint, Faults, Generation, StatsSnapshot};
 use tandem::blocking;
 use tandem::request::{
     AddSpecial, ChatMessage, Delta, Event, ParseSpecial, Request, SamplingParams,
@@ -115,6 +115,24 @@ async fn the_engine_describes_itself() {
     assert!(serde_json::to_value(engine.plan().unwrap()).unwrap().is_object());
     let trace = engine.chrome_trace();
     assert!(trace["traceEvents"].as_array().unwrap().len() > 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_engine_reports_what_it_holds() {
+    let engine = tiny_engine().await;
+    // The loop of an idle engine wakes every 5 s; figures must not wait for that.
+    let settled = async |wanted: fn(&StatsSnapshot) -> bool| {
+        let soon = Instant::now() + Duration::from_secs(3);
+        while !wanted(&engine.stats()) {
+            assert!(Instant::now() < soon, "{:?}", engine.stats());
+            tokio::task::yield_now().await;
+        }
+    };
+    settled(|stats| stats.blocks.total > 0).await;
+    let mut answer = engine.generate(greedy("the", 1000));
+    while !matches!(answer.next().await.unwrap(), Event::Delta(_)) {}
+    drop(answer);
+    settled(|stats| stats.sequences.running == 0 && stats.blocks.used == 0).await;
 }
 
 #[test]

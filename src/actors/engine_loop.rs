@@ -96,6 +96,8 @@ impl EngineLoop {
         if self.plan.is_empty() {
             self.last_run_end_us = None;
             self.deliver();
+            // Before the wait: what an idle engine holds is what its watchdog looks at.
+            self.publish();
             return self.idle();
         }
         self.shared.faults.pass(FaultPoint::SchedulerBeforeDispatch);

@@ -2,9 +2,11 @@
 //! a bar while the prompt is worked on, Ctrl-C to stop it. Used by `chat` and `generate`.
 
 use super::connection::Connection;
+use super::failure::{Exit, INTERRUPTED};
 use super::output::{Output, ProgressUnit};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::Value;
+use tokio::signal::unix::{SignalKind, signal};
 
 /// What is left of an answer when its stream has ended.
 #[derive(Clone, Debug, Default)]
@@ -30,16 +32,27 @@ pub async fn stream(
 ) -> Result<Answer> {
     let mut answer = Answer::default();
     let mut bar = None;
+    // One for the whole answer: a new one per event would miss a Ctrl-C between two of them.
+    let mut interrupts = signal(SignalKind::interrupt()).context("the signal handler")?;
     let mut events = connection.stream(method, params).await?;
     loop {
         let event = tokio::select! {
-            event = events.next() => event?,
-            _ = tokio::signal::ctrl_c(), if !answer.interrupted => {
+            event = events.next() => event,
+            _ = interrupts.recv() => {
+                if answer.interrupted {
+                    let message = "interrupted twice".to_owned();
+                    return Err(Exit { code: INTERRUPTED, message }.into());
+                }
                 answer.interrupted = true;
                 events.cancel().await?;
                 continue;
             }
         };
+        if event.is_err() && !answer.text.is_empty() && !output.json {
+            // The reason gets a line of its own.
+            output.line("")?;
+        }
+        let event = event?;
         if output.json {
             output.object(&event)?;
         }

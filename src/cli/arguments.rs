@@ -65,7 +65,7 @@ pub struct SamplingArguments {
     #[arg(long, short = 'n', value_name = "N")]
     pub max_tokens: Option<usize>,
     /// 0 is greedy
-    #[arg(long, short, value_name = "T", default_value_t = 0.8)]
+    #[arg(long, short, value_name = "T", default_value_t = 0.8, allow_negative_numbers = true)]
     pub temperature: f64,
     /// Keep the K most likely tokens; 0 keeps all
     #[arg(long, value_name = "K", default_value_t = 40)]
@@ -78,7 +78,7 @@ pub struct SamplingArguments {
     pub min_p: f64,
     /// Divides the logits of tokens seen; 1 is off
     #[arg(long, value_name = "X")]
-    pub repetition_penalty: Option<f32>,
+    pub repetition_penalty: Option<f64>,
     /// The same seed gives the same answer
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
@@ -150,7 +150,7 @@ pub enum Command {
         #[command(flatten)]
         engine: EngineArguments,
     },
-    /// Turn text into tokens
+    /// Turn text into tokens; asks the running service if no model is named
     Tokenize {
         /// The text; without it standard input
         text: Option<String>,
@@ -163,6 +163,8 @@ pub enum Command {
         /// Model file
         #[arg(long, short, value_name = "FILE")]
         model: Option<PathBuf>,
+        #[command(flatten)]
+        socket: SocketArguments,
     },
     /// Measure perplexity on a text: chunks of the context, the second half of each scored
     Perplexity {
@@ -179,7 +181,7 @@ pub enum Command {
     },
     /// Measure tokens per second, with llama-bench's options, names and formats
     Bench(BenchArguments),
-    /// Show the running service: model, requests, memory
+    /// Show the running service: model, requests, memory; all figures with --json
     Ps {
         #[command(flatten)]
         socket: SocketArguments,

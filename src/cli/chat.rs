@@ -9,13 +9,12 @@ use super::generate::text_or_stdin;
 use super::output::Output;
 use super::repl::{Action, Conversation, HELP, LineCollector, interpret};
 use super::sampling_params;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
-use tandem::server::protocol::{Catalogue, ChatParams, Method};
 
 /// How to talk.
 #[derive(Clone, Debug)]
@@ -74,6 +73,13 @@ pub async fn run(options: ChatOptions, place: Place, output: Output) -> Result<(
     chat.connection.close().await
 }
 
+fn remember(editor: &mut DefaultEditor, file: &Path) -> Result<()> {
+    if let Some(folder) = file.parent() {
+        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    }
+    editor.save_history(file).with_context(|| file.display().to_string())
+}
+
 impl Chat {
     async fn ask_once(&mut self, question: String) -> Result<()> {
         self.say(question).await?;
@@ -129,11 +135,11 @@ impl Chat {
                 Err(error) => self.output.notice(&format!("error: {error:#}"))?,
             }
         }
-        if let Some(file) = history {
-            if let Some(folder) = file.parent() {
-                std::fs::create_dir_all(folder).context("the history's folder")?;
-            }
-            editor.save_history(file).context("the history file")?;
+        if let Some(file) = history
+            && let Err(error) = remember(&mut editor, file)
+        {
+            // The conversation went well: that it is not remembered is no failure of it.
+            self.output.notice(&format!("the history is not kept: {error:#}"))?;
         }
         Ok(())
     }
@@ -152,10 +158,12 @@ impl Chat {
                     self.output.line(&format!("{name} {value}"))?;
                 }
             }
-            Action::Set(name, value) => match refusal(&name, &value) {
-                Some(message) => self.output.notice(&message)?,
-                None => drop(self.conversation.settings.insert(name, value)),
-            },
+            Action::Set(name, value) => {
+                let mut settings = self.conversation.settings.clone();
+                settings.insert(name, value);
+                Conversation::check(&settings).map_err(|message| anyhow!(message))?;
+                self.conversation.settings = settings;
+            }
             Action::Stats => match &self.last {
                 Some(answer) => self.output.line(&answer::figures(&answer.done))?,
                 None => self.output.notice("nothing was answered yet")?,
@@ -167,40 +175,13 @@ impl Chat {
             Action::Load(file) => {
                 let text =
                     std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
-                let loaded = serde_json::from_str(&text);
-                self.conversation = loaded.with_context(|| file.display().to_string())?;
+                let loaded: Conversation =
+                    serde_json::from_str(&text).with_context(|| file.display().to_string())?;
+                Conversation::check(&loaded.settings)
+                    .map_err(|message| anyhow!("{}: {message}", file.display()))?;
+                self.conversation = loaded;
             }
         }
         Ok(false)
-    }
-}
-
-/// Why a sampling setting can't be what it is set to, checked as the service will.
-fn refusal(name: &str, value: &Value) -> Option<String> {
-    if matches!(name, "messages" | "stream") {
-        return Some(format!("{name} is the chat's own"));
-    }
-    let mut params = Map::new();
-    params.insert("messages".to_owned(), json!([{ "role": "user", "content": "" }]));
-    params.insert(name.to_owned(), value.clone());
-    let mut warnings = Vec::new();
-    let checked = Catalogue::default().read::<ChatParams>(Method::Chat, params, &mut warnings);
-    match (checked, warnings.is_empty()) {
-        (Err(error), _) => Some(error.message),
-        (Ok(_), false) => Some(format!("{name} is no setting; docs/protocol.md lists them")),
-        (Ok(_), true) => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn settings_are_refused_when_they_are_made() {
-        assert_eq!(refusal("top_k", &json!(40)), None);
-        assert!(refusal("nonsense", &json!(3)).is_some_and(|why| why.contains("nonsense")));
-        assert!(refusal("temperature", &json!(-1)).is_some_and(|why| why.contains("0 to 100")));
-        assert!(refusal("messages", &json!([])).is_some());
     }
 }

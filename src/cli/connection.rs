@@ -2,10 +2,12 @@
 //! there is none and a model was named, through one of their own behind a private socket. Either
 //! way they speak the protocol, so there is one code path.
 
-use super::failure::{Exit, ServiceError, UNAVAILABLE};
+use super::failure::{Exit, ServiceError, TEMPORARY, UNAVAILABLE, USAGE};
 use super::output::{Output, ProgressUnit};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
+use std::io::ErrorKind;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,21 +15,44 @@ use tandem::actors::Engine;
 use tandem::config::Config;
 use tandem::server::client::{Client, ClientError, EventReader};
 use tandem::server::protocol::{ErrorObject, WireEvent};
-use tandem::server::{self, Endpoint, Folder, ServerOptions, Stop};
+use tandem::server::{self, Endpoint, EndpointError, Folder, ServerOptions, Stop};
 use tokio::task::JoinHandle;
 
 /// How often a service that loads its model is asked whether it has done so.
 const LOADING_POLL: Duration = Duration::from_millis(100);
-/// How often a socket is tried whose service ends.
+/// How often a service that ends is looked for.
 const ENDING_POLL: Duration = Duration::from_millis(20);
+/// How long a service may take to say its hello, which it does at once unless it is stopped.
+const HELLO_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where an engine may be found.
 #[derive(Clone, Debug)]
 pub struct Place {
-    /// The service's socket.
-    pub socket: PathBuf,
+    /// The service's socket; `None` if none is named and there is no runtime directory.
+    pub socket: Option<PathBuf>,
     /// What an engine of our own is built from; without a model path there is none.
     pub config: Config,
+}
+
+impl Place {
+    /// The service's socket.
+    ///
+    /// # Errors
+    /// There is no place for one.
+    pub fn socket(&self) -> Result<&Path, EndpointError> {
+        self.socket.as_deref().ok_or(EndpointError::NoRuntimeDir)
+    }
+
+    fn names_model(&self) -> bool {
+        !self.config.model.path.as_os_str().is_empty()
+    }
+
+    /// What the model that was named would be called by a service.
+    fn model_name(&self) -> String {
+        let model = &self.config.model;
+        let stem = model.path.file_stem().unwrap_or_default().to_string_lossy();
+        if model.alias.is_empty() { stem.into_owned() } else { model.alias.clone() }
+    }
 }
 
 /// A connection to an engine.
@@ -40,7 +65,6 @@ pub struct Connection {
 struct Embedded {
     stop: Stop,
     service: JoinHandle<Result<()>>,
-    folder: PathBuf,
 }
 
 /// The events of one request.
@@ -54,13 +78,20 @@ impl Connection {
     /// # Errors
     /// No service and no model, or a model that can't be loaded.
     pub async fn open(place: Place, output: Output) -> Result<Self> {
-        match Client::connect(&place.socket).await {
-            Ok(client) => Self { client, embedded: None }.loaded(output).await,
-            Err(error) if !error.is_no_service() => Err(error.into()),
-            Err(_) if place.config.model.path.as_os_str().is_empty() => {
-                Err(no_service(&place.socket, "; start one with `tandem serve`, or name a --model"))
+        let socket = match place.socket() {
+            Ok(socket) => socket,
+            Err(_) if place.names_model() => return Self::embed(place.config, output).await,
+            Err(error) => return Err(error.into()),
+        };
+        match connect(socket).await? {
+            Ok(client) => {
+                let connection = Self { client, embedded: None }.loaded(output).await?;
+                connection.tell_other_model(&place, output).await?;
+                Ok(connection)
             }
-            Err(_) => Self::embed(place.config, output).await,
+            Err(error) if !error.is_no_service() => Err(error.into()),
+            Err(_) if place.names_model() => Self::embed(place.config, output).await,
+            Err(_) => Err(no_service(socket, "; start one with `tandem serve`, or name a --model")),
         }
     }
 
@@ -69,24 +100,16 @@ impl Connection {
     /// # Errors
     /// There is none.
     pub async fn to_service(place: &Place) -> Result<Self> {
-        match Client::connect(&place.socket).await {
+        let socket = place.socket()?;
+        match connect(socket).await? {
             Ok(client) => Ok(Self { client, embedded: None }),
-            Err(error) if error.is_no_service() => Err(no_service(&place.socket, "")),
-            Err(ClientError::Gone { .. }) => Err(no_service(&place.socket, "; it is ending")),
+            Err(error) if error.is_no_service() => Err(no_service(socket, "")),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Waits until a service that drains has closed the connection and freed its socket.
-    pub async fn ended(mut self, place: &Place) {
-        self.client.closed().await;
-        while !matches!(Client::connect(&place.socket).await, Err(error) if error.is_no_service()) {
-            tokio::time::sleep(ENDING_POLL).await;
-        }
-    }
-
     /// Waits while the service loads its model.
-    async fn loaded(mut self, output: Output) -> Result<Self> {
+    async fn loaded(self, output: Output) -> Result<Self> {
         let mut told = false;
         while self.call("status", json!({})).await?["state"] == "loading" {
             if !std::mem::replace(&mut told, true) {
@@ -97,9 +120,25 @@ impl Connection {
         Ok(self)
     }
 
+    /// Says so if the service answers with another model than the one that was named.
+    async fn tell_other_model(&self, place: &Place, output: Output) -> Result<()> {
+        if !place.names_model() {
+            return Ok(());
+        }
+        let wanted = place.model_name();
+        let status = self.call("status", json!({})).await?;
+        let served: Vec<&str> =
+            status["models"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        if !served.is_empty() && !served.contains(&wanted.as_str()) {
+            let served = served.join(", ");
+            output.notice(&format!("the running service answers, with {served}, not {wanted}"))?;
+        }
+        Ok(())
+    }
+
     async fn embed(config: Config, output: Output) -> Result<Self> {
         let engine = load(config.clone(), output).await?;
-        let folder = std::env::temp_dir().join(format!("tandem-{}", std::process::id()));
+        let folder = private_folder()?;
         let path = folder.join("tandem.sock");
         let endpoint = Endpoint::bind(&path, Folder::Private)?;
         let (options, stop) = (ServerOptions::from_config(&config), Stop::default());
@@ -108,15 +147,17 @@ impl Connection {
             serving.await?;
             Ok(())
         });
-        let client = Client::connect(&path).await?;
-        Ok(Self { client, embedded: Some(Embedded { stop, service, folder }) })
+        let client = Client::connect(&path).await;
+        // Nobody else is to connect, and so nothing is left behind, however this process ends.
+        std::fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        Ok(Self { client: client?, embedded: Some(Embedded { stop, service }) })
     }
 
     /// Calls a method that has one result.
     ///
     /// # Errors
     /// The service refuses or is gone.
-    pub async fn call(&mut self, method: &str, params: Value) -> Result<Value> {
+    pub async fn call(&self, method: &str, params: Value) -> Result<Value> {
         self.client.call(method, params).await.map_err(refusal)
     }
 
@@ -128,6 +169,28 @@ impl Connection {
         Ok(Events { reader: self.client.stream(method, params).await.map_err(refusal)? })
     }
 
+    /// Waits until the service at `socket` that this connection speaks to is gone.
+    ///
+    /// # Errors
+    /// It is still there after `patience`.
+    pub async fn ended(&self, socket: &Path, patience: Duration) -> Result<()> {
+        let boot_id = &self.client.hello().boot_id;
+        let gone = async {
+            loop {
+                match Client::connect(socket).await {
+                    Err(error) if error.is_no_service() => break,
+                    // Another life of the service, such as systemd starts, is another service.
+                    Ok(client) if client.hello().boot_id != *boot_id => break,
+                    _ => tokio::time::sleep(ENDING_POLL).await,
+                }
+            }
+        };
+        tokio::time::timeout(patience, gone).await.map_err(|_| {
+            let message = format!("the service is still there after {} s", patience.as_secs());
+            Exit { code: TEMPORARY, message }.into()
+        })
+    }
+
     /// Leaves the service; one of our own is stopped.
     ///
     /// # Errors
@@ -137,8 +200,6 @@ impl Connection {
         if let Some(embedded) = self.embedded {
             embedded.stop.drain.cancel();
             embedded.service.await.context("the embedded service")??;
-            // Its lock file may still lie there; a folder of /tmp is not worth failing for.
-            let _ = std::fs::remove_dir_all(&embedded.folder);
         }
         Ok(())
     }
@@ -170,11 +231,39 @@ impl Events {
     }
 }
 
+/// A new folder that only this user may enter.
+fn private_folder() -> Result<PathBuf> {
+    let base = std::env::temp_dir();
+    // A number is taken only if an earlier process of the same id was killed while it started.
+    let names = (0..100).map(|number| format!("tandem-{}-{number}", std::process::id()));
+    for folder in names.map(|name| base.join(name)) {
+        match std::fs::DirBuilder::new().mode(0o700).create(&folder) {
+            Ok(()) => return Ok(folder),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error).with_context(|| folder.display().to_string()),
+        }
+    }
+    bail!("{}: no free name for a private folder", base.display())
+}
+
+/// Refuses a configuration that names no model.
+///
+/// # Errors
+/// Wrong usage: the flag is missing.
+pub fn require_model(config: &Config) -> Result<()> {
+    if config.model.path.as_os_str().is_empty() {
+        let message = "no model: name a GGUF file with --model FILE".to_owned();
+        return Err(Exit { code: USAGE, message }.into());
+    }
+    Ok(())
+}
+
 /// Loads a model with a bar on the terminal.
 ///
 /// # Errors
 /// See `EngineError`.
 pub async fn load(config: Config, output: Output) -> Result<Engine> {
+    require_model(&config)?;
     let bar = output.progress("loading", ProgressUnit::Bytes);
     let shown = bar.clone();
     let engine = Engine::builder().config(config).on_progress(move |progress| {
@@ -184,6 +273,15 @@ pub async fn load(config: Config, output: Output) -> Result<Engine> {
     let engine = engine.build().await?;
     bar.finish_and_clear();
     Ok(engine)
+}
+
+/// A connection, or why there is none; fails if whoever listens there says nothing.
+async fn connect(socket: &Path) -> Result<Result<Client, ClientError>> {
+    tokio::time::timeout(HELLO_PATIENCE, Client::connect(socket)).await.map_err(|_| {
+        let seconds = HELLO_PATIENCE.as_secs();
+        let silent = format!("the service at {} says nothing for {seconds} s", socket.display());
+        Exit { code: UNAVAILABLE, message: silent }.into()
+    })
 }
 
 fn no_service(socket: &Path, hint: &str) -> anyhow::Error {

@@ -5,6 +5,8 @@ use tandem::actors::EngineError;
 use tandem::config::ConfigError;
 use tandem::request::{ErrorKind, RequestError};
 use tandem::server::EndpointError;
+use tandem::server::client::ClientError;
+use tandem::telemetry::LoggingError;
 
 /// Wrong usage; clap's own code.
 pub const USAGE: u8 = 2;
@@ -41,6 +43,19 @@ pub struct Exit {
     pub message: String,
 }
 
+/// The failure in one sentence. A cause that the words before it repeat is not said twice.
+pub fn sentence(error: &anyhow::Error) -> String {
+    let mut said = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if cause.starts_with(&said) {
+            said = cause;
+        } else if !said.contains(&cause) {
+            said = format!("{said}: {cause}");
+        }
+    }
+    said
+}
+
 /// The exit code of a failure: the first cause in the chain that has one, else 1.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
@@ -50,11 +65,21 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
         if cause.is::<BenchError>() {
             return USAGE;
         }
-        if cause.is::<ConfigError>() {
+        if cause.is::<ConfigError>() || cause.is::<LoggingError>() {
+            return CONFIG;
+        }
+        // A transparent error hides its inner one from the chain.
+        if let Some(EngineError::Config(_)) = cause.downcast_ref::<EngineError>() {
             return CONFIG;
         }
         if let Some(error) = cause.downcast_ref::<EndpointError>() {
-            return error.exit_status();
+            return match error {
+                EndpointError::NoRuntimeDir | EndpointError::PathTooLong { .. } => CONFIG,
+                other => other.exit_status(),
+            };
+        }
+        if let Some(ClientError::Connect { .. } | ClientError::Gone { .. }) = cause.downcast_ref() {
+            return UNAVAILABLE;
         }
         if let Some(EngineError::Model(error)) = cause.downcast_ref::<EngineError>() {
             return of_kind(error.kind().name(), error.kind().retryable());
@@ -86,6 +111,16 @@ fn of_kind(kind: &str, retryable: bool) -> u8 {
 mod tests {
     use super::*;
     use anyhow::Context;
+
+    #[test]
+    fn no_cause_is_told_twice() {
+        let source = || std::io::Error::other("no such thing");
+        let repeated =
+            anyhow::Error::new(ClientError::Connect { path: "s".into(), source: source() });
+        assert_eq!(sentence(&repeated), "s: no service answers: no such thing");
+        let context = Err::<(), _>(source()).context("text.txt").unwrap_err();
+        assert_eq!(sentence(&context), "text.txt: no such thing");
+    }
 
     #[test]
     fn the_cause_decides_not_its_context() {

@@ -35,7 +35,11 @@ pub fn run(file: &Path, options: InspectOptions, output: Output) -> Result<()> {
     let rows: Vec<Vec<String>> = summary
         .iter()
         .map(|(name, value)| {
-            vec![name.clone(), value.as_str().map_or_else(|| value.to_string(), str::to_owned)]
+            let shown = match (name.as_str(), value.as_u64()) {
+                ("file_bytes", Some(bytes)) => ByteSize(bytes).to_string(),
+                _ => value.as_str().map_or_else(|| value.to_string(), str::to_owned),
+            };
+            vec![name.clone(), shown]
         })
         .collect();
     output.table(&["what", "value"], &rows)?;
@@ -64,7 +68,7 @@ fn summary<E: std::fmt::Display>(
     let mut put = |name: &str, value: Json| summary.insert(name.to_owned(), value);
     let bytes: usize = checkpoint.files().map(|file| file.bytes().len()).sum();
     put("files", json!(checkpoint.files().len()));
-    put("file_bytes", json!(ByteSize(bytes as u64).to_string()));
+    put("file_bytes", json!(bytes));
     match spec {
         Ok(spec) => {
             let attention = &spec.layers[0].attention;

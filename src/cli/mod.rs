@@ -30,12 +30,11 @@ use generate::GenerateOptions;
 use output::Output;
 use serve::{Listen, Systemd};
 use settings::{Layers, Settings};
-use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 use tandem::server::{Folder, default_socket};
-use tandem::telemetry::{LogColors, LogFormat, start_logging};
+use tandem::telemetry::{LogFormat, start_logging};
 
 /// Reads the command line and does what it says.
 pub fn run() -> ExitCode {
@@ -65,7 +64,7 @@ fn dispatch(arguments: Arguments, output: Output) -> Result<()> {
         clap_complete::generate(shell, &mut grammar, "tandem", &mut std::io::stdout());
         return Ok(());
     }
-    let environment: Vec<(String, String)> = std::env::vars().collect();
+    let environment = environment()?;
     let layers = Layers {
         file: arguments.global.config.clone().or_else(|| Layers::user_file(&environment)),
         flags: flags(&arguments.global.settings, &command)?,
@@ -96,15 +95,15 @@ async fn act(command: Command, settings: Settings, output: Output) -> Result<()>
         Command::Bench(arguments) => bench::run(arguments, &settings.config, output),
         Command::Config { command: ConfigCommand::Show } => config_show::run(&settings, output),
         Command::Serve { .. } => serve_here(settings, output).await,
-        Command::Ps { .. } => service::ps(place(settings)?, output).await,
-        Command::Stop { .. } => service::stop(place(settings)?, output).await,
+        Command::Ps { .. } => service::ps(place(settings), output).await,
+        Command::Stop { .. } => service::stop(place(settings), output).await,
         Command::Tokenize { text, add_special, parse_special, .. } => {
             let options = tokenize::TokenizeOptions {
                 text: text.clone(),
                 add_special: *add_special,
                 parse_special: *parse_special,
             };
-            tokenize::run(options, place(settings)?, output).await
+            tokenize::run(options, place(settings), output).await
         }
         Command::Perplexity { file, chunk, chunks, .. } => {
             let options = perplexity::PerplexityOptions {
@@ -112,10 +111,7 @@ async fn act(command: Command, settings: Settings, output: Output) -> Result<()>
                 chunk_tokens: *chunk,
                 chunks_max: *chunks,
             };
-            let engine = connection::load(settings.config, output).await?;
-            perplexity::run(&engine, options, output).await?;
-            engine.shutdown(Duration::ZERO).await;
-            Ok(())
+            perplexity::run(settings.config, options, output).await
         }
         Command::Chat { .. } | Command::Generate { .. } => talk(&command, settings, output).await,
         Command::Completions { .. } => Ok(()),
@@ -123,7 +119,7 @@ async fn act(command: Command, settings: Settings, output: Output) -> Result<()>
 }
 
 async fn talk(command: &Command, settings: Settings, output: Output) -> Result<()> {
-    let place = place(settings)?;
+    let place = place(settings);
     if let Some(options) = GenerateOptions::from_command(command) {
         return generate::run(options, place, output).await;
     }
@@ -138,13 +134,17 @@ async fn talk(command: &Command, settings: Settings, output: Output) -> Result<(
 
 async fn serve_here(settings: Settings, output: Output) -> Result<()> {
     let log = &settings.config.log;
-    let format = if log.format == "json" { LogFormat::Json } else { LogFormat::Text };
-    let colors = if output.color_errors { LogColors::Ansi } else { LogColors::Plain };
-    start_logging(&log.level, format, colors)?;
+    let format = match (log.format.as_str(), output.color_errors) {
+        ("json", _) => LogFormat::Json,
+        (_, true) => LogFormat::ColoredText,
+        (_, false) => LogFormat::Text,
+    };
+    start_logging(&log.level, format)?;
+    connection::require_model(&settings.config)?;
     let named = !settings.config.server.socket.as_os_str().is_empty();
     let config = settings.config.clone();
     let listen = Listen {
-        socket: place(settings)?.socket,
+        socket: place(settings).socket()?.to_owned(),
         folder: if named { Folder::AsFound } else { Folder::Private },
     };
     let watchdog = std::env::var("WATCHDOG_USEC").ok().and_then(|text| text.parse().ok());
@@ -155,15 +155,30 @@ async fn serve_here(settings: Settings, output: Output) -> Result<()> {
     serve::run(config, listen, systemd, output).await
 }
 
-fn place(settings: Settings) -> Result<Place> {
+fn place(settings: Settings) -> Place {
     let config = settings.config;
     let socket = if config.server.socket.as_os_str().is_empty() {
-        let runtime = std::env::var_os("XDG_RUNTIME_DIR");
-        default_socket(runtime.as_deref().filter(|folder| *folder != OsStr::new("")))?
+        default_socket(std::env::var_os("XDG_RUNTIME_DIR").as_deref()).ok()
     } else {
-        config.server.socket.clone()
+        Some(config.server.socket.clone())
     };
-    Ok(Place { socket, config })
+    Place { socket, config }
+}
+
+/// The variables that can be settings. Others may hold any bytes and are none of our business.
+fn environment() -> Result<Vec<(String, String)>> {
+    let mut variables = Vec::new();
+    for (name, value) in std::env::vars_os() {
+        match (name.into_string(), value.into_string()) {
+            (Ok(name), Ok(value)) => variables.push((name, value)),
+            (Ok(name), Err(_)) if name.starts_with("TANDEM__") => {
+                let message = format!("the variable {name} is no UTF-8");
+                return Err(Exit { code: CONFIG, message }.into());
+            }
+            _ => {}
+        }
+    }
+    Ok(variables)
 }
 
 /// All flags that stand for settings, as dotted paths and values.
@@ -206,8 +221,9 @@ fn engine_and_socket(command: &Command) -> (EngineArguments, SocketArguments) {
         Command::Perplexity { engine, .. } | Command::Plan { engine, .. } => {
             (engine.clone(), none())
         }
-        Command::Tokenize { model, .. } => {
-            (EngineArguments { model: model.clone(), ..EngineArguments::default() }, none())
+        Command::Tokenize { model, socket, .. } => {
+            let engine = EngineArguments { model: model.clone(), ..EngineArguments::default() };
+            (engine, socket.clone())
         }
         Command::Ps { socket } | Command::Stop { socket } => {
             (EngineArguments::default(), socket.clone())

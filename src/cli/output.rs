@@ -1,6 +1,7 @@
 //! What a person or a program sees: text on a terminal, JSON lines on request, progress bars only
 //! where somebody watches. Colours follow NO_COLOR and the terminal.
 
+use super::failure::{exit_code, sentence};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use std::io::{IsTerminal, Write};
@@ -46,13 +47,16 @@ impl Output {
     /// Why the command failed, on standard error: a sentence, or an object with `--json`.
     pub fn failure(&self, error: &anyhow::Error) {
         let mut stream = std::io::stderr().lock();
+        let message = sentence(error);
         // Nobody is left to be told that standard error is closed.
         let _ = match (self.json, self.color_errors) {
             (true, _) => {
-                writeln!(stream, "{}", serde_json::json!({ "error": format!("{error:#}") }))
+                let code = exit_code(error);
+                let object = serde_json::json!({ "error": message, "exit_code": code });
+                writeln!(stream, "{object}")
             }
-            (false, true) => writeln!(stream, "\x1b[31mtandem: {error:#}\x1b[0m"),
-            (false, false) => writeln!(stream, "tandem: {error:#}"),
+            (false, true) => writeln!(stream, "\x1b[31mtandem: {message}\x1b[0m"),
+            (false, false) => writeln!(stream, "tandem: {message}"),
         };
     }
 

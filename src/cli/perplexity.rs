@@ -1,11 +1,15 @@
 //! `tandem perplexity`: how well a model predicts a text, by llama.cpp's method: chunks of equal
 //! length, each on its own, the second half of each scored.
 
+use super::connection;
+use super::failure::{Exit, USAGE};
 use super::output::{Output, ProgressUnit};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde_json::json;
 use std::path::PathBuf;
+use std::time::Duration;
 use tandem::actors::Engine;
+use tandem::config::Config;
 use tandem::request::{AddSpecial, Event, Input, ParseSpecial, Request};
 use tandem::units::TokenId;
 
@@ -25,11 +29,29 @@ pub struct PerplexityOptions {
 ///
 /// # Errors
 /// The text can't be read or is shorter than one chunk, or the engine fails.
-pub async fn run(engine: &Engine, options: PerplexityOptions, output: Output) -> Result<()> {
+pub async fn run(config: Config, options: PerplexityOptions, output: Output) -> Result<()> {
+    let wrong = |message: String| Err(Exit { code: USAGE, message }.into());
     if options.chunk_tokens < 4 {
-        bail!("--chunk is {}; allowed: at least 4", options.chunk_tokens);
+        return wrong(format!("--chunk is {}; allowed: at least 4", options.chunk_tokens));
     }
-    let text = std::fs::read_to_string(&options.file)?;
+    if options.chunks_max == Some(0) {
+        return wrong("--chunks is 0; allowed: at least 1".to_owned());
+    }
+    // Before the model, whose load may take long.
+    let text = std::fs::read_to_string(&options.file)
+        .with_context(|| options.file.display().to_string())?;
+    let engine = connection::load(config, output).await?;
+    measure(&engine, text, options, output).await?;
+    engine.shutdown(Duration::ZERO).await;
+    Ok(())
+}
+
+async fn measure(
+    engine: &Engine,
+    text: String,
+    options: PerplexityOptions,
+    output: Output,
+) -> Result<()> {
     let tokens = engine.tokenize(text, AddSpecial::ModelDefault, ParseSpecial::No).await?;
     // What the model puts before an empty text is its BOS.
     let nothing = engine.tokenize("", AddSpecial::ModelDefault, ParseSpecial::No).await?;

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use tandem::request::ChatMessage;
+use tandem::server::protocol::{Catalogue, ChatParams, Method};
 
 /// What `/help` prints.
 pub const HELP: &str = "\
@@ -11,7 +12,7 @@ pub const HELP: &str = "\
 /reset              forget the conversation (the system message stays)
 /save FILE          write the conversation and settings as JSON
 /load FILE          read them back
-/set NAME VALUE     change a sampling setting; /set alone lists them
+/set NAME VALUE     change a sampling setting (null: the default); /set alone lists them
 /stats              what the last answer took
 /quit               leave (or Ctrl-D)
 \"\"\" opens and closes a message of several lines; a \\ at a line's end continues it.
@@ -133,6 +134,9 @@ fn literal(text: &str) -> serde_json::Value {
     serde_json::from_str(text).unwrap_or_else(|_| serde_json::Value::String(text.to_owned()))
 }
 
+/// Parameters that the conversation itself decides: it streams one answer to its messages.
+const FIXED: [&str; 4] = ["messages", "n", "session", "stream"];
+
 /// A conversation with its settings, as `/save` writes it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -147,6 +151,23 @@ impl Conversation {
     /// Forgets all but the system message.
     pub fn reset(&mut self) {
         self.messages.retain(|message| message.role == "system");
+    }
+
+    /// Refuses settings that the service would refuse or ignore, before they spoil every message,
+    /// and those that a conversation can't have.
+    ///
+    /// # Errors
+    /// What is wrong, for the person who typed it.
+    pub fn check(settings: &serde_json::Map<String, serde_json::Value>) -> Result<(), String> {
+        if let Some(name) = FIXED.iter().find(|name| settings.contains_key(**name)) {
+            return Err(format!("{name} is no setting of a conversation"));
+        }
+        let mut params = settings.clone();
+        params.insert("messages".into(), serde_json::json!([{ "role": "user", "content": "" }]));
+        let mut warnings = Vec::new();
+        let read = Catalogue::default().read::<ChatParams>(Method::Chat, params, &mut warnings);
+        read.and_then(ChatParams::into_request).map_err(|error| error.message)?;
+        warnings.into_iter().next().map_or(Ok(()), Err)
     }
 
     /// Adds one message.
@@ -180,6 +201,24 @@ mod tests {
         assert_eq!(interpret("/save a b.json"), Action::Save("a b.json".into()));
         assert!(matches!(interpret("/save"), Action::Mistake(_)));
         assert!(matches!(interpret("/nonsense"), Action::Mistake(_)));
+    }
+
+    #[test]
+    fn settings_are_checked_when_they_are_made() {
+        let check = |settings: serde_json::Value| {
+            Conversation::check(settings.as_object().expect("an object"))
+        };
+        assert_eq!(check(serde_json::json!({ "top_k": 40, "seed": null })), Ok(()));
+        for (settings, part) in [
+            (serde_json::json!({ "stream": false }), "stream"),
+            (serde_json::json!({ "n": 2 }), "n is no setting"),
+            (serde_json::json!({ "tempreture": 0 }), "tempreture"),
+            (serde_json::json!({ "temperature": -5 }), "0 to 100"),
+            (serde_json::json!({ "max_tokens": 0 }), "at least 1"),
+        ] {
+            let message = check(settings).unwrap_err();
+            assert!(message.contains(part), "{message}");
+        }
     }
 
     #[test]

@@ -4,90 +4,117 @@ use super::connection::{Connection, Place};
 use super::output::Output;
 use anyhow::Result;
 use serde_json::{Value, json};
+use std::time::Duration;
 use tandem::units::ByteSize;
+
+/// How much longer than its drain time a service may take to be gone.
+const ENDING_GRACE: Duration = Duration::from_secs(10);
 
 /// Shows the running service.
 ///
 /// # Errors
 /// No service answers.
 pub async fn ps(place: Place, output: Output) -> Result<()> {
-    let mut connection = Connection::to_service(&place).await?;
+    let connection = Connection::to_service(&place).await?;
     let status = connection.call("status", json!({})).await?;
     let stats = connection.call("stats.get", json!({})).await?;
     let models = connection.call("models.list", json!({})).await?;
-    connection.close().await?;
     if output.json {
         output.object(&json!({ "status": status, "stats": stats, "models": models }))?;
-        return Ok(());
+        return connection.close().await;
     }
-    output.table(&["what", "value"], &summary(&place, [&status, &stats, &models]))?;
+    // A model that is still being loaded has no plan yet.
+    let plan = connection.call("models.plan", json!({})).await.unwrap_or_default();
+    connection.close().await?;
+    output.line(&output.heading(&format!("socket {}", place.socket()?.display())))?;
+    let mut rows: Vec<Vec<String>> =
+        models["models"].as_array().into_iter().flatten().map(model_row).collect();
+    rows.extend(summary(&status, &stats, &plan));
+    output.table(&["what", "value"], &rows)?;
     Ok(())
 }
 
-/// Stops the running service; running streams get their end first.
+/// Stops the running service and waits until it is gone; running streams get their end first.
 ///
 /// # Errors
-/// No service answers, or it refuses.
+/// No service answers, or it refuses, or it does not end.
 pub async fn stop(place: Place, output: Output) -> Result<()> {
-    let mut connection = Connection::to_service(&place).await?;
+    let connection = Connection::to_service(&place).await?;
     let result = connection.call("shutdown", json!({})).await?;
-    output.notice("the service drains: running requests may end first")?;
-    connection.ended(&place).await;
+    let drain = Duration::from_millis(result["drain_ms"].as_u64().unwrap_or(0));
+    output.notice("the service lets running streams end, then stops")?;
+    connection.ended(place.socket()?, drain + ENDING_GRACE).await?;
     if output.json {
         output.object(&result)?;
     }
     Ok(())
 }
 
-/// What a person asks of a running service; `--json` has everything.
-fn summary(place: &Place, [status, stats, models]: [&Value; 3]) -> Vec<Vec<String>> {
-    let (engine, server) = (&stats["engine"], &stats["server"]);
-    let mut rows: Vec<(&str, String)> = Vec::new();
-    for model in models["models"].as_array().into_iter().flatten() {
-        let bytes = ByteSize(model["weight_bytes"].as_u64().unwrap_or(0));
-        rows.push(("model", plain(&model["name"])));
-        rows.push(("file", plain(&model["path"])));
-        rows.push(("weights", format!("{bytes}, {} layers", model["layers"])));
-        rows.push(("context", format!("{} tokens", model["context_tokens"])));
-    }
-    let uptime_s = status["uptime_ms"].as_u64().unwrap_or(0) / 1000;
-    let (live, done) = (&server["requests_live"], &server["requests_total"]);
-    let (sequences, blocks) = (&engine["sequences"], &engine["blocks"]);
-    let (running, waiting) = (&sequences["running"], &sequences["waiting"]);
-    let metrics = &engine["metrics"];
-    let step = &metrics["inter_token_time"];
-    rows.extend([
-        ("state", plain(&status["state"])),
-        ("uptime", format!("{}:{:02}:{:02}", uptime_s / 3600, uptime_s / 60 % 60, uptime_s % 60)),
-        ("process", plain(&status["pid"])),
-        ("socket", place.socket.display().to_string()),
-        ("connections", plain(&status["connections"])),
-        ("requests", format!("{live} live, {done} since the start")),
+/// What a person asks first; all figures come with `--json`.
+fn summary(status: &Value, stats: &Value, plan: &Value) -> Vec<Vec<String>> {
+    let engine = &stats["engine"];
+    let (metrics, sequences) = (&engine["metrics"], &engine["sequences"]);
+    let blocks = &engine["blocks"];
+    let ms = |time: &Value| {
+        let at = |name: &str| time[name].as_f64().unwrap_or(0.0) / 1e3;
+        format!("{:.1} ms median, {:.1} ms 99th percentile", at("p50_us"), at("p99_us"))
+    };
+    let restarts = engine["status"]["restarts"].as_object();
+    let restarts: u64 = restarts.into_iter().flatten().filter_map(|(_, n)| n.as_u64()).sum();
+    let seconds = status["uptime_ms"].as_u64().unwrap_or(0) / 1000;
+    let mut rows = vec![
+        ("state", format!("{}, for {seconds} s", plain(&status["state"]))),
+        ("process", format!("{}, {}", status["pid"], plain(&status["server"]))),
         (
-            "sequences",
-            format!("{running} running, {waiting} waiting, {} paused", sequences["paused"]),
-        ),
-        (
-            "KV blocks",
-            format!("{} of {} used, {} cached", blocks["used"], blocks["total"], blocks["cached"]),
+            "requests",
+            format!(
+                "{} running, {} waiting, {} paused; {} done, {} failed",
+                sequences["running"],
+                sequences["waiting"],
+                sequences["paused"],
+                metrics["requests_done"],
+                metrics["requests_failed"]
+            ),
         ),
         (
             "tokens",
-            format!("{} read, {} written", metrics["prompt_tokens"], metrics["completion_tokens"]),
+            format!(
+                "{} of prompts ({} cached), {} of answers",
+                metrics["prompt_tokens"], metrics["cached_tokens"], metrics["completion_tokens"]
+            ),
         ),
+        ("first token", ms(&metrics["first_token_time"])),
+        ("next token", ms(&metrics["inter_token_time"])),
         (
-            "next token",
-            format!("{} µs median, {} µs at the 99th percentile", step["p50_us"], step["p99_us"]),
+            "KV blocks",
+            format!(
+                "{} of {} in use, {} more kept for their prefix",
+                blocks["used"], blocks["total"], blocks["cached"]
+            ),
         ),
-    ]);
-    let restarts = engine["status"]["restarts"].as_object().into_iter().flatten();
-    for (actor, times) in restarts.filter(|(_, times)| times.as_u64() != Some(0)) {
-        rows.push(("restarted", format!("{actor}, {times} times")));
+        ("restarts", restarts.to_string()),
+    ];
+    for row in plan["plan"]["explain"].as_array().into_iter().flatten() {
+        if row["what"] == "total" {
+            let bytes = ByteSize(row["bytes"].as_u64().unwrap_or(0));
+            rows.push(("memory", format!("{bytes} {}", plain(&row["why"]))));
+        }
     }
     rows.into_iter().map(|(what, value)| vec![what.to_owned(), value]).collect()
 }
 
-/// Text without its quotes.
+fn model_row(model: &Value) -> Vec<String> {
+    let value = format!(
+        "{} ({}, {} of weights, context {} tokens)",
+        plain(&model["name"]),
+        plain(&model["architecture"]),
+        ByteSize(model["weight_bytes"].as_u64().unwrap_or(0)),
+        model["context_tokens"]
+    );
+    vec!["model".to_owned(), value]
+}
+
+/// A text without its quotes, anything else as JSON.
 fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }

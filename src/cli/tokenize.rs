@@ -41,8 +41,7 @@ pub async fn run(options: TokenizeOptions, place: Place, output: Output) -> Resu
     }
     for token in tokens {
         let bytes = tokenizer.token_bytes(token);
-        let text = String::from_utf8_lossy(bytes);
-        output.line(&format!("{:>8}  {}", token.0, text.escape_debug()))?;
+        output.line(&row(&token.0.to_string(), &String::from_utf8_lossy(bytes)))?;
     }
     Ok(())
 }
@@ -53,20 +52,34 @@ async fn ask_service(
     place: &Place,
     output: Output,
 ) -> Result<()> {
-    let mut connection = Connection::to_service(place).await?;
+    let connection = Connection::to_service(place).await?;
     let params = json!({
         "text": text,
         "add_special": options.add_special,
         "parse_special": options.parse_special,
     });
     let result = connection.call("tokenize", params).await?;
-    connection.close().await?;
     if output.json {
         output.object(&result)?;
-        return Ok(());
+        return connection.close().await;
     }
     for token in result["tokens"].as_array().into_iter().flatten() {
-        output.line(&format!("{token:>8}"))?;
+        let decoded = connection.call("detokenize", json!({ "tokens": [token] })).await?;
+        let id = token.to_string();
+        output.line(&row(&id, decoded["text"].as_str().unwrap_or_default()))?;
     }
-    Ok(())
+    connection.close().await
+}
+
+/// A token's id and its text, with what cannot be seen escaped.
+fn row(id: &str, text: &str) -> String {
+    let shown: String = text.chars().map(visible).collect();
+    format!("{id:>8}  {shown}")
+}
+
+fn visible(character: char) -> String {
+    match character {
+        '\'' | '"' => character.to_string(),
+        other => other.escape_debug().to_string(),
+    }
 }

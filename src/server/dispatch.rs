@@ -107,7 +107,7 @@ impl Dispatcher {
             }
             Method::Tokenize => self.tokenize(call)?,
             Method::Detokenize => self.detokenize(call)?,
-            Method::StatsSubscribe => return self.subscribe(call).map(Some),
+            Method::StatsSubscribe => self.subscribe(call)?,
             _ => return self.answer(call).map(Some),
         }
         Ok(None)
@@ -176,14 +176,15 @@ impl Dispatcher {
         Ok(())
     }
 
-    fn subscribe(&self, mut call: Call) -> Result<Line, ErrorObject> {
+    fn subscribe(&self, mut call: Call) -> Result<(), ErrorObject> {
         let params: wire::SubscribeParams = call.read(&self.service.catalogue)?;
         let interval_ms = params.interval_ms.unwrap_or(STATS_INTERVAL_MS);
         let live = self.begin(call.id.clone())?;
         let interval = Duration::from_millis(interval_ms);
-        let service = Arc::clone(&self.service);
-        self.spawn(subscription::run(service, self.outbox.clone(), live, interval));
-        Ok(call.result(&wire::SubscribeResult { interval_ms }))
+        let answer = call.result(&wire::SubscribeResult { interval_ms });
+        let (service, outbox) = (Arc::clone(&self.service), self.outbox.clone());
+        self.spawn(subscription::run(service, outbox, live, (answer, interval)));
+        Ok(())
     }
 
     fn tokenize(&self, mut call: Call) -> Result<(), ErrorObject> {

@@ -3,17 +3,26 @@
 
 use super::live::Live;
 use super::outbox::{Gone, Outbox};
-use super::protocol::{WireEvent, event_line};
+use super::protocol::{Line, WireEvent, event_line};
 use super::service::Service;
 use crate::request::RequestError;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::MissedTickBehavior;
 
-/// Reports until the request is cancelled, the server ends or the connection is gone.
-pub(super) async fn run(service: Arc<Service>, outbox: Outbox, live: Live, interval: Duration) {
-    // A connection that is gone needs no more reports.
-    let _ = report(&service, &outbox, live, interval).await;
+/// Answers, then reports until the request is cancelled, the server ends or the connection is
+/// gone.
+pub(super) async fn run(
+    service: Arc<Service>,
+    outbox: Outbox,
+    live: Live,
+    (answer, interval): (Line, Duration),
+) {
+    // In this order even if the reader of the connection is slower than this task.
+    if outbox.control.send(answer).await.is_ok() {
+        // A connection that is gone needs no more reports.
+        let _ = report(&service, &outbox, live, interval).await;
+    }
 }
 
 async fn report(

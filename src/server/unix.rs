@@ -23,6 +23,11 @@ const BACKLOG: i32 = 1024;
 #[allow(missing_docs, reason = "fields are the facts that the message spells out")]
 pub enum EndpointError {
     #[error(
+        "XDG_RUNTIME_DIR is not set to an absolute path, and /tmp has a folder of our name that is \
+         not ours: name the socket (--socket PATH)"
+    )]
+    NoRuntimeDir,
+    #[error(
         "{}: {bytes} bytes; the path of a Unix socket has at most {PATH_BYTES_MAX}",
         path.display()
     )]
@@ -64,17 +69,15 @@ pub enum Folder {
 /// `XDG_RUNTIME_DIR`), or, where there is none, `tandem-UID/tandem.sock` in `/tmp`.
 ///
 /// # Errors
-/// [`EndpointError::Foreign`] if the folder exists and is another user's: what listens there is not
-/// to be trusted.
+/// [`EndpointError::NoRuntimeDir`] if that folder in `/tmp` is another user's: what listens there is
+/// not to be trusted.
 pub fn default_socket(runtime_dir: Option<&OsStr>) -> Result<PathBuf, EndpointError> {
-    let folder = match runtime_dir.map(Path::new).filter(|path| path.is_absolute()) {
-        Some(runtime_dir) => runtime_dir.join("tandem"),
-        None => Path::new("/tmp").join(format!("tandem-{}", own_uid())),
-    };
+    if let Some(folder) = runtime_dir.map(Path::new).filter(|path| path.is_absolute()) {
+        return Ok(folder.join("tandem").join("tandem.sock"));
+    }
+    let folder = Path::new("/tmp").join(format!("tandem-{}", own_uid()));
     match fs::symlink_metadata(&folder) {
-        Ok(found) if found.uid() != own_uid() => {
-            Err(EndpointError::Foreign { path: folder, uid: found.uid() })
-        }
+        Ok(found) if found.uid() != own_uid() => Err(EndpointError::NoRuntimeDir),
         _ => Ok(folder.join("tandem.sock")),
     }
 }

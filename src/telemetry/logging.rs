@@ -7,19 +7,12 @@ use tracing_subscriber::EnvFilter;
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
-    /// For people.
+    /// For people, plain.
     Text,
+    /// For people at a terminal: ANSI colours.
+    ColoredText,
     /// One JSON object per line.
     Json,
-}
-
-/// Whether log lines have ANSI colours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogColors {
-    /// For a terminal.
-    Ansi,
-    /// For files and pipes.
-    Plain,
 }
 
 /// Why logging could not be set up.
@@ -42,21 +35,15 @@ pub enum LoggingError {
 ///
 /// # Errors
 /// A filter that does not parse; a process that has a subscriber already.
-pub fn start_logging(
-    level: &str,
-    format: LogFormat,
-    colors: LogColors,
-) -> Result<(), LoggingError> {
+pub fn start_logging(level: &str, format: LogFormat) -> Result<(), LoggingError> {
     let filter = EnvFilter::try_new(level).map_err(|error| LoggingError::Filter {
         got: level.to_owned(),
         reason: error.to_string(),
     })?;
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(colors == LogColors::Ansi)
-        .with_writer(io::stderr);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     match format {
-        LogFormat::Text => builder.try_init(),
+        LogFormat::Text => builder.with_ansi(false).try_init(),
+        LogFormat::ColoredText => builder.with_ansi(true).try_init(),
         LogFormat::Json => builder.json().try_init(),
     }
     .map_err(|error| LoggingError::Taken(error.to_string()))
