@@ -96,8 +96,8 @@ fn quantised_models_of_every_type_stay_near_the_reference() {
             let (mean, largest) = distance(&tiny(&TinyModel::new(family).dtype(dtype)));
             println!("{family:?} {dtype}: {mean:.6} mean, {largest:.6} largest");
             // Weights are the same; activations are rounded to 8 bits, a half of 1/127 of each
-            // group's largest.
-            assert!(mean < 0.03 && largest < 0.3, "{family:?} {dtype}: {mean} {largest}");
+            // group's largest, those of the logits too.
+            assert!(mean < 0.04 && largest < 0.3, "{family:?} {dtype}: {mean} {largest}");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Sampling flags as protocol parameters. The protocol's own defaults leave the model's distribution
-//! as it is; a person at a terminal wants the flags' defaults, so those are always sent.
+//! Sampling flags as protocol parameters. The protocol's own defaults leave the model's
+//! distribution as it is; a person at a terminal wants the flags' defaults: those are always sent.
 
 use super::arguments::SamplingArguments;
 use serde_json::{Map, Value, json};

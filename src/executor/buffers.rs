@@ -7,7 +7,7 @@
 //!
 //! Buffers that are read with 16-bit precision have two rows per token: rows `0 .. n` are the
 //! values, rows `n .. 2n` what their 8-bit form misses. So have the products of such rows, which
-//! are added up at once. Rows whose logits are wanted are paired so tile by tile.
+//! are added up at once.
 //!
 //! [`Worker::share`]: super::cpu_pool::Worker::share
 
@@ -209,7 +209,7 @@ pub(super) struct StepBuffers<'a> {
     pub hidden: QuantizedRows<'a>,
     pub up: Rows<'a>,
     pub selected: QuantizedRows<'a>,
-    /// `[2 · LOGITS_TILE_ROWS, vocab_size]`; 0 rows in a stage without logits.
+    /// `[LOGITS_TILE_ROWS, vocab_size]`; 0 rows in a stage without logits.
     pub logits: Rows<'a>,
 }
 
@@ -218,7 +218,7 @@ impl Buffers {
     pub fn new(dims: ProgramDims, tokens_max: usize) -> Self {
         let rows = |width: usize| Memory::new(tokens_max * width);
         let quantized = |rows: usize, width: usize| QuantizedMemory::new(rows, width);
-        let selected_rows = if dims.vocab > 0 { 2 * tokens_max } else { 0 };
+        let selected_rows = if dims.vocab > 0 { tokens_max } else { 0 };
         Self {
             residual: rows(dims.embedding),
             normed: quantized(2 * tokens_max, dims.embedding),
@@ -228,7 +228,7 @@ impl Buffers {
             hidden: quantized(tokens_max, dims.hidden),
             up: rows(dims.hidden),
             selected: quantized(selected_rows, dims.embedding),
-            logits: Memory::new(2 * LOGITS_TILE_ROWS.min(tokens_max) * dims.vocab),
+            logits: Memory::new(LOGITS_TILE_ROWS.min(tokens_max) * dims.vocab),
             dims,
         }
     }
@@ -252,8 +252,8 @@ impl Buffers {
             projected: self.projected.rows(tokens, dims.embedding),
             hidden: self.hidden.rows(tokens, dims.hidden),
             up: self.up.rows(tokens, dims.hidden),
-            selected: self.selected.rows(2 * selected, dims.embedding),
-            logits: self.logits.rows(2 * selected.min(LOGITS_TILE_ROWS), dims.vocab),
+            selected: self.selected.rows(selected, dims.embedding),
+            logits: self.logits.rows(selected.min(LOGITS_TILE_ROWS), dims.vocab),
         }
     }
 }

@@ -20,7 +20,7 @@ mod attend;
 mod products;
 
 use super::batch::Batch;
-use super::buffers::{LOGITS_TILE_ROWS, QuantizedRows, Rows, StepBuffers};
+use super::buffers::{QuantizedRows, Rows, StepBuffers};
 use super::cpu_pool::Worker;
 use super::kv_store::KvLayers;
 use super::op_times::OpClocks;
@@ -253,11 +253,7 @@ impl Step<'_> {
         for wanted in worker.share(self.plan.logits.len(), 1) {
             // The plan's rows are strictly ascending, so a token is settled once.
             let residual = self.settle(self.plan.logits[wanted].row, pending);
-            let first = wanted / LOGITS_TILE_ROWS * LOGITS_TILE_ROWS;
-            let rows = LOGITS_TILE_ROWS.min(self.plan.logits.len() - first);
-            let row = first + wanted;
-            self.norm_row(residual, norm, (self.buffers.selected, row));
-            self.refine(self.buffers.selected, row, row + rows);
+            self.norm_row(residual, norm, (self.buffers.selected, wanted));
         }
     }
 }

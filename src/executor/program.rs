@@ -12,7 +12,7 @@
 //! Gate     normed → hidden, 8-bit      two weights, activation after
 //! Project  hidden → projected
 //! ```
-//! Queries, keys, values and logits read 16-bit activations ([`Precision`]), all else 8-bit ones.
+//! Queries, keys and values read 16-bit activations ([`Precision`]), all else 8-bit ones.
 //! An interpreter on several workers needs one barrier after each op, so eight per layer.
 
 mod lowering;
@@ -205,8 +205,7 @@ pub enum Op {
         /// The model's last norm.
         norm: Norm,
     },
-    /// `logits = softcap(output · selected)`, the input in 16 bits; each row is then sampled or
-    /// scored as planned.
+    /// `logits = softcap(output · selected)`; each row is then sampled or scored as planned.
     Logits {
         /// `[vocab_size, embedding_dim]`
         output: Linear,

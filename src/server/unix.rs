@@ -69,8 +69,8 @@ pub enum Folder {
 /// `XDG_RUNTIME_DIR`), or, where there is none, `tandem-UID/tandem.sock` in `/tmp`.
 ///
 /// # Errors
-/// [`EndpointError::NoRuntimeDir`] if that folder in `/tmp` is another user's: what listens there is
-/// not to be trusted.
+/// [`EndpointError::NoRuntimeDir`] if that folder in `/tmp` is another user's: what listens there
+/// is not to be trusted.
 pub fn default_socket(runtime_dir: Option<&OsStr>) -> Result<PathBuf, EndpointError> {
     if let Some(folder) = runtime_dir.map(Path::new).filter(|path| path.is_absolute()) {
         return Ok(folder.join("tandem").join("tandem.sock"));

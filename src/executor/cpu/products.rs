@@ -169,18 +169,16 @@ impl Step<'_> {
     ) {
         let matrix = self.weights.matrix(output.matrix);
         let own = worker.share(matrix.rows(), MATMUL_ROWS);
-        let paired = matrix.dtype().is_quantized();
-        let columns = if paired { 2 * rows } else { rows };
         let logits = self.buffers.logits;
         // SAFETY: `selected` was finished before the last barrier; workers' `own` are disjoint.
         let (selected, out) = unsafe {
-            let selected = self.buffers.selected.activations(2 * first..2 * first + columns);
-            (selected, logits.cut(0..columns).output())
+            let selected = self.buffers.selected.activations(first..first + rows);
+            (selected, logits.cut(0..rows).output())
         };
         self.kernels.matmul(&matrix, &selected, own.clone(), out);
         let bias = output.bias.map(|bias| &self.weights.vector(bias)[own.clone()]);
         for row in 0..rows {
-            self.finish(logits, (row, paired.then_some(row + rows)), own.clone(), bias);
+            self.finish(logits, (row, None), own.clone(), bias);
             if let Some(cap) = softcap {
                 // SAFETY: these are the elements that this worker has just written.
                 self.kernels.softcap(unsafe { logits.part_mut(row, own.clone()) }, cap);
