@@ -74,7 +74,7 @@ fn summary<E: std::fmt::Display>(
             put("heads", json!(attention.n_heads));
             put("kv_heads", json!(attention.n_kv_heads));
             put("head_dim", json!(attention.head_dim));
-            put("feed_forward", json!(spec.layers[0].ffn.up.weight.rows));
+            put("feed_forward", json!(spec.layers[0].ffn.hidden_dim()));
             put("vocabulary", json!(spec.vocab_size));
             put("context_tokens", json!(spec.context_tokens_max));
             put("kv_bytes_per_token", json!(spec.kv_bytes_per_token()));

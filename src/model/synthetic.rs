@@ -3,8 +3,8 @@
 
 use super::file_type::{FileType, Role, Site};
 use super::{
-    Activation, AttentionSpec, FfnSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, RopeScaling,
-    RopeSpec, RopeStyle, TensorRef,
+    Activation, AttentionSpec, DenseFfnSpec, FfnSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec,
+    RopeScaling, RopeSpec, RopeStyle, TensorRef,
 };
 use crate::tensor::DType;
 
@@ -254,12 +254,12 @@ impl SyntheticModel {
             attention: self.attention(&linear),
             attention_post_norm: None,
             ffn_norm: self.norm(&name("ffn_norm")),
-            ffn: FfnSpec {
+            ffn: FfnSpec::Dense(DenseFfnSpec {
                 gate: linear("ffn_gate", Role::Other, [n_ff, width]),
                 up: linear("ffn_up", Role::Other, [n_ff, width]),
                 down: linear("ffn_down", Role::Down, [width, n_ff]),
                 activation: Activation::Silu,
-            },
+            }),
             ffn_post_norm: None,
         }
     }

@@ -219,7 +219,7 @@ fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
         let attention = &layer.attention;
         (attention.n_heads + 2 * attention.n_kv_heads) * attention.head_dim
     });
-    let hidden = widest(&|layer| layer.ffn.up.weight.rows);
+    let hidden = widest(&|layer| layer.ffn.hidden_dim());
     let embedding = spec.embedding_dim as u64;
     // residual, projected, up; heads twice and normed twice for their second-order 8-bit form.
     let plain = 2 * embedding + 2 * heads + hidden;
