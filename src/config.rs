@@ -1,6 +1,7 @@
 //! Every knob as a typed value. The defaults are `config/default.toml`, which is compiled in and is
 //! the only place where a default stands. Reads no file and no environment: the command line does.
 
+use crate::tensor::KvDType;
 use crate::units::ByteSize;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -53,6 +54,8 @@ pub struct CpuConfig {
 #[allow(missing_docs, reason = "config/default.toml documents every field")]
 pub struct KvConfig {
     pub block_tokens: usize,
+    #[serde(with = "kv_dtype")]
+    pub dtype: KvDType,
     pub cache_bytes: ByteSize,
     pub swap_bytes: ByteSize,
     pub prefix_cache: bool,
@@ -189,6 +192,21 @@ impl Config {
             return Err(refuse("log.format", &self.log.format, "text, json".into()));
         }
         Ok(())
+    }
+}
+
+/// [`KvDType`] by its name.
+pub(crate) mod kv_dtype {
+    use crate::tensor::KvDType;
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::ser::Serializer;
+
+    pub(crate) fn serialize<S: Serializer>(dtype: &KvDType, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(dtype.name())
+    }
+
+    pub(super) fn deserialize<'a, D: Deserializer<'a>>(from: D) -> Result<KvDType, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
     }
 }
 

@@ -136,6 +136,35 @@ fn plan_says_what_would_lie_where() {
 }
 
 #[test]
+fn a_kv_cache_in_8_bits_holds_more_and_answers() {
+    let desk = Desk::new();
+    let plan = |flags: &[&str]| {
+        let arguments = [&["plan", "tiny.gguf", "--json"], flags].concat();
+        desk.json(&arguments)["placement"].clone()
+    };
+    let (sixteen, eight) = (plan(&[]), plan(&["--kv-dtype", "q8_0"]));
+    let same = plan(&["--cache-type-k", "q8_0", "--cache-type-v", "q8_0"]);
+    assert_eq!(eight["stages"], same["stages"]);
+    assert_eq!((&sixteen["kv_dtype"], &eight["kv_dtype"]), (&"f16".into(), &"q8_0".into()));
+    let block_bytes = |placement: &serde_json::Value| {
+        let kv_bytes = placement["stages"][0]["kv_bytes"].as_f64().unwrap();
+        kv_bytes / placement["device_blocks"].as_f64().unwrap()
+    };
+    assert_eq!(block_bytes(&eight) / block_bytes(&sixteen), 8.5 / 16.0);
+    let shown = desk.json(&["config", "show", "--json", "--set", "kv.dtype=q8_0"]);
+    assert_eq!(shown["kv.dtype"]["value"], "q8_0");
+    let answer = ["generate", "the rain", "-m", "tiny.gguf", "-n", "8", "--kv-dtype", "q8_0"];
+    assert!(!desk.ok(&answer).trim().is_empty());
+    for (wrong, part) in [
+        (&["plan", "tiny.gguf", "--kv-dtype", "q4_0"][..], "q8_0"),
+        (&["plan", "tiny.gguf", "--cache-type-k", "q8_0", "--cache-type-v", "f16"], "one type"),
+    ] {
+        let (code, message) = desk.fails(wrong);
+        assert!(code == 78 && message.contains(part), "{code} {message}");
+    }
+}
+
+#[test]
 fn tokens_of_a_text_come_one_a_line() {
     let desk = Desk::new();
     let text = desk.ok(&["tokenize", "the rain", "--model", "tiny.gguf"]);
@@ -190,9 +219,11 @@ fn a_service_answers_its_commands_and_stops() {
     let (code, message) = desk.fails(&["generate", "x", "--temperature", "1000"]);
     assert_eq!(code, 2);
     assert!(message.contains("temperature"), "{message}");
+    let shown = desk.ok(&["ps"]);
+    assert!(shown.contains("ready") && shown.contains("tiny.gguf"), "{shown}");
     desk.ok(&["stop"]);
+    assert_eq!(desk.fails(&["ps"]).0, 69, "stop waits for the end");
     assert!(service.0.wait().unwrap().success());
-    assert_eq!(desk.fails(&["ps"]).0, 69);
 }
 
 #[test]

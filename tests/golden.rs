@@ -11,6 +11,7 @@ use stage::{Model, options, plan_tokens, run, score_next};
 use std::path::Path;
 use tandem::request::{AddSpecial, ParseSpecial};
 use tandem::step::{RowOutput, StepPlan};
+use tandem::tensor::KvDType;
 use tandem::tokenizer::Tokenizer;
 use tandem::units::TokenId;
 
@@ -56,11 +57,14 @@ impl Tally {
     }
 }
 
-fn check(file: &str) {
+/// `allowed` is how far off the answers may be, as a multiple of llama.cpp's distance.
+fn check(file: &str, dtype: KvDType, allowed: f64) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(file);
     let golden: Golden = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     let Some(model) = Model::fetched(&golden.model) else { return };
-    let mut stage = model.stage(&options(2, 512));
+    let mut with = options(2, 512);
+    with.kv.dtype = dtype;
+    let mut stage = model.stage(&with);
     let mut tally = Tally::default();
     for case in &golden.cases {
         let mut tokens = case.prompt_tokens.clone();
@@ -78,39 +82,60 @@ fn check(file: &str) {
             tally.add(case, step, row);
         }
         let distance = (tally.distance - before) / output.rows.len() as f64;
-        println!("{file} {}: {} steps, {distance:.4} nats off", case.kind, output.rows.len());
+        println!(
+            "{file} {dtype} {}: {} steps, {distance:.4} nats off",
+            case.kind,
+            output.rows.len()
+        );
     }
     let distance = tally.distance / tally.steps as f64;
     let share = tally.same as f64 / tally.clear as f64;
-    let bound = golden.llama_cpp_mean_abs_dlogprob_from_exact;
+    let bound = golden.llama_cpp_mean_abs_dlogprob_from_exact * allowed;
     println!(
-        "{file}: {}/{} clear steps ({:.2} %), {distance:.4} nats off (bound {bound})",
+        "{file} {dtype}: {}/{} clear steps ({:.2} %), {distance:.4} nats off (bound {bound})",
         tally.same,
         tally.clear,
         100.0 * share
     );
     assert!(share >= 0.995, "{file}: best token in {share} of clear steps");
-    assert!(distance <= bound, "{file}: {distance} nats off, llama.cpp {bound}");
+    assert!(distance <= bound, "{file}: {distance} nats off, allowed {bound}");
 }
 
 #[test]
 fn smollm2_is_as_near_to_exact_as_its_peer() {
-    check("smollm2-135m.json");
+    check("smollm2-135m.json", KvDType::F16, 1.0);
 }
 
 #[test]
 fn gemma3_is_as_near_to_exact_as_its_peer() {
-    check("gemma-3-270m.json");
+    check("gemma-3-270m.json", KvDType::F16, 1.0);
 }
 
 #[test]
 fn qwen2_half_a_billion_is_as_near_to_exact_as_its_peer() {
-    check("qwen2.5-coder-0.5b.json");
+    check("qwen2.5-coder-0.5b.json", KvDType::F16, 1.0);
 }
 
 #[test]
 fn qwen2_one_and_a_half_billion_is_as_near_to_exact_as_its_peer() {
-    check("qwen2.5-coder-1.5b.json");
+    check("qwen2.5-coder-1.5b.json", KvDType::F16, 1.0);
+}
+
+#[test]
+fn smollm2_with_a_kv_cache_in_8_bits_is_as_near_to_exact_as_its_peer_without() {
+    check("smollm2-135m.json", KvDType::Q8_0, 1.0);
+}
+
+#[test]
+fn gemma3_with_a_kv_cache_in_8_bits_is_as_near_to_exact_as_its_peer_without() {
+    check("gemma-3-270m.json", KvDType::Q8_0, 1.0);
+}
+
+#[test]
+fn qwen2_with_a_kv_cache_in_8_bits_keeps_its_clear_answers() {
+    // Its keys have biases of a hundred times the other elements: 0.0392 nats off where keys are
+    // not rotated, 0.0197 where they are.
+    check("qwen2.5-coder-0.5b.json", KvDType::Q8_0, 1.6);
 }
 
 /// Tokens of a chunk, and how many chunks are scored.

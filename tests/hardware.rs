@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use tandem::hardware::{
     CacheKind, CoreKind, CpuId, HardwareProfile, PinError, Topology, choose_cpus,
-    pin_current_thread,
+    pin_current_thread, roofs,
 };
 use tempfile::TempDir;
 
@@ -258,4 +258,19 @@ fn a_thread_is_pinned_where_it_may_run_and_told_where_not() {
     assert_eq!(refused, Err(PinError::Refused { cpu: CpuId(1023) }));
     let beyond = pin_current_thread(CpuId(70_000));
     assert_eq!(beyond, Err(PinError::OutOfRange { cpu: CpuId(70_000) }));
+}
+
+#[test]
+fn roofs_are_measured_on_any_team_and_memory() {
+    let kernels = tandem_cpu_kernels::Kernels::best();
+    // A processor that is not there leaves its thread unpinned; more threads than words idle.
+    for (threads, cpus) in [(1, vec![]), (2, vec![CpuId(0), CpuId(9999)]), (5, vec![CpuId(0)])] {
+        let team = roofs::Team { threads, cpus };
+        for words in [3, 1 << 16] {
+            let read = roofs::read_bytes_per_second(&team, kernels, &mut vec![0; words]);
+            assert!(read.is_finite() && read > 0.0, "{team:?}: {read}");
+        }
+        let macs = roofs::int8_macs_per_second(&team, kernels);
+        assert!(macs.is_finite() && macs > 0.0, "{team:?}: {macs}");
+    }
 }

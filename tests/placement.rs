@@ -15,6 +15,7 @@ use tandem::hardware::HardwareProfile;
 use tandem::model::ModelSpec;
 use tandem::placement::Placement;
 use tandem::request::RequestError;
+use tandem::tensor::KvDType;
 use tandem::units::ByteSize;
 use tiny_model::{Family, TinyModel};
 
@@ -48,7 +49,7 @@ fn a_small_machine_gets_a_shorter_context_and_is_told() {
     let config = Config::default();
     let all = Placement::plan(&spec, &machine(64 << 30), &config).unwrap();
     let fixed = all.stages[0].weight_bytes + all.stages[0].activation_bytes;
-    let half_context = spec.kv_bytes_per_token() * spec.context_tokens_max as u64 / 2;
+    let half_context = spec.kv_bytes_per_token(KvDType::F16) * spec.context_tokens_max as u64 / 2;
     let available = (fixed + half_context) * 16 / 15 + 1;
     let placement = Placement::plan(&spec, &machine(available), &config).unwrap();
     assert!(placement.context_tokens < spec.context_tokens_max);
@@ -75,8 +76,15 @@ fn a_context_that_was_asked_for_is_never_shortened() {
 
 #[test]
 fn the_executor_takes_what_was_planned() {
+    for dtype in KvDType::ALL {
+        takes_what_was_planned(dtype);
+    }
+}
+
+fn takes_what_was_planned(dtype: KvDType) {
     let (checkpoint, spec) = (checkpoint(), spec());
-    let config = Config::default();
+    let mut config = Config::default();
+    config.kv.dtype = dtype;
     let placement = Placement::plan(&spec, &machine(4 << 30), &config).unwrap();
     let options = StageOptions {
         part: None,
@@ -85,6 +93,7 @@ fn the_executor_takes_what_was_planned() {
         huge_pages: false,
         kv: KvOptions {
             block_tokens: placement.block_tokens,
+            dtype: placement.kv_dtype,
             device_blocks: placement.device_blocks,
             host_blocks: placement.host_blocks,
         },

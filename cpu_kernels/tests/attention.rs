@@ -5,7 +5,8 @@ mod world;
 
 use proptest::prelude::*;
 use tandem_cpu_kernels::attention::{
-    AttentionCall, AttentionPart, AttentionScratch, KvLayout, KvLayoutError, SEGMENT_TOKENS,
+    AttentionCall, AttentionPart, AttentionScratch, KvDType, KvLayout, KvLayoutError,
+    SEGMENT_TOKENS,
 };
 use tandem_cpu_kernels::{Isa, Kernels, OutputColumns};
 use world::{Shape, World};
@@ -24,8 +25,10 @@ fn shapes() -> impl Strategy<Value = Shape> {
     let softcap = prop_oneof![Just(None), Just(Some(2.0f32))];
     let window = prop_oneof![Just(None), (1usize..200).prop_map(Some)];
     let blocks = prop_oneof![Just(16usize), Just(32), Just(48), Just(64), Just(128)];
-    (1usize..3, 1usize..8, head_dims, blocks, softcap, window).prop_map(
-        |(n_kv_heads, group, head_dim, block_tokens, softcap, window)| Shape {
+    let dtype = prop_oneof![Just(KvDType::F16), Just(KvDType::Q8_0)];
+    (1usize..3, 1usize..8, head_dims, blocks, (softcap, window), dtype).prop_map(
+        |(n_kv_heads, group, head_dim, block_tokens, (softcap, window), dtype)| Shape {
+            dtype,
             n_kv_heads,
             group,
             head_dim,
@@ -51,8 +54,14 @@ fn attend(kernels: &Kernels, world: &World, first: usize, n_queries: usize) -> V
     out
 }
 
-/// The same, every segment on its own (last first, to show that order doesn't matter), then merged.
-fn attend_by_segments(kernels: &Kernels, world: &World, first: usize, n: usize) -> Vec<f32> {
+/// The same, runs of `run` segments on their own (last first, to show that order doesn't matter),
+/// then merged.
+fn attend_by_segments(
+    kernels: &Kernels,
+    world: &World,
+    (first, n): (usize, usize),
+    run: usize,
+) -> Vec<f32> {
     let width = world.shape.n_heads() * world.shape.head_dim;
     let mut out = vec![f32::NAN; n * width];
     // SAFETY: `out` lives through the calls and nobody else uses it.
@@ -63,9 +72,10 @@ fn attend_by_segments(kernels: &Kernels, world: &World, first: usize, n: usize) 
         let part = AttentionPart { kv_head, queries: 0..n };
         let (segments, len) = (call.segments(&part.queries), call.partial_len(n));
         let mut partials = vec![f32::NAN; segments.len() * len];
-        for (index, partial) in partials.chunks_exact_mut(len).enumerate().rev() {
-            let segment = segments.start + index;
-            kernels.attend_segment(&call, &part, segment, partial, &mut scratch);
+        for (index, own) in partials.chunks_mut(run * len).enumerate().rev() {
+            let start = segments.start + index * run;
+            let own_segments = start..segments.end.min(start + run);
+            kernels.attend_segments(&call, &part, own_segments, own, &mut scratch);
         }
         kernels.merge_segments(&call, &part, &partials, view, &mut scratch);
     }
@@ -128,19 +138,20 @@ proptest! {
 
     #[test]
     fn segments_merged_give_the_bits_of_one_call(
-        shape in shapes(), seed in any::<u64>(), tokens in 1usize..1400, n in 1usize..20,
+        shape in shapes(), seed in any::<u64>(), tokens in 1usize..1400, n in 1usize..90,
+        run in 1usize..4,
     ) {
         let n = n.min(tokens);
         for kernels in kernels() {
             let world = World::filled(kernels, shape, tokens, seed);
             let together = attend(kernels, &world, tokens - n, n);
-            let apart = attend_by_segments(kernels, &world, tokens - n, n);
+            let apart = attend_by_segments(kernels, &world, (tokens - n, n), run);
             prop_assert_eq!(bits(&together), bits(&apart), "{}", kernels.isa());
         }
     }
 
     #[test]
-    fn tokens_written_one_by_one_or_together_are_the_same_f16(
+    fn tokens_written_one_by_one_or_together_are_the_same(
         shape in shapes(), seed in any::<u64>(), tokens in 1usize..90,
     ) {
         for kernels in kernels() {
@@ -199,7 +210,7 @@ fn huge_scores_keep_their_distribution() {
     let shape = Shape { head_dim: 8, ..Shape::default() };
     for kernels in kernels() {
         let mut world = World::empty(shape, 130, 5);
-        world.keys.iter_mut().for_each(|k| *k *= 1e4);
+        world.scale_keys(1e4);
         world.write(kernels, 0, 130);
         let got = attend(kernels, &world, 129, 1);
         for (got, wanted) in got.iter().zip(world.naive(129, 1)) {
@@ -210,8 +221,8 @@ fn huge_scores_keep_their_distribution() {
 
 #[test]
 fn layouts_that_no_kernel_can_read_are_refused() {
-    assert_eq!(KvLayout::new(1, 64, 20), Err(KvLayoutError::BlockTokens { got: 20 }));
-    assert_eq!(KvLayout::new(1, 64, 0), Err(KvLayoutError::BlockTokens { got: 0 }));
+    assert_eq!(KvLayout::new(1, 64, 20, KvDType::F16), Err(KvLayoutError::BlockTokens { got: 20 }));
+    assert_eq!(KvLayout::new(1, 64, 0, KvDType::Q8_0), Err(KvLayoutError::BlockTokens { got: 0 }));
     let empty = KvLayoutError::Empty { n_kv_heads: 2, head_dim: 0 };
-    assert_eq!(KvLayout::new(2, 0, 16), Err(empty));
+    assert_eq!(KvLayout::new(2, 0, 16, KvDType::F16), Err(empty));
 }

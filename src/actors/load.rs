@@ -84,6 +84,7 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
         None => {
             let kv = KvOptions {
                 block_tokens: config.kv.block_tokens,
+                dtype: placement.kv_dtype,
                 device_blocks: placement.device_blocks,
                 host_blocks: placement.host_blocks,
             };
@@ -156,7 +157,7 @@ fn model_info(
         context_tokens_max: spec.context_tokens_max,
         layers: spec.layers.len(),
         weight_bytes: spec.weight_bytes(),
-        kv_bytes_per_token: spec.kv_bytes_per_token(),
+        kv_bytes_per_token: spec.kv_bytes_per_token(placement.kv_dtype),
         warnings: warnings.iter().chain(&placement.notes).cloned().chain(unused).collect(),
     }
 }

@@ -45,6 +45,9 @@ pub struct EngineArguments {
     /// Longest sequence, in tokens
     #[arg(long, value_name = "TOKENS")]
     pub context: Option<usize>,
+    /// Keep keys and values as f16 or q8_0 (both alike)
+    #[arg(long, value_name = "TYPE", visible_aliases = ["cache-type-k", "cache-type-v"])]
+    pub kv_dtype: Vec<String>,
 }
 
 /// Where the service listens.
@@ -55,24 +58,24 @@ pub struct SocketArguments {
     pub socket: Option<PathBuf>,
 }
 
-/// How tokens are chosen.
-#[derive(Clone, Debug, Default, Args)]
+/// How tokens are chosen; the defaults are llama.cpp's.
+#[derive(Clone, Debug, Args)]
 pub struct SamplingArguments {
     /// At most so many new tokens
     #[arg(long, short = 'n', value_name = "N")]
     pub max_tokens: Option<usize>,
     /// 0 is greedy
-    #[arg(long, short, value_name = "T")]
-    pub temperature: Option<f32>,
-    /// Keep the K most likely tokens
-    #[arg(long, value_name = "K")]
-    pub top_k: Option<usize>,
-    /// Nucleus sampling
-    #[arg(long, value_name = "P")]
-    pub top_p: Option<f32>,
+    #[arg(long, short, value_name = "T", default_value_t = 0.8)]
+    pub temperature: f64,
+    /// Keep the K most likely tokens; 0 keeps all
+    #[arg(long, value_name = "K", default_value_t = 40)]
+    pub top_k: usize,
+    /// Nucleus sampling: keep the most likely tokens whose mass reaches P
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    pub top_p: f64,
     /// Keep tokens at least P times as likely as the best
-    #[arg(long, value_name = "P")]
-    pub min_p: Option<f32>,
+    #[arg(long, value_name = "P", default_value_t = 0.05)]
+    pub min_p: f64,
     /// Divides the logits of tokens seen; 1 is off
     #[arg(long, value_name = "X")]
     pub repetition_penalty: Option<f32>,

@@ -12,9 +12,10 @@ use super::sampling_params;
 use anyhow::{Context, Result};
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use tandem::server::protocol::{Catalogue, ChatParams, Method};
 
 /// How to talk.
 #[derive(Clone, Debug)]
@@ -151,9 +152,10 @@ impl Chat {
                     self.output.line(&format!("{name} {value}"))?;
                 }
             }
-            Action::Set(name, value) => {
-                self.conversation.settings.insert(name, value);
-            }
+            Action::Set(name, value) => match refusal(&name, &value) {
+                Some(message) => self.output.notice(&message)?,
+                None => drop(self.conversation.settings.insert(name, value)),
+            },
             Action::Stats => match &self.last {
                 Some(answer) => self.output.line(&answer::figures(&answer.done))?,
                 None => self.output.notice("nothing was answered yet")?,
@@ -170,5 +172,35 @@ impl Chat {
             }
         }
         Ok(false)
+    }
+}
+
+/// Why a sampling setting can't be what it is set to, checked as the service will.
+fn refusal(name: &str, value: &Value) -> Option<String> {
+    if matches!(name, "messages" | "stream") {
+        return Some(format!("{name} is the chat's own"));
+    }
+    let mut params = Map::new();
+    params.insert("messages".to_owned(), json!([{ "role": "user", "content": "" }]));
+    params.insert(name.to_owned(), value.clone());
+    let mut warnings = Vec::new();
+    let checked = Catalogue::default().read::<ChatParams>(Method::Chat, params, &mut warnings);
+    match (checked, warnings.is_empty()) {
+        (Err(error), _) => Some(error.message),
+        (Ok(_), false) => Some(format!("{name} is no setting; docs/protocol.md lists them")),
+        (Ok(_), true) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_are_refused_when_they_are_made() {
+        assert_eq!(refusal("top_k", &json!(40)), None);
+        assert!(refusal("nonsense", &json!(3)).is_some_and(|why| why.contains("nonsense")));
+        assert!(refusal("temperature", &json!(-1)).is_some_and(|why| why.contains("0 to 100")));
+        assert!(refusal("messages", &json!([])).is_some());
     }
 }

@@ -18,6 +18,8 @@ use tokio::task::JoinHandle;
 
 /// How often a service that loads its model is asked whether it has done so.
 const LOADING_POLL: Duration = Duration::from_millis(100);
+/// How often a socket is tried whose service ends.
+const ENDING_POLL: Duration = Duration::from_millis(20);
 
 /// Where an engine may be found.
 #[derive(Clone, Debug)]
@@ -70,7 +72,16 @@ impl Connection {
         match Client::connect(&place.socket).await {
             Ok(client) => Ok(Self { client, embedded: None }),
             Err(error) if error.is_no_service() => Err(no_service(&place.socket, "")),
+            Err(ClientError::Gone { .. }) => Err(no_service(&place.socket, "; it is ending")),
             Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits until a service that drains has closed the connection and freed its socket.
+    pub async fn ended(mut self, place: &Place) {
+        self.client.closed().await;
+        while !matches!(Client::connect(&place.socket).await, Err(error) if error.is_no_service()) {
+            tokio::time::sleep(ENDING_POLL).await;
         }
     }
 

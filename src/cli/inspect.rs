@@ -8,6 +8,7 @@ use std::path::Path;
 use tandem::formats::{Checkpoint, StoredType, TensorInfo, Value};
 use tandem::model::ModelSpec;
 use tandem::request::RequestError;
+use tandem::tensor::KvDType;
 use tandem::units::ByteSize;
 
 /// What to list besides the summary.
@@ -77,7 +78,7 @@ fn summary<E: std::fmt::Display>(
             put("feed_forward", json!(spec.layers[0].ffn.hidden_dim()));
             put("vocabulary", json!(spec.vocab_size));
             put("context_tokens", json!(spec.context_tokens_max));
-            put("kv_bytes_per_token", json!(spec.kv_bytes_per_token()));
+            put("kv_bytes_per_token", json!(spec.kv_bytes_per_token(KvDType::F16)));
             put("runs_here", json!("yes"));
         }
         Err(error) => {

@@ -35,7 +35,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 use tandem::server::{Folder, default_socket};
-use tandem::telemetry::{LogFormat, start_logging};
+use tandem::telemetry::{LogColors, LogFormat, start_logging};
 
 /// Reads the command line and does what it says.
 pub fn run() -> ExitCode {
@@ -139,7 +139,8 @@ async fn talk(command: &Command, settings: Settings, output: Output) -> Result<(
 async fn serve_here(settings: Settings, output: Output) -> Result<()> {
     let log = &settings.config.log;
     let format = if log.format == "json" { LogFormat::Json } else { LogFormat::Text };
-    start_logging(&log.level, format)?;
+    let colors = if output.color_errors { LogColors::Ansi } else { LogColors::Plain };
+    start_logging(&log.level, format, colors)?;
     let named = !settings.config.server.socket.as_os_str().is_empty();
     let config = settings.config.clone();
     let listen = Listen {
@@ -183,6 +184,11 @@ fn flags(sets: &[String], command: &Command) -> Result<Vec<(String, String)>> {
     put("model.path", engine.model.as_ref().map(path));
     put("cpu.threads", engine.threads.map(|threads| threads.to_string()));
     put("model.context_tokens", engine.context.map(|tokens| tokens.to_string()));
+    if engine.kv_dtype.windows(2).any(|pair| pair[0] != pair[1]) {
+        let message = format!("keys and values have one type, not {}", engine.kv_dtype.join(", "));
+        return Err(Exit { code: CONFIG, message }.into());
+    }
+    put("kv.dtype", engine.kv_dtype.first().cloned());
     put("server.socket", socket.socket.as_ref().map(path));
     if let Command::Bench(arguments) = command {
         let tokens = arguments.ubatch_size.map(|tokens| tokens.to_string());

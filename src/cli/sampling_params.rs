@@ -1,9 +1,10 @@
-//! Sampling flags as protocol parameters: only what was given is sent.
+//! Sampling flags as protocol parameters. The protocol's own defaults leave the model's distribution
+//! as it is; a person at a terminal wants the flags' defaults, so those are always sent.
 
 use super::arguments::SamplingArguments;
 use serde_json::{Map, Value, json};
 
-/// The flags that were given, in the protocol's words.
+/// The flags in the protocol's words.
 pub fn params(arguments: &SamplingArguments) -> Map<String, Value> {
     let mut params = Map::new();
     let mut put = |name: &str, value: Option<Value>| {
@@ -12,10 +13,10 @@ pub fn params(arguments: &SamplingArguments) -> Map<String, Value> {
         }
     };
     put("max_tokens", arguments.max_tokens.map(|value| json!(value)));
-    put("temperature", arguments.temperature.map(|value| json!(value)));
-    put("top_k", arguments.top_k.map(|value| json!(value)));
-    put("top_p", arguments.top_p.map(|value| json!(value)));
-    put("min_p", arguments.min_p.map(|value| json!(value)));
+    put("temperature", Some(json!(arguments.temperature)));
+    put("top_k", Some(json!(arguments.top_k)));
+    put("top_p", Some(json!(arguments.top_p)));
+    put("min_p", Some(json!(arguments.min_p)));
     put("repetition_penalty", arguments.repetition_penalty.map(|value| json!(value)));
     put("seed", arguments.seed.map(|value| json!(value)));
     put("stop", (!arguments.stop.is_empty()).then(|| json!(arguments.stop)));

@@ -4,6 +4,7 @@ use super::connection::{Connection, Place};
 use super::output::Output;
 use anyhow::Result;
 use serde_json::{Value, json};
+use tandem::units::ByteSize;
 
 /// Shows the running service.
 ///
@@ -19,12 +20,7 @@ pub async fn ps(place: Place, output: Output) -> Result<()> {
         output.object(&json!({ "status": status, "stats": stats, "models": models }))?;
         return Ok(());
     }
-    output.line(&output.heading(&format!("socket {}", place.socket.display())))?;
-    let mut rows = Vec::new();
-    for (section, value) in [("status", &status), ("models", &models), ("stats", &stats)] {
-        flatten(section, value, &mut rows);
-    }
-    output.table(&["what", "value"], &rows)?;
+    output.table(&["what", "value"], &summary(&place, [&status, &stats, &models]))?;
     Ok(())
 }
 
@@ -35,25 +31,63 @@ pub async fn ps(place: Place, output: Output) -> Result<()> {
 pub async fn stop(place: Place, output: Output) -> Result<()> {
     let mut connection = Connection::to_service(&place).await?;
     let result = connection.call("shutdown", json!({})).await?;
+    output.notice("the service drains: running requests may end first")?;
+    connection.ended(&place).await;
     if output.json {
         output.object(&result)?;
-    } else {
-        output.notice("the service drains and stops")?;
     }
     Ok(())
 }
 
-/// Nested JSON as rows of dotted names and plain values.
-fn flatten(prefix: &str, value: &Value, rows: &mut Vec<Vec<String>>) {
-    let nested: Vec<(String, &Value)> = match value {
-        Value::Object(map) => map.iter().map(|(key, inner)| (key.clone(), inner)).collect(),
-        Value::Array(list) => {
-            list.iter().enumerate().map(|(index, inner)| (index.to_string(), inner)).collect()
-        }
-        Value::String(text) => return rows.push(vec![prefix.to_owned(), text.clone()]),
-        plain => return rows.push(vec![prefix.to_owned(), plain.to_string()]),
-    };
-    for (key, inner) in nested {
-        flatten(&format!("{prefix}.{key}"), inner, rows);
+/// What a person asks of a running service; `--json` has everything.
+fn summary(place: &Place, [status, stats, models]: [&Value; 3]) -> Vec<Vec<String>> {
+    let (engine, server) = (&stats["engine"], &stats["server"]);
+    let mut rows: Vec<(&str, String)> = Vec::new();
+    for model in models["models"].as_array().into_iter().flatten() {
+        let bytes = ByteSize(model["weight_bytes"].as_u64().unwrap_or(0));
+        rows.push(("model", plain(&model["name"])));
+        rows.push(("file", plain(&model["path"])));
+        rows.push(("weights", format!("{bytes}, {} layers", model["layers"])));
+        rows.push(("context", format!("{} tokens", model["context_tokens"])));
     }
+    let uptime_s = status["uptime_ms"].as_u64().unwrap_or(0) / 1000;
+    let (live, done) = (&server["requests_live"], &server["requests_total"]);
+    let (sequences, blocks) = (&engine["sequences"], &engine["blocks"]);
+    let (running, waiting) = (&sequences["running"], &sequences["waiting"]);
+    let metrics = &engine["metrics"];
+    let step = &metrics["inter_token_time"];
+    rows.extend([
+        ("state", plain(&status["state"])),
+        ("uptime", format!("{}:{:02}:{:02}", uptime_s / 3600, uptime_s / 60 % 60, uptime_s % 60)),
+        ("process", plain(&status["pid"])),
+        ("socket", place.socket.display().to_string()),
+        ("connections", plain(&status["connections"])),
+        ("requests", format!("{live} live, {done} since the start")),
+        (
+            "sequences",
+            format!("{running} running, {waiting} waiting, {} paused", sequences["paused"]),
+        ),
+        (
+            "KV blocks",
+            format!("{} of {} used, {} cached", blocks["used"], blocks["total"], blocks["cached"]),
+        ),
+        (
+            "tokens",
+            format!("{} read, {} written", metrics["prompt_tokens"], metrics["completion_tokens"]),
+        ),
+        (
+            "next token",
+            format!("{} µs median, {} µs at the 99th percentile", step["p50_us"], step["p99_us"]),
+        ),
+    ]);
+    let restarts = engine["status"]["restarts"].as_object().into_iter().flatten();
+    for (actor, times) in restarts.filter(|(_, times)| times.as_u64() != Some(0)) {
+        rows.push(("restarted", format!("{actor}, {times} times")));
+    }
+    rows.into_iter().map(|(what, value)| vec![what.to_owned(), value]).collect()
+}
+
+/// Text without its quotes.
+fn plain(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }

@@ -3,6 +3,7 @@
 //! Buffers are reused from step to step.
 
 use super::ExecutorError;
+use super::attention_split::{AttentionShape, AttentionSplit};
 use crate::step::{PlannedSequence, StepPlan};
 use std::ops::Range;
 
@@ -35,8 +36,6 @@ pub(super) struct QueryTile {
     pub tokens: Range<usize>,
     /// Position of the first of them.
     pub position_start: usize,
-    /// Cost of this tile and all before it, in query-key pairs.
-    pub cost_end: usize,
 }
 
 /// The step's index structures.
@@ -52,19 +51,33 @@ pub(super) struct Batch {
     blocks: Vec<u32>,
     /// Per sequence: its part of `blocks`.
     tables: Vec<Range<usize>>,
+    /// Shares of each different attention of the program.
+    splits: Vec<AttentionSplit>,
 }
 
 impl Batch {
     /// Buffers that hold any step of up to `tokens_max` tokens without growing, as long as its
-    /// block tables have no more than `blocks` entries.
-    pub fn with_capacity(tokens_max: usize, blocks: usize) -> Self {
+    /// block tables have no more than `blocks` entries, for a program with attentions of `splits`.
+    pub fn new(tokens_max: usize, blocks: usize, splits: Vec<AttentionSplit>) -> Self {
         Self {
             positions: Vec::with_capacity(tokens_max),
             runs: Vec::with_capacity(tokens_max),
             tiles: Vec::with_capacity(tokens_max),
             blocks: Vec::with_capacity(blocks),
             tables: Vec::with_capacity(tokens_max),
+            splits,
         }
+    }
+
+    /// The shares of attentions of one shape, which is one of the program's.
+    pub fn attention(&self, shape: AttentionShape) -> &AttentionSplit {
+        let split = self.splits.iter().find(|split| split.shape == shape);
+        split.expect("a split for every attention of the program")
+    }
+
+    /// f32 elements of the largest partials that a step can ask for.
+    pub fn partials_max(&self) -> usize {
+        self.splits.iter().map(AttentionSplit::partials_max).max().unwrap_or(0)
     }
 
     /// Checks a plan and derives its structures.
@@ -90,6 +103,9 @@ impl Batch {
         ensure(self.positions.len() == plan.tokens.len(), "sequences", || {
             format!("they own {} of {} tokens", self.positions.len(), plan.tokens.len())
         })?;
+        for split in &mut self.splits {
+            split.deal(&self.tiles);
+        }
         check_logits(plan)
     }
 
@@ -139,31 +155,13 @@ impl Batch {
     }
 
     fn add_tiles(&mut self, index: usize, sequence: &PlannedSequence, query_tile: usize) {
-        let mut cost = self.tiles.last().map_or(0, |tile| tile.cost_end);
         let mut start = sequence.tokens.start;
         while start < sequence.tokens.end {
             let end = (start + query_tile).min(sequence.tokens.end);
             let position_start = sequence.position_start + (start - sequence.tokens.start);
-            cost += (end - start) * (position_start + (end - start));
-            let tokens = start..end;
-            self.tiles.push(QueryTile { sequence: index, tokens, position_start, cost_end: cost });
+            self.tiles.push(QueryTile { sequence: index, tokens: start..end, position_start });
             start = end;
         }
-    }
-
-    /// Share `index` of `count` of the items `tile · n_kv_heads + kv_head`, by cost.
-    pub fn attention_share(&self, index: usize, count: usize, n_kv_heads: usize) -> Range<usize> {
-        let total = self.tiles.last().map_or(0, |tile| tile.cost_end) * n_kv_heads;
-        let cut = |index: usize| {
-            let target = total * index / count;
-            // The first item that ends behind the target; items of a tile cost the same.
-            let tile = self.tiles.partition_point(|tile| tile.cost_end * n_kv_heads <= target);
-            let before = if tile == 0 { 0 } else { self.tiles[tile - 1].cost_end };
-            let Some(found) = self.tiles.get(tile) else { return self.tiles.len() * n_kv_heads };
-            let cost = found.cost_end - before;
-            tile * n_kv_heads + (target - before * n_kv_heads + cost / 2) / cost
-        };
-        cut(index)..cut(index + 1)
     }
 }
 
@@ -222,23 +220,6 @@ mod tests {
 
     const LIMITS: PlanLimits =
         PlanLimits { tokens_max: 64, vocab_size: 100, block_tokens: 16, blocks: 64, query_tile: 8 };
-
-    #[test]
-    fn attention_shares_cover_every_item_once() {
-        let mut batch = Batch::default();
-        for lengths in [&[(0, 1)][..], &[(40, 1), (0, 33), (7, 3), (100, 1)], &[(0, 64)], &[]] {
-            batch.prepare(&plan(lengths), LIMITS).unwrap();
-            for (count, heads) in [(1, 1), (2, 3), (3, 8), (16, 2), (7, 1)] {
-                let mut next = 0;
-                for index in 0..count {
-                    let share = batch.attention_share(index, count, heads);
-                    assert_eq!(share.start, next, "{lengths:?} {count} {heads}");
-                    next = share.end;
-                }
-                assert_eq!(next, batch.tiles.len() * heads, "{lengths:?} {count} {heads}");
-            }
-        }
-    }
 
     #[test]
     fn runs_stay_inside_one_block() {

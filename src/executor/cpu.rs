@@ -1,6 +1,7 @@
 //! The CPU interpreter: one match arm per op. Every worker of the pool walks the whole program,
 //! does its static share of each op and meets the others: one barrier per op, eight per layer
-//! (`program.rs`), one more where tokens are routed, two more per tile of logits.
+//! (`program.rs`), one more where tokens are routed or an attention is divided, two more per tile
+//! of logits.
 //!
 //! What is shared how (the rule of `buffers.rs`):
 //!
@@ -9,7 +10,7 @@
 //! | Embed, Receive, Norm, Send | tokens | residual, projected |
 //! | Project | rows of the matrices | the input |
 //! | Rotate | runs of tokens inside one KV block | heads |
-//! | Attend | (query tile, KV head), by cost | heads, KV store |
+//! | Attend | (query tile, KV head) or segments of it, by cost | heads, KV store |
 //! | Gate | hidden rows, whole 8-bit groups | normed |
 //! | Route | experts, then tokens | normed, router logits |
 //! | GateExperts | (expert, hidden rows), by cost | normed, routes |
@@ -19,6 +20,7 @@
 //!
 //! No result depends on the shares: each element is computed by one worker in one fixed order.
 
+mod attend;
 mod experts;
 mod products;
 
@@ -36,10 +38,7 @@ use crate::step::StepPlan;
 use std::ops::Range;
 use std::sync::Mutex;
 use std::time::Instant;
-use tandem_cpu_kernels::attention::{
-    AttentionCall, AttentionParams, AttentionPart, AttentionScratch, KvWrite, TokenRows,
-};
-use tandem_cpu_kernels::blocks::GROUP;
+use tandem_cpu_kernels::attention::{AttentionParams, AttentionScratch, KvWrite, TokenRows};
 use tandem_cpu_kernels::{Kernels, dequantize_packed_row};
 
 /// Everything that the workers of one step share.
@@ -60,6 +59,8 @@ pub(super) struct Step<'a> {
     pub outlet: Option<Rows<'a>>,
     /// One per worker.
     pub scratch: &'a [Mutex<AttentionScratch>],
+    /// `[1, partials_max]`: unmerged segments of divided attentions.
+    pub partials: Rows<'a>,
     /// One per worker; none when layers are dense.
     pub experts: &'a [Mutex<ExpertScratch>],
     pub samplers: &'a RowSamplers,
@@ -251,51 +252,6 @@ impl Step<'_> {
                 values: part(key_end),
             };
             self.kernels.write_kv(&write, 0..shape.n_kv_heads);
-        }
-    }
-
-    fn attend(
-        &self,
-        worker: &Worker<'_>,
-        shape: HeadShape,
-        layer: KvLayerId,
-        params: AttentionParams,
-    ) {
-        let n_kv_heads = shape.n_kv_heads;
-        let items = self.batch.attention_share(worker.index, worker.count(), n_kv_heads);
-        let mut scratch =
-            self.scratch[worker.index].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let attended = self.buffers.attended;
-        let head_columns = params.n_heads / n_kv_heads * shape.head_dim;
-        let whole_groups = head_columns.is_multiple_of(GROUP);
-        for item in items {
-            let (tile, kv_head) = (&self.batch.tiles[item / n_kv_heads], item % n_kv_heads);
-            // SAFETY: heads are only read in this op.
-            let rows = unsafe { self.buffers.heads.block(tile.tokens.clone()) };
-            let width = self.buffers.heads.width;
-            let call = AttentionCall {
-                params,
-                store: self.kv.layer(layer),
-                blocks: self.batch.block_table(tile.sequence),
-                first_position: tile.position_start,
-                queries: TokenRows::new(rows, tile.tokens.len(), shape.query_dim(), width),
-            };
-            let part = AttentionPart { kv_head, queries: 0..tile.tokens.len() };
-            // SAFETY: the item is this worker's alone, and so are its tokens' columns of the head.
-            let output = unsafe { attended.values.cut(tile.tokens.clone()).output() };
-            self.kernels.attend(&call, &part, output, &mut scratch);
-            if whole_groups {
-                let columns = kv_head * head_columns..(kv_head + 1) * head_columns;
-                for token in tile.tokens.clone() {
-                    self.quantize(attended, token, columns.clone());
-                }
-            }
-        }
-        if !whole_groups {
-            self.meet(worker);
-            for token in self.tokens(worker) {
-                self.quantize(attended, token, 0..attended.values.width);
-            }
         }
     }
 

@@ -1,19 +1,20 @@
-//! The bytes of KV blocks, f16, per tier: the store that attention reads, and host memory behind
-//! it for sequences that wait. Performs [`BlockCopy`] orders.
+//! The bytes of KV blocks, f16 or 8 bits, per tier: the store that attention reads, and host memory
+//! behind it for sequences that wait. Performs [`BlockCopy`] orders.
 
 use super::ExecutorError;
 use super::program::{KvLayerId, KvShape};
 use crate::memory::{AlignedBytes, HugePages};
 use crate::step::{BlockCopy, Tier};
 use crate::units::BlockId;
-use half::f16;
-use tandem_cpu_kernels::attention::{KvLayout, KvStore};
+use tandem_cpu_kernels::attention::{KvDType, KvLayout, KvStore};
 
 /// How many blocks each tier has, and how large they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvOptions {
     /// Tokens of a block: a multiple of 16.
     pub block_tokens: usize,
+    /// How keys and values are kept.
+    pub dtype: KvDType,
     /// Blocks that attention reads.
     pub device_blocks: usize,
     /// Blocks behind them.
@@ -22,11 +23,11 @@ pub struct KvOptions {
 
 /// One layer's keys or values in one tier.
 struct Plane {
-    /// `[blocks, block_elements]` f16 bits in `memory`; the layout of a block is [`KvLayout`]'s.
-    elements: *mut u16,
+    /// `[blocks, block_bytes]` in `memory`; the layout of a block is [`KvLayout`]'s.
+    bytes: *mut u8,
     len: usize,
-    block_elements: usize,
-    /// Keeps `elements` alive; nobody else uses it.
+    block_bytes: usize,
+    /// Keeps `bytes` alive; nobody else uses it.
     _memory: AlignedBytes,
 }
 
@@ -39,32 +40,32 @@ unsafe impl Sync for Plane {}
 impl Plane {
     fn new(
         blocks: usize,
-        block_elements: usize,
+        block_bytes: usize,
         huge_pages: HugePages,
     ) -> Result<Self, ExecutorError> {
-        let len = blocks * block_elements;
+        let len = blocks * block_bytes;
         // Zeroed memory comes from the system untouched: pages exist once they are written.
-        let mut memory = AlignedBytes::zeroed(len * size_of::<f16>(), huge_pages)
+        let mut memory = AlignedBytes::zeroed(len, huge_pages)
             .map_err(|source| ExecutorError::Memory { what: "KV blocks", source })?;
-        let elements = memory.as_mut_ptr().cast();
-        Ok(Self { elements, len, block_elements, _memory: memory })
+        let bytes = memory.as_mut_ptr();
+        Ok(Self { bytes, len, block_bytes, _memory: memory })
     }
 
-    fn all_mut(&mut self) -> &mut [u16] {
-        // SAFETY: the memory holds `len` zeroed elements, aligned to cache lines, as long as this
-        // plane lives, and the borrow is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.elements, self.len) }
+    fn all_mut(&mut self) -> &mut [u8] {
+        // SAFETY: the memory holds `len` zeroed bytes as long as this plane lives, and the borrow
+        // is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.bytes, self.len) }
     }
 
-    fn block_mut(&mut self, block: usize) -> &mut [u16] {
-        let elements = self.block_elements;
-        &mut self.all_mut()[block * elements..][..elements]
+    fn block_mut(&mut self, block: usize) -> &mut [u8] {
+        let bytes = self.block_bytes;
+        &mut self.all_mut()[block * bytes..][..bytes]
     }
 
     fn copy_within(&mut self, from: usize, to: usize) {
-        let elements = self.block_elements;
-        let start = from * elements;
-        self.all_mut().copy_within(start..start + elements, to * elements);
+        let bytes = self.block_bytes;
+        let start = from * bytes;
+        self.all_mut().copy_within(start..start + bytes, to * bytes);
     }
 }
 
@@ -94,8 +95,13 @@ impl KvMemory {
         huge_pages: HugePages,
     ) -> Result<Self, ExecutorError> {
         let layer = |shape: &KvShape| {
-            let layout = KvLayout::new(shape.n_kv_heads, shape.head_dim, options.block_tokens)?;
-            let plane = |blocks| Plane::new(blocks, layout.block_elements(), huge_pages);
+            let layout = KvLayout::new(
+                shape.n_kv_heads,
+                shape.head_dim,
+                options.block_tokens,
+                options.dtype,
+            )?;
+            let plane = |blocks| Plane::new(blocks, layout.block_bytes(), huge_pages);
             let planes = |blocks| Ok::<_, ExecutorError>([plane(blocks)?, plane(blocks)?]);
             let (device, host) = (planes(options.device_blocks)?, planes(options.host_blocks)?);
             Ok(Layer { layout, device, host })
@@ -108,11 +114,11 @@ impl KvMemory {
 
     /// Bytes of both tiers.
     pub fn bytes(&self) -> usize {
-        let elements = |layer: &Layer| {
+        let bytes = |layer: &Layer| {
             let planes = layer.device.iter().chain(&layer.host);
             planes.map(|plane| plane.len).sum::<usize>()
         };
-        self.layers.iter().map(elements).sum::<usize>() * size_of::<f16>()
+        self.layers.iter().map(bytes).sum()
     }
 
     /// Performs copies in order.
@@ -180,11 +186,10 @@ impl<'a> KvLayers<'a> {
     /// The store of one layer.
     pub fn layer(&self, id: KvLayerId) -> KvStore<'a> {
         let layer = &self.layers[id.0 as usize];
-        let [keys, values] =
-            [&layer.device[0], &layer.device[1]].map(|plane| plane.elements.cast());
-        // SAFETY: both planes hold `blocks · block_elements` elements and are borrowed for 'a, by
-        // `KvMemory::layers` exclusively. The interpreter writes a block through one worker
-        // (`BlockRun`) and reads after a barrier.
+        let [keys, values] = [&layer.device[0], &layer.device[1]].map(|plane| plane.bytes);
+        // SAFETY: both planes hold `blocks · block_bytes` bytes, aligned to cache lines, and are
+        // borrowed for 'a, by `KvMemory::layers` exclusively. The interpreter writes a block
+        // through one worker (`BlockRun`) and reads after a barrier.
         unsafe { KvStore::new(keys, values, self.blocks, layer.layout) }
     }
 }

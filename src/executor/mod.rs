@@ -2,6 +2,7 @@
 //! threads, from token ids to sampled tokens. It must not know requests' lives, queues or clocks:
 //! a [`crate::step::StepPlan`] says all. Called by the executor actor, one [`Stage`] per thread.
 
+mod attention_split;
 mod batch;
 mod buffers;
 mod cpu;

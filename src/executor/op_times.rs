@@ -113,3 +113,28 @@ fn label(op: &Op) -> &'static str {
         Op::Logits { .. } => "logits, sampling",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_are_told_from_work_and_kinds_are_added_up() {
+        let worker = |_| WorkerCells {
+            ops: (0..3).map(|_| Cell::default()).collect(),
+            waited_ns: AtomicU64::new(0),
+        };
+        let labels = vec!["norm", "down", "norm"];
+        let clocks = OpClocks { labels, workers: (0..2).map(worker).collect() };
+        clocks.workers[0].waited_ns.store(30, Ordering::Relaxed);
+        clocks.ended(0, 0, Duration::from_nanos(100));
+        clocks.ended(1, 0, Duration::from_nanos(50));
+        clocks.ended(0, 1, Duration::from_nanos(8));
+        clocks.ended(1, 2, Duration::from_nanos(10));
+        clocks.wait(1, || {});
+        clocks.ended(1, 1, Duration::ZERO);
+        let [norm, down] = clocks.times()[..] else { panic!("two kinds") };
+        assert_eq!((norm.op, norm.work_ns, norm.wait_ns), ("norm", 65.0, 15.0));
+        assert_eq!((down.op, down.work_ns), ("down", 4.0));
+    }
+}

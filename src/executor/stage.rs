@@ -2,6 +2,7 @@
 //! time on the thread that calls it.
 
 use super::ExecutorError;
+use super::attention_split::{AttentionShape, AttentionSplit};
 use super::batch::{Batch, PlanLimits};
 use super::buffers::{Buffers, Memory, Rows};
 use super::cpu::Step;
@@ -61,6 +62,7 @@ pub struct Stage {
     kv: KvMemory,
     buffers: Buffers,
     angles: Memory,
+    partials: Memory,
     scratch: Vec<Mutex<AttentionScratch>>,
     experts: Vec<Mutex<ExpertScratch>>,
     samplers: RowSamplers,
@@ -122,12 +124,19 @@ impl Stage {
             blocks: options.kv.device_blocks,
             query_tile: query_tile(program),
         };
+        let positions = options.kv.device_blocks * options.kv.block_tokens;
+        let splits = AttentionShape::of(program)
+            .into_iter()
+            .map(|shape| AttentionSplit::new(shape, threads, tokens, positions))
+            .collect();
+        let batch = Batch::new(tokens, options.kv.device_blocks, splits);
         let head_dim = program.kv_layers.iter().map(|shape| shape.head_dim).max().unwrap_or(1);
         let scratch = (0..threads).map(|_| Mutex::new(AttentionScratch::new(head_dim))).collect();
         let sampled_rows = if program.dims.vocab > 0 { tokens } else { 0 };
         Ok(Self {
             limits,
-            batch: Batch::with_capacity(tokens, options.kv.device_blocks),
+            partials: Memory::new(batch.partials_max()),
+            batch,
             kv: KvMemory::new(&program.kv_layers, options.kv, options.huge_pages())?,
             buffers: Buffers::new(program.dims, tokens),
             angles: Memory::new(tokens * weights.rotations().width()),
@@ -172,7 +181,10 @@ impl Stage {
         StageMemory {
             weight_bytes: self.weights.bytes(),
             kv_bytes: self.kv.bytes(),
-            activation_bytes: self.buffers.bytes() + self.angles.bytes() + experts,
+            activation_bytes: self.buffers.bytes()
+                + self.angles.bytes()
+                + self.partials.bytes()
+                + experts,
         }
     }
 
@@ -231,6 +243,7 @@ impl Stage {
             outlet: outlet
                 .as_mut()
                 .map(|slot| Rows::new(&mut slot.residual, tokens, embedding_dim)),
+            partials: self.partials.rows(1, self.batch.partials_max()),
             scratch: &self.scratch,
             experts: &self.experts,
             samplers: &self.samplers,

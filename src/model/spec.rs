@@ -1,7 +1,7 @@
 //! A whole decoder-only transformer as data: what it computes, in which order, from which tensors.
 
 use super::{ExpertsSpec, FfnSpec, RopeSpec};
-use crate::tensor::DType;
+use crate::tensor::{DType, KvDType};
 
 /// A stored tensor that a model uses: `rows x cols`, row-major; a vector has one row.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -128,20 +128,18 @@ pub struct ModelSpec {
     pub unused_tensors: Vec<String>,
 }
 
-/// KV elements are f16.
-const KV_ELEMENT_BYTES: u64 = 2;
-
 impl ModelSpec {
     /// Whether the output is the embedding.
     pub fn is_output_tied(&self) -> bool {
         self.output == self.embedding
     }
 
-    /// Bytes of keys and values that one token leaves behind in all layers, as f16.
-    pub fn kv_bytes_per_token(&self) -> u64 {
-        let elements =
-            |layer: &LayerSpec| 2 * layer.attention.n_kv_heads * layer.attention.head_dim;
-        self.layers.iter().map(|layer| elements(layer) as u64 * KV_ELEMENT_BYTES).sum()
+    /// Bytes of keys and values that one token leaves behind in all layers.
+    pub fn kv_bytes_per_token(&self, dtype: KvDType) -> u64 {
+        let bytes = |layer: &LayerSpec| {
+            2 * layer.attention.n_kv_heads * dtype.head_bytes(layer.attention.head_dim)
+        };
+        self.layers.iter().map(|layer| bytes(layer) as u64).sum()
     }
 
     /// Bytes of all weights as stored, each tensor counted once.

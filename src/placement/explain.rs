@@ -29,8 +29,10 @@ impl Placement {
             let layers = format!("layers {}–{}", stage.layers.start, stage.layers.end - 1);
             row("weights", stage.weight_bytes, format!("{layers}, in the kernels' layout"));
             let tokens = self.device_blocks * self.block_tokens;
-            let why =
-                format!("{} blocks of {}: {tokens} tokens", self.device_blocks, self.block_tokens);
+            let why = format!(
+                "{} blocks of {}: {tokens} tokens, {}",
+                self.device_blocks, self.block_tokens, self.kv_dtype
+            );
             row("KV cache", stage.kv_bytes, why);
             row("activations", stage.activation_bytes, "of the widest step".into());
         }

@@ -11,6 +11,7 @@ use crate::hardware::HardwareProfile;
 use crate::kv::blocks_for;
 use crate::model::ModelSpec;
 use crate::request::RequestError;
+use crate::tensor::KvDType;
 use crate::units::ByteSize;
 use serde::Serialize;
 use std::ops::Range;
@@ -62,6 +63,9 @@ pub struct Placement {
     pub context_tokens_trained: usize,
     /// Tokens of one KV block.
     pub block_tokens: usize,
+    /// How keys and values are kept.
+    #[serde(serialize_with = "crate::config::kv_dtype::serialize")]
+    pub kv_dtype: KvDType,
     /// KV blocks that attention reads.
     pub device_blocks: usize,
     /// KV blocks of the second tier, for preempted sequences.
@@ -93,7 +97,7 @@ impl Placement {
         let activation_bytes = activation_bytes(spec, config.scheduler.step_tokens_max as u64);
         let fixed = weight_bytes + activation_bytes;
         let block_tokens = config.kv.block_tokens;
-        let block_bytes = spec.kv_bytes_per_token() * block_tokens as u64;
+        let block_bytes = spec.kv_bytes_per_token(config.kv.dtype) * block_tokens as u64;
         let mut notes = Vec::new();
         let room = usable.saturating_sub(fixed);
         let kv = KvRoom { room, block_tokens, block_bytes };
@@ -124,6 +128,7 @@ impl Placement {
             context_tokens,
             context_tokens_trained: spec.context_tokens_max,
             block_tokens,
+            kv_dtype: config.kv.dtype,
             device_blocks,
             host_blocks,
             host_kv_bytes: host_blocks as u64 * block_bytes,

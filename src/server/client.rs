@@ -94,6 +94,12 @@ impl Client {
         &self.hello
     }
 
+    /// Waits until the server has closed the connection.
+    pub async fn closed(&mut self) {
+        // A reader that panicked reads no more either.
+        let _ = (&mut self.reader).await;
+    }
+
     /// Calls a method that has one result.
     ///
     /// # Errors

@@ -22,8 +22,6 @@ const BACKLOG: i32 = 1024;
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "fields are the facts that the message spells out")]
 pub enum EndpointError {
-    #[error("XDG_RUNTIME_DIR is not set to an absolute path: name the socket (--socket PATH)")]
-    NoRuntimeDir,
     #[error(
         "{}: {bytes} bytes; the path of a Unix socket has at most {PATH_BYTES_MAX}",
         path.display()
@@ -62,13 +60,23 @@ pub enum Folder {
     AsFound,
 }
 
-/// The default socket below a runtime directory (the value of `XDG_RUNTIME_DIR`).
+/// The default socket: `tandem/tandem.sock` below a runtime directory (the value of
+/// `XDG_RUNTIME_DIR`), or, where there is none, `tandem-UID/tandem.sock` in `/tmp`.
 ///
 /// # Errors
-/// [`EndpointError::NoRuntimeDir`] if there is none.
+/// [`EndpointError::Foreign`] if the folder exists and is another user's: what listens there is not
+/// to be trusted.
 pub fn default_socket(runtime_dir: Option<&OsStr>) -> Result<PathBuf, EndpointError> {
-    let folder = runtime_dir.map(Path::new).filter(|path| path.is_absolute());
-    Ok(folder.ok_or(EndpointError::NoRuntimeDir)?.join("tandem").join("tandem.sock"))
+    let folder = match runtime_dir.map(Path::new).filter(|path| path.is_absolute()) {
+        Some(runtime_dir) => runtime_dir.join("tandem"),
+        None => Path::new("/tmp").join(format!("tandem-{}", own_uid())),
+    };
+    match fs::symlink_metadata(&folder) {
+        Ok(found) if found.uid() != own_uid() => {
+            Err(EndpointError::Foreign { path: folder, uid: found.uid() })
+        }
+        _ => Ok(folder.join("tandem.sock")),
+    }
 }
 
 /// The bound and listening socket of the one daemon that owns it. Dropping it removes the socket,
@@ -150,7 +158,7 @@ fn prepare_folder(path: &Path, folder: Folder) -> Result<(), EndpointError> {
     if folder == Folder::AsFound {
         return Ok(());
     }
-    let metadata = fs::metadata(parent).map_err(failed("look at", parent))?;
+    let metadata = fs::symlink_metadata(parent).map_err(failed("look at", parent))?;
     if metadata.uid() != own_uid() {
         return Err(EndpointError::Foreign { path: parent.to_owned(), uid: metadata.uid() });
     }

@@ -13,6 +13,15 @@ pub enum LogFormat {
     Json,
 }
 
+/// Whether log lines have ANSI colours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogColors {
+    /// For a terminal.
+    Ansi,
+    /// For files and pipes.
+    Plain,
+}
+
 /// Why logging could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum LoggingError {
@@ -33,12 +42,19 @@ pub enum LoggingError {
 ///
 /// # Errors
 /// A filter that does not parse; a process that has a subscriber already.
-pub fn start_logging(level: &str, format: LogFormat) -> Result<(), LoggingError> {
+pub fn start_logging(
+    level: &str,
+    format: LogFormat,
+    colors: LogColors,
+) -> Result<(), LoggingError> {
     let filter = EnvFilter::try_new(level).map_err(|error| LoggingError::Filter {
         got: level.to_owned(),
         reason: error.to_string(),
     })?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(colors == LogColors::Ansi)
+        .with_writer(io::stderr);
     match format {
         LogFormat::Text => builder.try_init(),
         LogFormat::Json => builder.json().try_init(),

@@ -8,6 +8,6 @@ mod metrics;
 mod trace_ring;
 
 pub use histogram::{Histogram, HistogramSnapshot};
-pub use logging::{LogFormat, LoggingError, start_logging};
+pub use logging::{LogColors, LogFormat, LoggingError, start_logging};
 pub use metrics::{Counter, Gauge, Metrics, MetricsSnapshot};
 pub use trace_ring::{StepTrace, TraceRing};

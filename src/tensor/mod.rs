@@ -5,6 +5,7 @@
 use std::fmt;
 
 pub use tandem_cpu_kernels::DType;
+pub use tandem_cpu_kernels::attention::KvDType;
 
 /// Extents of a tensor of one to four dimensions, fastest first, as GGUF writes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

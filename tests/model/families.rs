@@ -7,7 +7,7 @@ use super::tiny_model::tiny_tokenizer::VOCAB_SIZE;
 use super::tiny_model::{Family, Output, TinyModel};
 use tandem::formats::Checkpoint;
 use tandem::model::{Activation, ModelSpec, RopeScaling, RopeStyle};
-use tandem::tensor::DType;
+use tandem::tensor::{DType, KvDType};
 
 fn real_spec(name: &str) -> Option<ModelSpec> {
     let checkpoint = Checkpoint::open(&real(name)?).unwrap();
@@ -46,7 +46,8 @@ fn weights_and_kv_are_counted_in_bytes() {
     let elements: u64 = gguf.tensors.iter().map(|t| t.dims.iter().product::<u64>()).sum();
     assert_eq!(spec.parameters(), elements);
     // 2 layers, keys and values, 2 heads of 64, f16.
-    assert_eq!(spec.kv_bytes_per_token(), 2 * 2 * 2 * 64 * 2);
+    assert_eq!(spec.kv_bytes_per_token(KvDType::F16), 2 * 2 * 2 * 64 * 2);
+    assert_eq!(spec.kv_bytes_per_token(KvDType::Q8_0), 2 * 2 * 2 * (64 + 2 * 2));
 }
 
 #[test]
@@ -252,7 +253,7 @@ fn heads_may_differ_from_layer_to_layer() {
     let spec = read(&gguf).unwrap();
     let kv_heads: Vec<_> = spec.layers.iter().map(|l| l.attention.n_kv_heads).collect();
     assert_eq!(kv_heads, [2, 1]);
-    assert_eq!(spec.kv_bytes_per_token(), 2 * 2 * (2 + 1) * 64);
+    assert_eq!(spec.kv_bytes_per_token(KvDType::F16), 2 * 2 * (2 + 1) * 64);
 }
 
 #[test]

@@ -10,6 +10,7 @@ use tandem::executor::{KvOptions, PoolOptions, Stage, StageOptions, StagePart};
 use tandem::formats::Checkpoint;
 use tandem::model::ModelSpec;
 use tandem::step::{LogitsRow, LogitsTask, PlannedSequence, StepOutput, StepPlan};
+use tandem::tensor::KvDType;
 use tandem::units::{BlockId, SequenceId, StepId, TokenId};
 
 /// Tokens of a KV block in these tests.
@@ -67,7 +68,12 @@ pub fn options(threads: usize, context_tokens: usize) -> StageOptions {
         pool: PoolOptions { threads, cores: Vec::new(), spin_us: 50 },
         isa: None,
         huge_pages: false,
-        kv: KvOptions { block_tokens: BLOCK_TOKENS, device_blocks, host_blocks: 4 },
+        kv: KvOptions {
+            block_tokens: BLOCK_TOKENS,
+            dtype: KvDType::F16,
+            device_blocks,
+            host_blocks: 4,
+        },
         step_tokens_max: 512,
     }
 }

@@ -1,5 +1,5 @@
-//! What happens to segments after they are computed: merging in ascending order, and the output.
-//! Plain Rust, the same for every instruction set.
+//! What happens to segments after they are computed: merging in ascending order (this is the
+//! specification), and the output, the same for every instruction set.
 
 use super::{AttentionCall, TileState};
 use crate::matmul::OutputColumns;

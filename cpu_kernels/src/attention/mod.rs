@@ -1,6 +1,6 @@
-//! Owns attention over a paged f16 store of keys and values: writing tokens into it and reading it
-//! with queries. It must not know sequences or schedulers: a block table says where positions lie.
-//! Called by the executor's workers, each with its own head, queries and scratch.
+//! Owns attention over a paged store of keys and values, f16 or 8 bits: writing tokens into it and
+//! reading it with queries. It must not know sequences or schedulers: a block table says where
+//! positions lie. Called by the executor's workers, each with its own head, queries and scratch.
 //!
 //! For a query at position `p` and the positions `j` it sees (`p − window < j ≤ p`):
 //! ```text
@@ -16,11 +16,13 @@
 #[cfg(target_arch = "x86_64")]
 mod chunk;
 mod merge;
+mod rotate;
 pub(crate) mod scalar;
 mod scratch;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod simd;
 mod store;
+mod write;
 
 use crate::dispatch::Kernels;
 use crate::matmul::OutputColumns;
@@ -28,10 +30,13 @@ pub use scratch::AttentionScratch;
 use scratch::TILE_ROWS;
 pub(crate) use scratch::TileState;
 use std::ops::Range;
-pub use store::{KvLayout, KvLayoutError, KvStore, TOKEN_GROUP, TokenRows};
+pub use store::{
+    KV_GROUP, KvDType, KvLayout, KvLayoutError, KvStore, TOKEN_GROUP, TokenRows, UnknownKvDType,
+};
 
-/// Positions of one segment: the unit in which a long context may be shared among threads.
-pub const SEGMENT_TOKENS: usize = 512;
+/// Positions of one segment: the unit in which a long context may be shared among threads. Small
+/// enough to deal out contexts of a thousand tokens evenly, large enough that merging costs 1–2 %.
+pub const SEGMENT_TOKENS: usize = 256;
 
 /// What a layer's attention computes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -101,8 +106,25 @@ pub(crate) struct Tile<'a> {
 pub(crate) struct AttentionTable {
     /// Leaves maximum, weight and sums of a tile over its positions in the state, from cleared.
     pub segment: unsafe fn(&Tile<'_>, &TileState),
+    /// Adds the state's segment of so many rows of `head_dim` elements to those merged before.
+    pub merge: unsafe fn(&TileState, usize, usize),
     /// Stores all tokens of a write for one head.
     pub write_kv: unsafe fn(&KvWrite<'_>, usize),
+}
+
+impl Tile<'_> {
+    /// `[head_dim]` of the tile's row `index`, as the store's keys are multiplied with.
+    ///
+    /// # Safety
+    /// The row is one of the tile, whose queries have been prepared in `state`.
+    #[inline(always)]
+    pub(crate) unsafe fn query(&self, index: usize, state: &TileState) -> *const f32 {
+        match self.call.store.layout().dtype() {
+            KvDType::F16 => self.call.query(self.kv_head, self.rows.start + index),
+            // SAFETY: the row is inside the scratch.
+            KvDType::Q8_0 => unsafe { state.rotated.add(index * state.stride) },
+        }
+    }
 }
 
 impl AttentionCall<'_> {
@@ -118,7 +140,7 @@ impl AttentionCall<'_> {
     }
 
     /// The segments that some of the queries see. Each can be computed on its own by
-    /// [`Kernels::attend_segment`].
+    /// [`Kernels::attend_segments`].
     pub fn segments(&self, queries: &Range<usize>) -> Range<usize> {
         if queries.is_empty() {
             return 0..0;
@@ -127,7 +149,8 @@ impl AttentionCall<'_> {
         first.start / SEGMENT_TOKENS..last.end.div_ceil(SEGMENT_TOKENS)
     }
 
-    /// f32 elements that [`Kernels::attend_segment`] leaves for a part with this many queries.
+    /// f32 elements that [`Kernels::attend_segments`] leaves per segment for a part with this many
+    /// queries.
     pub fn partial_len(&self, n_queries: usize) -> usize {
         n_queries * self.group() * (self.store.layout().head_dim() + 2)
     }
@@ -144,6 +167,17 @@ impl AttentionCall<'_> {
         let (group, head_dim) = (self.group(), self.store.layout().head_dim());
         let head = kv_head * group + row % group;
         self.queries.row(row / group)[head * head_dim..][..head_dim].as_ptr()
+    }
+
+    /// Makes the queries of a tile ready for the store's keys.
+    ///
+    /// # Safety
+    /// The call was checked, the state is that of a borrowed scratch.
+    unsafe fn prepare_queries(&self, kv_head: usize, rows: &Range<usize>, state: &TileState) {
+        if self.store.layout().dtype() == KvDType::Q8_0 {
+            // SAFETY: passed on; tiles have at most `TILE_ROWS` rows.
+            unsafe { rotate::rotate_queries(self, kv_head, rows.clone(), state) }
+        }
     }
 
     fn check(&self, part: &AttentionPart, scratch: &AttentionScratch) {
@@ -177,8 +211,10 @@ impl AttentionCall<'_> {
 }
 
 impl Kernels {
-    /// Stores tokens for the given heads, rounded to the nearest f16 (ties to even); what exceeds
-    /// the range of f16 becomes its largest number, NaN stays NaN.
+    /// Stores tokens for the given heads. f16: rounded to the nearest (ties to even); what exceeds
+    /// the range of f16 becomes its largest number, NaN stays NaN. 8 bits: a group's scale is the
+    /// f16 nearest to its largest magnitude / 127, its elements the nearest multiples of that; a
+    /// NaN makes its group NaN; whole groups of keys are rotated first (`rotate.rs`).
     ///
     /// # Panics
     /// When shapes disagree or a position has no block.
@@ -215,43 +251,49 @@ impl Kernels {
             // SAFETY: the scratch is borrowed for the whole loop; shapes were checked.
             unsafe {
                 state.clear_merged(rows.len());
+                call.prepare_queries(part.kv_head, &rows, &state);
                 let segments = call.segments(&call.tile_queries(&rows));
                 for segment in segments.clone() {
                     let rest = (rows.clone(), segment..segments.end);
                     self.compute_segment(call, part.kv_head, rest, &state);
-                    merge::merge_tile(&state, rows.len(), call.store.layout().head_dim());
+                    (self.attention.merge)(&state, rows.len(), call.store.layout().head_dim());
                 }
                 merge::write_tile(call, part.kv_head, rows, &state, output);
             }
         }
     }
 
-    /// Attends over segment `segment` only and leaves the unmerged result in `partial`, of
-    /// [`AttentionCall::partial_len`] elements. For decoding on long contexts, where one head's
-    /// work is worth several threads.
+    /// Attends over some of the part's segments only and leaves the unmerged results in
+    /// `partials`: per segment [`AttentionCall::partial_len`] elements. For contexts whose one
+    /// head is work for several threads.
     ///
     /// # Panics
-    /// As [`Kernels::attend`], and when `partial` has another length.
-    pub fn attend_segment(
+    /// As [`Kernels::attend`], and when `partials` has another length.
+    pub fn attend_segments(
         &self,
         call: &AttentionCall<'_>,
         part: &AttentionPart,
-        segment: usize,
-        partial: &mut [f32],
+        segments: Range<usize>,
+        partials: &mut [f32],
         scratch: &mut AttentionScratch,
     ) {
         call.check(part, scratch);
-        assert_eq!(partial.len(), call.partial_len(part.queries.len()), "length of a partial");
+        let len = call.partial_len(part.queries.len());
+        assert_eq!(partials.len(), segments.len() * len, "length of {segments:?} partials");
         let (state, head_dim) = (scratch.tile_state(), call.store.layout().head_dim());
-        let mut rest = partial;
+        let first_row = part.queries.start * call.group();
         for rows in call.tiles(part) {
-            let (own, others) = rest.split_at_mut(rows.len() * (head_dim + 2));
-            rest = others;
-            // SAFETY: the scratch is borrowed for the whole loop; shapes were checked.
-            unsafe {
-                let only = (rows, segment..segment + 1);
-                self.compute_segment(call, part.kv_head, only, &state);
-                merge::save_partial(&state, head_dim, own);
+            let offset = (rows.start - first_row) * (head_dim + 2);
+            // SAFETY: as below.
+            unsafe { call.prepare_queries(part.kv_head, &rows, &state) }
+            for (segment, partial) in segments.clone().zip(partials.chunks_exact_mut(len.max(1))) {
+                let own = &mut partial[offset..][..rows.len() * (head_dim + 2)];
+                // SAFETY: the scratch is borrowed for the whole loop; shapes were checked.
+                unsafe {
+                    let rest = (rows.clone(), segment..segments.end);
+                    self.compute_segment(call, part.kv_head, rest, &state);
+                    merge::save_partial(&state, head_dim, own);
+                }
             }
         }
     }
@@ -280,10 +322,10 @@ impl Kernels {
             // SAFETY: the scratch is borrowed for the whole loop; shapes were checked.
             unsafe {
                 state.clear_merged(rows.len());
-                for partial in partials.chunks_exact(len) {
+                for partial in partials.chunks_exact(len.max(1)) {
                     let own = &partial[offset..][..rows.len() * (head_dim + 2)];
                     merge::load_partial(&state, head_dim, own);
-                    merge::merge_tile(&state, rows.len(), head_dim);
+                    (self.attention.merge)(&state, rows.len(), head_dim);
                 }
                 merge::write_tile(call, part.kv_head, rows, &state, output);
             }

@@ -1,12 +1,15 @@
 //! The specification of attention: per query row, one pass for the scores of a segment and one for
 //! the weighted sum.
 
-use super::{AttentionTable, KvWrite, SEGMENT_TOKENS, Tile, TileState};
+use super::merge::merge_tile;
+use super::store::KV_GROUP;
+use super::write::write_groups;
+use super::{AttentionTable, KvDType, KvWrite, SEGMENT_TOKENS, Tile, TileState};
 use crate::elementwise::scalar::softcap_one;
 use half::f16;
 
 /// The portable kernels.
-pub(crate) const TABLE: AttentionTable = AttentionTable { segment, write_kv };
+pub(crate) const TABLE: AttentionTable = AttentionTable { segment, merge: merge_tile, write_kv };
 
 /// See [`AttentionTable::segment`].
 ///
@@ -25,7 +28,7 @@ unsafe fn segment(tile: &Tile<'_>, state: &TileState) {
         let scores = &mut scores[..end - start];
         // SAFETY: positions of the tile have blocks; the row is inside the scratch.
         unsafe {
-            score(tile, row, start, scores);
+            score(tile, tile.query(index, state), start, scores);
             let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             *state.max.add(index) = max;
             let mut weight = 0.0;
@@ -40,21 +43,17 @@ unsafe fn segment(tile: &Tile<'_>, state: &TileState) {
     }
 }
 
-/// Scores of one row at positions `start ..`.
+/// Scores of one query at positions `start ..`.
 ///
 /// # Safety
 /// As [`segment`].
-unsafe fn score(tile: &Tile<'_>, row: usize, start: usize, scores: &mut [f32]) {
-    let (call, layout) = (tile.call, tile.call.store.layout());
-    let query = call.query(tile.kv_head, row);
+unsafe fn score(tile: &Tile<'_>, query: *const f32, start: usize, scores: &mut [f32]) {
+    let (call, head_dim) = (tile.call, tile.call.store.layout().head_dim());
     for (position, score) in (start..).zip(scores) {
-        let token = position % layout.block_tokens();
-        let key = call.store.key_at(call.block_of(position), tile.kv_head, token);
         let mut dot = 0.0f32;
-        for d in 0..layout.head_dim() {
+        for d in 0..head_dim {
             // SAFETY: `d` is inside the head of query and key.
-            let (q, k) = unsafe { (*query.add(d), *key.add(d * layout.block_tokens())) };
-            dot += q * f16::from_bits(k).to_f32();
+            dot += unsafe { *query.add(d) * element(tile, Which::Key, position, d) };
         }
         *score = dot * call.params.scale;
         if let Some(cap) = call.params.softcap {
@@ -68,12 +67,39 @@ unsafe fn score(tile: &Tile<'_>, row: usize, start: usize, scores: &mut [f32]) {
 /// # Safety
 /// As [`segment`]; `sums` is a row of the scratch.
 unsafe fn add_value(tile: &Tile<'_>, position: usize, weight: f32, sums: *mut f32) {
-    let (call, layout) = (tile.call, tile.call.store.layout());
-    let token = position % layout.block_tokens();
-    let value = call.store.value_at(call.block_of(position), tile.kv_head, token);
-    for d in 0..layout.head_dim() {
+    for d in 0..tile.call.store.layout().head_dim() {
         // SAFETY: `d` is inside the head of the value and of the sums.
-        unsafe { *sums.add(d) += weight * f16::from_bits(*value.add(d)).to_f32() };
+        unsafe { *sums.add(d) += weight * element(tile, Which::Value, position, d) };
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Which {
+    Key,
+    Value,
+}
+
+/// An element of a stored key or value.
+///
+/// # Safety
+/// As [`segment`]; `d` is inside the head.
+unsafe fn element(tile: &Tile<'_>, which: Which, position: usize, d: usize) -> f32 {
+    let (store, layout) = (&tile.call.store, tile.call.store.layout());
+    let (block, token) = (tile.call.block_of(position), position % layout.block_tokens());
+    let (at, index) = match which {
+        Which::Key => (store.key_at(block, tile.kv_head, token), d * layout.block_tokens()),
+        Which::Value => (store.value_at(block, tile.kv_head, token), d),
+    };
+    // SAFETY: the element and its scale lie inside the block's head.
+    unsafe {
+        match layout.dtype() {
+            KvDType::F16 => f16::from_bits(*at.cast::<u16>().add(index)).to_f32(),
+            KvDType::Q8_0 => {
+                let scales = store.scales_at(block, tile.kv_head, token)[which as usize];
+                let scale = *scales.add(d / KV_GROUP * layout.block_tokens());
+                f32::from(*at.cast::<i8>().add(index)) * f16::from_bits(scale).to_f32()
+            }
+        }
     }
 }
 
@@ -83,12 +109,16 @@ unsafe fn add_value(tile: &Tile<'_>, position: usize, weight: f32, sums: *mut f3
 /// The write was checked.
 unsafe fn write_kv(write: &KvWrite<'_>, kv_head: usize) {
     let layout = write.store.layout();
+    if layout.dtype() == KvDType::Q8_0 {
+        // SAFETY: the write was checked.
+        return unsafe { write_groups(write, kv_head) };
+    }
     let (head_dim, block_tokens) = (layout.head_dim(), layout.block_tokens());
     for token in 0..write.keys.n_tokens() {
         let position = write.first_position + token;
         let (block, slot) = (write.blocks[position / block_tokens], position % block_tokens);
-        let key = write.store.key_at(block, kv_head, slot);
-        let value = write.store.value_at(block, kv_head, slot);
+        let key = write.store.key_at(block, kv_head, slot).cast::<u16>();
+        let value = write.store.value_at(block, kv_head, slot).cast::<u16>();
         let from = kv_head * head_dim;
         let keys = &write.keys.row(token)[from..][..head_dim];
         let values = &write.values.row(token)[from..][..head_dim];

@@ -30,6 +30,7 @@ pub struct AttentionScratch {
     head_dim_max: usize,
     stride: usize,
     scores: AlignedRows,
+    rotated: AlignedRows,
     sums: AlignedRows,
     merged: AlignedRows,
     states: AlignedRows,
@@ -43,6 +44,7 @@ impl AttentionScratch {
             head_dim_max,
             stride,
             scores: AlignedRows::new(TILE_ROWS * CHUNK),
+            rotated: AlignedRows::new(TILE_ROWS * stride),
             sums: AlignedRows::new(TILE_ROWS * stride),
             merged: AlignedRows::new(TILE_ROWS * stride),
             states: AlignedRows::new(TILE_ROWS * 5),
@@ -62,6 +64,7 @@ impl AttentionScratch {
         TileState {
             scores: self.scores.as_mut_ptr(),
             stride: self.stride,
+            rotated: self.rotated.as_mut_ptr(),
             sums: self.sums.as_mut_ptr(),
             merged: self.merged.as_mut_ptr(),
             max: part(0),
@@ -78,8 +81,10 @@ impl AttentionScratch {
 pub(crate) struct TileState {
     /// `[R, CHUNK]` scores, then weights `e^(score − max)`.
     pub scores: *mut f32,
-    /// Elements from row to row of `sums` and `merged`: a multiple of 16.
+    /// Elements from row to row of `rotated`, `sums` and `merged`: a multiple of 16.
     pub stride: usize,
+    /// `[R, stride]` queries, rotated for a store of 8 bits.
+    pub rotated: *mut f32,
     /// `[R, stride]` weighted sums of values of the segment.
     pub sums: *mut f32,
     /// `[R, stride]` the same over all segments so far.

@@ -1,6 +1,6 @@
 //! Attention for any vector width. A tile of query rows goes through the chunks of a segment:
 //! ```text
-//! scores[row][j] = q[row]·k[j]             lanes are positions; 4 rows share each load of keys
+//! scores[row][j] = q[row]·k[j]             lanes are positions; rows share each load of keys
 //! mask, scale, cap; new maximum, correction, weights e^(score − max)      lanes are positions
 //! sums[row][d] = sums[row][d]·correction + Σ_j weight[row][j]·v[j][d]      lanes are elements
 //! ```
@@ -9,23 +9,32 @@
 
 #![allow(clippy::needless_range_loop, reason = "register tiles are read by their indices")]
 
-use super::chunk::{Chunk, prefetch};
-use super::scratch::{CHUNK, TILE_ROWS};
-use super::{AttentionTable, KvWrite, TOKEN_GROUP, Tile, TileState};
-use crate::lanes::{Lanes, exp_lanes, softcap_lanes};
+mod products;
+mod write;
 
-/// See [`AttentionTable::segment`]. `T` vectors are held per row of a micro-kernel of 4 rows:
-/// `4·T` accumulators, `T` operands and a broadcast must fit the registers.
+use super::chunk::Chunk;
+use super::scratch::{CHUNK, TILE_ROWS};
+use super::{AttentionTable, KvDType, KvWrite, Tile, TileState};
+use crate::lanes::{Lanes, exp_lanes, softcap_lanes};
+use products::{EightBit, Element, Half, add_values, score_rows};
+
+/// See [`AttentionTable::segment`]. A micro-kernel has `M` rows of `T` vectors: `M·T` accumulators,
+/// `T` operands and a broadcast must fit the registers, and the accumulators should be more than
+/// the latency of a multiply-add times its throughput (4 · 2).
 ///
 /// # Safety
 /// The call was checked, the state is that of a borrowed scratch, cleared, and the CPU has the
 /// instructions of `L`.
 #[inline(always)]
-unsafe fn segment<L: Lanes, const T: usize>(tile: &Tile<'_>, state: &TileState) {
+unsafe fn segment<E: Element, L: Lanes, const M: usize, const T: usize>(
+    tile: &Tile<'_>,
+    state: &TileState,
+) {
     let rows = tile.rows.len();
     let mut queries = [std::ptr::null(); TILE_ROWS];
-    for (index, row) in tile.rows.clone().enumerate() {
-        queries[index] = tile.call.query(tile.kv_head, row);
+    for (index, query) in queries[..rows].iter_mut().enumerate() {
+        // SAFETY: the row is one of the tile's.
+        *query = unsafe { tile.query(index, state) };
     }
     let start = tile.positions.start / CHUNK * CHUNK;
     let mut chunk = Chunk::new(tile, start, tile.positions.clone());
@@ -33,7 +42,9 @@ unsafe fn segment<L: Lanes, const T: usize>(tile: &Tile<'_>, state: &TileState) 
         let next = chunk.start + CHUNK;
         let ahead = (next < tile.read_end).then(|| Chunk::new(tile, next, next..tile.read_end));
         // SAFETY: queries and scratch have the tile's rows.
-        unsafe { attend_chunk::<L, T>(tile, state, &queries[..rows], (&chunk, ahead.as_ref())) }
+        unsafe {
+            attend_chunk::<E, L, M, T>(tile, state, &queries[..rows], (&chunk, ahead.as_ref()))
+        }
         match ahead {
             Some(ahead) if next < tile.positions.end => chunk = ahead,
             _ => break,
@@ -46,7 +57,7 @@ unsafe fn segment<L: Lanes, const T: usize>(tile: &Tile<'_>, state: &TileState) 
 /// # Safety
 /// As [`segment`]; there is a query per row of the tile.
 #[inline(always)]
-unsafe fn attend_chunk<L: Lanes, const T: usize>(
+unsafe fn attend_chunk<E: Element, L: Lanes, const M: usize, const T: usize>(
     tile: &Tile<'_>,
     state: &TileState,
     queries: &[*const f32],
@@ -60,75 +71,29 @@ unsafe fn attend_chunk<L: Lanes, const T: usize>(
         while row < rows {
             let scores = state.scores.add(row * CHUNK);
             let at = &queries[row..];
-            match rows - row {
-                1 => score_rows::<L, 1, T>(tile, at, lines(row), scores),
-                2 => score_rows::<L, 2, T>(tile, at, lines(row), scores),
-                3 => score_rows::<L, 3, T>(tile, at, lines(row), scores),
-                _ => score_rows::<L, 4, T>(tile, at, lines(row), scores),
+            match M.min(rows - row) {
+                1 => score_rows::<E, L, 1, T>(tile, at, lines(row), scores),
+                2 => score_rows::<E, L, 2, T>(tile, at, lines(row), scores),
+                3 => score_rows::<E, L, 3, T>(tile, at, lines(row), scores),
+                4 => score_rows::<E, L, 4, T>(tile, at, lines(row), scores),
+                5 => score_rows::<E, L, 5, T>(tile, at, lines(row), scores),
+                _ => score_rows::<E, L, 6, T>(tile, at, lines(row), scores),
             }
-            row += 4;
+            row += M;
         }
         weigh::<L>(tile, state, chunk.start);
         row = 0;
         while row < rows {
-            match rows - row {
-                1 => add_values::<L, 1, T>(tile, state, lines(row), row),
-                2 => add_values::<L, 2, T>(tile, state, lines(row), row),
-                3 => add_values::<L, 3, T>(tile, state, lines(row), row),
-                _ => add_values::<L, 4, T>(tile, state, lines(row), row),
+            match M.min(rows - row) {
+                1 => add_values::<E, L, 1, T>(tile, state, lines(row), row),
+                2 => add_values::<E, L, 2, T>(tile, state, lines(row), row),
+                3 => add_values::<E, L, 3, T>(tile, state, lines(row), row),
+                4 => add_values::<E, L, 4, T>(tile, state, lines(row), row),
+                5 => add_values::<E, L, 5, T>(tile, state, lines(row), row),
+                _ => add_values::<E, L, 6, T>(tile, state, lines(row), row),
             }
-            row += 4;
+            row += M;
         }
-    }
-}
-
-/// `scores[r][j] = Σ_d q[r][d]·k[j][d]` for `R` rows and the 64 positions of a chunk.
-///
-/// # Safety
-/// The first `R` queries are valid for `head_dim` elements, `scores` for `R` rows of `CHUNK`.
-#[inline(always)]
-unsafe fn score_rows<L: Lanes, const R: usize, const T: usize>(
-    tile: &Tile<'_>,
-    queries: &[*const f32],
-    (chunk, ahead): (&Chunk, Option<&Chunk>),
-    scores: *mut f32,
-) {
-    let layout = tile.call.store.layout();
-    let (head_dim, stride) = (layout.head_dim(), layout.block_tokens());
-    let mut first = 0;
-    while first < CHUNK {
-        let mut keys = [std::ptr::null::<u16>(); T];
-        // SAFETY: a vector of positions lies inside one group; offsets inside the block's head.
-        unsafe {
-            for (t, key) in keys.iter_mut().enumerate() {
-                let position = first + t * L::WIDTH;
-                *key = chunk.keys[position / TOKEN_GROUP].add(position % TOKEN_GROUP);
-            }
-            let mut sums = [[L::splat(0.0); T]; R];
-            for d in 0..head_dim {
-                if let Some(ahead) = ahead {
-                    for t in 0..T * L::WIDTH / TOKEN_GROUP {
-                        prefetch(ahead.keys[first / TOKEN_GROUP + t].wrapping_add(d * stride));
-                    }
-                }
-                let mut k = [L::splat(0.0); T];
-                for t in 0..T {
-                    k[t] = L::load_f16(keys[t].add(d * stride));
-                }
-                for r in 0..R {
-                    let q = L::splat(*queries[r].add(d));
-                    for t in 0..T {
-                        sums[r][t] = L::fma(q, k[t], sums[r][t]);
-                    }
-                }
-            }
-            for r in 0..R {
-                for t in 0..T {
-                    L::store(scores.add(r * CHUNK + first + t * L::WIDTH), sums[r][t]);
-                }
-            }
-        }
-        first += T * L::WIDTH;
     }
 }
 
@@ -211,153 +176,85 @@ unsafe fn finish_scores<L: Lanes>(
     }
 }
 
-/// `sums[r] = sums[r]·correction[r] + Σ_j weight[r][j]·v[j]` for `R` rows from `row`.
+/// See `merge_tile` of `merge.rs`, whose formula this is. A row that saw nothing of the segment
+/// has only −∞ and zeros: its factor is `e^−∞ = 0`, that of what it had merged is `e^0 = 1`.
 ///
 /// # Safety
-/// As [`segment`]; the chunk has been weighed.
+/// The state is that of a borrowed scratch for `head_dim`, `rows ≤ TILE_ROWS`, and the CPU has the
+/// instructions of `L`.
 #[inline(always)]
-unsafe fn add_values<L: Lanes, const R: usize, const T: usize>(
-    tile: &Tile<'_>,
-    state: &TileState,
-    lines: (&Chunk, Option<&Chunk>),
-    row: usize,
-) {
-    let head_dim = tile.call.store.layout().head_dim();
-    let mut d = 0;
-    // SAFETY: full vectors lie inside the head; the last ones read only what is left of it.
+unsafe fn merge<L: Lanes>(state: &TileState, rows: usize, head_dim: usize) {
+    // SAFETY: arrays of rows are whole vectors, rows of sums are padded to whole vectors; the
+    // scores are no longer needed and have room for a factor per row.
     unsafe {
-        while d + T * L::WIDTH <= head_dim {
-            add_columns::<L, R, T, true>(tile, state, lines, (row, d));
-            d += T * L::WIDTH;
+        let (lowest, factors) = (L::splat(f32::NEG_INFINITY), state.scores);
+        for row in (0..rows).step_by(L::WIDTH) {
+            let (max, merged_max) = (L::load(state.max.add(row)), state.merged_max.add(row));
+            let old_max = L::load(merged_max);
+            let both = L::max(max, old_max);
+            let shift = L::if_less(lowest, both, both, L::splat(0.0));
+            let old = exp_lanes::<L>(L::sub(old_max, shift));
+            let new = exp_lanes::<L>(L::sub(max, shift));
+            let (weight, merged) = (L::load(state.weight.add(row)), state.merged_weight.add(row));
+            L::store(merged, L::fma(weight, new, L::mul(L::load(merged), old)));
+            L::store(merged_max, both);
+            L::store(state.correction.add(row), old);
+            L::store(factors.add(row), new);
         }
-        while d + L::WIDTH <= head_dim {
-            add_columns::<L, R, 1, true>(tile, state, lines, (row, d));
-            d += L::WIDTH;
-        }
-        if d < head_dim {
-            add_columns::<L, R, 1, false>(tile, state, lines, (row, d));
-        }
-    }
-}
-
-/// [`add_values`] for `T` vectors of elements from `d`; `WHOLE` says that the head has them all.
-///
-/// # Safety
-/// As [`add_values`]. Rows of the sums are padded to whole vectors.
-#[inline(always)]
-unsafe fn add_columns<L: Lanes, const R: usize, const T: usize, const WHOLE: bool>(
-    tile: &Tile<'_>,
-    state: &TileState,
-    (chunk, ahead): (&Chunk, Option<&Chunk>),
-    (row, d): (usize, usize),
-) {
-    let head_dim = tile.call.store.layout().head_dim();
-    let from = tile.positions.start.max(chunk.start) - chunk.start;
-    let to = tile.positions.end.min(chunk.start + CHUNK) - chunk.start;
-    // SAFETY: positions of the tile have values; see the promises above.
-    unsafe {
-        let mut sums = [[L::splat(0.0); T]; R];
-        for r in 0..R {
-            let correction = L::splat(*state.correction.add(row + r));
-            for t in 0..T {
-                let at = state.sums.add((row + r) * state.stride + d + t * L::WIDTH);
-                sums[r][t] = L::mul(L::load(at), correction);
+        for row in 0..rows {
+            let (old, new) = (*state.correction.add(row), *factors.add(row));
+            let (old, new) = (L::splat(old), L::splat(new));
+            for d in (0..head_dim).step_by(L::WIDTH) {
+                let merged = state.merged.add(row * state.stride + d);
+                let sums = L::load(state.sums.add(row * state.stride + d));
+                L::store(merged, L::fma(sums, new, L::mul(L::load(merged), old)));
             }
         }
-        let weights = state.scores.add(row * CHUNK);
-        for j in from..to {
-            let offset = j % TOKEN_GROUP * head_dim + d;
-            let value = chunk.values[j / TOKEN_GROUP].add(offset);
-            if let Some(ahead) = ahead {
-                for line in 0..(T * L::WIDTH).div_ceil(32) {
-                    prefetch(ahead.values[j / TOKEN_GROUP].wrapping_add(offset + line * 32));
-                }
-            }
-            let mut v = [L::splat(0.0); T];
-            for t in 0..T {
-                v[t] = if WHOLE {
-                    L::load_f16(value.add(t * L::WIDTH))
-                } else {
-                    L::load_f16_head(value, head_dim - d)
-                };
-            }
-            for r in 0..R {
-                let weight = L::splat(*weights.add(r * CHUNK + j));
-                for t in 0..T {
-                    sums[r][t] = L::fma(weight, v[t], sums[r][t]);
-                }
-            }
-        }
-        for r in 0..R {
-            for t in 0..T {
-                let at = state.sums.add((row + r) * state.stride + d + t * L::WIDTH);
-                L::store(at, sums[r][t]);
-            }
-        }
-    }
-}
-
-/// See [`AttentionTable::write_kv`].
-///
-/// # Safety
-/// The write was checked and the CPU has the instructions of `L`.
-#[inline(always)]
-unsafe fn write_kv<L: Lanes>(write: &KvWrite<'_>, kv_head: usize) {
-    let layout = write.store.layout();
-    let (head_dim, block_tokens) = (layout.head_dim(), layout.block_tokens());
-    for token in 0..write.keys.n_tokens() {
-        let position = write.first_position + token;
-        let (block, slot) = (write.blocks[position / block_tokens], position % block_tokens);
-        let key = write.store.key_at(block, kv_head, slot);
-        let value = write.store.value_at(block, kv_head, slot);
-        let keys = &write.keys.row(token)[kv_head * head_dim..][..head_dim];
-        let values = &write.values.row(token)[kv_head * head_dim..][..head_dim];
-        let mut d = 0;
-        while d < head_dim {
-            let len = (head_dim - d).min(L::WIDTH);
-            let mut bits = [0u16; 16];
-            // SAFETY: `len` elements from `d` lie inside the head; a vector has at most 16.
-            unsafe {
-                store_f16::<L>(value.add(d), values.as_ptr().add(d), len);
-                store_f16::<L>(bits.as_mut_ptr(), keys.as_ptr().add(d), len);
-                for (i, bits) in bits[..len].iter().enumerate() {
-                    *key.add((d + i) * block_tokens) = *bits;
-                }
-            }
-            d += L::WIDTH;
-        }
-    }
-}
-
-/// Stores `len` elements as f16, within its finite range; NaN stays NaN.
-///
-/// # Safety
-/// Both pointers are valid for `len ≤ WIDTH` elements.
-#[inline(always)]
-unsafe fn store_f16<L: Lanes>(to: *mut u16, from: *const f32, len: usize) {
-    let max = half::f16::MAX.to_f32();
-    // SAFETY: `min` and `max` keep a NaN in their second argument.
-    unsafe {
-        let x = L::load_head(from, len);
-        let x = L::max(L::splat(-max), L::min(L::splat(max), x));
-        L::store_f16_head(to, x, len);
     }
 }
 
 /// The outermost functions of one instruction set, and their table.
 macro_rules! attention_table {
-    ($module:ident, $lanes:ty, $vectors:literal, $features:tt) => {
+    ($module:ident, $lanes:ty, $rows:literal, $vectors:literal, $features:tt) => {
         pub(crate) mod $module {
             use super::*;
 
-            pub(crate) const TABLE: AttentionTable = AttentionTable { segment, write_kv };
+            pub(crate) const TABLE: AttentionTable = AttentionTable { segment, merge, write_kv };
+
+            /// # Safety
+            /// As the generic function; the CPU has these features.
+            unsafe fn segment(tile: &Tile<'_>, state: &TileState) {
+                // SAFETY: the caller keeps the promises of both.
+                unsafe {
+                    match tile.call.store.layout().dtype() {
+                        KvDType::F16 => segment_f16(tile, state),
+                        KvDType::Q8_0 => segment_q8_0(tile, state),
+                    }
+                }
+            }
 
             /// # Safety
             /// The CPU has these features; otherwise as the generic function.
             #[target_feature(enable = $features)]
-            unsafe fn segment(tile: &Tile<'_>, state: &TileState) {
+            unsafe fn segment_f16(tile: &Tile<'_>, state: &TileState) {
                 // SAFETY: the caller keeps the promises of the generic function.
-                unsafe { super::segment::<$lanes, $vectors>(tile, state) }
+                unsafe { super::segment::<Half, $lanes, $rows, $vectors>(tile, state) }
+            }
+
+            /// # Safety
+            /// The CPU has these features; otherwise as the generic function.
+            #[target_feature(enable = $features)]
+            unsafe fn segment_q8_0(tile: &Tile<'_>, state: &TileState) {
+                // SAFETY: the caller keeps the promises of the generic function.
+                unsafe { super::segment::<EightBit, $lanes, $rows, $vectors>(tile, state) }
+            }
+
+            /// # Safety
+            /// The CPU has these features; otherwise as the generic function.
+            #[target_feature(enable = $features)]
+            unsafe fn merge(state: &TileState, rows: usize, head_dim: usize) {
+                // SAFETY: the caller keeps the promises of the generic function.
+                unsafe { super::merge::<$lanes>(state, rows, head_dim) }
             }
 
             /// # Safety
@@ -365,16 +262,17 @@ macro_rules! attention_table {
             #[target_feature(enable = $features)]
             unsafe fn write_kv(write: &KvWrite<'_>, kv_head: usize) {
                 // SAFETY: the caller keeps the promises of the generic function.
-                unsafe { super::write_kv::<$lanes>(write, kv_head) }
+                unsafe { super::write::write_kv::<$lanes>(write, kv_head) }
             }
         }
     };
 }
 
-attention_table!(avx2, crate::lanes::avx2::Avx2, 2, "avx2,fma,f16c");
+attention_table!(avx2, crate::lanes::avx2::Avx2, 4, 2, "avx2,fma,f16c");
 attention_table!(
     avx512,
     crate::lanes::avx512::Avx512,
+    6,
     4,
     "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"
 );

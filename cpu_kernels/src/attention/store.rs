@@ -1,11 +1,77 @@
 //! The paged f16 store of keys and values of one layer, and where each element lies in it.
 
-use half::f16;
+use std::fmt;
 use std::marker::PhantomData;
+use std::str::FromStr;
 
 /// Tokens that lie side by side in a key block, and so the granule of `block_tokens`: two vectors
 /// of AVX2 or one of AVX-512.
 pub const TOKEN_GROUP: usize = 16;
+
+/// Elements of a head that share a scale in a store of 8 bits.
+pub const KV_GROUP: usize = 32;
+
+/// How a store keeps keys and values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum KvDType {
+    /// 16-bit floats.
+    #[default]
+    F16,
+    /// 8-bit numbers in groups of 32 along the head, each with an f16 scale: 8.5 bits an element.
+    Q8_0,
+}
+
+/// A name that is neither `f16` nor `q8_0`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown type of KV cache {name:?}: want f16 or q8_0")]
+pub struct UnknownKvDType {
+    /// The name as given.
+    pub name: String,
+}
+
+impl KvDType {
+    /// Every type.
+    pub const ALL: [KvDType; 2] = [KvDType::F16, KvDType::Q8_0];
+
+    /// The name in configuration and logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvDType::F16 => "f16",
+            KvDType::Q8_0 => "q8_0",
+        }
+    }
+
+    /// Bytes of one token's key, or value, of one head.
+    pub fn head_bytes(self, head_dim: usize) -> usize {
+        match self {
+            KvDType::F16 => 2 * head_dim,
+            KvDType::Q8_0 => head_dim + 2 * head_dim.div_ceil(KV_GROUP),
+        }
+    }
+
+    /// Bytes of an element, scales aside.
+    fn element_bytes(self) -> usize {
+        match self {
+            KvDType::F16 => 2,
+            KvDType::Q8_0 => 1,
+        }
+    }
+}
+
+impl fmt::Display for KvDType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for KvDType {
+    type Err = UnknownKvDType;
+
+    fn from_str(name: &str) -> Result<KvDType, UnknownKvDType> {
+        let known = KvDType::ALL.into_iter().find(|dtype| dtype.name().eq_ignore_ascii_case(name));
+        known.ok_or_else(|| UnknownKvDType { name: name.to_owned() })
+    }
+}
 
 /// A store that no kernel can work on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -26,18 +92,22 @@ pub enum KvLayoutError {
     },
 }
 
-/// The shape of one layer's store. Both stores of a layer have the same size:
+/// The shape of one layer's store. Keys and values have stores of the same size:
 /// ```text
-/// keys    [block][kv_head][head_dim][block_tokens]  f16
-/// values  [block][kv_head][block_tokens][head_dim]  f16
+/// f16   keys    [block][kv_head] { [head_dim][block_tokens] f16 }
+///       values  [block][kv_head] { [block_tokens][head_dim] f16 }
+/// q8_0  keys    [block][kv_head] { [head_dim][block_tokens] i8, [groups][block_tokens] f16 }
+///       values  [block][kv_head] { [block_tokens][head_dim] i8, [groups][block_tokens] f16 }
 /// ```
 /// Keys are transposed within a block, so that the lanes of a vector are tokens: scores then need
-/// no horizontal sums, and `head_dim` may be any number. A block of one head is contiguous in both.
+/// no horizontal sums, and `head_dim` may be any number. So are the scales of both, of which a
+/// group of 32 elements has one (the last group may be shorter). A block of one head is contiguous.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {
     n_kv_heads: usize,
     head_dim: usize,
     block_tokens: usize,
+    dtype: KvDType,
 }
 
 impl KvLayout {
@@ -50,6 +120,7 @@ impl KvLayout {
         n_kv_heads: usize,
         head_dim: usize,
         block_tokens: usize,
+        dtype: KvDType,
     ) -> Result<KvLayout, KvLayoutError> {
         if block_tokens == 0 || !block_tokens.is_multiple_of(TOKEN_GROUP) {
             return Err(KvLayoutError::BlockTokens { got: block_tokens });
@@ -57,7 +128,7 @@ impl KvLayout {
         if n_kv_heads == 0 || head_dim == 0 {
             return Err(KvLayoutError::Empty { n_kv_heads, head_dim });
         }
-        Ok(KvLayout { n_kv_heads, head_dim, block_tokens })
+        Ok(KvLayout { n_kv_heads, head_dim, block_tokens, dtype })
     }
 
     /// Key-value heads of the layer.
@@ -75,35 +146,49 @@ impl KvLayout {
         self.block_tokens
     }
 
-    /// f16 elements of one block of keys; a block of values has as many.
-    pub fn block_elements(&self) -> usize {
-        self.n_kv_heads * self.head_elements()
+    /// How elements are kept.
+    pub fn dtype(&self) -> KvDType {
+        self.dtype
     }
 
-    /// Where key element `dim` of a token lies, relative to its block's first element.
+    /// Bytes of one block of keys; a block of values has as many.
+    pub fn block_bytes(&self) -> usize {
+        self.n_kv_heads * self.head_bytes()
+    }
+
+    /// Where key element `dim` of a token lies: bytes from its block's first.
     pub fn key_offset(&self, kv_head: usize, token: usize, dim: usize) -> usize {
-        kv_head * self.head_elements() + dim * self.block_tokens + token
+        let element = dim * self.block_tokens + token;
+        kv_head * self.head_bytes() + element * self.dtype.element_bytes()
     }
 
-    /// Where value element `dim` of a token lies, relative to its block's first element.
+    /// Where value element `dim` of a token lies: bytes from its block's first.
     pub fn value_offset(&self, kv_head: usize, token: usize, dim: usize) -> usize {
-        kv_head * self.head_elements() + token * self.head_dim + dim
+        let element = token * self.head_dim + dim;
+        kv_head * self.head_bytes() + element * self.dtype.element_bytes()
     }
 
-    /// Elements of one head's part of a block.
-    fn head_elements(&self) -> usize {
-        self.head_dim * self.block_tokens
+    /// Where the scale of group `group` of a token lies in a store of 8 bits, of keys as of values:
+    /// bytes from its block's first.
+    pub fn scale_offset(&self, kv_head: usize, token: usize, group: usize) -> usize {
+        let elements = self.head_dim * self.block_tokens;
+        kv_head * self.head_bytes() + elements + 2 * (group * self.block_tokens + token)
+    }
+
+    /// Bytes of one head's part of a block.
+    fn head_bytes(&self) -> usize {
+        self.dtype.head_bytes(self.head_dim) * self.block_tokens
     }
 }
 
 /// One layer's keys and values. A raw view, so that each worker can have a copy of it.
 #[derive(Clone, Copy, Debug)]
 pub struct KvStore<'a> {
-    keys: *mut f16,
-    values: *mut f16,
+    keys: *mut u8,
+    values: *mut u8,
     n_blocks: usize,
     layout: KvLayout,
-    lifetime: PhantomData<&'a mut [f16]>,
+    lifetime: PhantomData<&'a mut [u8]>,
 }
 
 // SAFETY: the promise made at `new` is exactly that uses on several threads do not conflict.
@@ -112,16 +197,17 @@ unsafe impl Send for KvStore<'_> {}
 unsafe impl Sync for KvStore<'_> {}
 
 impl<'a> KvStore<'a> {
-    /// A view of `n_blocks` blocks of keys and of values, each `n_blocks · block_elements` f16.
+    /// A view of `n_blocks` blocks of keys and of values, each `n_blocks · block_bytes` bytes.
     ///
     /// # Safety
-    /// Both pointers must be valid for reads and writes of that many initialised elements during
-    /// `'a`. While copies of the view live, nobody may write an element that another thread uses at
-    /// the same time: writes to one sequence's head (`Kernels::write_kv`) end before attention on
-    /// it starts, and two threads write different heads, or different blocks, or through one.
+    /// Both pointers must be even, and valid for reads and writes of that many initialised bytes
+    /// during `'a`. While copies of the view live, nobody may write an element that another thread
+    /// uses at the same time: writes to one sequence's head (`Kernels::write_kv`) end before
+    /// attention on it starts, and two threads write different heads, or different blocks, or
+    /// through one.
     pub unsafe fn new(
-        keys: *mut f16,
-        values: *mut f16,
+        keys: *mut u8,
+        values: *mut u8,
         n_blocks: usize,
         layout: KvLayout,
     ) -> KvStore<'a> {
@@ -138,15 +224,15 @@ impl<'a> KvStore<'a> {
         self.n_blocks
     }
 
-    /// Key element 0 of a token; element `d` follows at `d · block_tokens`.
+    /// Key element 0 of a token; element `d` follows `d · block_tokens` elements later.
     ///
     /// # Panics
     /// When the block is not in the store.
     #[inline(always)]
-    pub(crate) fn key_at(&self, block: u32, kv_head: usize, token: usize) -> *mut u16 {
+    pub(crate) fn key_at(&self, block: u32, kv_head: usize, token: usize) -> *mut u8 {
         let offset = self.layout.key_offset(kv_head, token, 0);
         // SAFETY: the block is checked, and head and token lie inside it.
-        unsafe { self.keys.add(self.block_start(block, kv_head, token) + offset).cast() }
+        unsafe { self.keys.add(self.block_start(block, kv_head, token) + offset) }
     }
 
     /// Value element 0 of a token; the others follow.
@@ -154,17 +240,31 @@ impl<'a> KvStore<'a> {
     /// # Panics
     /// When the block is not in the store.
     #[inline(always)]
-    pub(crate) fn value_at(&self, block: u32, kv_head: usize, token: usize) -> *mut u16 {
+    pub(crate) fn value_at(&self, block: u32, kv_head: usize, token: usize) -> *mut u8 {
         let offset = self.layout.value_offset(kv_head, token, 0);
         // SAFETY: as in `key_at`.
-        unsafe { self.values.add(self.block_start(block, kv_head, token) + offset).cast() }
+        unsafe { self.values.add(self.block_start(block, kv_head, token) + offset) }
+    }
+
+    /// Scales of group 0 of a token's key and value in a store of 8 bits; those of group `g` follow
+    /// at `g · block_tokens`.
+    ///
+    /// # Panics
+    /// When the block is not in the store, or the store has no scales.
+    #[inline(always)]
+    pub(crate) fn scales_at(&self, block: u32, kv_head: usize, token: usize) -> [*mut u16; 2] {
+        assert!(self.layout.dtype == KvDType::Q8_0, "only 8 bits have scales");
+        let offset = self.layout.scale_offset(kv_head, token, 0);
+        let start = self.block_start(block, kv_head, token) + offset;
+        // SAFETY: as in `key_at`; offsets of scales are even.
+        unsafe { [self.keys.add(start).cast(), self.values.add(start).cast()] }
     }
 
     #[inline(always)]
     fn block_start(&self, block: u32, kv_head: usize, token: usize) -> usize {
         assert!((block as usize) < self.n_blocks, "block {block} of {}", self.n_blocks);
         debug_assert!(kv_head < self.layout.n_kv_heads && token < self.layout.block_tokens);
-        block as usize * self.layout.block_elements()
+        block as usize * self.layout.block_bytes()
     }
 }
 

@@ -43,6 +43,9 @@ impl Lanes for Avx512 {
         fn store_head(p: *mut f32, v: __m512, n: usize) -> () {
             _mm512_mask_storeu_ps(p, head_mask(n), v)
         }
+        fn load_i8(p: *const i8) -> __m512 {
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())))
+        }
         fn load_f16(p: *const u16) -> __m512 { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
         fn load_f16_head(p: *const u16, n: usize) -> __m512 {
             _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(head_mask(n), p.cast()))

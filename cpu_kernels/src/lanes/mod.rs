@@ -24,6 +24,8 @@ pub(crate) trait Lanes: Copy {
     /// The first `n` elements; the others are those of `fill`.
     unsafe fn load_head_or(p: *const f32, n: usize, fill: Self::V) -> Self::V;
     unsafe fn store_head(p: *mut f32, v: Self::V, n: usize);
+    /// 8-bit numbers, converted exactly.
+    unsafe fn load_i8(p: *const i8) -> Self::V;
     /// f16 bits, widened exactly.
     unsafe fn load_f16(p: *const u16) -> Self::V;
     /// The first `n` elements widened; the others are 0.

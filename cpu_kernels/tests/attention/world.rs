@@ -3,7 +3,7 @@
 use half::f16;
 use tandem_cpu_kernels::Kernels;
 use tandem_cpu_kernels::attention::{
-    AttentionCall, AttentionParams, KvLayout, KvStore, KvWrite, TokenRows,
+    AttentionCall, AttentionParams, KV_GROUP, KvDType, KvLayout, KvStore, KvWrite, TokenRows,
 };
 
 #[derive(Clone, Copy, Debug)]
@@ -14,6 +14,7 @@ pub struct Shape {
     pub block_tokens: usize,
     pub softcap: Option<f32>,
     pub window: Option<usize>,
+    pub dtype: KvDType,
 }
 
 impl Default for Shape {
@@ -25,6 +26,7 @@ impl Default for Shape {
             block_tokens: 32,
             softcap: None,
             window: None,
+            dtype: KvDType::F16,
         }
     }
 }
@@ -35,7 +37,8 @@ impl Shape {
     }
 
     pub fn layout(&self) -> KvLayout {
-        KvLayout::new(self.n_kv_heads, self.head_dim, self.block_tokens).expect("a good layout")
+        KvLayout::new(self.n_kv_heads, self.head_dim, self.block_tokens, self.dtype)
+            .expect("a good layout")
     }
 
     pub fn params(&self) -> AttentionParams {
@@ -56,8 +59,8 @@ pub struct World {
     pub keys: Vec<f32>,
     pub values: Vec<f32>,
     pub blocks: Vec<u32>,
-    stored_keys: Vec<f16>,
-    stored_values: Vec<f16>,
+    stored_keys: Vec<u16>,
+    stored_values: Vec<u16>,
 }
 
 /// Uniform in −2..2, from a 64-bit linear congruential generator.
@@ -70,6 +73,11 @@ fn random(n: usize, state: &mut u64) -> Vec<f32> {
         .collect()
 }
 
+/// Element of a Hadamard matrix: ±1.
+fn sign(row: usize, column: usize) -> f32 {
+    if (row & column).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 }
+}
+
 impl World {
     /// Nothing is written yet. Every second block of the store belongs to the sequence, from the
     /// last to the first.
@@ -77,15 +85,15 @@ impl World {
         let mut state = seed;
         let kv = tokens * shape.n_kv_heads * shape.head_dim;
         let n_blocks = tokens.div_ceil(shape.block_tokens);
-        let elements = (2 * n_blocks + 1) * shape.layout().block_elements();
+        let words = (2 * n_blocks + 1) * shape.layout().block_bytes() / 2;
         World {
             shape,
             queries: random(tokens * shape.n_heads() * shape.head_dim, &mut state),
             keys: random(kv, &mut state),
             values: random(kv, &mut state),
             blocks: (0..n_blocks as u32).rev().map(|block| 2 * block + 1).collect(),
-            stored_keys: vec![f16::ZERO; elements],
-            stored_values: vec![f16::ZERO; elements],
+            stored_keys: vec![0; words],
+            stored_values: vec![0; words],
         }
     }
 
@@ -109,8 +117,12 @@ impl World {
 
     /// Fills the store with what must never be read as a number.
     pub fn poison(&mut self) {
-        self.stored_keys.fill(f16::NAN);
-        self.stored_values.fill(f16::NAN);
+        self.stored_keys.fill(f16::NAN.to_bits());
+        self.stored_values.fill(f16::NAN.to_bits());
+    }
+
+    pub fn scale_keys(&mut self, factor: f32) {
+        self.keys.iter_mut().for_each(|key| *key *= factor);
     }
 
     fn tokens(&self) -> usize {
@@ -122,18 +134,26 @@ impl World {
     }
 
     fn store(&self) -> KvStore<'_> {
-        let n_blocks = self.stored_keys.len() / self.shape.layout().block_elements();
+        let n_blocks = 2 * self.stored_keys.len() / self.shape.layout().block_bytes();
         let (keys, values) = (self.stored_keys.as_ptr(), self.stored_values.as_ptr());
         // SAFETY: the store lives as long as `self`; one thread uses it.
-        unsafe { KvStore::new(keys.cast_mut(), values.cast_mut(), n_blocks, self.shape.layout()) }
+        unsafe {
+            KvStore::new(
+                keys.cast_mut().cast(),
+                values.cast_mut().cast(),
+                n_blocks,
+                self.shape.layout(),
+            )
+        }
     }
 
     pub fn write(&mut self, kernels: &Kernels, first: usize, n_tokens: usize) {
         let width = self.kv_width();
         let (keys, values) = (self.stored_keys.as_mut_ptr(), self.stored_values.as_mut_ptr());
-        let n_blocks = self.stored_keys.len() / self.shape.layout().block_elements();
+        let n_blocks = 2 * self.stored_keys.len() / self.shape.layout().block_bytes();
         // SAFETY: the store lives as long as `self`; one thread uses it.
-        let store = unsafe { KvStore::new(keys, values, n_blocks, self.shape.layout()) };
+        let store =
+            unsafe { KvStore::new(keys.cast(), values.cast(), n_blocks, self.shape.layout()) };
         let write = KvWrite {
             store,
             blocks: &self.blocks,
@@ -156,48 +176,93 @@ impl World {
     }
 
     pub fn stored_bits(&self) -> Vec<u16> {
-        self.stored_keys.iter().chain(&self.stored_values).map(|x| x.to_bits()).collect()
+        self.stored_keys.iter().chain(&self.stored_values).copied().collect()
     }
 
-    /// Checks every stored element against the nearest f16 of its source.
+    /// Checks every stored element: the nearest f16 of its source, or within half a scale.
     pub fn assert_stored_exactly(&self) {
-        let (layout, shape) = (self.shape.layout(), self.shape);
+        let shape = self.shape;
         for token in 0..self.tokens() {
-            let block = self.blocks[token / shape.block_tokens] as usize * layout.block_elements();
-            let slot = token % shape.block_tokens;
             for head in 0..shape.n_kv_heads {
                 for d in 0..shape.head_dim {
                     let from = token * self.kv_width() + head * shape.head_dim + d;
-                    let key = self.stored_keys[block + layout.key_offset(head, slot, d)];
-                    let value = self.stored_values[block + layout.value_offset(head, slot, d)];
-                    assert_eq!(key, f16::from_f32(self.keys[from]), "key {token} {head} {d}");
-                    assert_eq!(value, f16::from_f32(self.values[from]), "value {token} {head} {d}");
+                    let (key, value) = (self.keys[from], self.values[from]);
+                    let stored = self.stored(token, head, d);
+                    for (wanted, (got, tolerance)) in [key, value].into_iter().zip(stored) {
+                        let wanted = match shape.dtype {
+                            KvDType::F16 => f16::from_f32(wanted).to_f32(),
+                            KvDType::Q8_0 => wanted,
+                        };
+                        let error = (got - wanted).abs();
+                        assert!(error <= tolerance, "{token} {head} {d}: {got} {wanted}");
+                    }
                 }
             }
         }
     }
 
-    /// `softmax(scores)·values` in f64 over keys and values rounded to f16.
+    /// A key's and a value's element as the store holds them, and how far each may be from its
+    /// source: half a step (and what rounding the scale itself costs at the largest).
+    fn stored(&self, token: usize, head: usize, d: usize) -> [(f32, f32); 2] {
+        let (layout, slot) = (self.shape.layout(), token % self.shape.block_tokens);
+        let block = self.blocks[token / self.shape.block_tokens] as usize * layout.block_bytes();
+        let offsets = [layout.key_offset(head, slot, d), layout.value_offset(head, slot, d)];
+        let scale_at = block + layout.scale_offset(head, slot, d / KV_GROUP);
+        let mut stored = [(0.0, 0.0); 2];
+        let first = d / KV_GROUP * KV_GROUP;
+        let rotated = self.shape.dtype == KvDType::Q8_0 && first + KV_GROUP <= self.shape.head_dim;
+        for (index, words) in [&self.stored_keys, &self.stored_values].into_iter().enumerate() {
+            let at = block + offsets[index];
+            stored[index] = match self.shape.dtype {
+                KvDType::F16 => (f16::from_bits(words[at / 2]).to_f32(), 0.0),
+                KvDType::Q8_0 => {
+                    let scale = f16::from_bits(words[scale_at / 2]).to_f32();
+                    let step = 0.5 + 127.0 / 2048.0;
+                    let element = |at: usize| f32::from(words[at / 2].to_le_bytes()[at % 2] as i8);
+                    if rotated && index == 0 {
+                        let keys = (first..first + KV_GROUP)
+                            .map(|dim| element(block + layout.key_offset(head, slot, dim)));
+                        let turned: f32 =
+                            keys.enumerate().map(|(i, key)| sign(i, d % KV_GROUP) * key).sum();
+                        let norm = (KV_GROUP as f32).sqrt();
+                        (turned / norm * scale, scale * step * norm)
+                    } else {
+                        (element(at) * scale, scale * step)
+                    }
+                }
+            };
+        }
+        stored
+    }
+
+    /// `softmax(scores)·values` in f64 over keys and values as they are stored.
     pub fn naive(&self, first: usize, n_queries: usize) -> Vec<f64> {
-        let mut out = Vec::new();
+        let (mut out, mut stored) = (Vec::new(), [Vec::new(), Vec::new()]);
+        for token in 0..first + n_queries {
+            for element in 0..self.kv_width() {
+                let (head, d) = (element / self.shape.head_dim, element % self.shape.head_dim);
+                let both = self.stored(token, head, d);
+                stored[0].push(f64::from(both[0].0));
+                stored[1].push(f64::from(both[1].0));
+            }
+        }
         for position in first..first + n_queries {
             for head in 0..self.shape.n_heads() {
-                out.extend(self.naive_row(position, head));
+                out.extend(self.naive_row(&stored, position, head));
             }
         }
         out
     }
 
-    fn naive_row(&self, position: usize, head: usize) -> Vec<f64> {
+    fn naive_row(&self, stored: &[Vec<f64>; 2], position: usize, head: usize) -> Vec<f64> {
         let (shape, kv_head) = (self.shape, head / self.shape.group);
         let n = shape.head_dim;
         let query = &self.queries[(position * shape.n_heads() + head) * n..][..n];
-        let kv = |data: &[f32], j: usize, d: usize| {
-            f16::from_f32(data[j * self.kv_width() + kv_head * n + d]).to_f64()
-        };
+        let kv =
+            |which: usize, j: usize, d: usize| stored[which][j * self.kv_width() + kv_head * n + d];
         let start = shape.window.map_or(0, |window| (position + 1).saturating_sub(window));
         let score = |j: usize| {
-            let dot: f64 = (0..n).map(|d| f64::from(query[d]) * kv(&self.keys, j, d)).sum();
+            let dot: f64 = (0..n).map(|d| f64::from(query[d]) * kv(0, j, d)).sum();
             let score = dot * f64::from(shape.params().scale);
             shape.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
         };
@@ -207,8 +272,7 @@ impl World {
         let total: f64 = weights.iter().sum();
         (0..n)
             .map(|d| {
-                let sum: f64 =
-                    weights.iter().zip(start..).map(|(w, j)| w * kv(&self.values, j, d)).sum();
+                let sum: f64 = weights.iter().zip(start..).map(|(w, j)| w * kv(1, j, d)).sum();
                 sum / total
             })
             .collect()

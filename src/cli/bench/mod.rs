@@ -111,7 +111,9 @@ impl<'a> Bench<'a> {
         let block_tokens = config.kv.block_tokens;
         let stream_blocks = length.div_ceil(block_tokens);
         let vocab = subject.spec.vocab_size;
-        let size = RigSize { block_tokens, stream_blocks, streams, step_tokens_max, vocab };
+        let kv_dtype = config.kv.dtype;
+        let size =
+            RigSize { block_tokens, kv_dtype, stream_blocks, streams, step_tokens_max, vocab };
         let hardware = HardwareProfile::detect();
         let configured = stage_options(config, &hardware.topology, size.kv())?.pool.threads;
         let mut thread_counts = arguments.thread_counts();
@@ -131,7 +133,8 @@ impl<'a> Bench<'a> {
     fn check_memory(&self) -> Result<()> {
         let spec = &self.subject.spec;
         let blocks = self.size.kv().device_blocks;
-        let block_bytes = spec.kv_bytes_per_token() * self.size.block_tokens as u64;
+        let block_bytes =
+            spec.kv_bytes_per_token(self.size.kv_dtype) * self.size.block_tokens as u64;
         let mut config = self.config.clone();
         config.model.context_tokens = self.size.stream_blocks * self.size.block_tokens;
         config.kv.cache_bytes = ByteSize(blocks as u64 * block_bytes);
@@ -220,6 +223,7 @@ impl<'a> Bench<'a> {
             pinned: options.pool.cores.len().min(threads),
             isa: weights.kernels().isa().name(),
             block_tokens: self.size.block_tokens,
+            kv_dtype: self.size.kv_dtype,
             load,
             roofs: None,
         }
@@ -256,7 +260,7 @@ impl<'a> Bench<'a> {
         printer: &mut Printer,
     ) -> Result<()> {
         let mut rig = Rig::new(Stage::restart(Arc::clone(weights), options)?, self.size);
-        let costs = Costs::new(&self.subject.spec, weights.bytes_per_token());
+        let costs = Costs::new(&self.subject.spec, weights.bytes_per_token(), self.size.kv_dtype);
         for test in &self.tests {
             if !self.arguments.no_warmup {
                 rig.once(&shortened(test, WARMUP_TOKENS))?;
@@ -267,8 +271,9 @@ impl<'a> Bench<'a> {
                 true => OpSplit::default(),
                 false => rig.once_by_op(&shortened(test, OP_TIMES_TOKENS))?,
             };
+            let pinned = setting.pinned.saturating_sub(rig.pin_failures());
             printer.print(Record {
-                setting: setting.clone(),
+                setting: Setting { pinned, ..setting.clone() },
                 test: *test,
                 ended: SystemTime::now(),
                 samples,
@@ -283,7 +288,8 @@ impl<'a> Bench<'a> {
 impl RigSize {
     fn kv(&self) -> KvOptions {
         let device_blocks = self.streams * self.stream_blocks;
-        KvOptions { block_tokens: self.block_tokens, device_blocks, host_blocks: 0 }
+        let (block_tokens, dtype) = (self.block_tokens, self.kv_dtype);
+        KvOptions { block_tokens, dtype, device_blocks, host_blocks: 0 }
     }
 }
 

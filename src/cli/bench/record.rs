@@ -6,6 +6,9 @@ use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Value, json};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tandem::executor::OpTime;
+use tandem::tensor::KvDType;
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// What is the same for all tests of one run.
 #[derive(Clone, Debug)]
@@ -21,6 +24,7 @@ pub struct Setting {
     pub pinned: usize,
     pub isa: &'static str,
     pub block_tokens: usize,
+    pub kv_dtype: KvDType,
     pub load: Duration,
     pub roofs: Option<Roofs>,
 }
@@ -138,9 +142,9 @@ impl Record {
 impl Setting {
     fn fields(&self) -> Vec<(&'static str, Value)> {
         vec![
-            // Set by whoever builds a release; llama-bench has its own commit here.
-            ("build_commit", json!(option_env!("TANDEM_BUILD_COMMIT").unwrap_or("unknown"))),
-            ("build_number", json!(env!("CARGO_PKG_VERSION"))),
+            // A release build names its commit.
+            ("build_commit", json!(option_env!("TANDEM_BUILD_COMMIT").unwrap_or(VERSION))),
+            ("build_number", json!(0)),
             ("cpu_info", json!(self.cpu)),
             ("gpu_info", json!("")),
             ("backends", json!("CPU")),
@@ -153,8 +157,8 @@ impl Setting {
             ("n_threads", json!(self.threads)),
             ("n_threads_pinned", json!(self.pinned)),
             ("isa", json!(self.isa)),
-            ("type_k", json!("f16")),
-            ("type_v", json!("f16")),
+            ("type_k", json!(self.kv_dtype.name())),
+            ("type_v", json!(self.kv_dtype.name())),
             ("kv_block_tokens", json!(self.block_tokens)),
             ("n_gpu_layers", json!(0)),
             ("load_ns", json!(self.load.as_nanos() as u64)),

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use tandem::executor::Stage;
 use tandem::request::SamplingParams;
 use tandem::step::{BlockCopy, LogitsRow, LogitsTask, PlannedSequence, StepOutput, StepPlan, Tier};
+use tandem::tensor::KvDType;
 use tandem::units::{BlockId, SequenceId, TokenId};
 
 /// How large a rig is.
@@ -16,6 +17,8 @@ use tandem::units::{BlockId, SequenceId, TokenId};
 pub struct RigSize {
     /// Tokens of a KV block.
     pub block_tokens: usize,
+    /// How keys and values are kept.
+    pub kv_dtype: KvDType,
     /// Blocks of each stream.
     pub stream_blocks: usize,
     /// Streams.
@@ -66,6 +69,11 @@ impl Rig {
             last: vec![TokenId(0); size.streams],
             filled: vec![0; size.streams],
         }
+    }
+
+    /// Workers that the system did not let be pinned, after a first step.
+    pub fn pin_failures(&self) -> usize {
+        self.stage.pin_failures().len()
     }
 
     /// Runs a test once and says how long it took, the depth not counted.

@@ -3,9 +3,7 @@
 
 use super::arguments::Test;
 use tandem::model::{LayerSpec, ModelSpec};
-
-/// Keys and values are f16.
-const KV_ELEMENT_BYTES: usize = 2;
+use tandem::tensor::KvDType;
 
 /// What one run of a test needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -20,6 +18,7 @@ pub struct Work {
 #[derive(Clone, Copy, Debug)]
 pub struct Costs<'a> {
     spec: &'a ModelSpec,
+    kv_dtype: KvDType,
     /// Elements of the layers' matrices.
     layer_elements: f64,
     /// Elements of the output matrix.
@@ -33,7 +32,7 @@ pub struct Costs<'a> {
 impl<'a> Costs<'a> {
     /// `bytes_per_token` are the bytes of all matrices that are multiplied with, as they lie in
     /// memory.
-    pub fn new(spec: &'a ModelSpec, bytes_per_token: usize) -> Self {
+    pub fn new(spec: &'a ModelSpec, bytes_per_token: usize, kv_dtype: KvDType) -> Self {
         let mut layer_elements = 0.0;
         for layer in &spec.layers {
             layer.for_each_tensor(&mut |tensor| {
@@ -45,6 +44,7 @@ impl<'a> Costs<'a> {
         let output_bytes = spec.output.bytes() as f64;
         Self {
             spec,
+            kv_dtype,
             layer_elements,
             output_elements: (spec.output.rows * spec.output.cols) as f64,
             layer_bytes: bytes_per_token as f64 - output_bytes,
@@ -95,10 +95,10 @@ impl<'a> Costs<'a> {
         let layer = |layer: &LayerSpec| {
             let attention = &layer.attention;
             let window = attention.window.map_or(seen, |window| window + tokens - 1);
-            2 * attention.n_kv_heads * attention.head_dim * seen.min(window)
+            let head_bytes = self.kv_dtype.head_bytes(attention.head_dim);
+            2 * attention.n_kv_heads * head_bytes * seen.min(window)
         };
-        let elements: usize = self.spec.layers.iter().map(layer).sum();
-        (elements * KV_ELEMENT_BYTES) as f64
+        self.spec.layers.iter().map(layer).sum::<usize>() as f64
     }
 }
 
@@ -115,8 +115,8 @@ mod tests {
     fn a_step_reads_the_weights_once_whatever_its_width() {
         let spec = "tiny:pure-q8_0".parse::<SyntheticModel>().unwrap().spec();
         let weights = 1_000_000;
-        let costs = Costs::new(&spec, weights);
-        let kv = spec.kv_bytes_per_token() as f64;
+        let costs = Costs::new(&spec, weights, KvDType::F16);
+        let kv = spec.kv_bytes_per_token(KvDType::F16) as f64;
         let one = costs.of(&test(0, 1, 9, 1), 64);
         assert_eq!(one.read_bytes, weights as f64 + 10.0 * kv);
         let eight = costs.of(&test(0, 1, 9, 8), 64);
@@ -130,8 +130,8 @@ mod tests {
     #[test]
     fn a_prompt_reads_the_weights_once_per_chunk_and_the_output_where_it_ends() {
         let spec = "tiny:pure-q8_0".parse::<SyntheticModel>().unwrap().spec();
-        let costs = Costs::new(&spec, 1_000_000);
-        let kv = spec.kv_bytes_per_token() as f64;
+        let costs = Costs::new(&spec, 1_000_000, KvDType::F16);
+        let kv = spec.kv_bytes_per_token(KvDType::F16) as f64;
         let (layers, output) = (costs.layer_bytes, costs.output_bytes);
         let chunked = costs.of(&test(100, 0, 0, 1), 64);
         assert_eq!(chunked.read_bytes, 2.0 * layers + output + (64.0 + 100.0) * kv);
