@@ -25,6 +25,7 @@ const SIDEWAYS: [(&str, &str); 2] = [("blocking", "actors"), ("cli", "server")];
 const UNSAFE_FILES: [&str; 8] = [
     "src/executor/cpu.rs",
     "src/executor/cpu/attend.rs",
+    "src/executor/cpu/experts.rs",
     "src/executor/cpu/products.rs",
     "src/executor/cpu_pool.rs",
     "src/executor/kv_store.rs",
