@@ -5,13 +5,14 @@ use super::buffers::{Memory, QuantizedMemory};
 use super::program::ProgramDims;
 use std::ops::Range;
 use std::sync::Mutex;
+use tandem_cpu_kernels::blocks::GROUP;
 
 /// Tokens of an expert that are multiplied at once: their copy, at 5.4 bytes per element, stays in
 /// the second-level cache for embeddings of 2048.
 pub(super) const TILE_TOKENS: usize = 128;
-/// Rows of an expert that are multiplied at once: the products of a tile are then still in the
-/// second-level cache when the next op on them runs.
-pub(super) const TILE_ROWS: usize = 128;
+/// Products that a worker holds at once, 64 KiB: they are still in the second-level cache when the
+/// next op on them runs.
+const TILE_PRODUCTS: usize = 128 * TILE_TOKENS;
 /// Reading a weight costs about as much as multiplying it with so many tokens, so experts with
 /// fewer tokens than that cost the same.
 const TOKENS_PER_WEIGHT_READ: usize = 8;
@@ -105,7 +106,7 @@ pub(super) struct ExpertScratch {
     pub groups: ExpertGroups,
     /// `[TILE_TOKENS, embedding_dim]`, also in 8 bits: tokens of one expert, side by side.
     pub gathered: QuantizedMemory,
-    /// `[TILE_TOKENS, TILE_ROWS]`: products on their way.
+    /// `[TILE_PRODUCTS]`: products on their way, of few tokens and many rows or the reverse.
     pub products: Memory,
 }
 
@@ -117,7 +118,7 @@ impl ExpertScratch {
             Mutex::new(Self {
                 groups: ExpertGroups::with_capacity(dims.experts, tokens_max * dims.hidden_rows),
                 gathered: QuantizedMemory::new(tokens, dims.embedding),
-                products: Memory::new(tokens * TILE_ROWS),
+                products: Memory::new(TILE_PRODUCTS),
             })
         };
         (0..if dims.experts > 0 { threads } else { 0 }).map(scratch).collect()
@@ -127,6 +128,12 @@ impl ExpertScratch {
     pub fn bytes(&self) -> usize {
         self.groups.bytes() + self.gathered.bytes() + self.products.bytes()
     }
+}
+
+/// Rows of an expert that are multiplied with `tokens` tokens at once, whole 8-bit groups: the
+/// fewer tokens, the longer a stretch of weights is read in one go.
+pub(super) fn tile_rows(tokens: usize) -> usize {
+    TILE_PRODUCTS / tokens.clamp(1, TILE_TOKENS) / GROUP * GROUP
 }
 
 /// `range` in tiles of up to `size`.
@@ -144,6 +151,15 @@ mod tests {
         groups.sort(3.min(experts.len()), |pair| experts[pair]);
         groups.sort(experts.len(), |pair| experts[pair]);
         groups
+    }
+
+    #[test]
+    fn tiles_fit_their_memory() {
+        for tokens in 0..=TILE_TOKENS {
+            let rows = tile_rows(tokens);
+            assert!(rows >= 128 && rows.is_multiple_of(GROUP) && rows * tokens <= TILE_PRODUCTS);
+        }
+        assert_eq!(tiles(3..10, 4).collect::<Vec<_>>(), [3..7, 7..10]);
     }
 
     #[test]

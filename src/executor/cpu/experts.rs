@@ -9,7 +9,7 @@ use super::{Step, whole_row_mut};
 use crate::executor::buffers::{QuantizedMemory, Rows};
 use crate::executor::cpu_pool::Worker;
 use crate::executor::expert_groups::{
-    ExpertGroups, ExpertScratch, ExpertShare, TILE_ROWS, TILE_TOKENS, tiles,
+    ExpertGroups, ExpertScratch, ExpertShare, TILE_TOKENS, tile_rows, tiles,
 };
 use crate::executor::program::{ExpertShape, MatrixId};
 use crate::model::Activation;
@@ -63,7 +63,7 @@ impl Step<'_> {
             for pairs in tiles(pairs, TILE_TOKENS) {
                 let tokens = pairs.clone().map(|row| groups.pair(row) / shape.n_used);
                 let input = self.gather(tokens, gathered);
-                for rows in tiles(rows.clone(), TILE_ROWS) {
+                for rows in tiles(rows.clone(), tile_rows(pairs.len())) {
                     let [gate, up] =
                         matrices.map(|id| self.weights.expert(id, expert, rows.clone()));
                     let up_products = products.rows(pairs.len(), rows.len());
@@ -80,7 +80,8 @@ impl Step<'_> {
         let ExpertScratch { groups, products, .. } = &mut *scratch;
         self.group(groups, shape);
         let projected = self.buffers.projected;
-        for rows in tiles(worker.share(projected.width, MATMUL_ROWS), TILE_ROWS) {
+        let most = groups.active().map(|(_, pairs)| pairs.len()).max().unwrap_or(0);
+        for rows in tiles(worker.share(projected.width, MATMUL_ROWS), tile_rows(most)) {
             for token in 0..projected.rows {
                 // SAFETY: workers' rows of the stream are disjoint.
                 unsafe { projected.part_mut(token, rows.clone()) }.fill(0.0);
