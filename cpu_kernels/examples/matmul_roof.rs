@@ -43,7 +43,7 @@ fn measure_type(
     let view = MatrixView::new(dtype, layout, rows, COLS, &bytes).expect("a valid view");
     let mut single = 0.0;
     for columns in [1, 2, 4, 8, 16, 64] {
-        let passes = if columns > 16 { 1 } else { PASSES };
+        let passes = if columns > 16 { 2 } else { PASSES };
         let seconds = multiply(kernels, &view, columns, (threads, passes));
         single = if columns == 1 { seconds } else { single };
         let rate = bytes.len() as f64 / seconds;

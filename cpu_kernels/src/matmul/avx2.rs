@@ -14,6 +14,7 @@ struct Narrow;
 impl Lanes for Narrow {
     const LANES: usize = 8;
     const TILE: usize = 4;
+    const WIDE_FROM: usize = 16;
     const SIGNED_EXCESS: i16 = 0;
 
     type Int = __m256i;

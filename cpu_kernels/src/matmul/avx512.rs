@@ -14,6 +14,7 @@ pub(super) struct Wide<const VNNI: bool>;
 impl<const VNNI: bool> Lanes for Wide<VNNI> {
     const LANES: usize = 16;
     const TILE: usize = 8;
+    const WIDE_FROM: usize = 16;
     // vpdpbusd wants unsigned weights: flipping the top bit of a signed byte adds 128.
     const SIGNED_EXCESS: i16 = if VNNI { 128 } else { 0 };
 

@@ -14,7 +14,7 @@
 
 use super::lanes::Lanes;
 use super::packed::{Block, MinKind, Packed};
-use super::{Layout, MatrixView, OutputColumns};
+use super::{Layout, MatrixView, OutputColumns, wide};
 use crate::activations::{Activations, GroupScale, Quantized};
 use crate::blocks::GROUP;
 use crate::repack::{ROWS, block_of_rows, pack_block};
@@ -55,6 +55,11 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
     out: OutputColumns<'_>,
 ) {
     let Some(x) = x.quantized() else { return };
+    let wide_from = if P::HALVES { L::WIDE_FROM / 2 } else { L::WIDE_FROM };
+    if out.columns() > wide_from && weights.cols() > 0 && weights.layout() == Layout::Rows16 {
+        // SAFETY: our own contract, and the layout that was asked for.
+        return unsafe { wide::matmul::<L, P>(weights, x, rows, out) };
+    }
     let (elements, bytes) = const { (P::DTYPE.block_elements(), P::DTYPE.block_bytes()) };
     let blocks = weights.cols() / elements;
     let row_bytes = blocks * bytes;
@@ -143,21 +148,21 @@ unsafe fn multiply_tile<L: Lanes, P: Packed, const T: usize>(
         // SAFETY: `x` points to the groups of existing columns; the rest is our own contract.
         unsafe {
             let mut acc = [L::splat_f32(0.0); T];
+            let base = rows.start / ROWS * ROWS + lane;
             if panel.group > 0 {
-                load_sums::<L, T>(&mut acc, (first, columns), row_lanes::<L>(&rows, lane), out);
+                load_sums::<L, T>(&mut acc, (first, columns), row_lanes::<L>(&rows, base), out);
             }
             sum_blocks::<L, P, T>(panel, lane, &x, &mut acc);
-            store_sums::<L, T>(&acc, (first, columns), row_lanes::<L>(&rows, lane), out);
+            store_sums::<L, T>(&acc, (first, columns), row_lanes::<L>(&rows, base), out);
         }
         lane += L::LANES;
     }
     columns
 }
 
-/// First covered row, and which lanes of the vector that starts at `lane` are covered.
+/// First covered row, and which lanes of the vector that starts at row `base` are covered.
 #[inline(always)]
-fn row_lanes<L: Lanes>(rows: &Range<usize>, lane: usize) -> (usize, Range<usize>) {
-    let base = rows.start / ROWS * ROWS + lane;
+pub(super) fn row_lanes<L: Lanes>(rows: &Range<usize>, base: usize) -> (usize, Range<usize>) {
     let start = rows.start.max(base).min(base + L::LANES);
     let end = rows.end.max(base).min(base + L::LANES);
     (start, start - base..end - base)
@@ -187,7 +192,7 @@ unsafe fn load_sums<L: Lanes, const T: usize>(
 }
 
 #[inline(always)]
-unsafe fn store_sums<L: Lanes, const T: usize>(
+pub(super) unsafe fn store_sums<L: Lanes, const T: usize>(
     acc: &[L::Float; T],
     (first, columns): (usize, usize),
     (row, lanes): (usize, Range<usize>),
@@ -214,7 +219,7 @@ unsafe fn store_sums<L: Lanes, const T: usize>(
 }
 
 /// Pointers to a column's groups: integers, and scales with sums.
-type Column = (*const i8, *const GroupScale);
+pub(super) type Column = (*const i8, *const GroupScale);
 
 #[inline(always)]
 unsafe fn sum_blocks<L: Lanes, P: Packed, const T: usize>(
@@ -290,30 +295,35 @@ unsafe fn sum_group<L: Lanes, P: Packed, const T: usize>(
 
 /// The i16 pair of sums of a group, in every lane.
 #[inline(always)]
-unsafe fn sums<L: Lanes>(x: Column, group: usize) -> L::Int {
+pub(super) unsafe fn sums<L: Lanes>(x: Column, group: usize) -> L::Int {
     // SAFETY: `group` is one of the column's.
     unsafe { L::splat((&raw const (*x.1.add(group)).sums).cast::<i32>().read_unaligned()) }
 }
 
-/// Start of the integer sums: minus zero point times the sum of the activations, which makes
-/// `Σ q·x` of unsigned quants into `Σ (q − zero)·x`.
-#[inline(always)]
-unsafe fn zero_points<L: Lanes, P: Packed, const T: usize>(
-    half: usize,
-    group: usize,
-    x: &[Column; T],
-) -> [L::Int; T] {
+/// What the sums of a group's activations (as an i16 pair) are multiplied with to start the
+/// integer sums: minus the zero point, which makes `Σ q·x` of unsigned quants `Σ (q − zero)·x`.
+pub(super) fn zero_pair<L: Lanes, P: Packed>(half: usize) -> i32 {
     let zero = if P::SIGNED { L::SIGNED_EXCESS } else { P::ZERO };
     let pair = match (P::HALVES, half) {
         (false, _) => [-zero, -zero],
         (true, 0) => [-zero, 0],
         (true, _) => [0, -zero],
     };
-    let pair = i32::from(pair[0] as u16) | i32::from(pair[1]) << 16;
+    i32::from(pair[0] as u16) | i32::from(pair[1]) << 16
+}
+
+/// Start of the integer sums of `T` columns.
+#[inline(always)]
+unsafe fn zero_points<L: Lanes, P: Packed, const T: usize>(
+    half: usize,
+    group: usize,
+    x: &[Column; T],
+) -> [L::Int; T] {
+    let pair = zero_pair::<L, P>(half);
     // SAFETY: `group` is one of the column's.
     unsafe {
         let mut start = [L::splat(0); T];
-        if zero != 0 {
+        if pair != 0 {
             for c in 0..T {
                 start[c] = L::pair_dot(L::splat(pair), sums::<L>(x[c], group));
             }

@@ -14,6 +14,9 @@ pub(super) trait Lanes: Copy {
     const LANES: usize;
     /// Columns per tile: 4, or 8 where there are registers for 8 sums and 8 accumulators.
     const TILE: usize;
+    /// Columns beyond which decoding weights into a buffer pays (`wide.rs`); half as many where the
+    /// halves of a group have scales, which are costly to decode.
+    const WIDE_FROM: usize;
     /// What [`Lanes::dot_signed`] adds to each weight; its caller takes it away with the sums.
     const SIGNED_EXCESS: i16;
 

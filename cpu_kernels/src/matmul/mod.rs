@@ -28,6 +28,8 @@ mod lanes;
 mod packed;
 pub(crate) mod scalar;
 mod view;
+#[cfg(target_arch = "x86_64")]
+mod wide;
 
 use crate::activations::Activations;
 use crate::blocks::DType;
