@@ -119,8 +119,8 @@ impl Weights {
         self.arena.len() + vectors * size_of::<f32>()
     }
 
-    /// Bytes that a step of one token reads: all matrices that are multiplied with, of experts those
-    /// in use.
+    /// Bytes that a step of one token reads: all matrices that are multiplied with, and of experts
+    /// those in use.
     pub fn bytes_per_token(&self) -> usize {
         let bytes = |(matrix, entry): (&Matrix, &MatrixEntry)| match entry.used_for {
             MatrixUse::Lookup => 0,
