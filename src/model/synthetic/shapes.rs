@@ -110,9 +110,11 @@ pub(super) const SHAPES: [Shape; 10] = [
     shape("llama-8b", Family::Llama, Output::Own, [32, 4096, 32, 8, 128, 14336, 128_256, 131_072]),
     shape("llama-70b", Family::Llama, Output::Own, [80, 8192, 64, 8, 128, 28672, 128_256, 131_072]),
     shape("qwen2.5-7b", Family::Qwen2, Output::Own, [28, 3584, 28, 4, 128, 18944, 152_064, 32_768]),
-    shape("mixtral-8x7b", Family::Mixtral, Output::Own, [32, 4096, 32, 8, 128, 14336, 32_000, 32_768])
+    shape("mixtral-8x7b", Family::Mixtral, Output::Own,
+        [32, 4096, 32, 8, 128, 14336, 32_000, 32_768])
         .experts(8, 2),
-    shape("qwen3-30b-a3b", Family::Qwen3Moe, Output::Own, [48, 2048, 32, 4, 128, 768, 151_936, 40_960])
+    shape("qwen3-30b-a3b", Family::Qwen3Moe, Output::Own,
+        [48, 2048, 32, 4, 128, 768, 151_936, 40_960])
         .experts(128, 8),
     shape("tiny", Family::Llama, Output::Tied, [2, 256, 4, 2, 64, 512, 512, 2048]),
     shape("tiny-qwen2", Family::Qwen2, Output::Own, [2, 256, 4, 2, 64, 512, 512, 2048]),
