@@ -76,6 +76,8 @@ fn shapes_run_with_weights_of_every_type() {
     }
     let records = json(&[&["--synthetic", "tiny-qwen2:q4_k_m"][..], &SHORT].concat());
     assert_eq!(records[0]["model_type"], "qwen2 1M Q4_K - Medium");
+    let records = json(&[&["--synthetic", "tiny-qwen3moe:q4_k_m"][..], &SHORT].concat());
+    assert_eq!(records[0]["model_type"], "qwen3moe 4M Q4_K - Medium");
 }
 
 #[test]
@@ -192,7 +194,7 @@ fn the_table_reads_like_llama_benchs() {
 #[test]
 fn what_can_not_be_measured_is_refused_with_a_reason() {
     for (arguments, code, reason) in [
-        (&["--synthetic", "mixtral-8x7b:q4_0"][..], 2, "llama-70b, qwen2.5-7b"),
+        (&["--synthetic", "mixtral:q4_0"][..], 2, "qwen2.5-7b, mixtral-8x7b, qwen3-30b-a3b"),
         (&["--synthetic", "llama-9b:q4_0"], 2, "llama-70b, qwen2.5-7b"),
         (&["--synthetic", "llama-8b:q4"], 2, "Q4_K_M"),
         (&["--synthetic", "llama-8b"], 2, "SHAPE:TYPE"),

@@ -125,6 +125,25 @@ fn tiny_models_of_every_type_are_batch_invariant() {
 }
 
 #[test]
+fn experts_are_batch_invariant_however_many_tokens_they_get() {
+    let experts = |family, dtype, [n_experts, used, n_ff]: [usize; 3]| TinyModel {
+        n_experts,
+        n_experts_used: used,
+        n_ff,
+        ..TinyModel::new(family).dtype(dtype)
+    };
+    for model in [
+        experts(Family::Mixtral, DType::Q4_K, [2, 1, 256]),
+        experts(Family::Qwen3Moe, DType::Q8_0, [40, 8, 96]),
+        // Experts whose rows are no whole groups of the interleaved layout.
+        experts(Family::Mixtral, DType::Q8_0, [3, 3, 40]),
+        experts(Family::Qwen3Moe, DType::F32, [5, 1, 7]),
+    ] {
+        check(&tiny(&model), &[300, 45, 150], &threads(&[1, 2, 5]));
+    }
+}
+
+#[test]
 fn every_instruction_set_is_batch_invariant() {
     for isa in Isa::available() {
         let variant = StageOptions { isa: Some(isa), ..options(2, 2048) };

@@ -19,13 +19,17 @@ use tandem::tensor::KvDType;
 use tandem::units::ByteSize;
 use tiny_model::{Family, TinyModel};
 
-fn checkpoint() -> Checkpoint {
-    let bytes = TinyModel::new(Family::Llama).gguf().bytes();
+fn checkpoint(family: Family) -> Checkpoint {
+    let bytes = TinyModel::new(family).gguf().bytes();
     Checkpoint::from_bytes(Path::new("tiny.gguf"), &bytes).unwrap()
 }
 
+fn spec_of(family: Family) -> ModelSpec {
+    ModelSpec::from_checkpoint(&checkpoint(family)).unwrap()
+}
+
 fn spec() -> ModelSpec {
-    ModelSpec::from_checkpoint(&checkpoint()).unwrap()
+    spec_of(Family::Llama)
 }
 
 fn machine(available_bytes: u64) -> HardwareProfile {
@@ -76,19 +80,38 @@ fn a_context_that_was_asked_for_is_never_shortened() {
 
 #[test]
 fn the_executor_takes_what_was_planned() {
-    for dtype in KvDType::ALL {
-        takes_what_was_planned(dtype);
+    for family in [Family::Llama, Family::Mixtral, Family::Qwen3Moe] {
+        for dtype in KvDType::ALL {
+            takes_what_was_planned(family, dtype);
+        }
     }
 }
 
-fn takes_what_was_planned(dtype: KvDType) {
-    let (checkpoint, spec) = (checkpoint(), spec());
+#[test]
+fn a_plan_shows_how_much_of_the_weights_a_token_goes_through() {
+    let spec = spec_of(Family::Mixtral);
+    let placement = Placement::plan(&spec, &machine(4 << 30), &Config::default()).unwrap();
+    let stage = &placement.stages[0];
+    assert_eq!(
+        (stage.expert_bytes, stage.active_expert_bytes * 2),
+        (spec.expert_bytes(), stage.expert_bytes)
+    );
+    let row = placement.explain().into_iter().find(|row| row.what == "experts").unwrap();
+    let active = ByteSize(spec.active_expert_bytes());
+    assert_eq!(row.bytes, spec.expert_bytes());
+    assert_eq!(row.why, format!("of the weights; a token goes through {active}"));
+    let dense = Placement::plan(&self::spec(), &machine(4 << 30), &Config::default()).unwrap();
+    assert!(dense.explain().iter().all(|row| row.what != "experts"));
+}
+
+fn takes_what_was_planned(family: Family, dtype: KvDType) {
+    let (checkpoint, spec) = (checkpoint(family), spec_of(family));
     let mut config = Config::default();
     config.kv.dtype = dtype;
     let placement = Placement::plan(&spec, &machine(4 << 30), &config).unwrap();
     let options = StageOptions {
         part: None,
-        pool: PoolOptions { threads: 1, cores: Vec::new(), spin_us: 0 },
+        pool: PoolOptions { threads: placement.threads, cores: Vec::new(), spin_us: 0 },
         isa: None,
         huge_pages: false,
         kv: KvOptions {

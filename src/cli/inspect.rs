@@ -79,7 +79,13 @@ fn summary<E: std::fmt::Display>(
             put("heads", json!(attention.n_heads));
             put("kv_heads", json!(attention.n_kv_heads));
             put("head_dim", json!(attention.head_dim));
-            put("feed_forward", json!(spec.layers[0].ffn.up.weight.rows));
+            put("feed_forward", json!(spec.layers[0].ffn.hidden_dim()));
+            if let Some(experts) = spec.layers[0].ffn.experts() {
+                put("experts", json!(experts.n_experts));
+                put("experts_used", json!(experts.n_used));
+                put("active_parameters", json!(spec.active_parameters()));
+            }
+            put("parameters", json!(spec.parameters()));
             put("vocabulary", json!(spec.vocab_size));
             put("context_tokens", json!(spec.context_tokens_max));
             put("kv_bytes_per_token", json!(spec.kv_bytes_per_token(KvDType::F16)));

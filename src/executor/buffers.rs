@@ -192,6 +192,8 @@ pub(super) struct Buffers {
     projected: Memory,
     hidden: QuantizedMemory,
     up: Memory,
+    router_logits: Memory,
+    routes: Memory,
     selected: QuantizedMemory,
     logits: Memory,
     dims: ProgramDims,
@@ -208,6 +210,9 @@ pub(super) struct StepBuffers<'a> {
     pub projected: Rows<'a>,
     pub hidden: QuantizedRows<'a>,
     pub up: Rows<'a>,
+    /// `[n_tokens, n_experts]`, inside the op that routes.
+    pub router_logits: Rows<'a>,
+    pub routes: Rows<'a>,
     pub selected: QuantizedRows<'a>,
     /// `[LOGITS_TILE_ROWS, vocab_size]`; 0 rows in a stage without logits.
     pub logits: Rows<'a>,
@@ -225,8 +230,10 @@ impl Buffers {
             heads: Memory::new(2 * tokens_max * dims.heads),
             attended: quantized(tokens_max, dims.attended),
             projected: rows(dims.embedding),
-            hidden: quantized(tokens_max, dims.hidden),
-            up: rows(dims.hidden),
+            hidden: quantized(tokens_max * dims.hidden_rows, dims.hidden),
+            up: rows(dims.up()),
+            router_logits: rows(dims.experts),
+            routes: rows(dims.routes()),
             selected: quantized(selected_rows, dims.embedding),
             logits: Memory::new(LOGITS_TILE_ROWS.min(tokens_max) * dims.vocab),
             dims,
@@ -235,7 +242,15 @@ impl Buffers {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        let plain = [&self.residual, &self.heads, &self.projected, &self.up, &self.logits];
+        let plain = [
+            &self.residual,
+            &self.heads,
+            &self.projected,
+            &self.up,
+            &self.router_logits,
+            &self.routes,
+            &self.logits,
+        ];
         let quantized = [&self.normed, &self.attended, &self.hidden, &self.selected];
         plain.iter().map(|memory| memory.bytes()).sum::<usize>()
             + quantized.iter().map(|memory| memory.bytes()).sum::<usize>()
@@ -250,8 +265,10 @@ impl Buffers {
             heads: self.heads.rows(2 * tokens, dims.heads),
             attended: self.attended.rows(tokens, dims.attended),
             projected: self.projected.rows(tokens, dims.embedding),
-            hidden: self.hidden.rows(tokens, dims.hidden),
-            up: self.up.rows(tokens, dims.hidden),
+            hidden: self.hidden.rows(tokens * dims.hidden_rows, dims.hidden),
+            up: self.up.rows(tokens, dims.up()),
+            router_logits: self.router_logits.rows(tokens, dims.experts),
+            routes: self.routes.rows(tokens, dims.routes()),
             selected: self.selected.rows(selected, dims.embedding),
             logits: self.logits.rows(selected.min(LOGITS_TILE_ROWS), dims.vocab),
         }

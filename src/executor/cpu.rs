@@ -1,6 +1,7 @@
 //! The CPU interpreter: one match arm per op. Every worker of the pool walks the whole program,
 //! does its static share of each op and meets the others: one barrier per op, eight per layer
-//! (`program.rs`), one more where an attention is divided, two more per tile of logits.
+//! (`program.rs`), one more where tokens are routed or an attention is divided, two more per tile
+//! of logits.
 //!
 //! What is shared how (the rule of `buffers.rs`):
 //!
@@ -11,17 +12,22 @@
 //! | Rotate | runs of tokens inside one KV block | heads |
 //! | Attend | (query tile, KV head) or segments of it, by cost | heads, KV store |
 //! | Gate | hidden rows, whole 8-bit groups | normed |
+//! | Route | experts, then tokens | normed, router logits |
+//! | GateExperts | (expert, hidden rows), by cost | normed, routes |
+//! | DownExperts | rows of the residual stream | hidden, routes |
 //! | Select | wanted rows | residual, projected |
 //! | Logits | vocabulary rows, then wanted rows | selected, logits |
 //!
 //! No result depends on the shares: each element is computed by one worker in one fixed order.
 
 mod attend;
+mod experts;
 mod products;
 
 use super::batch::Batch;
 use super::buffers::{QuantizedRows, Rows, StepBuffers};
 use super::cpu_pool::Worker;
+use super::expert_groups::ExpertScratch;
 use super::kv_store::KvLayers;
 use super::op_times::OpClocks;
 use super::program::{HeadShape, KvLayerId, Norm, Op, Pending, Precision, Program, RopeId};
@@ -55,6 +61,8 @@ pub(super) struct Step<'a> {
     pub scratch: &'a [Mutex<AttentionScratch>],
     /// `[1, partials_max]`: unmerged segments of divided attentions.
     pub partials: Rows<'a>,
+    /// One per worker; none when layers are dense.
+    pub experts: &'a [Mutex<ExpertScratch>],
     pub samplers: &'a RowSamplers,
     /// Given while somebody wants to know each op's time.
     pub clocks: Option<&'a OpClocks>,
@@ -114,6 +122,13 @@ impl Step<'_> {
                 self.attend(worker, *shape, *layer, params);
             }
             Op::Gate { gate, up, activation } => self.gate(worker, [*gate, *up], *activation),
+            Op::Route { shape, router, weight_scale } => {
+                self.route(worker, *shape, (*router, *weight_scale));
+            }
+            Op::GateExperts { shape, gate, up, activation } => {
+                self.gate_experts(worker, *shape, [*gate, *up], *activation);
+            }
+            Op::DownExperts { shape, down } => self.down_experts(worker, *shape, *down),
             Op::Send { pending } => self.send(worker, *pending),
             Op::Select { pending, norm } => self.select(worker, *pending, *norm),
             Op::Logits { output, softcap } => self.logits(worker, *output, *softcap),

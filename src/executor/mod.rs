@@ -8,6 +8,7 @@ mod buffers;
 mod cpu;
 mod cpu_pool;
 mod error;
+mod expert_groups;
 mod handoff;
 mod kv_store;
 mod op_times;

@@ -12,13 +12,22 @@
 //! Gate     normed → hidden, 8-bit      two weights, activation after
 //! Project  hidden → projected
 //! ```
+//! Where a layer has experts, three other ops take the place of the last two:
+//! ```text
+//! Route        normed → routes             experts of each token and their weights
+//! GateExperts  normed, routes → hidden     a row per pair of token and expert, 8-bit
+//! DownExperts  hidden, routes → projected  the weighted sum
+//! ```
 //! Queries, keys and values read 16-bit activations ([`Precision`]), all else 8-bit ones.
-//! An interpreter on several workers needs one barrier after each op, so eight per layer.
+//! An interpreter on several workers needs one barrier after each op, so eight per layer; with
+//! experts ten, as routing takes one inside.
 
 mod lowering;
+mod part;
+
+pub use part::{Inlet, Outlet, StagePart};
 
 use crate::model::{Activation, RopeSpec, TensorRef};
-use std::ops::Range;
 
 /// An entry of [`Program::matrices`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,10 +59,14 @@ pub enum Buffer {
     Attended,
     /// `[n_tokens, embedding_dim]`: what is to be added to the residual stream.
     Projected,
-    /// `[n_tokens, hidden_dim]`, also in 8 bits: the gate, then gate · up in its place.
+    /// `[n_tokens, hidden_dim]`, also in 8 bits: the gate, then gate · up in its place. With
+    /// experts `[n_tokens · n_used, hidden_dim]`, grouped by expert.
     Hidden,
     /// `[n_tokens, hidden_dim]`: the feed-forward up projection.
     Up,
+    /// `[n_tokens, 2 · n_used]`: the experts of each token, ascending, as whole numbers; then
+    /// their weights.
+    Routes,
     /// `[n_rows, embedding_dim]`, also in 8 bits: normalised rows whose logits are wanted.
     Selected,
 }
@@ -125,6 +138,15 @@ impl HeadShape {
     }
 }
 
+/// The experts of one layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertShape {
+    /// How many there are.
+    pub n_experts: usize,
+    /// Through how many each token goes.
+    pub n_used: usize,
+}
+
 /// One instruction. Ops run in order; each reads what the ones before have written.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Op {
@@ -193,6 +215,35 @@ pub enum Op {
         /// Of the gate.
         activation: Activation,
     },
+    /// The `n_used` largest of `router · normed` per token, of equals those of lower index, and
+    /// their softmax times `weight_scale`: `routes`.
+    Route {
+        /// How many of how many.
+        shape: ExpertShape,
+        /// `[n_experts, embedding_dim]`
+        router: MatrixId,
+        /// Factor of the weights.
+        weight_scale: f32,
+    },
+    /// `hidden = activation(gate_e · normed) · (up_e · normed)` for each expert e of each token.
+    GateExperts {
+        /// How many of how many.
+        shape: ExpertShape,
+        /// `[n_experts · hidden_dim, embedding_dim]`
+        gate: MatrixId,
+        /// `[n_experts · hidden_dim, embedding_dim]`
+        up: MatrixId,
+        /// Of the gate.
+        activation: Activation,
+    },
+    /// `projected = Σ_e weight_e · (down_e · hidden_e)` over the experts of each token, by
+    /// ascending index.
+    DownExperts {
+        /// How many of how many.
+        shape: ExpertShape,
+        /// `[n_experts · embedding_dim, hidden_dim]`
+        down: MatrixId,
+    },
     /// Pending addition at the end of a stage, then the residual stream goes to the next one.
     Send {
         /// What is added to the residual stream first.
@@ -221,6 +272,8 @@ pub enum MatrixUse {
     Lookup,
     /// It is multiplied with; rows may be looked up as well.
     Multiply,
+    /// Its rows are shared out evenly to experts, of which a token is multiplied with a few.
+    Experts(ExpertShape),
 }
 
 /// A matrix that the program's ops name.
@@ -239,51 +292,6 @@ pub struct KvShape {
     pub n_kv_heads: usize,
     /// Elements of one head.
     pub head_dim: usize,
-}
-
-/// Where a stage's residual stream comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Inlet {
-    /// The embedding of the step's tokens.
-    Embedding,
-    /// The stage before.
-    Handoff,
-}
-
-/// Where a stage's residual stream goes to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outlet {
-    /// The output matrix and the samplers.
-    Logits,
-    /// The next stage.
-    Handoff,
-}
-
-/// Which part of a model a stage runs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StagePart {
-    /// Layers, counted over the whole model.
-    pub layers: Range<usize>,
-    /// What comes before them.
-    pub inlet: Inlet,
-    /// What comes after them.
-    pub outlet: Outlet,
-}
-
-impl StagePart {
-    /// All of a model with `n_layers` layers.
-    pub fn whole(n_layers: usize) -> Self {
-        Self { layers: 0..n_layers, inlet: Inlet::Embedding, outlet: Outlet::Logits }
-    }
-
-    /// The two stages of a model that is cut before layer `cut`, `0 ..= n_layers`.
-    pub fn split(n_layers: usize, cut: usize) -> [Self; 2] {
-        let whole = Self::whole(n_layers);
-        [
-            Self { layers: 0..cut, outlet: Outlet::Handoff, ..whole.clone() },
-            Self { layers: cut..n_layers, inlet: Inlet::Handoff, ..whole },
-        ]
-    }
 }
 
 /// A stage's ops with all that they name, and the sizes that buffers are made from.
@@ -314,6 +322,22 @@ pub struct ProgramDims {
     pub attended: usize,
     /// Rows of hidden and up.
     pub hidden: usize,
+    /// Experts of a layer; 0 when layers are dense.
+    pub experts: usize,
+    /// Rows of hidden per token: experts that it goes through, 1 when layers are dense.
+    pub hidden_rows: usize,
     /// Rows of logits; 0 when the stage has none.
     pub vocab: usize,
+}
+
+impl ProgramDims {
+    /// Rows of up; experts keep theirs in a worker's scratch.
+    pub(super) fn up(&self) -> usize {
+        if self.experts > 0 { 0 } else { self.hidden }
+    }
+
+    /// Rows of routes.
+    pub(super) fn routes(&self) -> usize {
+        if self.experts > 0 { 2 * self.hidden_rows } else { 0 }
+    }
 }

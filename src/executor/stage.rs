@@ -7,6 +7,7 @@ use super::batch::{Batch, PlanLimits};
 use super::buffers::{Buffers, Memory, Rows};
 use super::cpu::Step;
 use super::cpu_pool::{CpuPool, PoolOptions, WorkerPanic};
+use super::expert_groups::ExpertScratch;
 use super::handoff::{HandoffReceiver, HandoffSender, Slot};
 use super::kv_store::{KvMemory, KvOptions};
 use super::op_times::{OpClocks, OpTime};
@@ -17,7 +18,7 @@ use crate::formats::Checkpoint;
 use crate::memory::HugePages;
 use crate::model::ModelSpec;
 use crate::step::{StepOutput, StepPlan};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 use tandem_cpu_kernels::Isa;
 use tandem_cpu_kernels::attention::AttentionScratch;
@@ -63,6 +64,7 @@ pub struct Stage {
     angles: Memory,
     partials: Memory,
     scratch: Vec<Mutex<AttentionScratch>>,
+    experts: Vec<Mutex<ExpertScratch>>,
     samplers: RowSamplers,
     inlet: Option<HandoffReceiver>,
     outlet: Option<HandoffSender>,
@@ -139,6 +141,7 @@ impl Stage {
             buffers: Buffers::new(program.dims, tokens),
             angles: Memory::new(tokens * weights.rotations().width()),
             scratch,
+            experts: ExpertScratch::of_workers(program.dims, tokens, threads),
             samplers: RowSamplers::new(threads, program.dims.vocab, sampled_rows),
             inlet: None,
             outlet: None,
@@ -171,10 +174,17 @@ impl Stage {
 
     /// Bytes held.
     pub fn memory(&self) -> StageMemory {
+        let scratch = |scratch: &Mutex<ExpertScratch>| {
+            scratch.lock().unwrap_or_else(PoisonError::into_inner).bytes()
+        };
+        let experts = self.experts.iter().map(scratch).sum::<usize>();
         StageMemory {
             weight_bytes: self.weights.bytes(),
             kv_bytes: self.kv.bytes(),
-            activation_bytes: self.buffers.bytes() + self.angles.bytes() + self.partials.bytes(),
+            activation_bytes: self.buffers.bytes()
+                + self.angles.bytes()
+                + self.partials.bytes()
+                + experts,
         }
     }
 
@@ -235,6 +245,7 @@ impl Stage {
                 .map(|slot| Rows::new(&mut slot.residual, tokens, embedding_dim)),
             partials: self.partials.rows(1, self.batch.partials_max()),
             scratch: &self.scratch,
+            experts: &self.experts,
             samplers: &self.samplers,
             clocks: self.clocks.as_ref(),
         };

@@ -4,7 +4,7 @@
 
 use super::ExecutorError;
 use super::cpu_pool::{CpuPool, share};
-use super::program::{MatrixEntry, MatrixId, MatrixUse, Program, StagePart, VectorId};
+use super::program::{ExpertShape, MatrixEntry, MatrixId, MatrixUse, Program, StagePart, VectorId};
 use super::rotations::Rotations;
 use super::weight_source::{WeightSource, fill_random};
 use crate::formats::Checkpoint;
@@ -119,12 +119,17 @@ impl Weights {
         self.arena.len() + vectors * size_of::<f32>()
     }
 
-    /// Bytes that a step of one token reads: all matrices that are multiplied with.
+    /// Bytes that a step of one token reads: all matrices that are multiplied with, and of experts
+    /// those in use.
     pub fn bytes_per_token(&self) -> usize {
-        let multiplied =
-            |(_, entry): &(&Matrix, &MatrixEntry)| entry.used_for == MatrixUse::Multiply;
-        let pairs = self.matrices.iter().zip(&self.program.matrices).filter(multiplied);
-        pairs.map(|(matrix, _)| self.bytes_of(matrix).len()).sum()
+        let bytes = |(matrix, entry): (&Matrix, &MatrixEntry)| match entry.used_for {
+            MatrixUse::Lookup => 0,
+            MatrixUse::Multiply => self.bytes_of(matrix).len(),
+            MatrixUse::Experts(ExpertShape { n_experts, n_used }) => {
+                self.bytes_of(matrix).len() / n_experts * n_used
+            }
+        };
+        self.matrices.iter().zip(&self.program.matrices).map(bytes).sum()
     }
 
     /// The program that these weights serve.
@@ -152,6 +157,23 @@ impl Weights {
         let Matrix { dtype, layout, rows, cols, .. } = *matrix;
         MatrixView::new(dtype, layout, rows, cols, self.bytes_of(matrix))
             .expect("the shape was checked when the matrix was placed")
+    }
+
+    /// Rows of one expert of a matrix of the program, counted from the expert's first.
+    ///
+    /// # Panics
+    /// When the matrix has no experts or there are no such rows; in [`Layout::Rows16`] also when
+    /// `rows` does not start and end with a multiple of 16.
+    pub fn expert(&self, id: MatrixId, expert: usize, rows: Range<usize>) -> MatrixView<'_> {
+        let (matrix, entry) = (&self.matrices[id.0 as usize], self.program.matrix(id));
+        let MatrixUse::Experts(shape) = entry.used_for else { panic!("{id:?} has no experts") };
+        let (bytes, each) = (self.bytes_of(matrix), matrix.rows / shape.n_experts);
+        assert!(expert < shape.n_experts && rows.end <= each, "{rows:?} of expert {expert}");
+        let row_bytes = bytes.len() / matrix.rows;
+        let first = expert * each;
+        let bytes = &bytes[(first + rows.start) * row_bytes..(first + rows.end) * row_bytes];
+        MatrixView::new(matrix.dtype, matrix.layout, rows.len(), matrix.cols, bytes)
+            .expect("rows of an expert start and end with a group of the layout")
     }
 
     /// A vector of the program, in f32.
@@ -240,6 +262,11 @@ fn place_matrices(
         let layout = match entry.used_for {
             MatrixUse::Lookup => Layout::RowMajor,
             MatrixUse::Multiply => layout_for(dtype, isa),
+            // Every expert must start with a group of rows of its own.
+            MatrixUse::Experts(shape) if (rows / shape.n_experts).is_multiple_of(ROWS) => {
+                layout_for(dtype, isa)
+            }
+            MatrixUse::Experts(_) => Layout::RowMajor,
         };
         let place = match (source, layout) {
             (WeightSource::Checkpoint(checkpoint), Layout::RowMajor) => {

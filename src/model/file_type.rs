@@ -54,19 +54,22 @@ pub(super) enum Role {
     Embedding,
     /// The logits; also an embedding that is tied to them.
     Output,
+    Key,
     Value,
     AttentionOutput,
     Down,
-    /// Query, key, gate, up.
+    /// Query, gate, up.
     Other,
 }
 
-/// Where a matrix is: its layer of how many, and the model's query heads per key head.
+/// Where a matrix is: its layer of how many, and the model's query heads per key head and experts.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Site {
     pub layer: usize,
     pub layers: usize,
     pub heads_per_kv_head: usize,
+    /// 0 in a dense model.
+    pub experts: usize,
 }
 
 impl FileType {
@@ -104,11 +107,16 @@ impl FileType {
         if !base.is_quantized() {
             return base;
         }
+        // Beside eight experts the attention is small: it is cheap to keep fine.
+        let eight_experts = site.experts == 8;
         match role {
-            Role::Embedding | Role::Other => base,
+            Role::Key | Role::Value if eight_experts => DType::Q8_0,
+            Role::AttentionOutput if eight_experts && self.is_coarse() => DType::Q5_K,
+            Role::Embedding | Role::Key | Role::Other => base,
             Role::Output if base == DType::Q8_0 => base,
             Role::Output => DType::Q6_K,
             Role::Value => self.value(site),
+            Role::AttentionOutput if eight_experts => base,
             Role::AttentionOutput => self.attention_output(),
             Role::Down => self.down(site),
         }
@@ -132,6 +140,12 @@ impl FileType {
         let shared = site.layers == 80 && site.heads_per_kv_head == 8;
         let coarse = matches!(dtype, DType::Q3_K | DType::Q4_K);
         if shared && coarse { DType::Q5_K } else { dtype }
+    }
+
+    fn is_coarse(self) -> bool {
+        const COARSE: [&str; 7] =
+            ["Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ4_XS"];
+        COARSE.contains(&self.0.name)
     }
 
     fn attention_output(self) -> DType {
@@ -187,7 +201,7 @@ mod tests {
         let q4_k_m = FileType::from_name("q4_k_m").unwrap();
         let fine: Vec<usize> = (0..28)
             .filter(|layer| {
-                let site = Site { layer: *layer, layers: 28, heads_per_kv_head: 6 };
+                let site = Site { layer: *layer, layers: 28, heads_per_kv_head: 6, experts: 0 };
                 q4_k_m.dtype(Role::Down, site) == DType::Q6_K
             })
             .collect();

@@ -3,17 +3,17 @@
 //! weighs it, and the executor lowers it to operations.
 
 mod arch;
+mod ffn;
 mod file_type;
 mod rope;
 mod source;
 mod spec;
 mod synthetic;
 
+pub use ffn::{Activation, DenseFfnSpec, ExpertsSpec, FfnSpec};
 pub use file_type::FileType;
 pub use rope::{RopeScaling, RopeSpec, RopeStyle};
-pub use spec::{
-    Activation, AttentionSpec, FfnSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, TensorRef,
-};
+pub use spec::{AttentionSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, TensorRef};
 pub use synthetic::{SyntheticError, SyntheticModel, WeightTypes};
 
 use crate::formats::{Checkpoint, FormatError};

@@ -1,7 +1,7 @@
 //! Checked access to a checkpoint for the families: keys under the family's prefix, and tensors
 //! that must have a given shape.
 
-use super::{FfnSpec, LinearSpec, NormSpec, TensorRef};
+use super::{DenseFfnSpec, FfnSpec, LinearSpec, NormSpec, TensorRef};
 use crate::formats::{Checkpoint, FormatError, Metadata, TensorInfo, Value};
 use std::ops::RangeInclusive;
 
@@ -93,6 +93,11 @@ impl<'a> Source<'a> {
     ) -> Result<Option<usize>, FormatError> {
         let got = self.metadata().u32_opt(&self.key(key))?;
         got.map(|got| self.within(key, got, allowed)).transpose()
+    }
+
+    /// The width of something, or 0, if present.
+    pub fn width_opt(&self, key: &str) -> Result<Option<usize>, FormatError> {
+        self.count_opt(key, 0..=WIDTH_MAX)
     }
 
     /// A count that is one number for all layers or an array of one per layer.
@@ -227,18 +232,33 @@ impl<'a> Source<'a> {
 
     /// A tensor that must be `rows x cols`.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<TensorRef, FormatError> {
+        let rank = if rows == 1 { 1 } else { 2 };
+        self.shaped(name, &[cols, rows][..rank])
+    }
+
+    /// A tensor of `count` matrices that must each be `rows x cols`, as one with all their rows.
+    pub fn matrices(
+        &self,
+        name: &str,
+        count: usize,
+        [rows, cols]: [usize; 2],
+    ) -> Result<TensorRef, FormatError> {
+        self.shaped(name, &[cols, rows, count])
+    }
+
+    /// A tensor that must have these extents, fastest first; further ones must be 1.
+    fn shaped(&self, name: &str, wanted: &[usize]) -> Result<TensorRef, FormatError> {
         let info = self.info(name)?;
         // Writers drop trailing extents of 1, or keep them.
+        let extent = |dims: &[usize], index: usize| dims.get(index).copied().unwrap_or(1);
         let got = info.shape.dims();
-        let fits = got[0] == cols
-            && got.get(1).copied().unwrap_or(1) == rows
-            && got.iter().skip(2).all(|extent| *extent == 1);
-        if !fits {
-            let wanted = if rows == 1 { vec![cols] } else { vec![cols, rows] };
+        let ranks = 0..got.len().max(wanted.len());
+        if ranks.into_iter().any(|index| extent(got, index) != extent(wanted, index)) {
             let message = format!("is {}, wanted: {wanted:?}", info.shape);
             return Err(self.checkpoint.refuse_tensor(&info, message));
         }
         let dtype = self.checkpoint.tensor(name)?.dtype;
+        let (rows, cols) = (info.shape.rows(), info.shape.cols());
         Ok(TensorRef { name: name.to_owned(), dtype, rows, cols })
     }
 
@@ -283,12 +303,12 @@ impl<'a> Source<'a> {
         let (width, n_ff) = (dimensions.embedding_dim, dimensions.layers[layer].n_ff);
         let linear =
             |name: &str, shape| self.linear(&format!("blk.{layer}.{name}"), shape, Bias::Optional);
-        Ok(FfnSpec {
+        Ok(FfnSpec::Dense(DenseFfnSpec {
             gate: linear("ffn_gate", [n_ff, width])?,
             up: linear("ffn_up", [n_ff, width])?,
             down: linear("ffn_down", [width, n_ff])?,
             activation,
-        })
+        }))
     }
 
     /// All tensors of the checkpoint.

@@ -1,6 +1,6 @@
 //! A whole decoder-only transformer as data: what it computes, in which order, from which tensors.
 
-use super::RopeSpec;
+use super::{ExpertsSpec, FfnSpec, RopeSpec};
 use crate::tensor::{DType, KvDType};
 
 /// A stored tensor that a model uses: `rows x cols`, row-major; a vector has one row.
@@ -21,6 +21,11 @@ impl TensorRef {
     pub fn bytes(&self) -> u64 {
         let row_bytes = self.cols / self.dtype.block_elements() * self.dtype.block_bytes();
         row_bytes as u64 * self.rows as u64
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> u64 {
+        self.rows as u64 * self.cols as u64
     }
 }
 
@@ -73,28 +78,6 @@ pub struct AttentionSpec {
     pub scale: f32,
     /// Scores become `softcap * tanh(score / softcap)` before the softmax.
     pub softcap: Option<f32>,
-}
-
-/// What gates a feed-forward network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `x * sigmoid(x)` (SwiGLU).
-    Silu,
-    /// `x / 2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))` (GeGLU).
-    GeluTanh,
-}
-
-/// Gated feed-forward network (arXiv 2002.05202): `down(activation(gate(x)) * up(x))`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct FfnSpec {
-    /// `[n_ff, embedding_dim]`.
-    pub gate: LinearSpec,
-    /// `[n_ff, embedding_dim]`.
-    pub up: LinearSpec,
-    /// `[embedding_dim, n_ff]`.
-    pub down: LinearSpec,
-    /// Applied to the gate.
-    pub activation: Activation,
 }
 
 /// One layer: `x += post(attention(norm(x)))`, then `x += post(ffn(norm(x)))`.
@@ -174,8 +157,30 @@ impl ModelSpec {
     /// Number of parameters, each counted once.
     pub fn parameters(&self) -> u64 {
         let mut parameters = 0;
-        self.for_each_tensor(&mut |tensor| parameters += tensor.rows as u64 * tensor.cols as u64);
+        self.for_each_tensor(&mut |tensor| parameters += tensor.elements());
         parameters
+    }
+
+    /// Parameters that one token goes through: all but those of the experts that it does not use.
+    pub fn active_parameters(&self) -> u64 {
+        let experts = self.experts().map(ExpertsSpec::parameters);
+        let idle = self.experts().zip(experts).map(|(spec, all)| all - spec.used_of(all));
+        self.parameters() - idle.sum::<u64>()
+    }
+
+    /// Bytes of all experts of all layers as stored; 0 in a dense model.
+    pub fn expert_bytes(&self) -> u64 {
+        self.experts().map(ExpertsSpec::bytes).sum()
+    }
+
+    /// Bytes of the experts that one token goes through.
+    pub fn active_expert_bytes(&self) -> u64 {
+        self.experts().map(|experts| experts.used_of(experts.bytes())).sum()
+    }
+
+    /// The mixtures of those layers that have one.
+    pub fn experts(&self) -> impl Iterator<Item = &ExpertsSpec> {
+        self.layers.iter().filter_map(|layer| layer.ffn.experts())
     }
 
     /// Visits every tensor once, in the order of use, except rope's shared frequency factors.
@@ -195,7 +200,7 @@ impl ModelSpec {
 impl LayerSpec {
     /// Visits every tensor once, in the order of use, except rope's shared frequency factors.
     pub fn for_each_tensor<'a>(&'a self, visit: &mut dyn FnMut(&'a TensorRef)) {
-        let (attention, ffn) = (&self.attention, &self.ffn);
+        let attention = &self.attention;
         let norm = |norm: Option<&'a NormSpec>| norm.map(|norm| &norm.weight);
         let linear = |linear: &'a LinearSpec| [Some(&linear.weight), linear.bias.as_ref()];
         let mut tensors = vec![norm(Some(&self.attention_norm))];
@@ -207,9 +212,7 @@ impl LayerSpec {
         tensors.extend(linear(&attention.output));
         tensors.push(norm(self.attention_post_norm.as_ref()));
         tensors.push(norm(Some(&self.ffn_norm)));
-        for projection in [&ffn.gate, &ffn.up, &ffn.down] {
-            tensors.extend(linear(projection));
-        }
+        tensors.extend(self.ffn.tensors().into_iter().map(Some));
         tensors.push(norm(self.ffn_post_norm.as_ref()));
         tensors.into_iter().flatten().for_each(visit);
     }

@@ -28,6 +28,11 @@ impl Placement {
             };
             let layers = format!("layers {}–{}", stage.layers.start, stage.layers.end - 1);
             row("weights", stage.weight_bytes, format!("{layers}, in the kernels' layout"));
+            if stage.expert_bytes > 0 {
+                let active = ByteSize(stage.active_expert_bytes);
+                let why = format!("of the weights; a token goes through {active}");
+                row("experts", stage.expert_bytes, why);
+            }
             let tokens = self.device_blocks * self.block_tokens;
             let why = format!(
                 "{} blocks of {}: {tokens} tokens, {}",

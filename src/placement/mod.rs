@@ -27,6 +27,9 @@ const MARGIN_DIVISOR: u64 = 16;
 /// Rows of logits that exist at once in an executor.
 const LOGITS_ROWS: u64 = 64;
 
+/// Tokens, and rows, of an expert that a worker of an executor multiplies at once.
+const EXPERT_TILE: u64 = 128;
+
 /// Memory that something can be placed in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -44,6 +47,10 @@ pub struct StagePlacement {
     pub layers: Range<usize>,
     /// Bytes of weights in the kernels' layout.
     pub weight_bytes: u64,
+    /// Of them, those of experts.
+    pub expert_bytes: u64,
+    /// Of them, those that one token goes through.
+    pub active_expert_bytes: u64,
     /// Bytes of KV blocks that attention reads.
     pub kv_bytes: u64,
     /// Bytes of a step's activations.
@@ -94,7 +101,13 @@ impl Placement {
         let available = hardware.memory_available_bytes;
         let usable = available - available / MARGIN_DIVISOR;
         let weight_bytes = spec.weight_bytes();
-        let activation_bytes = activation_bytes(spec, config.scheduler.step_tokens_max as u64);
+        let threads = match config.cpu.threads {
+            0 => hardware.topology.usable_cores(),
+            threads => threads,
+        };
+        let step_tokens = config.scheduler.step_tokens_max as u64;
+        let activation_bytes =
+            activation_bytes(spec, step_tokens) + expert_scratch_bytes(spec, threads);
         let fixed = weight_bytes + activation_bytes;
         let block_tokens = config.kv.block_tokens;
         let block_bytes = spec.kv_bytes_per_token(config.kv.dtype) * block_tokens as u64;
@@ -112,16 +125,14 @@ impl Placement {
         let device_blocks = kv.blocks(context_tokens, config.kv.cache_bytes, &mut notes);
         let rest = room - device_blocks as u64 * block_bytes;
         let host_blocks = (config.kv.swap_bytes.0.min(rest) / block_bytes) as usize;
-        let threads = match config.cpu.threads {
-            0 => hardware.topology.usable_cores(),
-            threads => threads,
-        };
         Ok(Self {
             model: spec.name.clone(),
             stages: vec![StagePlacement {
                 device: Device::Cpu,
                 layers: 0..spec.layers.len(),
                 weight_bytes,
+                expert_bytes: spec.expert_bytes(),
+                active_expert_bytes: spec.active_expert_bytes(),
                 kv_bytes: device_blocks as u64 * block_bytes,
                 activation_bytes,
             }],
@@ -224,11 +235,28 @@ fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
         let attention = &layer.attention;
         (attention.n_heads + 2 * attention.n_kv_heads) * attention.head_dim
     });
-    let hidden = widest(&|layer| layer.ffn.up.weight.rows);
+    // Each of a token's experts has a row of hidden; up is in the workers' scratch then.
+    let dense_up = widest(&|layer| layer.ffn.dense().map_or(0, |dense| dense.up.weight.rows));
+    let hidden = widest(&|layer| {
+        layer.ffn.hidden_dim() * layer.ffn.experts().map_or(1, |experts| experts.n_used)
+    });
+    let routing = widest(&|layer| {
+        layer.ffn.experts().map_or(0, |experts| experts.n_experts + 2 * experts.n_used)
+    });
     let embedding = spec.embedding_dim as u64;
     // residual, projected, up; heads twice and normed twice for their second-order 8-bit form.
-    let plain = 2 * embedding + 2 * heads + hidden;
+    let plain = 2 * embedding + 2 * heads + dense_up + routing;
     let quantized = 4 * embedding + attended + hidden;
     tokens * (4 * plain + quantized * 4 + quantized * 3 / 2)
         + LOGITS_ROWS * 4 * spec.vocab_size as u64
+}
+
+/// Bytes in which workers gather tokens of an expert and keep products on their way.
+fn expert_scratch_bytes(spec: &ModelSpec, threads: usize) -> u64 {
+    if spec.experts().next().is_none() {
+        return 0;
+    }
+    let embedding = spec.embedding_dim as u64;
+    let tile = 4 * embedding + embedding * 3 / 2 + 4 * EXPERT_TILE;
+    threads as u64 * EXPERT_TILE * tile
 }

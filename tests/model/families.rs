@@ -58,7 +58,7 @@ fn llama_pairs_neighbours_and_takes_llama_3s_frequency_factors() {
     let attention = &spec.layers[1].attention;
     assert_eq!((attention.rope.style, attention.rope.dims), (RopeStyle::Interleaved, 64));
     assert_eq!((attention.scale, attention.window), (0.125, None));
-    assert_eq!(spec.layers[0].ffn.activation, Activation::Silu);
+    assert_eq!(spec.layers[0].ffn.activation(), Activation::Silu);
     assert_eq!((spec.embedding_scale, spec.logit_softcap), (None, None));
 
     gguf.tensor("rope_freqs.weight", &[32], DType::F32.gguf_id(), vec![0; 128]);
@@ -79,7 +79,8 @@ fn mistral_shaped_llama_keeps_its_window_and_optional_biases() {
     let spec = read(&gguf).unwrap();
     assert!(spec.layers.iter().all(|layer| layer.attention.window == Some(4096)));
     assert!(spec.layers[0].attention.output.bias.is_some());
-    assert!(spec.layers[0].ffn.up.bias.is_none() && spec.layers[1].ffn.up.bias.is_some());
+    let up_bias = |layer: usize| &spec.layers[layer].ffn.dense().unwrap().up.bias;
+    assert!(up_bias(0).is_none() && up_bias(1).is_some());
 }
 
 #[test]
@@ -141,6 +142,58 @@ fn qwen3_norms_heads_whose_length_the_file_gives() {
 }
 
 #[test]
+fn mixtral_is_a_llama_with_experts() {
+    let model = TinyModel::new(Family::Mixtral);
+    let mut gguf = model.gguf();
+    let spec = read(&gguf).unwrap();
+    assert_eq!(spec.layers[0].attention.rope.style, RopeStyle::Interleaved);
+    let experts = spec.layers[1].ffn.experts().unwrap();
+    assert_eq!((experts.n_experts, experts.n_used, experts.weight_scale), (4, 2, 1.0));
+    assert_eq!((experts.router.rows, experts.router.dtype), (4, DType::F32));
+    assert_eq!((experts.gate.rows, experts.gate.cols), (4 * 256, 256));
+    assert_eq!((experts.down.rows, spec.layers[1].ffn.hidden_dim()), (4 * 256, 256));
+    assert_eq!(spec.layers[1].ffn.activation(), Activation::Silu);
+    gguf.f32("llama.expert_weights_scale", 2.5);
+    gguf.u32("llama.expert_gating_func", 1).bool("llama.expert_weights_norm", true);
+    let scale = |gguf: &super::Gguf| read(gguf).unwrap().experts().next().unwrap().weight_scale;
+    assert_eq!(scale(&gguf), 2.5);
+    gguf.f32("llama.expert_weights_scale", 0.0);
+    assert_eq!(scale(&gguf), 1.0);
+    gguf.u32("llama.expert_count", 0);
+    let error = read(&gguf).unwrap_err();
+    assert_eq!(error.field, "tensor blk.0.ffn_gate.weight", "{error}");
+}
+
+#[test]
+fn qwen3moe_norms_heads_and_has_an_expert_width_of_its_own() {
+    let mut gguf = TinyModel::new(Family::Qwen3Moe).gguf();
+    let spec = read(&gguf).unwrap();
+    let attention = &spec.layers[0].attention;
+    assert_eq!((attention.rope.style, attention.head_dim), (RopeStyle::HalfSplit, 128));
+    assert!(attention.query_norm.is_some() && attention.key_norm.is_some());
+    let experts = spec.layers[0].ffn.experts().unwrap();
+    assert_eq!((experts.n_experts, experts.n_used), (8, 3));
+    assert_eq!((experts.up.rows, experts.up.cols), (8 * 256, 256));
+    // Without that width, the experts in use share the whole one.
+    gguf.remove("qwen3moe.expert_feed_forward_length");
+    gguf.u32("qwen3moe.feed_forward_length", 3 * 256);
+    assert_eq!(read(&gguf).unwrap(), spec);
+}
+
+#[test]
+fn of_experts_only_those_in_use_count_as_active() {
+    let spec = read(&TinyModel::new(Family::Qwen3Moe).gguf()).unwrap();
+    let expert = 3 * 256 * 256;
+    let layers = spec.layers.len() as u64;
+    assert_eq!(spec.parameters() - spec.active_parameters(), layers * (8 - 3) * expert);
+    // Q8_0: 34 bytes per 32 elements.
+    assert_eq!(spec.expert_bytes(), layers * 8 * expert / 32 * 34);
+    assert_eq!(spec.active_expert_bytes(), layers * 3 * expert / 32 * 34);
+    let dense = read(&TinyModel::new(Family::Qwen3).gguf()).unwrap();
+    assert_eq!((dense.active_parameters(), dense.expert_bytes()), (dense.parameters(), 0));
+}
+
+#[test]
 fn gemma3_alternates_windows_and_rotations() {
     let model = TinyModel::new(Family::Gemma3).layers(13);
     let mut gguf = model.gguf();
@@ -161,7 +214,7 @@ fn gemma3_alternates_windows_and_rotations() {
             assert_eq!((attention.window, rope.base, rope.scaling), local);
         }
     }
-    assert_eq!(spec.layers[0].ffn.activation, Activation::GeluTanh);
+    assert_eq!(spec.layers[0].ffn.activation(), Activation::GeluTanh);
 }
 
 #[test]

@@ -40,7 +40,10 @@ fn unknown_architectures_get_the_list_of_known_ones() {
     let said = refused_key("general.architecture", |gguf| {
         gguf.text("general.architecture", "mamba");
     });
-    assert_eq!(said, "\"mamba\" is not supported; supported: llama, qwen2, qwen3, gemma3");
+    assert_eq!(
+        said,
+        "\"mamba\" is not supported; supported: llama, qwen2, qwen3, qwen3moe, gemma3"
+    );
     let said = refused_key("general.architecture", |gguf| {
         gguf.remove("general.architecture");
     });
@@ -64,10 +67,88 @@ fn absurd_counts_are_refused_with_what_is_allowed() {
         ("llama.feed_forward_length", 0, "0; allowed: 1 to 4194304"),
         ("llama.rope.dimension_count", 63, "63; rotation takes an even number"),
         ("llama.rope.dimension_count", 66, "66; allowed: 2 to 64"),
-        ("llama.expert_count", 8, "8; mixtures of experts are not supported"),
+        ("llama.expert_count", 1025, "1025; allowed: 0 to 1024"),
     ] {
         assert_eq!(refused_key(key, |gguf| _ = gguf.u32(key, value)), allowed, "{key}");
     }
+}
+
+#[test]
+fn experts_that_make_no_sense_or_are_chosen_otherwise_are_refused() {
+    let refused = |key: &str, spoil: &dyn Fn(&mut Gguf, &str)| {
+        let mut gguf = TinyModel::new(Family::Qwen3Moe).gguf();
+        let key = format!("qwen3moe.{key}");
+        spoil(&mut gguf, &key);
+        let error = read(&gguf).unwrap_err();
+        assert_eq!(error.field, key, "{error}");
+        error.message
+    };
+    for (key, value, said) in [
+        ("expert_count", 0, "0 or missing"),
+        ("expert_count", u32::MAX, "4294967295; allowed: 0 to 1024"),
+        ("expert_used_count", 0, "0; allowed: 1 to 8"),
+        ("expert_used_count", 9, "9; allowed: 1 to 8"),
+        ("expert_gating_func", 2, "2; supported: 1, softmax"),
+        ("expert_shared_count", 1, "1; supported: at most 0"),
+        ("expert_group_count", 4, "4; supported: at most 1"),
+    ] {
+        assert_eq!(refused(key, &|gguf, key| _ = gguf.u32(key, value)), said, "{key}");
+    }
+    let missing = |gguf: &mut Gguf, key: &str| _ = gguf.remove(key);
+    assert_eq!(refused("expert_used_count", &missing), "the key is missing");
+    assert_eq!(refused("expert_count", &missing), "0 or missing");
+    let said = refused("expert_weights_norm", &|gguf, key| _ = gguf.bool(key, false));
+    assert_eq!(said, "false; only normalised weights are supported");
+    let said = refused("expert_weights_scale", &|gguf, key| _ = gguf.f32(key, -1.0));
+    assert_eq!(said, "-1; allowed: a finite number above 0");
+    let said = refused("feed_forward_length", &|gguf, _| {
+        gguf.u32("qwen3moe.expert_feed_forward_length", 0).u32("qwen3moe.feed_forward_length", 512);
+    });
+    assert_eq!(said, "512 is no multiple of the 3 experts used");
+    let mut gguf = TinyModel::new(Family::Qwen3).gguf();
+    gguf.u32("qwen3.expert_count", 8);
+    let said = read(&gguf).unwrap_err().message;
+    assert_eq!(said, "8; mixtures of experts are not supported");
+}
+
+#[test]
+fn misshapen_and_missing_tensors_of_experts_are_refused() {
+    let exps = "blk.1.ffn_up_exps.weight";
+    let said =
+        refused_tensor(Family::Mixtral, exps, |gguf| gguf.tensor_mut(exps).dims = vec![256, 1024]);
+    assert_eq!(said, "is [256, 1024], wanted: [256, 256, 4]");
+    let said = refused_tensor(Family::Mixtral, exps, |gguf| {
+        gguf.tensor_mut(exps).dims = vec![256, 4, 256];
+    });
+    assert_eq!(said, "is [256, 4, 256], wanted: [256, 256, 4]");
+    let router = "blk.0.ffn_gate_inp.weight";
+    let said = refused_tensor(Family::Qwen3Moe, router, |gguf| {
+        gguf.u32("qwen3moe.expert_count", 7);
+    });
+    assert_eq!(said, "is [256, 8], wanted: [256, 7]");
+    for name in ["ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"] {
+        let name = format!("blk.0.{name}.weight");
+        let said = refused_tensor(Family::Mixtral, &name, |gguf| {
+            gguf.tensors.retain(|tensor| tensor.name != name);
+        });
+        assert_eq!(said, "the tensor is missing");
+    }
+    // A bias, or an expert that all tokens share: parts of other families.
+    for name in ["blk.0.ffn_gate_inp.bias", "blk.1.ffn_up_shexp.weight"] {
+        let said = refused_tensor(Family::Qwen3Moe, name, |gguf| {
+            gguf.tensor(name, &[256], 0, vec![0; 1024]);
+        });
+        assert_eq!(said, "no part of a qwen3moe model with 2 layers");
+    }
+}
+
+#[test]
+fn a_tensor_per_expert_as_old_files_have_is_refused_with_what_to_do() {
+    let name = "blk.0.ffn_gate.0.weight";
+    let said = refused_tensor(Family::Mixtral, name, |gguf| {
+        gguf.tensor_mut("blk.0.ffn_gate_exps.weight").name = name.to_owned();
+    });
+    assert!(said.ends_with("is not supported; convert the model again"), "{said}");
 }
 
 #[test]

@@ -1,10 +1,11 @@
 //! What a program means: every op as plain loops over f32, all weights dequantised, keys and
-//! values kept in f32, one sequence at a time. No layout, no thread, no rounding to 8 bits.
+//! values rounded to f16, one sequence at a time. No layout, no thread, no rounding to 8 bits.
 
 use std::collections::HashMap;
 use tandem::executor::Program;
 use tandem::executor::program::{
-    Buffer, HeadShape, KvLayerId, Linear, MatrixId, Norm, Op, Pending, RopeId, VectorId,
+    Buffer, ExpertShape, HeadShape, KvLayerId, Linear, MatrixId, Norm, Op, Pending, RopeId,
+    VectorId,
 };
 use tandem::formats::Checkpoint;
 use tandem::model::{Activation, RopeStyle, TensorRef};
@@ -71,6 +72,16 @@ impl<'a> Reference<'a> {
                 let hidden = gate.iter().zip(&up).map(row).collect();
                 self.buffers.insert(Buffer::Hidden, hidden);
             }
+            Op::Route { shape, router, weight_scale } => {
+                let router = self.matrix(*router);
+                let routes = |x: &Vec<f32>| routes(&router, x, *shape, *weight_scale);
+                let rows = self.buffers[&Buffer::Normed].iter().map(routes).collect();
+                self.buffers.insert(Buffer::Routes, rows);
+            }
+            Op::GateExperts { shape, gate, up, activation } => {
+                self.gate_experts(*shape, [*gate, *up], *activation);
+            }
+            Op::DownExperts { shape, down } => self.down_experts(*shape, *down),
             Op::Select { pending, norm } => {
                 let selected = self.settled(*pending, *norm);
                 self.buffers.insert(Buffer::Selected, selected);
@@ -144,6 +155,39 @@ impl<'a> Reference<'a> {
         out
     }
 
+    /// A row of hidden per pair of token and slot, token by token.
+    fn gate_experts(&mut self, shape: ExpertShape, [gate, up]: [MatrixId; 2], of: Activation) {
+        let [gate, up] = [gate, up].map(|id| self.matrix(id));
+        let rows = gate.len() / shape.n_experts;
+        let mut hidden = Rows::new();
+        for (x, routes) in self.buffers[&Buffer::Normed].iter().zip(&self.buffers[&Buffer::Routes])
+        {
+            for expert in &routes[..shape.n_used] {
+                let own = *expert as usize * rows..(*expert as usize + 1) * rows;
+                let pairs = gate[own.clone()].iter().zip(&up[own]);
+                hidden.push(pairs.map(|(g, u)| activate(of, dot(g, x)) * dot(u, x)).collect());
+            }
+        }
+        self.buffers.insert(Buffer::Hidden, hidden);
+    }
+
+    fn down_experts(&mut self, shape: ExpertShape, down: MatrixId) {
+        let down = self.matrix(down);
+        let rows = down.len() / shape.n_experts;
+        let hidden = self.buffers[&Buffer::Hidden].chunks_exact(shape.n_used);
+        let row = |(hidden, routes): (&[Vec<f32>], &Vec<f32>)| {
+            let mut sum = vec![0.0; rows];
+            let (experts, weights) = routes.split_at(shape.n_used);
+            for ((x, expert), weight) in hidden.iter().zip(experts).zip(weights) {
+                let own = &down[*expert as usize * rows..][..rows];
+                sum.iter_mut().zip(own).for_each(|(sum, row)| *sum += weight * dot(row, x));
+            }
+            sum
+        };
+        let projected = hidden.zip(&self.buffers[&Buffer::Routes]).map(row).collect();
+        self.buffers.insert(Buffer::Projected, projected);
+    }
+
     fn rotate(
         &mut self,
         shape: HeadShape,
@@ -168,8 +212,8 @@ impl<'a> Reference<'a> {
             }
             let [query, key] = turned;
             queries.push(query);
-            kv[0].push(key);
-            kv[1].push(row[parts[1]..].to_vec());
+            kv[0].push(as_f16(&key));
+            kv[1].push(as_f16(&row[parts[1]..]));
         }
         self.buffers.insert(Buffer::Heads, queries);
         self.kv.insert(layer, kv);
@@ -225,6 +269,22 @@ impl<'a> Reference<'a> {
         }
         self.buffers.insert(Buffer::Attended, attended);
     }
+}
+
+/// As papers and llama.cpp have it: a softmax over all experts, the largest, normalised again.
+fn routes(router: &Rows, x: &[f32], shape: ExpertShape, scale: f32) -> Vec<f32> {
+    let logits: Vec<f32> = router.iter().map(|row| dot(row, x)).collect();
+    let all = softmax(&logits);
+    let mut order: Vec<usize> = (0..all.len()).collect();
+    order.sort_by(|a, b| all[*b].total_cmp(&all[*a]));
+    order.truncate(shape.n_used);
+    let sum: f64 = order.iter().map(|expert| all[*expert]).sum();
+    let weights = order.iter().map(|expert| (f64::from(scale) * all[*expert] / sum) as f32);
+    order.iter().map(|expert| *expert as f32).chain(weights).collect()
+}
+
+fn as_f16(row: &[f32]) -> Vec<f32> {
+    row.iter().map(|x| half::f16::from_f32(*x).to_f32()).collect()
 }
 
 fn scaled(row: &[f32], factor: f32) -> Vec<f32> {

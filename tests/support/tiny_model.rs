@@ -18,19 +18,28 @@ use tandem::tensor::DType;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     Llama,
+    /// A llama with experts.
+    Mixtral,
     Qwen2,
     Qwen3,
+    Qwen3Moe,
     Gemma3,
 }
 
 impl Family {
-    pub const ALL: [Family; 4] = [Self::Llama, Self::Qwen2, Self::Qwen3, Self::Gemma3];
+    pub const ALL: [Family; 6] =
+        [Self::Llama, Self::Mixtral, Self::Qwen2, Self::Qwen3, Self::Qwen3Moe, Self::Gemma3];
+
+    pub fn has_experts(self) -> bool {
+        matches!(self, Self::Mixtral | Self::Qwen3Moe)
+    }
 
     pub fn architecture(self) -> &'static str {
         match self {
-            Self::Llama => "llama",
+            Self::Llama | Self::Mixtral => "llama",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::Qwen3Moe => "qwen3moe",
             Self::Gemma3 => "gemma3",
         }
     }
@@ -62,7 +71,11 @@ pub struct TinyModel {
     pub n_heads: usize,
     pub n_kv_heads: usize,
     pub head_dim: usize,
+    /// Of each expert where there are several.
     pub n_ff: usize,
+    /// 0 in dense families.
+    pub n_experts: usize,
+    pub n_experts_used: usize,
     pub context_tokens: usize,
     /// Gemma's sliding window.
     pub window: usize,
@@ -72,9 +85,14 @@ impl TinyModel {
     /// About one million parameters; gemma3 has six layers, so that one sees everything.
     pub fn new(family: Family) -> Self {
         let (layers, n_heads, n_kv_heads, head_dim) = match family {
-            Family::Llama | Family::Qwen2 => (2, 4, 2, 64),
-            Family::Qwen3 => (2, 4, 2, 128),
+            Family::Llama | Family::Mixtral | Family::Qwen2 => (2, 4, 2, 64),
+            Family::Qwen3 | Family::Qwen3Moe => (2, 4, 2, 128),
             Family::Gemma3 => (6, 4, 1, 64),
+        };
+        let (n_ff, n_experts, n_experts_used) = match family {
+            Family::Mixtral => (256, 4, 2),
+            Family::Qwen3Moe => (256, 8, 3),
+            _ => (512, 0, 0),
         };
         let output = if family == Family::Qwen2 { Output::Own } else { Output::Tied };
         Self {
@@ -88,7 +106,9 @@ impl TinyModel {
             n_heads,
             n_kv_heads,
             head_dim,
-            n_ff: 512,
+            n_ff,
+            n_experts,
+            n_experts_used,
             context_tokens: 2048,
             window: 16,
         }
@@ -154,6 +174,14 @@ impl TinyModel {
         if self.family == Family::Gemma3 {
             gguf.u32(&self.key("attention.sliding_window"), self.window as u32);
         }
+        if self.n_experts > 0 {
+            gguf.u32(&self.key("expert_count"), self.n_experts as u32);
+            gguf.u32(&self.key("expert_used_count"), self.n_experts_used as u32);
+        }
+        if self.family == Family::Qwen3Moe {
+            gguf.u32(&self.key("feed_forward_length"), 9999);
+            gguf.u32(&self.key("expert_feed_forward_length"), self.n_ff as u32);
+        }
     }
 
     fn add_tensors(&self, gguf: &mut Gguf) {
@@ -172,20 +200,18 @@ impl TinyModel {
     }
 
     fn add_layer(&self, weights: &mut Weights<'_>, layer: &str) {
-        let (width, n_ff) = (self.embedding_dim, self.n_ff);
+        let width = self.embedding_dim;
         let (query, key) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
         for (name, shape) in [
             ("attn_q", [query, width]),
             ("attn_k", [key, width]),
             ("attn_v", [key, width]),
             ("attn_output", [width, query]),
-            ("ffn_gate", [n_ff, width]),
-            ("ffn_up", [n_ff, width]),
-            ("ffn_down", [width, n_ff]),
         ] {
             let spread = 1.0 / (shape[1] as f32).sqrt();
             weights.matrix(&format!("{layer}.{name}.weight"), shape, self.dtype, spread);
         }
+        self.add_ffn(weights, layer);
         weights.norm(&format!("{layer}.attn_norm.weight"), width);
         weights.norm(&format!("{layer}.ffn_norm.weight"), width);
         if self.family == Family::Qwen2 {
@@ -193,13 +219,38 @@ impl TinyModel {
                 weights.vector(&format!("{layer}.{name}.bias"), len, 0.0);
             }
         }
-        if matches!(self.family, Family::Qwen3 | Family::Gemma3) {
+        if matches!(self.family, Family::Qwen3 | Family::Qwen3Moe | Family::Gemma3) {
             weights.norm(&format!("{layer}.attn_q_norm.weight"), self.head_dim);
             weights.norm(&format!("{layer}.attn_k_norm.weight"), self.head_dim);
         }
         if self.family == Family::Gemma3 {
             weights.norm(&format!("{layer}.post_attention_norm.weight"), width);
             weights.norm(&format!("{layer}.post_ffw_norm.weight"), width);
+        }
+    }
+
+    fn add_ffn(&self, weights: &mut Weights<'_>, layer: &str) {
+        let (width, n_ff) = (self.embedding_dim, self.n_ff);
+        let (experts, suffix) = match self.n_experts {
+            0 => (1, ""),
+            experts => (experts, "_exps"),
+        };
+        let parts = [("gate", [n_ff, width]), ("up", [n_ff, width]), ("down", [width, n_ff])];
+        for (part, [rows, cols]) in parts {
+            let name = format!("{layer}.ffn_{part}{suffix}.weight");
+            let fits = self.dtype.row_bytes(cols).is_some();
+            let dtype = if fits { self.dtype } else { DType::F32 };
+            weights.matrix(&name, [experts * rows, cols], dtype, 1.0 / (cols as f32).sqrt());
+            if self.n_experts > 0 {
+                let dims = [cols, rows, experts].map(|extent| extent as u64);
+                weights.gguf.tensor_mut(&name).dims = dims.into();
+            }
+        }
+        if self.n_experts > 0 {
+            // Logits with a spread of 2: some experts are clearly better than others.
+            let (name, spread) =
+                (format!("{layer}.ffn_gate_inp.weight"), 2.0 / (width as f32).sqrt());
+            weights.matrix(&name, [experts, width], DType::F32, spread);
         }
     }
 }

@@ -98,6 +98,19 @@ impl<'a> ActivationsMut<'a> {
         Activations { columns: self.columns, cols: self.cols, values, quantized: Some(quantized) }
     }
 
+    /// Copies the 8-bit form of token `from` of `source` to token `to`.
+    ///
+    /// # Panics
+    /// When `source` has none, or tokens of another length.
+    pub fn copy_column(&self, source: &Activations<'_>, from: usize, to: usize) {
+        let cols = self.cols;
+        assert_eq!(source.cols(), cols, "elements per token");
+        let source = source.quantized().expect("activations with an 8-bit form");
+        let (quants, scales) = self.groups_mut(to, 0..cols);
+        quants.copy_from_slice(&source.quants[from * cols..][..cols]);
+        scales.copy_from_slice(&source.scales[from * (cols / GROUP)..][..cols / GROUP]);
+    }
+
     /// What the 8-bit form of elements `range` of token `column` misses of `values`:
     /// `residual = values − scale·quant`. Quantised again, as a token of its own, it makes the
     /// product of both with a matrix as good as one with 16-bit activations.

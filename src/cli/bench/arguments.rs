@@ -269,7 +269,7 @@ mod tests {
             &[][..],
             &["model.gguf", "--synthetic", "tiny:q4_0"],
             &["--synthetic", "tiny"],
-            &["--synthetic", "mixtral-8x7b:q4_0"],
+            &["--synthetic", "mixtral:q4_0"],
             &["x", "-r", "0"],
             &["x", "-o", "xml"],
             &["x", "--pg", "512"],

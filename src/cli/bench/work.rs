@@ -2,7 +2,7 @@
 //! roofs that says how much of the machine a test used.
 
 use super::arguments::Test;
-use tandem::model::{LayerSpec, ModelSpec};
+use tandem::model::{ExpertsSpec, LayerSpec, ModelSpec};
 use tandem::tensor::KvDType;
 
 /// What one run of a test needs.
@@ -19,12 +19,16 @@ pub struct Work {
 pub struct Costs<'a> {
     spec: &'a ModelSpec,
     kv_dtype: KvDType,
-    /// Elements of the layers' matrices.
+    /// Elements of the layers' matrices that a token is multiplied with.
     layer_elements: f64,
     /// Elements of the output matrix.
     output_elements: f64,
-    /// Bytes of the layers' matrices.
+    /// Bytes of the layers' matrices, without experts.
     layer_bytes: f64,
+    /// Bytes of all experts.
+    expert_bytes: f64,
+    /// What part of the experts a token goes through.
+    expert_share: f64,
     /// Bytes of the output matrix.
     output_bytes: f64,
 }
@@ -41,13 +45,18 @@ impl<'a> Costs<'a> {
                 }
             });
         }
+        layer_elements -= (spec.parameters() - spec.active_parameters()) as f64;
         let output_bytes = spec.output.bytes() as f64;
+        let active_bytes = spec.active_expert_bytes() as f64;
+        let share = |experts: &ExpertsSpec| experts.n_used as f64 / experts.n_experts as f64;
         Self {
             spec,
             kv_dtype,
             layer_elements,
             output_elements: (spec.output.rows * spec.output.cols) as f64,
-            layer_bytes: bytes_per_token as f64 - output_bytes,
+            layer_bytes: bytes_per_token as f64 - output_bytes - active_bytes,
+            expert_bytes: spec.expert_bytes() as f64,
+            expert_share: spec.experts().next().map_or(1.0, share),
             output_bytes,
         }
     }
@@ -57,7 +66,9 @@ impl<'a> Costs<'a> {
         let mut work = Work::default();
         let prompt_tokens = test.streams * test.prompt;
         // Every step of a prompt reads the layers; the output only where a prompt ends.
-        work.read_bytes += prompt_tokens.div_ceil(step_tokens_max) as f64 * self.layer_bytes;
+        let full_steps = prompt_tokens / step_tokens_max;
+        work.read_bytes += full_steps as f64 * self.step_bytes(step_tokens_max);
+        work.read_bytes += self.step_bytes(prompt_tokens % step_tokens_max);
         let ends =
             (1..=test.streams).map(|stream| (stream * test.prompt).div_ceil(step_tokens_max));
         let mut ends: Vec<usize> = ends.filter(|_| test.prompt > 0).collect();
@@ -66,13 +77,23 @@ impl<'a> Costs<'a> {
         work.read_bytes += self.prompt_kv_bytes(test, step_tokens_max);
         for step in 0..test.generated {
             let seen = test.depth + test.prompt + step + 1;
-            work.read_bytes += self.layer_bytes + self.output_bytes;
+            work.read_bytes += self.step_bytes(test.streams) + self.output_bytes;
             work.read_bytes += test.streams as f64 * self.kv_bytes(seen, 1);
         }
         let sampled = test.streams * (test.generated + usize::from(test.prompt > 0));
         work.macs = test.tokens() as f64 * self.layer_elements;
         work.macs += sampled as f64 * self.output_elements;
         work
+    }
+
+    /// Bytes of the layers' matrices that a step reads: of the experts those that at least one of
+    /// its tokens goes through, if each is as likely as any other.
+    fn step_bytes(&self, tokens: usize) -> f64 {
+        if tokens == 0 {
+            return 0.0;
+        }
+        let idle = (1.0 - self.expert_share).powi(tokens as i32);
+        self.layer_bytes + self.expert_bytes * (1.0 - idle)
     }
 
     fn prompt_kv_bytes(&self, test: &Test, step_tokens_max: usize) -> f64 {
@@ -125,6 +146,25 @@ mod tests {
         let output = (spec.output.rows * spec.output.cols) as f64;
         // Two layers of query 256, key and value 128, output 256, three times 512, by 256 each.
         assert_eq!(one.macs - output, f64::from(2 * 256 * (256 + 2 * 128 + 256 + 3 * 512)));
+    }
+
+    #[test]
+    fn a_step_reads_the_experts_that_its_tokens_go_through() {
+        let spec = "tiny-qwen3moe:pure-q8_0".parse::<SyntheticModel>().unwrap().spec();
+        let costs = Costs::new(&spec, 10_000_000, KvDType::F16);
+        let kv = spec.kv_bytes_per_token(KvDType::F16) as f64;
+        let one = costs.of(&test(0, 1, 0, 1), 64);
+        assert!((one.read_bytes - 10_000_000.0 - kv).abs() < 1.0, "{one:?}");
+        let experts = spec.expert_bytes() as f64;
+        // Three of eight, then what two tokens leave idle: (5/8)².
+        let two = costs.of(&test(0, 1, 0, 2), 64);
+        let more = experts * (3.0 / 8.0 - (1.0 - 25.0 / 64.0));
+        assert!((two.read_bytes - one.read_bytes - kv + more).abs() < 1.0, "{two:?}");
+        assert_eq!(two.macs, 2.0 * one.macs);
+        let output = (spec.output.rows * spec.output.cols) as f64;
+        // Query 512, key and value 256, output 512, a router for 8, three experts of 3 · 256.
+        let layer = 256 * (512 + 2 * 256 + 512 + 8 + 3 * 3 * 256);
+        assert_eq!(one.macs - output, f64::from(2 * layer));
     }
 
     #[test]

@@ -10,12 +10,13 @@
 
 use super::Buffer::{Attended, Heads, Hidden, Normed, Projected};
 use super::{
-    HeadShape, Inlet, KvLayerId, KvShape, Linear, MatrixEntry, MatrixId, MatrixUse, Norm, Op,
-    Outlet, Pending, Precision, Program, ProgramDims, RopeId, StagePart, VectorId,
+    ExpertShape, HeadShape, Inlet, KvLayerId, KvShape, Linear, MatrixEntry, MatrixId, MatrixUse,
+    Norm, Op, Outlet, Pending, Precision, Program, ProgramDims, RopeId, StagePart, VectorId,
 };
 use crate::executor::ExecutorError;
 use crate::model::{
-    AttentionSpec, FfnSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, RopeSpec, TensorRef,
+    AttentionSpec, DenseFfnSpec, ExpertsSpec, FfnSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec,
+    RopeSpec, TensorRef,
 };
 use std::collections::HashMap;
 
@@ -83,12 +84,14 @@ impl Lowering {
 
     /// Sets the widths of the buffers, or checks that this layer has the same.
     fn widths(&mut self, layer: usize, spec: &LayerSpec) -> Result<(), ExecutorError> {
-        let shape = head_shape(&spec.attention);
+        let (shape, experts) = (head_shape(&spec.attention), spec.ffn.experts());
         let dims = &mut self.program.dims;
         for (field, known, got) in [
             ("heads", &mut dims.heads, shape.width()),
             ("attended", &mut dims.attended, shape.query_dim()),
-            ("hidden", &mut dims.hidden, spec.ffn.gate.weight.rows),
+            ("hidden", &mut dims.hidden, spec.ffn.hidden_dim()),
+            ("experts", &mut dims.experts, experts.map_or(0, |experts| experts.n_experts)),
+            ("experts used", &mut dims.hidden_rows, experts.map_or(1, |experts| experts.n_used)),
         ] {
             if *known != 0 && *known != got {
                 return Err(ExecutorError::MixedLayers { layer, field, wanted: *known, got });
@@ -106,7 +109,10 @@ impl Lowering {
         let pending = self.pending(layer.attention_post_norm.as_ref());
         let norm = self.norm(&layer.ffn_norm);
         self.program.ops.push(Op::Norm { pending, norm, precision: Precision::Eight });
-        self.feed_forward(&layer.ffn);
+        match &layer.ffn {
+            FfnSpec::Dense(dense) => self.feed_forward(dense),
+            FfnSpec::Experts(experts) => self.experts(experts),
+        }
         self.pending(layer.ffn_post_norm.as_ref())
     }
 
@@ -140,7 +146,7 @@ impl Lowering {
         ]);
     }
 
-    fn feed_forward(&mut self, spec: &FfnSpec) {
+    fn feed_forward(&mut self, spec: &DenseFfnSpec) {
         let (gate, up) = (self.linear(&spec.gate), self.linear(&spec.up));
         let down = vec![self.linear(&spec.down)];
         self.program.ops.extend([
@@ -151,6 +157,18 @@ impl Lowering {
                 parts: down,
                 precision: Precision::Eight,
             },
+        ]);
+    }
+
+    fn experts(&mut self, spec: &ExpertsSpec) {
+        let shape = ExpertShape { n_experts: spec.n_experts, n_used: spec.n_used };
+        let router = self.matrix(&spec.router, MatrixUse::Multiply);
+        let [gate, up, down] = [&spec.gate, &spec.up, &spec.down]
+            .map(|tensor| self.matrix(tensor, MatrixUse::Experts(shape)));
+        self.program.ops.extend([
+            Op::Route { shape, router, weight_scale: spec.weight_scale },
+            Op::GateExperts { shape, gate, up, activation: spec.activation },
+            Op::DownExperts { shape, down },
         ]);
     }
 

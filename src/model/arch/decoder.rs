@@ -127,7 +127,7 @@ fn scaling(source: &Source<'_>, dimensions: &Dimensions) -> Result<RopeScaling, 
     }
 }
 
-/// Refuses mixtures of experts, which share their family's name with dense models.
+/// Refuses mixtures of experts in families that have none.
 pub(super) fn refuse_experts(source: &Source<'_>) -> Result<(), FormatError> {
     let key = "expert_count";
     match source.metadata().u32_opt(&source.key(key))? {

@@ -1,16 +1,18 @@
-//! Llama (arXiv 2302.13971) and what borrows its shape: Mistral, SmolLM, TinyLlama, Yi.
+//! Llama (arXiv 2302.13971) and what borrows its shape: Mistral, SmolLM, TinyLlama, Yi, and with
+//! experts Mixtral (arXiv 2401.04088).
 //!
 //! Query and key rows are permuted in GGUF files so that the rotation pairs neighbours. Llama 3.1
 //! brings its frequency scaling as a tensor, `rope_freqs.weight`. A window is Mistral 7B v0.1's.
 
 use super::decoder::{self, AttentionTraits, HeadNorms};
+use super::experts::{DefaultWidth, Experts};
 use crate::formats::FormatError;
 use crate::model::source::{Bias, Source};
 use crate::model::{Activation, LayerSpec, ModelSpec, RopeStyle};
 
 pub(super) fn read(source: &Source<'_>) -> Result<ModelSpec, FormatError> {
-    decoder::refuse_experts(source)?;
     let dimensions = source.dimensions()?;
+    let experts = Experts::read(source)?;
     let rope = decoder::rope(source, &dimensions, RopeStyle::Interleaved, 10_000.0)?;
     let traits = AttentionTraits { bias: Bias::Optional, head_norms: HeadNorms::None };
     let window = source.count_opt("attention.sliding_window", 0..=1 << 27)?;
@@ -22,7 +24,10 @@ pub(super) fn read(source: &Source<'_>) -> Result<ModelSpec, FormatError> {
             attention,
             attention_post_norm: None,
             ffn_norm: decoder::layer_norm(source, &dimensions, layer, "ffn_norm")?,
-            ffn: source.ffn(layer, &dimensions, Activation::Silu)?,
+            ffn: match &experts {
+                None => source.ffn(layer, &dimensions, Activation::Silu)?,
+                Some(experts) => experts.ffn(source, &dimensions, layer, DefaultWidth::Whole)?,
+            },
             ffn_post_norm: None,
         })
     };

@@ -3,10 +3,12 @@
 //! `ModelSpec::from_checkpoint` and picks the family by `general.architecture`.
 
 mod decoder;
+mod experts;
 mod gemma3;
 mod llama;
 mod qwen2;
 mod qwen3;
+mod qwen3moe;
 
 use super::ModelSpec;
 use super::source::Source;
@@ -15,10 +17,11 @@ use crate::formats::{Checkpoint, FormatError};
 type Read = fn(&Source<'_>) -> Result<ModelSpec, FormatError>;
 
 /// Every family: GGUF's word and its reader.
-const FAMILIES: [(&str, Read); 4] = [
+const FAMILIES: [(&str, Read); 5] = [
     ("llama", llama::read),
     ("qwen2", qwen2::read),
     ("qwen3", qwen3::read),
+    ("qwen3moe", qwen3moe::read),
     ("gemma3", gemma3::read),
 ];
 
