@@ -15,7 +15,9 @@
 //! The account is charged what chunks really took, so the mean stretch is the factor even where the
 //! prediction errs. Deep in a prompt one token may cost more than a step earns: then it rides only
 //! in every second or third step. When prompts never stop coming there is no step without them, so
-//! one in [`PROBE_STEPS`] is kept free of them: `decode(n)` is measured, never extrapolated.
+//! after [`PROBE_STEPS`] two are kept free of them: `decode(n)` is measured, never extrapolated. Only
+//! the second counts: the first still pays for the weights that a chunk's keys and values pushed out
+//! of the caches, which the account is charged for too.
 
 use super::budget::ChunkBudget;
 
@@ -25,8 +27,8 @@ const NEWEST: f64 = 0.4;
 const WHOLE_TOKENS: f64 = 4.0;
 /// First chunk at a position, in minimal chunks.
 const FIRST_CHUNKS: usize = 4;
-/// Steps with prompts after which one without them measures the streams again: costs at most
-/// 1/32 of the prompts' time.
+/// Steps with prompts after which two without them measure the streams again: costs at most 1/16 of
+/// the prompts' time.
 const PROBE_STEPS: usize = 32;
 /// A measurement beyond these factors of the mean counts as them: somebody else had the cores.
 const OUTLIER: std::ops::RangeInclusive<f64> = 0.25..=2.0;
@@ -103,8 +105,10 @@ pub struct ChunkController {
     /// Mean duration of decode-only steps in microseconds, by `ilog2` of their sequences.
     decode_us: [Option<f64>; BUCKETS],
     token_costs: [Option<TokenCost>; BUCKETS],
-    /// Steps with prompts and streams since the last one with streams only.
+    /// Steps with prompts and streams since the streams alone were measured.
     mixed_steps: usize,
+    /// Whether the last step had streams only, so that the caches are theirs.
+    warm: bool,
     /// Earned and not spent, in microseconds; below zero where a chunk took longer than predicted.
     account_us: f64,
 }
@@ -117,6 +121,7 @@ impl ChunkController {
             decode_us: [None; BUCKETS],
             token_costs: [None; BUCKETS],
             mixed_steps: 1,
+            warm: false,
             account_us: 0.0,
         }
     }
@@ -168,20 +173,20 @@ impl ChunkController {
     /// Learns from a step that took `duration_us`; `None` if it did other things as well.
     pub fn learn(&mut self, mix: &StepMix, duration_us: Option<u64>) {
         let tokens: usize = mix.prompt_tokens.iter().sum();
-        match (mix.decodes, tokens) {
-            (0, _) => {}
-            (_, 0) => self.mixed_steps = 0,
-            _ => self.mixed_steps += 1,
+        let warm = std::mem::replace(&mut self.warm, mix.decodes > 0 && tokens == 0);
+        if mix.decodes > 0 && tokens > 0 {
+            self.mixed_steps += 1;
         }
-        let Some(duration_us) = duration_us.map(|us| (us as f64).max(1.0)) else { return };
+        let Some(duration_us) = duration_us.map(|us| (us as f64).max(1.0)) else {
+            if tokens == 0 {
+                self.mixed_steps = 0;
+            }
+            return;
+        };
         match (mix.decodes, tokens) {
             (0, 0) => {}
             (0, tokens) => self.learn_alone(mix, duration_us / tokens as f64),
-            (decodes, 0) => {
-                let mean = &mut self.decode_us[decode_bucket(decodes)];
-                *mean = Some(mean.map_or(duration_us, |mean| moved(mean, duration_us, NEWEST)));
-                self.settle(self.nearest_decode_us(decodes).unwrap_or(0.0), 0.0);
-            }
+            (decodes, 0) => self.learn_decodes(decodes, duration_us, warm),
             (decodes, _) => {
                 let Some(decode_us) = self.nearest_decode_us(decodes) else { return };
                 let extra_us = duration_us - decode_us;
@@ -190,6 +195,21 @@ impl ChunkController {
                 self.settle(decode_us, extra_us);
             }
         }
+    }
+
+    /// The streams had the step to themselves.
+    fn learn_decodes(&mut self, decodes: usize, duration_us: f64, warm: bool) {
+        let mean = &mut self.decode_us[decode_bucket(decodes)];
+        let mut late_us = 0.0;
+        match mean {
+            None => *mean = Some(duration_us),
+            Some(mean) if warm => *mean = moved(*mean, duration_us, NEWEST),
+            Some(mean) => late_us = (duration_us - *mean).max(0.0),
+        }
+        if warm || late_us == 0.0 {
+            self.mixed_steps = 0;
+        }
+        self.settle(self.nearest_decode_us(decodes).unwrap_or(0.0), late_us);
     }
 
     /// Closes the account of a step. Savings never exceed what the dearest smallest chunk costs.

@@ -115,7 +115,7 @@ fn a_prompt_that_begins_deep_is_entered_carefully() {
 }
 
 #[test]
-fn one_step_in_many_is_kept_free_of_prompts() {
+fn steps_in_a_row_are_kept_free_of_prompts_now_and_then() {
     let mut controller = ChunkController::new(LIMITS);
     decode(&mut controller, steep, 4);
     let mut free = 0;
@@ -162,4 +162,24 @@ fn a_dear_chunk_is_the_smallest_and_comes_as_often_as_it_was_earned() {
     assert!((90..=110).contains(&chunks), "{chunks} chunks of 200 ms in 20 s of decoding");
     assert!(controller.affordable(&controller.budget(510), 0) <= 2);
     assert_eq!(controller.affordable(&controller.budget(512), 0), 0);
+}
+
+#[test]
+fn cold_caches_after_a_chunk_are_charged_and_not_learnt() {
+    let mut controller = ChunkController::new(LIMITS);
+    decode(&mut controller, steep, 4);
+    let alone_us = steep(4, 0, 0);
+    let (mut total_us, mut cold, steps) = (0.0, false, 4_000);
+    for _ in 0..steps {
+        let tokens = controller.affordable(&controller.budget(4), 0);
+        let mut mix = StepMix::of_decodes(4);
+        mix.add_chunk(0, tokens);
+        let late_us = if cold && tokens == 0 { 0.8 * alone_us } else { 0.0 };
+        let duration_us = steep(4, tokens, 0) + late_us;
+        controller.learn(&mix, Some(duration_us as u64));
+        cold = tokens > 0;
+        total_us += duration_us;
+    }
+    let stretch = total_us / steps as f64 / alone_us;
+    assert!((1.7..2.1).contains(&stretch), "{stretch}");
 }
