@@ -14,10 +14,10 @@
 //! ```
 //! The account is charged what chunks really took, so the mean stretch is the factor even where the
 //! prediction errs. Deep in a prompt one token may cost more than a step earns: then it rides only
-//! in every second or third step. When prompts never stop coming there is no step without them, so
-//! after [`PROBE_STEPS`] two are kept free of them: `decode(n)` is measured, never extrapolated. Only
-//! the second counts: the first still pays for the weights that a chunk's keys and values pushed out
-//! of the caches, which the account is charged for too.
+//! in every second or third step. When prompts never stop coming there is no step without them,
+//! so after [`PROBE_STEPS`] two are kept free of them: `decode(n)` is measured, never
+//! extrapolated. Only the second counts: the first still pays for the weights that a chunk's keys
+//! and values pushed out of the caches, which the account is charged for too.
 
 use super::budget::ChunkBudget;
 
