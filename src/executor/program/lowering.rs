@@ -6,7 +6,7 @@
 //! that variance queries, keys and values bring 32 % for 16 % of the arithmetic (their errors go
 //! through an exponential), gate and up 35 % for half of it, down 17 %, the logits 11 %, the
 //! attention's output 5 %. So the first are worth it. The logits are not: their matrix is a fifth
-//! of a small model, and twice the columns cost a wide step a third of its time.
+//! of a small model, and with twice the columns they took a third of a wide step's time.
 
 use super::Buffer::{Attended, Heads, Hidden, Normed, Projected};
 use super::{
