@@ -22,6 +22,11 @@ use std::time::Duration;
 /// beyond.
 const CORES_MAX: usize = 1024;
 
+/// How long a worker waits for another inside a job before it parks. Waking a parked thread takes
+/// tens of microseconds, hundreds in a virtual machine whose idle core the host gave away, and a
+/// job has hundreds of meetings: one late worker must not send the others to sleep.
+const MEETING_SPIN: Duration = Duration::from_millis(20);
+
 /// How many workers, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PoolOptions {
@@ -30,7 +35,8 @@ pub struct PoolOptions {
     /// Core of each worker in the system's numbering; workers without an entry are not pinned.
     /// Worker 0's core becomes the core of every thread that calls [`CpuPool::run`].
     pub cores: Vec<usize>,
-    /// Microseconds that a waiting worker spins before it parks.
+    /// Microseconds that a worker spins between jobs before it parks; it spins longer inside one,
+    /// unless there are more workers than cores.
     pub spin_us: u64,
 }
 
@@ -100,13 +106,15 @@ impl CpuPool {
     pub fn new(options: &PoolOptions) -> std::io::Result<Self> {
         let threads = options.threads.max(1);
         let spin = Duration::from_micros(options.spin_us);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let meeting_spin = if threads > cores { spin } else { spin.max(MEETING_SPIN) };
         let shared = Arc::new(Shared {
             job: UnsafeCell::new(None),
             start: Gate::new(spin),
-            barrier: Barrier::new(threads, spin),
+            barrier: Barrier::new(threads, meeting_spin),
             shares: (0..threads).map(|_| Share::default()).collect(),
             running: AtomicUsize::new(0),
-            done: Gate::new(spin),
+            done: Gate::new(meeting_spin),
             stop: AtomicBool::new(false),
             failure: Mutex::new(None),
             pin_failures: Mutex::new(Vec::new()),
