@@ -8,12 +8,13 @@ mod gate;
 
 pub use deal::Deal;
 use deal::Share;
-use gate::{Barrier, Gate, Poisoned};
+use gate::{Barrier, Gate, Manner, Patience, Poisoned};
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, ThreadId};
 use std::time::Duration;
@@ -30,8 +31,22 @@ pub struct PoolOptions {
     /// Core of each worker in the system's numbering; workers without an entry are not pinned.
     /// Worker 0's core becomes the core of every thread that calls [`CpuPool::run`].
     pub cores: Vec<usize>,
-    /// Microseconds that a waiting worker spins before it parks.
+    /// Microseconds that a waiting worker spins before it parks. Where workers share processors it
+    /// gives way to others for as long instead.
     pub spin_us: u64,
+}
+
+impl PoolOptions {
+    /// How workers wait, as threads of the calling one.
+    fn patience(&self) -> Patience {
+        let processors = if self.cores.len() < self.threads {
+            std::thread::available_parallelism().map_or(1, usize::from)
+        } else {
+            self.cores[..self.threads].iter().collect::<BTreeSet<_>>().len()
+        };
+        let manner = if self.threads > processors { Manner::Yield } else { Manner::Spin };
+        Patience { awake: Duration::from_micros(self.spin_us), manner }
+    }
 }
 
 /// A worker's panic, caught.
@@ -58,9 +73,8 @@ struct Shared {
     barrier: Barrier,
     /// What is left to each worker of the loop that is shared out.
     shares: Vec<Share>,
-    /// Workers other than the caller that have not finished the job.
-    running: AtomicUsize,
-    done: Gate,
+    /// Where workers come when they have finished the job; only the caller waits there.
+    finish: Barrier,
     stop: AtomicBool,
     failure: Mutex<Option<WorkerPanic>>,
     pin_failures: Mutex<Vec<usize>>,
@@ -68,8 +82,9 @@ struct Shared {
 }
 
 // SAFETY: only `job` is not Sync by itself. It is written by the one caller of `run` (which has
-// the pool by `&mut`) while `running` is 0, and read between an advance of `start` and the
-// decrement of `running`; both are synchronising operations, so reads and writes never overlap.
+// the pool by `&mut`) before it advances `start`, and read by workers between that and their coming
+// to `finish`, for all of whom the caller waits before it returns. Both are synchronising
+// operations, so reads and writes never overlap.
 unsafe impl Sync for Shared {}
 // SAFETY: a `JobPointer` points to a `Sync` closure, which may be called from any thread.
 unsafe impl Send for Shared {}
@@ -99,14 +114,13 @@ impl CpuPool {
     /// When the system refuses a thread.
     pub fn new(options: &PoolOptions) -> std::io::Result<Self> {
         let threads = options.threads.max(1);
-        let spin = Duration::from_micros(options.spin_us);
+        let patience = PoolOptions { threads, ..options.clone() }.patience();
         let shared = Arc::new(Shared {
             job: UnsafeCell::new(None),
-            start: Gate::new(spin),
-            barrier: Barrier::new(threads, spin),
+            start: Gate::new(1, patience),
+            barrier: Barrier::new(threads, patience),
             shares: (0..threads).map(|_| Share::default()).collect(),
-            running: AtomicUsize::new(0),
-            done: Gate::new(spin),
+            finish: Barrier::new(threads, patience),
             stop: AtomicBool::new(false),
             failure: Mutex::new(None),
             pin_failures: Mutex::new(Vec::new()),
@@ -144,23 +158,22 @@ impl CpuPool {
     pub fn run(&mut self, job: &Job<'_>) -> Result<(), WorkerPanic> {
         self.pin_caller();
         let shared = &*self.shared;
-        shared.barrier.reset();
         shared.shares.iter().for_each(Share::reset);
-        let seen = shared.done.value();
-        // SAFETY: this only lengthens the lifetime. The pointer is used by workers counted in
-        // `running`, and this function does not return, nor unwind, before that count is 0.
+        // SAFETY: this only lengthens the lifetime. The pointer is used by workers before they come
+        // to `finish`, and this function does not return, nor unwind, before all have.
         let job: JobPointer =
             JobPointer(unsafe { std::mem::transmute::<*const Job<'_>, *const Job<'static>>(job) });
-        // SAFETY: no worker runs (`running` is 0), so nobody reads the cell.
+        // SAFETY: all workers finished the job before, so nobody reads the cell.
         unsafe { *shared.job.get() = Some(job) };
-        shared.running.store(shared.threads - 1, Ordering::Release);
         shared.start.advance();
         shared.work(0, job);
-        if shared.threads > 1 {
-            shared.done.wait_past(seen);
-        }
+        let finished = shared.finish.wait(0);
+        assert!(finished.is_ok(), "nobody poisons the finish");
         match shared.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(panic) => Err(panic),
+            Some(panic) => {
+                shared.barrier.reset();
+                Err(panic)
+            }
             None => Ok(()),
         }
     }
@@ -200,21 +213,19 @@ impl Shared {
         if let Some(core) = core {
             self.pin(index, core);
         }
-        let mut seen = 0;
-        loop {
-            self.start.wait_past(seen);
-            seen += 1;
+        for number in 1.. {
+            let started = self.start.wait_for(number);
+            debug_assert!(started.is_ok(), "nobody poisons the start");
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
             // SAFETY: `start` has advanced for a job, so the caller has written the cell and
-            // waits until `running` is 0 before it writes again.
+            // waits until all have finished before it writes again.
             if let Some(job) = unsafe { *self.job.get() } {
                 self.work(index, job);
             }
-            if self.running.fetch_sub(1, Ordering::AcqRel) == 1 {
-                self.done.advance();
-            }
+            let finished = self.finish.arrive(index);
+            debug_assert!(finished.is_ok(), "nobody poisons the finish");
         }
     }
 
@@ -246,7 +257,7 @@ impl Worker<'_> {
     /// Leaves the job by unwinding, silently, when another worker has panicked.
     pub fn meet(&self) {
         if self.shared.threads > 1
-            && let Err(poisoned) = self.shared.barrier.wait()
+            && let Err(poisoned) = self.shared.barrier.wait(self.index)
         {
             resume_unwind(Box::new(poisoned));
         }

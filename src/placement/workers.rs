@@ -52,7 +52,7 @@ impl Workers {
                 field: "cpu.threads".to_owned(),
                 got: config.threads.to_string(),
                 allowed: format!(
-                    "1 to {}, the processors that this process may run on, or 0 for the best number",
+                    "1 to {}, the processors that this process may run on, or 0 for the best",
                     offer.usable
                 ),
             });
