@@ -75,7 +75,7 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
     // Asked for first, since it names a bad knob as such.
     Workers::choose(&hardware.topology, &config.cpu)?;
     let placement = Placement::plan(&spec, &hardware, config)?;
-    tracing::info!(workers = %placement.workers, "placement");
+    tracing::info!(chosen = %placement.workers, "compute workers");
     for note in &placement.notes {
         tracing::warn!(note, "placement");
     }

@@ -36,7 +36,6 @@ fn chosen(workers: &Workers) -> Chosen {
 
 fn choose(name: &str, threads: usize) -> Chosen {
     let workers = Workers::choose(&machine(name, &[]), &config(threads)).expect("a choice");
-    println!("{name}: {workers}");
     chosen(&workers)
 }
 

@@ -92,7 +92,7 @@ fn core_kinds(files: &SystemFiles, online: &BTreeSet<u32>) -> BTreeMap<u32, Core
         let value = |id: &u32| Some((*id, files.number(&format!("{CPUS}/cpu{id}/{sign}"))?));
         online.iter().map(value).collect::<Option<Vec<(u32, f64)>>>()
     };
-    let capacities = CAPACITY_SIGNS.iter().find_map(|sign| told(&sign)).unwrap_or_default();
+    let capacities = CAPACITY_SIGNS.iter().find_map(told).unwrap_or_default();
     let largest = capacities.iter().map(|(_, capacity)| *capacity).fold(0.0, f64::max);
     let kind = |(id, capacity): (u32, f64)| {
         let small = capacity < EFFICIENCY_SHARE * largest;
