@@ -23,6 +23,11 @@ use std::time::Duration;
 /// beyond.
 const CORES_MAX: usize = 1024;
 
+/// How long a worker waits for another inside a job before it parks. Waking a parked thread takes
+/// tens of microseconds, hundreds in a virtual machine whose idle core the host gave away, and a
+/// job has hundreds of meetings: one late worker must not send the others to sleep.
+const MEETING_SPIN: Duration = Duration::from_millis(20);
+
 /// How many workers, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PoolOptions {
@@ -31,21 +36,25 @@ pub struct PoolOptions {
     /// Core of each worker in the system's numbering; workers without an entry are not pinned.
     /// Worker 0's core becomes the core of every thread that calls [`CpuPool::run`].
     pub cores: Vec<usize>,
-    /// Microseconds that a waiting worker spins before it parks. Where workers share processors it
-    /// gives way to others for as long instead.
+    /// Microseconds that a worker spins between jobs before it parks; it spins longer inside one,
+    /// unless workers share processors: then it gives way to others for as long.
     pub spin_us: u64,
 }
 
 impl PoolOptions {
-    /// How workers wait, as threads of the calling one.
-    fn patience(&self) -> Patience {
+    /// How workers wait between jobs and inside one, as threads of the calling one.
+    fn patience(&self) -> [Patience; 2] {
         let processors = if self.cores.len() < self.threads {
             std::thread::available_parallelism().map_or(1, usize::from)
         } else {
             self.cores[..self.threads].iter().collect::<BTreeSet<_>>().len()
         };
-        let manner = if self.threads > processors { Manner::Yield } else { Manner::Spin };
-        Patience { awake: Duration::from_micros(self.spin_us), manner }
+        let awake = Duration::from_micros(self.spin_us);
+        if self.threads > processors {
+            return [Patience { awake, manner: Manner::Yield }; 2];
+        }
+        let between = Patience { awake, manner: Manner::Spin };
+        [between, Patience { awake: awake.max(MEETING_SPIN), ..between }]
     }
 }
 
@@ -114,13 +123,13 @@ impl CpuPool {
     /// When the system refuses a thread.
     pub fn new(options: &PoolOptions) -> std::io::Result<Self> {
         let threads = options.threads.max(1);
-        let patience = PoolOptions { threads, ..options.clone() }.patience();
+        let [between, inside] = PoolOptions { threads, ..options.clone() }.patience();
         let shared = Arc::new(Shared {
             job: UnsafeCell::new(None),
-            start: Gate::new(1, patience),
-            barrier: Barrier::new(threads, patience),
+            start: Gate::new(1, between),
+            barrier: Barrier::new(threads, inside),
             shares: (0..threads).map(|_| Share::default()).collect(),
-            finish: Barrier::new(threads, patience),
+            finish: Barrier::new(threads, inside),
             stop: AtomicBool::new(false),
             failure: Mutex::new(None),
             pin_failures: Mutex::new(Vec::new()),

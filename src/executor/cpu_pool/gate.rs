@@ -236,3 +236,66 @@ impl Barrier {
         self.gate.word.store(0, Ordering::Release);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Parks at once, so that a wake-up that gets lost is a hang.
+    const ASLEEP: Patience = Patience { awake: Duration::ZERO, manner: Manner::Yield };
+
+    #[test]
+    fn sleepers_meet() {
+        for parties in [2, 3, 5, 16, 17, 33] {
+            let (barrier, here) = (Barrier::new(parties, ASLEEP), AtomicU64::new(0));
+            std::thread::scope(|scope| {
+                for index in 0..parties {
+                    let (barrier, here) = (&barrier, &here);
+                    scope.spawn(move || {
+                        for phase in 1..=600 / parties as u64 {
+                            here.fetch_add(1, Ordering::Relaxed);
+                            assert_eq!(barrier.wait(index), Ok(()));
+                            assert!(here.load(Ordering::Relaxed) >= phase * parties as u64);
+                        }
+                    });
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn poison_reaches_sleepers_and_late_comers_until_it_is_taken_away() {
+        for parties in [2, 4, 5, 17] {
+            let barrier = Barrier::new(parties, ASLEEP);
+            for _ in 0..20 {
+                std::thread::scope(|scope| {
+                    for index in 1..parties {
+                        let barrier = &barrier;
+                        scope.spawn(move || assert_eq!(barrier.wait(index), Err(Poisoned)));
+                    }
+                    barrier.poison();
+                });
+                assert_eq!(barrier.wait(0), Err(Poisoned));
+                barrier.reset();
+                std::thread::scope(|scope| {
+                    for index in 0..parties {
+                        let barrier = &barrier;
+                        scope.spawn(move || assert_eq!(barrier.wait(index), Ok(())));
+                    }
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn a_gate_wakes_who_waits_for_any_count() {
+        let gate = Gate::new(1, ASLEEP);
+        std::thread::scope(|scope| {
+            for goal in 1..=8 {
+                let gate = &gate;
+                scope.spawn(move || assert_eq!(gate.wait_for(goal), Ok(())));
+            }
+            (0..8).for_each(|_| gate.advance());
+        });
+    }
+}
