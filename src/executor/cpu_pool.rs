@@ -8,7 +8,7 @@ mod gate;
 
 pub use deal::Deal;
 use deal::Share;
-use gate::{Barrier, Gate, Manner, Patience, Poisoned};
+use gate::{Barrier, Gate, Poisoned};
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::collections::BTreeSet;
@@ -36,25 +36,25 @@ pub struct PoolOptions {
     /// Core of each worker in the system's numbering; workers without an entry are not pinned.
     /// Worker 0's core becomes the core of every thread that calls [`CpuPool::run`].
     pub cores: Vec<usize>,
-    /// Microseconds that a worker spins between jobs before it parks; it spins longer inside one,
-    /// unless workers share processors: then it gives way to others for as long.
+    /// Microseconds that a worker spins between jobs before it parks; it spins longer inside one.
+    /// Where workers share processors they park at once: what they wait for may wait for them.
     pub spin_us: u64,
 }
 
 impl PoolOptions {
-    /// How workers wait between jobs and inside one, as threads of the calling one.
-    fn patience(&self) -> [Patience; 2] {
+    /// How long workers spin between jobs and inside one, as threads of the calling one.
+    fn spins(&self) -> [Duration; 2] {
         let processors = if self.cores.len() < self.threads {
             std::thread::available_parallelism().map_or(1, usize::from)
         } else {
             self.cores[..self.threads].iter().collect::<BTreeSet<_>>().len()
         };
-        let awake = Duration::from_micros(self.spin_us);
         if self.threads > processors {
-            return [Patience { awake, manner: Manner::Yield }; 2];
+            // Not a yield either: beside another program that gives its whole time slice away.
+            return [Duration::ZERO; 2];
         }
-        let between = Patience { awake, manner: Manner::Spin };
-        [between, Patience { awake: awake.max(MEETING_SPIN), ..between }]
+        let between = Duration::from_micros(self.spin_us);
+        [between, between.max(MEETING_SPIN)]
     }
 }
 
@@ -123,7 +123,7 @@ impl CpuPool {
     /// When the system refuses a thread.
     pub fn new(options: &PoolOptions) -> std::io::Result<Self> {
         let threads = options.threads.max(1);
-        let [between, inside] = PoolOptions { threads, ..options.clone() }.patience();
+        let [between, inside] = PoolOptions { threads, ..options.clone() }.spins();
         let shared = Arc::new(Shared {
             job: UnsafeCell::new(None),
             start: Gate::new(1, between),

@@ -23,24 +23,6 @@ const TOGETHER_MAX: usize = 4;
 /// so the last of 64 that come at once would wait for 63 ways between cores; in groups, for 20.
 const GROUP: usize = 16;
 
-/// How long a waiting thread stays awake.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Patience {
-    /// How long it goes on looking before it parks.
-    pub awake: Duration,
-    /// What it does between two looks.
-    pub manner: Manner,
-}
-
-/// What a thread does while it waits awake.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Manner {
-    /// Keeps its processor, for there is one for each thread.
-    Spin,
-    /// Lets others run: one of them may be the one that it waits for.
-    Yield,
-}
-
 /// A worker panicked: nobody passes any more.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Poisoned;
@@ -53,7 +35,7 @@ pub(super) struct Gate {
     word: AtomicU64,
     /// Waits are for multiples of this: other counts wake nobody.
     stride: u64,
-    patience: Patience,
+    spin: Duration,
     bed: Bed,
 }
 
@@ -65,10 +47,10 @@ struct Bed {
 }
 
 impl Gate {
-    /// A gate at 0.
-    pub fn new(stride: usize, patience: Patience) -> Self {
+    /// A gate at 0, whose waiters spin for `spin` before they park.
+    pub fn new(stride: usize, spin: Duration) -> Self {
         let word = AtomicU64::new(0);
-        Self { word, stride: stride as u64, patience, bed: Bed::default() }
+        Self { word, stride: stride as u64, spin, bed: Bed::default() }
     }
 
     /// Adds one and returns the word before. What this thread wrote before is visible to those who
@@ -117,11 +99,8 @@ impl Gate {
                 }
                 std::hint::spin_loop();
             }
-            if started.get_or_insert_with(Instant::now).elapsed() >= self.patience.awake {
+            if started.get_or_insert_with(Instant::now).elapsed() >= self.spin {
                 return None;
-            }
-            if self.patience.manner == Manner::Yield {
-                std::thread::yield_now();
             }
         }
     }
@@ -192,14 +171,15 @@ pub(super) struct Barrier {
 }
 
 impl Barrier {
-    pub fn new(parties: usize, patience: Patience) -> Self {
+    /// A barrier whose waiters spin for `spin` before they park.
+    pub fn new(parties: usize, spin: Duration) -> Self {
         if parties <= TOGETHER_MAX {
-            return Self { groups: Box::default(), gate: Gate::new(parties, patience) };
+            return Self { groups: Box::default(), gate: Gate::new(parties, spin) };
         }
         let starts = (0..parties).step_by(GROUP);
         let groups: Box<[Group]> =
             starts.map(|start| Group::new(GROUP.min(parties - start))).collect();
-        Self { gate: Gate::new(groups.len(), patience), groups }
+        Self { gate: Gate::new(groups.len(), spin), groups }
     }
 
     /// Counts worker `index` and returns what to wait for. What it wrote before is visible to all
@@ -242,7 +222,7 @@ mod tests {
     use super::*;
 
     /// Parks at once, so that a wake-up that gets lost is a hang.
-    const ASLEEP: Patience = Patience { awake: Duration::ZERO, manner: Manner::Yield };
+    const ASLEEP: Duration = Duration::ZERO;
 
     #[test]
     fn sleepers_meet() {
