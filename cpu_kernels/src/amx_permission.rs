@@ -2,12 +2,12 @@
 //! context switches only of processes that asked for them: `arch_prctl(ARCH_REQ_XCOMP_PERM)`, see
 //! the kernel's "Using XSTATE features in user space applications".
 
-/// Whether the CPU has AMX with int8 and the system has granted it to this process. The first call
-/// asks.
+/// Whether the CPU has AMX with int8, the system has granted it to this process, and it multiplies
+/// right: emulators and hypervisors have announced what they did not do. The first call asks.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(crate) fn granted() -> bool {
     static GRANTED: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    *GRANTED.get_or_init(|| has_int8_tiles() && request())
+    *GRANTED.get_or_init(|| has_int8_tiles() && request() && crate::matmul::amx::multiplies())
 }
 
 /// No other system is known to need no permission.
