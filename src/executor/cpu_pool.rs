@@ -25,7 +25,8 @@ const CORES_MAX: usize = 1024;
 
 /// How long a worker waits for another inside a job before it parks. Waking a parked thread takes
 /// tens of microseconds, hundreds in a virtual machine whose idle core the host gave away, and a
-/// job has hundreds of meetings: one late worker must not send the others to sleep.
+/// job has hundreds of meetings: one late worker must not send the others to sleep. That is for
+/// workers with cores of their own: others may spin where the late one is to run.
 const MEETING_SPIN: Duration = Duration::from_millis(20);
 
 /// How many workers, and where.
@@ -36,25 +37,28 @@ pub struct PoolOptions {
     /// Core of each worker in the system's numbering; workers without an entry are not pinned.
     /// Worker 0's core becomes the core of every thread that calls [`CpuPool::run`].
     pub cores: Vec<usize>,
-    /// Microseconds that a worker spins between jobs before it parks; it spins longer inside one.
-    /// Where workers share processors they park at once: what they wait for may wait for them.
+    /// Microseconds that a worker spins between jobs before it parks; it spins longer inside one
+    /// if each has a core of its own. Where there are more workers than processors they park at
+    /// once.
     pub spin_us: u64,
 }
 
 impl PoolOptions {
-    /// How long workers spin between jobs and inside one, as threads of the calling one.
+    /// How long workers spin between jobs and inside one, as threads of the calling one. Who spins
+    /// long must not be in the way of the one that it waits for.
     fn spins(&self) -> [Duration; 2] {
-        let processors = if self.cores.len() < self.threads {
-            std::thread::available_parallelism().map_or(1, usize::from)
-        } else {
-            self.cores[..self.threads].iter().collect::<BTreeSet<_>>().len()
-        };
-        if self.threads > processors {
+        let between = Duration::from_micros(self.spin_us);
+        let cores = self.cores.iter().take(self.threads).collect::<BTreeSet<_>>().len();
+        if cores == self.threads {
+            return [between, between.max(MEETING_SPIN)];
+        }
+        let pinned = self.cores.len() >= self.threads;
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        if pinned || self.threads > processors {
             // Not a yield either: beside another program that gives its whole time slice away.
             return [Duration::ZERO; 2];
         }
-        let between = Duration::from_micros(self.spin_us);
-        [between, between.max(MEETING_SPIN)]
+        [between; 2]
     }
 }
 
