@@ -2,8 +2,9 @@
 //! workers spin and of one that has to wake them, and of a barrier beside a neighbour that wants a
 //! core for itself.
 //!
-//! `cargo bench --bench cpu_pool -- [threads …]`. The roof is a cache line's way to another core
-//! and back, measured in the same run: a barrier can't do without it.
+//! `cargo bench --bench cpu_pool -- [threads …]`. The roof is a cache line's way from one core to
+//! another, measured in the same run: a barrier can't do without one. Between two workers that only
+//! meet it takes no more, since who ends a meeting has the line and comes to the next at once.
 
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a benchmark prints and may stop")]
 
@@ -34,11 +35,9 @@ fn main() {
         counts.sort_unstable();
         counts.dedup();
     }
-    let roof = on_a_new_thread(|| round_trip_ns(&cpus));
-    println!("{} processors, a line's round trip between two: {roof:.0} ns", cpus.len());
-    println!(
-        "| threads | pinned | barrier ns | trips | late ns | job ns | waking ns | beside ns |"
-    );
+    let roof = on_a_new_thread(|| one_way_ns(&cpus));
+    println!("{} processors, a line's way between two: {roof:.0} ns", cpus.len());
+    println!("| threads | pinned | barrier ns | ways | late ns | job ns | waking ns | beside ns |");
     println!("|---|---|---|---|---|---|---|---|");
     for threads in counts {
         on_a_new_thread(|| line(threads, &cpus, roof));
@@ -68,9 +67,9 @@ fn line(threads: usize, cpus: &[CpuId], roof: f64) {
         pool.run(&|_| {}).unwrap();
         nanoseconds(started)
     }));
-    let trips = barrier / roof;
+    let ways = barrier / roof;
     println!(
-        "| {threads} | {pinned} | {barrier:.0} | {trips:.2} | {late:.0} | {job:.0} | {wake:.0} | \
+        "| {threads} | {pinned} | {barrier:.0} | {ways:.2} | {late:.0} | {job:.0} | {wake:.0} | \
          {busy:.0} |"
     );
 }
@@ -131,8 +130,9 @@ fn beside_a_neighbour(options: &PoolOptions, cpu: CpuId) -> f64 {
     })
 }
 
-/// A cache line's way from one core to another and back; not a number with fewer than two.
-fn round_trip_ns(cpus: &[CpuId]) -> f64 {
+/// A cache line's way from one core to another, half of a round trip; not a number with fewer than
+/// two processors.
+fn one_way_ns(cpus: &[CpuId]) -> f64 {
     const TRIPS: u64 = 1000;
     let &[here, there, ..] = cpus else { return f64::NAN };
     let word = AtomicU64::new(0);
@@ -152,7 +152,7 @@ fn round_trip_ns(cpus: &[CpuId]) -> f64 {
             });
             let started = Instant::now();
             bounce(0);
-            nanoseconds(started) / TRIPS as f64
+            nanoseconds(started) / (2 * TRIPS) as f64
         })
     }))
 }
