@@ -34,11 +34,21 @@ static SCALAR: Kernels = Kernels {
 #[cfg(target_arch = "x86_64")]
 static AVX2: Kernels = Kernels {
     isa: Isa::Avx2,
-    matmul: matmul::avx2::TABLE,
+    matmul: matmul::avx2::PLAIN,
     activations: activations::x86::AVX2,
     vector: vector::avx2::TABLE,
     attention: attention::simd::avx2::TABLE,
-    roof: roof::avx2::TABLE,
+    roof: roof::avx2::PLAIN,
+};
+
+#[cfg(target_arch = "x86_64")]
+static AVX_VNNI: Kernels = Kernels {
+    isa: Isa::AvxVnni,
+    matmul: matmul::avx2::VNNI,
+    activations: activations::x86::AVX2,
+    vector: vector::avx2::TABLE,
+    attention: attention::simd::avx2::TABLE,
+    roof: roof::avx2::VNNI,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -99,6 +109,7 @@ fn table(isa: Isa) -> &'static Kernels {
     match isa {
         Isa::Scalar => &SCALAR,
         Isa::Avx2 => &AVX2,
+        Isa::AvxVnni => &AVX_VNNI,
         Isa::Avx512 => &AVX512,
         Isa::Avx512Vnni => &AVX512_VNNI,
         Isa::Amx => &AMX,

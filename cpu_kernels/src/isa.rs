@@ -10,6 +10,9 @@ pub enum Isa {
     Scalar,
     /// AVX2 with FMA and F16C (Haswell, Zen and later).
     Avx2,
+    /// [`Isa::Avx2`] and the 256-bit int8 dot product of AVX-VNNI (Alder Lake and later, and their
+    /// successors without AVX-512).
+    AvxVnni,
     /// AVX-512 F, BW, DQ and VL (Skylake-X).
     Avx512,
     /// [`Isa::Avx512`] and the int8 dot product `vpdpbusd` (Cascade Lake, Zen 4 and later).
@@ -29,9 +32,9 @@ pub struct UnsupportedIsa {
     pub best: Isa,
 }
 
-/// A name that is none of `scalar`, `avx2`, `avx512`, `avx512vnni`, `amx`.
+/// A name that is none of `scalar`, `avx2`, `avxvnni`, `avx512`, `avx512vnni`, `amx`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown instruction set {name:?}: want scalar, avx2, avx512, avx512vnni or amx")]
+#[error("unknown instruction set {name:?}: want scalar, avx2, avxvnni, avx512, avx512vnni or amx")]
 pub struct UnknownIsa {
     /// The name as given.
     pub name: String,
@@ -57,6 +60,7 @@ impl Isa {
         match self {
             Isa::Scalar => true,
             Isa::Avx2 => has_avx2(),
+            Isa::AvxVnni => has_avx2() && has_avx_vnni(),
             Isa::Avx512 => has_avx2() && has_avx512(),
             Isa::Avx512Vnni => has_avx2() && has_avx512() && has_vnni(),
             Isa::Amx => Isa::Avx512Vnni.is_available() && crate::amx_permission::granted(),
@@ -79,6 +83,7 @@ impl Isa {
         match self {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
+            Isa::AvxVnni => "avxvnni",
             Isa::Avx512 => "avx512",
             Isa::Avx512Vnni => "avx512vnni",
             Isa::Amx => "amx",
@@ -111,6 +116,11 @@ fn has_avx2() -> bool {
 }
 
 #[cfg(target_arch = "x86_64")]
+fn has_avx_vnni() -> bool {
+    is_x86_feature_detected!("avxvnni")
+}
+
+#[cfg(target_arch = "x86_64")]
 fn has_avx512() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
@@ -125,6 +135,11 @@ fn has_vnni() -> bool {
 
 #[cfg(not(target_arch = "x86_64"))]
 fn has_avx2() -> bool {
+    false
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn has_avx_vnni() -> bool {
     false
 }
 

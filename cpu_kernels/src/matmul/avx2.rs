@@ -1,4 +1,4 @@
-//! 8 rows per vector: AVX2 with `vpmaddubsw` and `vpmaddwd`.
+//! 8 rows per vector: AVX2 with `vpmaddubsw` and `vpmaddwd`, or with the `vpdpbusd` of AVX-VNNI.
 
 use super::lanes::{Lanes, lane_ops};
 use super::packed::Packed;
@@ -8,21 +8,22 @@ use crate::activations::Activations;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-/// 256-bit vectors.
+/// 256-bit vectors, with or without the int8 dot product.
 #[derive(Clone, Copy)]
-struct Narrow;
+struct Narrow<const VNNI: bool>;
 
-impl Lanes for Narrow {
+impl<const VNNI: bool> Lanes for Narrow<VNNI> {
     type Tiles = NoTiles;
 
     const LANES: usize = 8;
     const TILE: usize = 4;
     const WIDE_FROM: usize = 16;
-    const SIGNED_EXCESS: i16 = 0;
+    // vpdpbusd wants unsigned weights: flipping the top bit of a signed byte adds 128.
+    const SIGNED_EXCESS: i16 = if VNNI { 128 } else { 0 };
 
     type Int = __m256i;
     type Float = __m256;
-    /// Magnitudes, and the signed bytes.
+    /// VNNI: weights + 128, twice. Otherwise: magnitudes, and the signed bytes.
     type Signed = (__m256i, __m256i);
 
     lane_ops! {
@@ -61,15 +62,40 @@ impl Lanes for Narrow {
         fn fma(a: __m256, b: __m256, c: __m256) -> __m256 { _mm256_fmadd_ps(a, b, c) }
         fn neg(a: __m256) -> __m256 { _mm256_xor_ps(a, _mm256_set1_ps(-0.0)) }
         fn pair_dot(a: __m256i, b: __m256i) -> __m256i { _mm256_madd_epi16(a, b) }
-        // Exact as long as pairs fit i16: w ≤ 128, |x| ≤ 127.
         fn dot_unsigned(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
-            let pairs = _mm256_maddubs_epi16(w, x);
-            _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            if VNNI { dot_vnni(sum, w, x) } else { dot_bytes(sum, w, x) }
         }
-        fn signed(w: __m256i) -> (__m256i, __m256i) { (_mm256_abs_epi8(w), w) }
+        fn signed(w: __m256i) -> (__m256i, __m256i) {
+            if VNNI {
+                let excess = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+                (excess, excess)
+            } else {
+                (_mm256_abs_epi8(w), w)
+            }
+        }
         fn dot_signed(sum: __m256i, w: (__m256i, __m256i), x: __m256i) -> __m256i {
-            Self::dot_unsigned(sum, w.0, _mm256_sign_epi8(x, w.1))
+            if VNNI {
+                dot_vnni(sum, w.0, x)
+            } else {
+                dot_bytes(sum, w.0, _mm256_sign_epi8(x, w.1))
+            }
         }
+    }
+}
+
+#[inline(always)]
+unsafe fn dot_vnni(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+    // SAFETY: reached only from kernels that were compiled for, and run with, AVX-VNNI.
+    unsafe { _mm256_dpbusd_avx_epi32(sum, w, x) }
+}
+
+/// Exact as long as pairs fit i16: `w ≤ 128`, `|x| ≤ 127`.
+#[inline(always)]
+unsafe fn dot_bytes(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+    // SAFETY: reached only from kernels that were compiled for, and run with, AVX2.
+    unsafe {
+        let pairs = _mm256_maddubs_epi16(w, x);
+        _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
     }
 }
 
@@ -123,7 +149,18 @@ unsafe fn quantized<P: Packed>(
     out: OutputColumns<'_>,
 ) {
     // SAFETY: the caller checked the CPU and the shapes.
-    unsafe { interleaved::matmul::<Narrow, P>(weights, x, rows, out) }
+    unsafe { interleaved::matmul::<Narrow<false>, P>(weights, x, rows, out) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+unsafe fn vnni<P: Packed>(
+    weights: &MatrixView<'_>,
+    x: &Activations<'_>,
+    rows: Range<usize>,
+    out: OutputColumns<'_>,
+) {
+    // SAFETY: the caller checked the CPU and the shapes.
+    unsafe { interleaved::matmul::<Narrow<true>, P>(weights, x, rows, out) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -137,5 +174,8 @@ unsafe fn floats<W: float::Weight>(
     unsafe { float::matmul::<Floats, W>(weights, x, rows, out) }
 }
 
-pub(crate) const TABLE: MatmulTable =
+pub(crate) const PLAIN: MatmulTable =
     MatmulTable { kernels: super::packed::table!(float::table!(floats), quantized) };
+
+pub(crate) const VNNI: MatmulTable =
+    MatmulTable { kernels: super::packed::table!(float::table!(floats), vnni) };

@@ -1,5 +1,5 @@
 //! The roof loops in 256-bit vectors: `vpmaddubsw`, `vpmaddwd` and an addition per 32
-//! multiply-accumulates.
+//! multiply-accumulates, or the one of AVX-VNNI.
 
 use super::{RoofTable, fold};
 use std::arch::x86_64::*;
@@ -30,6 +30,23 @@ unsafe fn multiply(rounds: usize) -> i32 {
     _mm256_extract_epi32::<0>(all.unwrap_or(ones))
 }
 
+#[target_feature(enable = "avx2,avxvnni")]
+unsafe fn multiply_vnni(rounds: usize) -> i32 {
+    let weights = [_mm256_set1_epi8(5), _mm256_set1_epi8(7)];
+    let x: [__m256i; COLUMNS] = std::array::from_fn(|at| _mm256_set1_epi8(at as i8 - 2));
+    let mut sums = [[_mm256_setzero_si256(); COLUMNS]; WEIGHTS];
+    for _ in 0..rounds {
+        for (sums, w) in sums.iter_mut().zip(weights) {
+            for (sum, x) in sums.iter_mut().zip(x) {
+                // Every product needs the sum before it, so none can be left out.
+                *sum = _mm256_dpbusd_avx_epi32(*sum, w, x);
+            }
+        }
+    }
+    let all = sums.into_iter().flatten().reduce(|a, b| _mm256_add_epi32(a, b));
+    _mm256_extract_epi32::<0>(all.unwrap_or(x[0]))
+}
+
 #[target_feature(enable = "avx2")]
 unsafe fn read(words: &[u64]) -> u64 {
     let (parts, rest) = words.as_chunks::<32>();
@@ -50,5 +67,9 @@ unsafe fn read(words: &[u64]) -> u64 {
     fold(&lanes) ^ fold(rest)
 }
 
-pub(crate) const TABLE: RoofTable =
-    RoofTable { macs_per_round: WEIGHTS * COLUMNS * 32, multiply, read };
+const MACS_PER_ROUND: usize = WEIGHTS * COLUMNS * 32;
+
+pub(crate) const PLAIN: RoofTable = RoofTable { macs_per_round: MACS_PER_ROUND, multiply, read };
+
+pub(crate) const VNNI: RoofTable =
+    RoofTable { macs_per_round: MACS_PER_ROUND, multiply: multiply_vnni, read };
