@@ -1,0 +1,58 @@
+//! Instruction set × type × layout × number of columns, with odd numbers of rows and blocks.
+
+use super::case::{Random, bits, multiply, quantized_weights, scalar};
+use tandem_cpu_kernels::*;
+
+/// One to the widest narrow tile and beyond, around the widths of wide tiles and their blocks.
+const COLUMNS: [usize; 28] = [
+    1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 24, 31, 32, 33, 48, 66,
+    128, 129,
+];
+/// Less than a group of 16, around one, around two, and more.
+const ROWS: [usize; 7] = [33, 7, 15, 100, 17, 1, 64];
+/// More than one chunk of the decode-once kernel, which has 512 elements; less, and no whole one.
+const ELEMENTS: [usize; 3] = [1280, 256, 768];
+
+#[test]
+fn every_type_has_the_bits_of_the_specification_with_any_number_of_columns() {
+    for dtype in DType::ALL {
+        let mut random = Random(dtype as u64);
+        for (index, columns) in COLUMNS.into_iter().enumerate() {
+            let (rows, cols) = (ROWS[index % ROWS.len()], ELEMENTS[index % ELEMENTS.len()]);
+            let weights = quantized_weights(dtype, rows, cols, &mut random);
+            let x = random.floats(columns * cols);
+            let whole = std::slice::from_ref(&(0..rows)).to_vec();
+            let wanted = bits(&multiply(scalar(), &weights.view(Layout::RowMajor), &x, &whole));
+            for isa in Isa::available() {
+                let kernels = Kernels::for_isa(isa).expect("available");
+                for &layout in weights.layouts() {
+                    let got = bits(&multiply(kernels, &weights.view(layout), &x, &whole));
+                    assert!(
+                        got == wanted,
+                        "{isa} {dtype} {layout:?} [{rows}, {cols}] with {columns} columns"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_cut_at_any_place_have_the_same_bits_with_many_columns() {
+    let (rows, cols) = (100, 512);
+    for dtype in [DType::Q4_0, DType::Q4_K, DType::Q6_K, DType::Q8_0] {
+        let mut random = Random(dtype as u64 + 100);
+        let weights = quantized_weights(dtype, rows, cols, &mut random);
+        for columns in [1, 5, 8, 16, 17, 40] {
+            let x = random.floats(columns * cols);
+            let view = weights.view(Layout::Rows16);
+            for isa in Isa::available() {
+                let kernels = Kernels::for_isa(isa).expect("available");
+                let whole = multiply(kernels, &view, &x, std::slice::from_ref(&(0..rows)));
+                let cuts = [0..1, 1..16, 16..48, 48..49, 49..79, 79..100];
+                let parts = multiply(kernels, &view, &x, &cuts);
+                assert!(bits(&whole) == bits(&parts), "{isa} {dtype} with {columns} columns");
+            }
+        }
+    }
+}
