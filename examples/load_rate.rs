@@ -1,6 +1,6 @@
 //! How fast weights are interleaved, beside copying of the same bytes by the same workers.
 //!
-//! `cargo run --release --example load_rate -- [threads] [MiB] [isa]`
+//! `cargo run --release --example load_rate -- [threads] [MiB]`
 //!
 //! For every quantised type: GB/s of file bytes, best of three. "fresh" writes memory that nobody
 //! has touched, with and without huge pages, so that its page faults count; "again" writes memory
@@ -12,7 +12,7 @@ use std::time::Instant;
 use tandem::executor::{CpuPool, PoolOptions, Worker};
 use tandem::memory::{AlignedBytes, DisjointChunks, HugePages};
 use tandem_cpu_kernels::repack::ROWS;
-use tandem_cpu_kernels::{DType, Isa, Kernels};
+use tandem_cpu_kernels::{DType, repack_row_group};
 
 const COLS: usize = 2048;
 const PASSES: usize = 3;
@@ -26,19 +26,17 @@ fn main() {
         arguments.get(at).map_or(default, |text| text.parse().expect("a number"))
     };
     let (threads, bytes) = (number(0, 2), number(1, 256) << 20);
-    let isa = arguments.get(2).map_or(Isa::detect(), |name| name.parse().expect("an ISA"));
-    let _kernels = Kernels::for_isa(isa).expect("an ISA of this CPU");
     let options = PoolOptions { threads, cores: (0..threads).collect(), spin_us: 50 };
     let mut pool = CpuPool::new(&options).expect("threads");
     let source = random_bytes(bytes);
-    println!("{isa}, {threads} thread(s), {} MiB, GB/s of file bytes", bytes >> 20);
+    println!("{threads} thread(s), {} MiB, GB/s of file bytes", bytes >> 20);
     println!("what      fresh  fresh, small pages   again");
     let copy = |source: &[u8], target: &mut [u8]| target.copy_from_slice(source);
     measure(&mut pool, "copy", (&source, ROWS * COLS / 2), &copy);
     for dtype in DType::ALL.into_iter().filter(|dtype| dtype.is_quantized()) {
         let group_bytes = ROWS * dtype.row_bytes(COLS).expect("whole blocks");
         let repack = |source: &[u8], target: &mut [u8]| {
-            tandem_cpu_kernels::repack_row_group(dtype, COLS, source, target);
+            repack_row_group(dtype, COLS, source, target);
         };
         measure(&mut pool, &dtype.to_string(), (&source, group_bytes), &repack);
     }
