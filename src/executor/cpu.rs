@@ -135,8 +135,9 @@ impl Step<'_> {
         }
     }
 
-    fn tokens(&self, worker: &Worker<'_>) -> Range<usize> {
-        worker.share(self.plan.tokens.len(), 1)
+    /// Tokens that fall to this worker.
+    fn tokens(&self, worker: &Worker<'_>) -> impl Iterator<Item = usize> {
+        worker.deal(self.plan.tokens.len(), 1, 1).flatten()
     }
 
     /// Fills the residual stream of this worker's tokens, and their rotation angles.
@@ -221,8 +222,8 @@ impl Step<'_> {
         (rope, layer): (RopeId, KvLayerId),
     ) {
         let (query_end, key_end) = (shape.query_dim(), shape.query_dim() + shape.kv_dim());
-        let runs = worker.share(self.batch.runs.len(), 1);
-        for run in &self.batch.runs[runs] {
+        let runs = worker.deal(self.batch.runs.len(), 1, 1).flatten();
+        for run in runs.map(|run| &self.batch.runs[run]) {
             for token in run.tokens.clone() {
                 // SAFETY: runs are disjoint, so only this worker touches the token's heads.
                 let row = unsafe { self.buffers.heads.part_mut(token, 0..key_end) };
@@ -265,7 +266,7 @@ impl Step<'_> {
     }
 
     fn select(&self, worker: &Worker<'_>, pending: Pending, norm: Norm) {
-        for wanted in worker.share(self.plan.logits.len(), 1) {
+        for wanted in worker.deal(self.plan.logits.len(), 1, 1).flatten() {
             // The plan's rows are strictly ascending, so a token is settled once.
             let residual = self.settle(self.plan.logits[wanted].row, pending);
             self.norm_row(residual, norm, (self.buffers.selected, wanted));

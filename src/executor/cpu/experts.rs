@@ -81,7 +81,8 @@ impl Step<'_> {
         self.group(groups, shape);
         let projected = self.buffers.projected;
         let most = groups.active().map(|(_, pairs)| pairs.len()).max().unwrap_or(0);
-        for rows in tiles(worker.share(projected.width, MATMUL_ROWS), tile_rows(most)) {
+        let pieces = worker.deal(projected.width, MATMUL_ROWS, 2);
+        for rows in pieces.flat_map(|piece| tiles(piece, tile_rows(most))) {
             for token in 0..projected.rows {
                 // SAFETY: workers' rows of the stream are disjoint.
                 unsafe { projected.part_mut(token, rows.clone()) }.fill(0.0);
