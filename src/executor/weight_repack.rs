@@ -127,7 +127,7 @@ mod tests {
     fn pieces_of_any_number_of_workers_are_the_whole_matrix() {
         let (dtype, rows, cols) = (DType::Q8_0, 35_011, 2048);
         let row_bytes = dtype.row_bytes(cols).unwrap();
-        let source: Vec<u8> = (0..rows * row_bytes).map(|at| (at * at >> 7) as u8).collect();
+        let source: Vec<u8> = (0..rows * row_bytes).map(|at| ((at * at) >> 7) as u8).collect();
         let mut file = vec![1; 24];
         file.extend_from_slice(&source);
         let file = MappedFile::from_bytes(Path::new("memory"), &file);
