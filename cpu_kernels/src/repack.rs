@@ -113,11 +113,10 @@ pub fn repack_row_group(dtype: DType, cols: usize, source: &[u8], packed: &mut [
 fn prefetch_next_group(source: &[u8], range: Range<usize>) {
     #[cfg(target_arch = "x86_64")]
     for at in range.step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         let next = source.as_ptr().wrapping_add(source.len() + at);
         // SAFETY: a prefetch reads nothing, and no address makes it fault.
-        unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(next.cast())
-        };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(next.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (source, range);
