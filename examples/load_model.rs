@@ -51,7 +51,7 @@ fn main() {
     println!("{gigabytes:.3} GB in {seconds:.3} s, {:.2} GB/s", gigabytes / seconds);
     report("loaded");
     let started = Instant::now();
-    stage.warm_up().expect("a step");
+    stage.warm_up(options.huge_pages()).expect("a step");
     println!("warm-up {:.1} ms", started.elapsed().as_secs_f64() * 1e3);
     for number in 0..PROMPTS {
         println!(

@@ -11,6 +11,7 @@ mod tiny_model;
 use stage::{Model, options, plan_tokens, run, score_next};
 use std::sync::Arc;
 use tandem::executor::{ExecutorError, Stage, StageOptions, StagePart, handoff};
+use tandem::memory::HugePages;
 use tandem::step::{BlockCopy, StepOutput, StepPlan, Tier};
 use tandem::units::{BlockId, TokenId};
 use tiny_model::{Family, TinyModel, split_mix};
@@ -190,9 +191,12 @@ fn a_warmed_stage_answers_like_a_cold_one() {
         let answers = |stage: &mut Stage| plans.clone().map(|plan| run(stage, &plan).rows);
         let wanted = answers(&mut model.stage(&options(2, 64)));
         let mut warmed = model.stage(&options(2, 64));
-        warmed.warm_up().unwrap();
+        warmed.warm_up(HugePages::Advise).unwrap();
         assert!(answers(&mut warmed) == wanted, "{family:?}");
         let part = Some(StagePart::split(model.spec.layers.len(), 1)[1].clone());
-        model.stage(&StageOptions { part, ..options(2, 64) }).warm_up().unwrap();
+        model
+            .stage(&StageOptions { part, ..options(2, 64) })
+            .warm_up(HugePages::SystemDefault)
+            .unwrap();
     }
 }

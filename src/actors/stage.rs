@@ -68,7 +68,7 @@ impl StageFactory for CpuStages {
     fn start(&self) -> Result<Box<dyn StepRunner>, String> {
         let warm = || {
             let mut stage = Stage::restart(Arc::clone(&self.weights), &self.options)?;
-            stage.warm_up()?;
+            stage.warm_up(self.options.huge_pages())?;
             Ok(stage)
         };
         match warm() {

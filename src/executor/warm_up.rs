@@ -2,7 +2,7 @@
 //! touched by all workers, and one step is computed whose results nobody wants.
 
 use super::cpu_pool::{CpuPool, WorkerPanic};
-use crate::memory::DisjointChunks;
+use crate::memory::{DisjointChunks, HugePages, prefer_huge_pages};
 use crate::step::{LogitsRow, LogitsTask, PlannedSequence, StepPlan};
 use crate::units::{BlockId, SequenceId, StepId, TokenId};
 
@@ -14,7 +14,14 @@ const PAGE_BYTES: usize = 4096;
 
 /// Writes to every page of memory that is zero and not yet in use. The system gives a page when it
 /// is first written, at about a microsecond each.
-pub(super) fn touch(pool: &mut CpuPool, memory: Vec<&mut [u8]>) -> Result<(), WorkerPanic> {
+pub(super) fn touch(
+    pool: &mut CpuPool,
+    mut memory: Vec<&mut [u8]>,
+    huge_pages: HugePages,
+) -> Result<(), WorkerPanic> {
+    if huge_pages == HugePages::Advise {
+        memory.iter_mut().for_each(|bytes| prefer_huge_pages(bytes));
+    }
     let chunks: Vec<DisjointChunks<'_>> =
         memory.into_iter().map(|bytes| DisjointChunks::new(bytes, CHUNK_BYTES)).collect();
     pool.run(&|_| {
