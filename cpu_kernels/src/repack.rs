@@ -108,8 +108,8 @@ pub fn repack_row_group(dtype: DType, cols: usize, source: &[u8], packed: &mut [
     }
 }
 
-/// Asks for bytes `range` behind `source`: groups follow each other, and what one block column takes
-/// from 16 places is too short for the processor to see that they are streams.
+/// Asks for bytes `range` behind `source`: groups follow each other, and what one block column
+/// takes from 16 places is too short for the processor to see that they are streams.
 fn prefetch_next_group(source: &[u8], range: Range<usize>) {
     #[cfg(target_arch = "x86_64")]
     for at in range.step_by(64) {
