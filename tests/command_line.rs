@@ -10,6 +10,7 @@ use serde_json::Value;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 use tempfile::TempDir;
 use tiny_model::{Family, TinyModel};
 
@@ -77,7 +78,7 @@ impl Service {
         let mut command = desk.command(&["serve", "--model", "tiny.gguf", "--quiet"]);
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let service = Self(child);
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        let deadline = std::time::Instant::now() + Duration::from_secs(60);
         loop {
             let output = desk.run(&["ps", "--json"]);
             if output.status.success() {
@@ -146,6 +147,22 @@ fn plan_says_what_would_lie_where() {
     let rows = shown["explain"].as_array().unwrap();
     assert!(rows.iter().any(|row| row["what"] == "weights" && row["bytes"].as_u64() > Some(0)));
     assert!(desk.ok(&["plan", "tiny.gguf"]).contains("KV cache"));
+}
+
+#[test]
+fn plan_says_how_many_threads_and_why() {
+    let desk = Desk::new();
+    let shown = desk.json(&["plan", "tiny.gguf", "--json", "--threads", "1"]);
+    assert_eq!(shown["placement"]["workers"]["threads"], 1);
+    let told = desk.ok(&["plan", "tiny.gguf", "--threads", "1"]);
+    assert!(told.contains("1 thread") && told.contains(": as cpu.threads says"), "{told}");
+    for command in ["plan", "serve"] {
+        let model = if command == "serve" { ["-m", "tiny.gguf"] } else { ["tiny.gguf", "--quiet"] };
+        let arguments = [[command].as_slice(), &model, &["--threads", "1024"]].concat();
+        let (code, message) = desk.fails(&arguments);
+        assert_eq!(code, 78, "{message}");
+        assert!(message.contains("cpu.threads is 1024; allowed: 1 to "), "{message}");
+    }
 }
 
 #[test]
@@ -285,6 +302,30 @@ fn a_service_answers_its_commands_and_stops() {
     desk.ok(&["stop"]);
     assert_eq!(desk.fails(&["ps"]).0, 69, "stop returns when the service is gone");
     assert!(service.0.wait().unwrap().success());
+}
+
+/// Clock ticks of processor time that a process has taken, all its threads together.
+fn ticks(process: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+    // `1 (a name) S …`: user and system time are the 14th and 15th field.
+    let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[test]
+fn an_idle_service_takes_no_processor_time() {
+    let desk = Desk::new();
+    let service = Service::start(&desk);
+    // Everything has run once: tokenizer, engine loop, workers, a stream.
+    desk.ok(&["generate", "the rain", "-n", "8", "-t", "0", "--ignore-eos"]);
+    let idle_second = || {
+        let before = ticks(service.0.id());
+        std::thread::sleep(Duration::from_secs(1));
+        ticks(service.0.id()) - before
+    };
+    // The first seconds may see the end of the request. One thread that spins takes 100 of each.
+    let seconds: Vec<u64> = (0..5).map(|_| idle_second()).take_while(|ticks| *ticks > 1).collect();
+    assert!(seconds.len() < 5, "{seconds:?} clock ticks in a second each");
 }
 
 #[test]

@@ -4,11 +4,19 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use tandem::executor::{CpuPool, PoolOptions};
+use std::time::{Duration, Instant};
+use tandem::executor::{CpuPool, PoolOptions, Worker};
 
 fn pool(threads: usize) -> CpuPool {
-    CpuPool::new(&PoolOptions { threads, cores: Vec::new(), spin_us: 20 }).unwrap()
+    pool_that_spins(threads, 20)
 }
+
+fn pool_that_spins(threads: usize, spin_us: u64) -> CpuPool {
+    CpuPool::new(&PoolOptions { threads, cores: Vec::new(), spin_us }).unwrap()
+}
+
+/// Workers that count themselves together, in one group, in several, in one that is not full.
+const SIZES: [usize; 9] = [1, 2, 3, 4, 5, 16, 17, 33, 48];
 
 #[test]
 fn shares_cover_all_items_once_and_are_cut_at_units() {
@@ -96,29 +104,70 @@ fn a_given_cut_decides_where_shares_begin() {
 
 #[test]
 fn nobody_passes_a_barrier_before_all_have_come() {
-    let mut pool = pool(4);
-    let arrived = AtomicUsize::new(0);
-    for round in 0..50 {
+    // Without spinning every wait is a sleep, and a wake-up that gets lost is a hang.
+    for (threads, spin_us) in SIZES.into_iter().flat_map(|size| [(size, 0), (size, 20)]) {
+        let mut pool = pool_that_spins(threads, spin_us);
+        let (rounds, phases) = (4, 160 / threads);
+        let arrived = AtomicUsize::new(0);
+        for round in 0..rounds {
+            pool.run(&|worker| {
+                for phase in 0..phases {
+                    arrived.fetch_add(1, Ordering::Relaxed);
+                    worker.meet();
+                    let seen = arrived.load(Ordering::Relaxed);
+                    let wanted = (round * phases + phase + 1) * threads;
+                    assert!(seen >= wanted, "{threads} threads, phase {phase}: {seen}");
+                    worker.meet();
+                }
+            })
+            .unwrap();
+        }
+        assert_eq!(arrived.into_inner(), rounds * phases * threads);
+    }
+}
+
+#[test]
+fn what_a_worker_wrote_is_seen_by_all_after_the_barrier() {
+    for threads in SIZES {
+        let mut pool = pool(threads);
+        let written: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
         pool.run(&|worker| {
-            for phase in 0..40 {
-                arrived.fetch_add(1, Ordering::Relaxed);
+            for phase in 1..=160 / threads {
+                written[worker.index].store(phase, Ordering::Relaxed);
                 worker.meet();
-                let seen = arrived.load(Ordering::Relaxed);
-                assert!(seen >= (round * 40 + phase + 1) * 4, "phase {phase}: {seen}");
+                let all = written.iter().all(|value| value.load(Ordering::Relaxed) == phase);
+                assert!(all, "{threads} threads, phase {phase}");
                 worker.meet();
             }
         })
         .unwrap();
+        // The caller sees it after the job without a barrier.
+        pool.run(&|worker| written[worker.index].store(777, Ordering::Relaxed)).unwrap();
+        assert!(written.into_iter().all(|value| value.into_inner() == 777));
     }
-    assert_eq!(arrived.into_inner(), 50 * 40 * 4);
+}
+
+#[test]
+fn jobs_without_a_barrier_follow_each_other() {
+    for (threads, spin_us) in SIZES.into_iter().flat_map(|size| [(size, 0), (size, 20)]) {
+        let mut pool = pool_that_spins(threads, spin_us);
+        let ran = AtomicUsize::new(0);
+        for job in 1..=400 / threads {
+            pool.run(&|_| {
+                ran.fetch_add(1, Ordering::Relaxed);
+            })
+            .unwrap();
+            assert_eq!(ran.load(Ordering::Relaxed), job * threads, "{threads} threads");
+        }
+    }
 }
 
 #[test]
 fn a_panic_in_any_worker_is_an_error_of_run_and_never_a_hang() {
-    for threads in 1..=4 {
-        for guilty in 0..threads {
+    for threads in SIZES {
+        for guilty in (0..threads).step_by(threads.div_ceil(4)) {
             let mut pool = pool(threads);
-            for _ in 0..20 {
+            for _ in 0..5 {
                 let panic = pool
                     .run(&|worker| {
                         worker.meet();
@@ -141,6 +190,45 @@ fn a_core_that_does_not_exist_is_reported_and_not_fatal() {
     let mut pool = CpuPool::new(&options).unwrap();
     pool.run(&|worker| worker.meet()).unwrap();
     assert_eq!(pool.pin_failures(), vec![0, 1]);
+}
+
+/// Letter of the state and clock ticks of processor time of one of this process's threads.
+fn state_and_ticks(thread: i32) -> (char, u64) {
+    let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap();
+    // The name before may hold anything but this: `1 (a name) S …`, user and system time are the
+    // 14th and 15th field.
+    let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+    let ticks = |field: usize| fields[field].parse::<u64>().unwrap();
+    (fields[0].chars().next().unwrap(), ticks(11) + ticks(12))
+}
+
+#[test]
+fn idle_workers_take_no_processor_time() {
+    let mut pool = pool_that_spins(3, 50);
+    let threads = Mutex::new(Vec::new());
+    let job = |worker: &Worker<'_>| {
+        if worker.index > 0 {
+            let thread = rustix::thread::gettid().as_raw_nonzero().get();
+            threads.lock().unwrap().push(thread);
+        }
+        worker.meet();
+    };
+    pool.run(&job).unwrap();
+    let threads = threads.into_inner().unwrap();
+    assert_eq!(threads.len(), 2);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while threads.iter().any(|thread| state_and_ticks(*thread).0 != 'S') {
+        assert!(Instant::now() < deadline, "workers do not park");
+        std::thread::yield_now();
+    }
+    let ticks = || threads.iter().map(|thread| state_and_ticks(*thread).1).sum::<u64>();
+    let before = ticks();
+    std::thread::sleep(Duration::from_millis(300));
+    let taken = ticks() - before;
+    // Spinning, they would have taken up to 30 each.
+    assert!(taken <= 1, "{taken} clock ticks");
+    // They are still there.
+    pool.run(&|worker| worker.meet()).unwrap();
 }
 
 #[test]

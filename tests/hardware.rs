@@ -71,7 +71,7 @@ fn sockets_cores_and_nodes_are_told_apart() {
     assert!(topology.cpus.iter().all(|cpu| cpu.kind == CoreKind::Performance && cpu.usable));
     assert_eq!(topology.numa_nodes.len(), 2);
     assert_eq!(topology.numa_nodes[1].memory_bytes, 2048 * 1024);
-    assert_eq!((topology.usable_threads(), topology.usable_cores()), (8, 4));
+    assert_eq!((topology.usable_cpus().count(), topology.cpu_quota), (8, None));
 }
 
 #[test]
@@ -83,7 +83,7 @@ fn workers_get_whole_cores_first_and_one_node_after_the_other() {
     let status = "Cpus_allowed_list:\t1-3,5-7";
     add(root.path(), &[("proc/self/status", status)]);
     let topology = Topology::read(root.path());
-    assert_eq!((topology.usable_threads(), topology.usable_cores()), (6, 3));
+    assert_eq!(topology.usable_cpus().count(), 6);
     // Node 1 has more usable processors now.
     assert_eq!(ids(&choose_cpus(&topology, 4)), [2, 3, 1, 6]);
 }
@@ -154,25 +154,26 @@ fn caches_are_counted_once() {
 }
 
 #[test]
-fn quotas_of_both_versions_limit_the_threads() {
-    let threads = |files: &[(&str, &str)]| {
+fn quotas_of_both_versions_are_found() {
+    let quota = |files: &[(&str, &str)]| {
         let root = two_sockets();
         add(root.path(), files);
-        Topology::read(root.path()).usable_threads()
+        let topology = Topology::read(root.path());
+        (topology.cpu_quota, topology.quota_threads())
     };
     let new = ("proc/self/cgroup", "0::/a/b");
-    assert_eq!(threads(&[new, ("sys/fs/cgroup/a/b/cpu.max", "250000 100000")]), 2);
-    assert_eq!(threads(&[new, ("sys/fs/cgroup/a/b/cpu.max", "max 100000")]), 8);
+    assert_eq!(quota(&[new, ("sys/fs/cgroup/a/b/cpu.max", "250000 100000")]), (Some(2.5), Some(2)));
+    assert_eq!(quota(&[new, ("sys/fs/cgroup/a/b/cpu.max", "max 100000")]), (None, None));
     // The strictest ancestor holds, and a container's own root is read when the path is foreign.
     let (wide, narrow) = ("600000 100000", "300000 100000");
     let both = [new, ("sys/fs/cgroup/a/b/cpu.max", wide), ("sys/fs/cgroup/a/cpu.max", narrow)];
-    assert_eq!(threads(&both), 3);
-    assert_eq!(threads(&[new, ("sys/fs/cgroup/cpu.max", "50000 100000")]), 1);
+    assert_eq!(quota(&both), (Some(3.0), Some(3)));
+    assert_eq!(quota(&[new, ("sys/fs/cgroup/cpu.max", "50000 100000")]), (Some(0.5), Some(1)));
     let old = ("proc/self/cgroup", "4:cpu,cpuacct:/x\n0::/");
     let period = ("sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_period_us", "100000");
-    let quota = "sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_quota_us";
-    assert_eq!(threads(&[old, period, (quota, "400000")]), 4);
-    assert_eq!(threads(&[old, period, (quota, "-1")]), 8);
+    let limit = "sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_quota_us";
+    assert_eq!(quota(&[old, period, (limit, "400000")]), (Some(4.0), Some(4)));
+    assert_eq!(quota(&[old, period, (limit, "-1")]), (None, None));
 }
 
 #[test]
@@ -180,7 +181,6 @@ fn broken_and_missing_files_leave_a_usable_machine() {
     let empty = tree(&[]);
     let topology = Topology::read(empty.path());
     assert!(!topology.cpus.is_empty() && topology.numa_nodes.len() == 1);
-    assert!(topology.usable_threads() >= 1);
     assert_eq!(HardwareProfile::read_memory(empty.path()), (0, 0));
     let broken = tree(&[
         ("sys/devices/system/cpu/online", "0-99999999999"),
@@ -235,8 +235,7 @@ fn this_machine_has_a_profile() {
     println!("{profile:#?}");
     let topology = &profile.topology;
     let seen = std::thread::available_parallelism().expect("a number of processors").get();
-    assert!(topology.usable_threads() >= 1 && topology.usable_threads() <= seen.max(1));
-    assert!(topology.usable_cores() <= topology.usable_threads());
+    assert!(topology.usable_cpus().count() >= seen.min(topology.cpus.len()));
     assert!(profile.memory_total_bytes >= profile.memory_available_bytes);
     assert!(profile.memory_available_bytes > 0);
     assert_eq!(profile.gpus.devices.is_empty(), profile.gpus.absence.is_some());

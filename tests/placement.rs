@@ -4,6 +4,8 @@
 
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
+#[path = "placement/workers.rs"]
+mod workers;
 
 use proptest::prelude::*;
 use std::path::Path;
@@ -111,7 +113,7 @@ fn takes_what_was_planned(family: Family, dtype: KvDType) {
     let placement = Placement::plan(&spec, &machine(4 << 30), &config).unwrap();
     let options = StageOptions {
         part: None,
-        pool: PoolOptions { threads: placement.threads, cores: Vec::new(), spin_us: 0 },
+        pool: PoolOptions { threads: placement.workers.threads, cores: Vec::new(), spin_us: 0 },
         isa: None,
         huge_pages: false,
         kv: KvOptions {

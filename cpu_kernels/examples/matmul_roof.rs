@@ -1,7 +1,7 @@
 //! Matmul over more weights than any cache holds, against the DRAM read roof of the same run.
 //!
 //! `cargo run --release -p tandem-cpu-kernels --example matmul_roof -- [threads] [isa]
-//! [packed|row_major] [type]`
+//! [packed|row_major] [type|all] [columns of the matrix] [MiB of weights]`
 //!
 //! Prints for each type and number of columns the weight bytes per second, their share of the
 //! roof, and the cost against one column. Best of several passes, since other work disturbs.
@@ -11,20 +11,34 @@ use std::ops::Range;
 use std::time::Instant;
 use tandem_cpu_kernels::*;
 
-const WEIGHT_BYTES: usize = 320 << 20;
-const COLS: usize = 4096;
+/// The number given as argument `index`.
+fn number(index: usize, default: usize) -> usize {
+    std::env::args().nth(index).map_or(default, |text| text.parse().expect("a number"))
+}
+
+fn cols() -> usize {
+    number(5, 4096)
+}
+
+fn weight_bytes() -> usize {
+    number(6, 320) << 20
+}
+
 const PASSES: usize = 4;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let threads: usize = arguments.first().map_or(1, |text| text.parse().expect("a number"));
+    let threads = number(1, 1);
     let isa = arguments.get(1).map_or(Isa::detect(), |name| name.parse().expect("an ISA"));
     let row_major = arguments.get(2).is_some_and(|layout| layout == "row_major");
     let kernels = Kernels::for_isa(isa).expect("an ISA of this CPU");
     let roof = read_roof(threads);
     println!("{isa}, {threads} thread(s), read roof {:.1} GB/s", roof / 1e9);
     println!("type     layout    columns   GB/s  % of roof  GMAC/s  cost of 1 column x");
-    let only = arguments.get(3).map(|name| name.parse::<DType>().expect("a type"));
+    let only = arguments
+        .get(3)
+        .filter(|name| *name != "all")
+        .map(|name| name.parse::<DType>().expect("a type"));
     for dtype in DType::ALL.into_iter().filter(|dtype| only.is_none_or(|only| only == *dtype)) {
         let layout = if row_major { Layout::RowMajor } else { layout_for(dtype, isa) };
         measure_type(kernels, (dtype, layout), threads, roof);
@@ -37,10 +51,10 @@ fn measure_type(
     threads: usize,
     roof: f64,
 ) {
-    let row_bytes = dtype.row_bytes(COLS).expect("whole blocks");
-    let rows = WEIGHT_BYTES / row_bytes / 32 * 32;
+    let row_bytes = dtype.row_bytes(cols()).expect("whole blocks");
+    let rows = weight_bytes() / row_bytes / 32 * 32;
     let bytes = synthetic(dtype, layout, rows);
-    let view = MatrixView::new(dtype, layout, rows, COLS, &bytes).expect("a valid view");
+    let view = MatrixView::new(dtype, layout, rows, cols(), &bytes).expect("a valid view");
     let mut single = 0.0;
     for columns in [1, 2, 4, 8, 16, 64] {
         let passes = if columns > 16 { 2 } else { PASSES };
@@ -51,7 +65,7 @@ fn measure_type(
             "{dtype:8} {layout:<9} {columns:7} {:6.1} {:10.1} {:7.0} {:8.2}",
             rate / 1e9,
             100.0 * rate / roof,
-            (rows * COLS * columns) as f64 / seconds / 1e9,
+            (rows * cols() * columns) as f64 / seconds / 1e9,
             seconds / single,
             layout = format!("{layout:?}"),
         );
@@ -61,12 +75,12 @@ fn measure_type(
 /// 16 rows of ordinary values, repeated over the whole matrix.
 fn synthetic(dtype: DType, layout: Layout, rows: usize) -> Vec<u8> {
     let values: Vec<f32> =
-        (0..16 * COLS).map(|i| ((i * 7919) % 2003) as f32 / 1000.0 - 1.0).collect();
-    let mut group = vec![0; 16 * dtype.row_bytes(COLS).expect("whole blocks")];
+        (0..16 * cols()).map(|i| ((i * 7919) % 2003) as f32 / 1000.0 - 1.0).collect();
+    let mut group = vec![0; 16 * dtype.row_bytes(cols()).expect("whole blocks")];
     quantize_row(dtype, &values, &mut group);
     if layout == Layout::Rows16 {
         let source = group.clone();
-        repack_row_group(dtype, COLS, &source, &mut group);
+        repack_row_group(dtype, cols(), &source, &mut group);
     }
     group.repeat(rows / 16)
 }
@@ -79,15 +93,15 @@ fn multiply(
     (threads, passes): (usize, usize),
 ) -> f64 {
     // On cache lines, as an engine would lay them: vector loads across two lines cost double.
-    let mut x = vec![0.0; columns * COLS + 16];
+    let mut x = vec![0.0; columns * cols() + 16];
     let start = x.as_ptr().align_offset(64);
-    let x = &mut x[start..][..columns * COLS];
+    let x = &mut x[start..][..columns * cols()];
     x.iter_mut().enumerate().for_each(|(i, x)| *x = (i % 251) as f32 / 125.0 - 1.0);
-    let mut buffer = ActivationBuffer::new(columns, COLS);
+    let mut buffer = ActivationBuffer::new(columns, cols());
     // SAFETY: one thread fills it before it is viewed.
-    let target = unsafe { buffer.writer(columns, COLS) };
-    for (column, values) in x.chunks_exact(COLS).enumerate() {
-        kernels.quantize_activations(values, target, column, 0..COLS);
+    let target = unsafe { buffer.writer(columns, cols()) };
+    for (column, values) in x.chunks_exact(cols()).enumerate() {
+        kernels.quantize_activations(values, target, column, 0..cols());
     }
     let activations = target.view(x);
     let mut out = vec![0.0; columns * view.rows()];
@@ -99,7 +113,7 @@ fn multiply(
 }
 
 fn read_roof(threads: usize) -> f64 {
-    let memory = vec![1u64; WEIGHT_BYTES / 8];
+    let memory = vec![1u64; weight_bytes() / 8];
     let seconds = best_of(2 * PASSES, || {
         on_threads(threads, memory.len(), |range| {
             let mut sums = [0u64; 64];
@@ -109,7 +123,7 @@ fn read_roof(threads: usize) -> f64 {
             std::hint::black_box(sums);
         });
     });
-    WEIGHT_BYTES as f64 / seconds
+    weight_bytes() as f64 / seconds
 }
 
 fn best_of(passes: usize, mut work: impl FnMut()) -> f64 {

@@ -1,6 +1,6 @@
-//! Whether this process may use AMX. Its registers hold 8 KiB, which Linux (5.16 and later) saves on
-//! context switches only of processes that asked for them: `arch_prctl(ARCH_REQ_XCOMP_PERM)`, see
-//! the kernel's "Using XSTATE features in user space applications".
+//! Whether this process may use AMX. Its registers hold 8 KiB, which Linux (5.16 and later) saves
+//! on context switches only for processes that asked: `arch_prctl(ARCH_REQ_XCOMP_PERM)`, see the
+//! kernel's "Using XSTATE features in user space applications".
 
 /// Whether the CPU has AMX with int8, the system has granted it to this process, and it multiplies
 /// right: emulators and hypervisors have announced what they did not do. The first call asks.

@@ -53,7 +53,7 @@ pub(super) struct EngineLoop {
 impl EngineLoop {
     pub(super) fn new(shared: Arc<Shared>, stop: StopSignal) -> Result<Self, String> {
         let loaded = shared.loaded.get().ok_or("no model is loaded")?;
-        if let Some(Err(error)) = loaded.cores.engine_loop.map(pin_current_thread) {
+        if let Some(Err(error)) = loaded.placement.workers.engine_loop.map(pin_current_thread) {
             tracing::warn!(%error, "the engine loop runs unpinned");
         }
         let scheduler = Scheduler::new(loaded.scheduler_options(&shared.config)?);

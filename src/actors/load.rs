@@ -1,7 +1,6 @@
 //! Loads a model: file → spec → vocabulary, template and placement → weights.
 
 use super::builder::OnProgress;
-use super::cores::Cores;
 use super::root::Source;
 use super::shared::Shared;
 use super::stage::{CpuStages, StageFactory, StepRunner};
@@ -11,7 +10,7 @@ use crate::executor::{KvOptions, PoolOptions, StageOptions};
 use crate::formats::{Checkpoint, FormatError};
 use crate::hardware::{HardwareProfile, Topology};
 use crate::model::ModelSpec;
-use crate::placement::Placement;
+use crate::placement::{Placement, Workers};
 use crate::request::RequestError;
 use crate::scheduler::{KvBlocks, SchedulerOptions};
 use crate::tokenizer::{ChatTemplate, TemplateConfig, Tokenizer};
@@ -37,7 +36,6 @@ impl StageSlot {
 pub(super) struct Loaded {
     pub(super) info: ModelInfo,
     pub(super) placement: Placement,
-    pub(super) cores: Cores,
     pub(super) tokenizer: Arc<Tokenizer>,
     pub(super) template: ChatTemplate,
     pub(super) end_tokens: Vec<TokenId>,
@@ -74,8 +72,10 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
         .map_err(RequestError::from)?;
     let warnings = [tokenizer.warnings(), template.warnings()].concat();
     let hardware = HardwareProfile::detect();
-    let cores = Cores::new(&hardware.topology, &config.cpu);
+    // Asked for first, since it names a bad knob as such.
+    Workers::choose(&hardware.topology, &config.cpu)?;
     let placement = Placement::plan(&spec, &hardware, config)?;
+    tracing::info!(chosen = %placement.workers, "compute workers");
     for note in &placement.notes {
         tracing::warn!(note, "placement");
     }
@@ -96,7 +96,6 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
     Ok(Loaded {
         info: model_info(config, &spec, &placement, &warnings),
         placement,
-        cores,
         template,
         end_tokens: tokenizer.end_tokens().to_vec(),
         tokenizer: Arc::new(tokenizer),
@@ -182,13 +181,14 @@ fn isa(config: &Config) -> Result<Option<Isa>, EngineError> {
 /// configuration, with the given KV blocks. The engine and benchmarks share it.
 ///
 /// # Errors
-/// An instruction set that is not there.
+/// An instruction set that is not there, or more threads than the machine can run.
 pub fn stage_options(
     config: &Config,
     topology: &Topology,
     kv: KvOptions,
 ) -> Result<StageOptions, EngineError> {
-    let Cores { threads, workers: cores, .. } = Cores::new(topology, &config.cpu);
+    let workers = Workers::choose(topology, &config.cpu)?;
+    let (threads, cores) = (workers.threads, workers.cores());
     Ok(StageOptions {
         part: None,
         pool: PoolOptions { threads, cores, spin_us: config.cpu.spin_us },

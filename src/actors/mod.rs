@@ -3,7 +3,6 @@
 //! command line and programs that embed Tandem call it, all through [`Engine`].
 
 mod builder;
-mod cores;
 mod engine;
 mod engine_loop;
 mod error;

@@ -53,7 +53,13 @@ impl CpuStages {
         let request = WeightsRequest { source: checkpoint.into(), spec, part, isa, huge_pages };
         let load = || {
             let mut pool = CpuPool::new(&options.pool).map_err(ExecutorError::Threads)?;
-            Weights::load(&request, &mut pool, progress)
+            let weights = Weights::load(&request, &mut pool, progress);
+            // All workers have worked by now, so each has tried.
+            for worker in pool.pin_failures() {
+                let cpu = options.pool.cores.get(worker);
+                tracing::warn!(worker, cpu, "the system does not let this worker be pinned");
+            }
+            weights
         };
         let loaded = std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().name("tandem-load".into());

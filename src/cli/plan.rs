@@ -8,7 +8,7 @@ use tandem::config::Config;
 use tandem::formats::Checkpoint;
 use tandem::hardware::HardwareProfile;
 use tandem::model::ModelSpec;
-use tandem::placement::Placement;
+use tandem::placement::{Placement, Workers};
 use tandem::request::RequestError;
 use tandem::units::ByteSize;
 
@@ -20,18 +20,18 @@ pub fn run(file: &Path, config: &Config, output: Output) -> Result<()> {
     let checkpoint = Checkpoint::open(file).map_err(RequestError::from)?;
     let spec = ModelSpec::from_checkpoint(&checkpoint).map_err(RequestError::from)?;
     let hardware = HardwareProfile::detect();
+    Workers::choose(&hardware.topology, &config.cpu)?;
     let placement = Placement::plan(&spec, &hardware, config)?;
     if output.json {
         output.object(&json!({ "placement": placement, "explain": placement.explain() }))?;
         return Ok(());
     }
     let title = format!(
-        "{} ({}): context {} of {} tokens, {} threads",
+        "{} ({}): context {} of {} tokens",
         placement.model,
         spec.architecture,
         placement.context_tokens,
-        placement.context_tokens_trained,
-        placement.threads
+        placement.context_tokens_trained
     );
     output.line(&output.heading(&title))?;
     let rows: Vec<Vec<String>> = placement
@@ -40,6 +40,7 @@ pub fn run(file: &Path, config: &Config, output: Output) -> Result<()> {
         .map(|row| vec![row.what, row.device, ByteSize(row.bytes).to_string(), row.why])
         .collect();
     output.table(&["what", "where", "bytes", "why"], &rows)?;
+    output.line(&placement.workers.to_string())?;
     match &hardware.gpus.absence {
         Some(absence) => output.line(&format!("no GPU is used: {absence}"))?,
         None => output.line("the GPUs here are not used by this version")?,

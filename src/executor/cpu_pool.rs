@@ -11,9 +11,10 @@ use deal::Share;
 use gate::{Barrier, Gate, Poisoned};
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, ThreadId};
 use std::time::Duration;
@@ -24,7 +25,8 @@ const CORES_MAX: usize = 1024;
 
 /// How long a worker waits for another inside a job before it parks. Waking a parked thread takes
 /// tens of microseconds, hundreds in a virtual machine whose idle core the host gave away, and a
-/// job has hundreds of meetings: one late worker must not send the others to sleep.
+/// job has hundreds of meetings: one late worker must not send the others to sleep. That is for
+/// workers with cores of their own: others may spin where the late one is to run.
 const MEETING_SPIN: Duration = Duration::from_millis(20);
 
 /// How many workers, and where.
@@ -35,9 +37,29 @@ pub struct PoolOptions {
     /// Core of each worker in the system's numbering; workers without an entry are not pinned.
     /// Worker 0's core becomes the core of every thread that calls [`CpuPool::run`].
     pub cores: Vec<usize>,
-    /// Microseconds that a worker spins between jobs before it parks; it spins longer inside one,
-    /// unless there are more workers than cores.
+    /// Microseconds that a worker spins between jobs before it parks; it spins longer inside one
+    /// if each has a core of its own. Where there are more workers than processors they park at
+    /// once.
     pub spin_us: u64,
+}
+
+impl PoolOptions {
+    /// How long workers spin between jobs and inside one, as threads of the calling one. Who spins
+    /// long must not be in the way of the one that it waits for.
+    fn spins(&self) -> [Duration; 2] {
+        let between = Duration::from_micros(self.spin_us);
+        let cores = self.cores.iter().take(self.threads).collect::<BTreeSet<_>>().len();
+        if cores == self.threads {
+            return [between, between.max(MEETING_SPIN)];
+        }
+        let pinned = self.cores.len() >= self.threads;
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        if pinned || self.threads > processors {
+            // Not a yield either: beside another program that gives its whole time slice away.
+            return [Duration::ZERO; 2];
+        }
+        [between; 2]
+    }
 }
 
 /// A worker's panic, caught.
@@ -64,9 +86,8 @@ struct Shared {
     barrier: Barrier,
     /// What is left to each worker of the loop that is shared out.
     shares: Vec<Share>,
-    /// Workers other than the caller that have not finished the job.
-    running: AtomicUsize,
-    done: Gate,
+    /// Where workers come when they have finished the job; only the caller waits there.
+    finish: Barrier,
     stop: AtomicBool,
     failure: Mutex<Option<WorkerPanic>>,
     pin_failures: Mutex<Vec<usize>>,
@@ -74,8 +95,9 @@ struct Shared {
 }
 
 // SAFETY: only `job` is not Sync by itself. It is written by the one caller of `run` (which has
-// the pool by `&mut`) while `running` is 0, and read between an advance of `start` and the
-// decrement of `running`; both are synchronising operations, so reads and writes never overlap.
+// the pool by `&mut`) before it advances `start`, and read by workers between that and their coming
+// to `finish`, for all of whom the caller waits before it returns. Both are synchronising
+// operations, so reads and writes never overlap.
 unsafe impl Sync for Shared {}
 // SAFETY: a `JobPointer` points to a `Sync` closure, which may be called from any thread.
 unsafe impl Send for Shared {}
@@ -105,16 +127,13 @@ impl CpuPool {
     /// When the system refuses a thread.
     pub fn new(options: &PoolOptions) -> std::io::Result<Self> {
         let threads = options.threads.max(1);
-        let spin = Duration::from_micros(options.spin_us);
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let meeting_spin = if threads > cores { spin } else { spin.max(MEETING_SPIN) };
+        let [between, inside] = PoolOptions { threads, ..options.clone() }.spins();
         let shared = Arc::new(Shared {
             job: UnsafeCell::new(None),
-            start: Gate::new(spin),
-            barrier: Barrier::new(threads, meeting_spin),
+            start: Gate::new(1, between),
+            barrier: Barrier::new(threads, inside),
             shares: (0..threads).map(|_| Share::default()).collect(),
-            running: AtomicUsize::new(0),
-            done: Gate::new(meeting_spin),
+            finish: Barrier::new(threads, inside),
             stop: AtomicBool::new(false),
             failure: Mutex::new(None),
             pin_failures: Mutex::new(Vec::new()),
@@ -152,23 +171,22 @@ impl CpuPool {
     pub fn run(&mut self, job: &Job<'_>) -> Result<(), WorkerPanic> {
         self.pin_caller();
         let shared = &*self.shared;
-        shared.barrier.reset();
         shared.shares.iter().for_each(Share::reset);
-        let seen = shared.done.value();
-        // SAFETY: this only lengthens the lifetime. The pointer is used by workers counted in
-        // `running`, and this function does not return, nor unwind, before that count is 0.
+        // SAFETY: this only lengthens the lifetime. The pointer is used by workers before they come
+        // to `finish`, and this function does not return, nor unwind, before all have.
         let job: JobPointer =
             JobPointer(unsafe { std::mem::transmute::<*const Job<'_>, *const Job<'static>>(job) });
-        // SAFETY: no worker runs (`running` is 0), so nobody reads the cell.
+        // SAFETY: all workers finished the job before, so nobody reads the cell.
         unsafe { *shared.job.get() = Some(job) };
-        shared.running.store(shared.threads - 1, Ordering::Release);
         shared.start.advance();
         shared.work(0, job);
-        if shared.threads > 1 {
-            shared.done.wait_past(seen);
-        }
+        let finished = shared.finish.wait(0);
+        assert!(finished.is_ok(), "nobody poisons the finish");
         match shared.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(panic) => Err(panic),
+            Some(panic) => {
+                shared.barrier.reset();
+                Err(panic)
+            }
             None => Ok(()),
         }
     }
@@ -208,21 +226,19 @@ impl Shared {
         if let Some(core) = core {
             self.pin(index, core);
         }
-        let mut seen = 0;
-        loop {
-            self.start.wait_past(seen);
-            seen += 1;
+        for number in 1.. {
+            let started = self.start.wait_for(number);
+            debug_assert!(started.is_ok(), "nobody poisons the start");
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
             // SAFETY: `start` has advanced for a job, so the caller has written the cell and
-            // waits until `running` is 0 before it writes again.
+            // waits until all have finished before it writes again.
             if let Some(job) = unsafe { *self.job.get() } {
                 self.work(index, job);
             }
-            if self.running.fetch_sub(1, Ordering::AcqRel) == 1 {
-                self.done.advance();
-            }
+            let finished = self.finish.arrive(index);
+            debug_assert!(finished.is_ok(), "nobody poisons the finish");
         }
     }
 
@@ -254,7 +270,7 @@ impl Worker<'_> {
     /// Leaves the job by unwinding, silently, when another worker has panicked.
     pub fn meet(&self) {
         if self.shared.threads > 1
-            && let Err(poisoned) = self.shared.barrier.wait()
+            && let Err(poisoned) = self.shared.barrier.wait(self.index)
         {
             resume_unwind(Box::new(poisoned));
         }

@@ -1,12 +1,15 @@
-//! Owns the decision of what lies where: weights, KV blocks, activations, and the longest sequence
-//! that fits. Pure: the same model, machine and configuration give the same placement, and nothing
-//! is allocated here. The engine calls it before it loads anything, `tandem plan` to explain.
+//! Owns the decision of what lies where: weights, KV blocks, activations, the longest sequence that
+//! fits, and the workers' processors. Pure: the same model, machine and configuration give the same
+//! placement, and nothing is allocated here. The engine calls it before it loads anything,
+//! `tandem plan` to explain.
 
 mod explain;
+mod workers;
 
 pub use explain::ExplainRow;
+pub use workers::Workers;
 
-use crate::config::Config;
+use crate::config::{Config, ConfigError};
 use crate::hardware::HardwareProfile;
 use crate::kv::blocks_for;
 use crate::model::ModelSpec;
@@ -79,8 +82,8 @@ pub struct Placement {
     pub host_blocks: usize,
     /// Bytes of the second tier.
     pub host_kv_bytes: u64,
-    /// CPU worker threads.
-    pub threads: usize,
+    /// CPU worker threads and their processors.
+    pub workers: Workers,
     /// Host memory that the placement was made for.
     pub memory_available_bytes: u64,
     /// Everything that is not as asked or as the model was trained, in words.
@@ -91,8 +94,9 @@ impl Placement {
     /// Places a model on a machine.
     ///
     /// # Errors
-    /// `InsufficientMemory` with need and free bytes and what to change. A context that was asked
-    /// for beyond what the model was trained for is given, with a note.
+    /// `InsufficientMemory` with need and free bytes and what to change; `InvalidParams` for
+    /// threads that the machine can't run. A context that was asked for beyond what the model was
+    /// trained for is given, with a note.
     pub fn plan(
         spec: &ModelSpec,
         hardware: &HardwareProfile,
@@ -101,13 +105,13 @@ impl Placement {
         let available = hardware.memory_available_bytes;
         let usable = available - available / MARGIN_DIVISOR;
         let weight_bytes = spec.weight_bytes();
-        let threads = match config.cpu.threads {
-            0 => hardware.topology.usable_cores(),
-            threads => threads,
-        };
+        let workers = Workers::choose(&hardware.topology, &config.cpu).map_err(|error| {
+            let ConfigError { field, got, allowed } = error;
+            RequestError::InvalidParams { field, got, allowed }
+        })?;
         let step_tokens = config.scheduler.step_tokens_max as u64;
         let activation_bytes =
-            activation_bytes(spec, step_tokens) + expert_scratch_bytes(spec, threads);
+            activation_bytes(spec, step_tokens) + expert_scratch_bytes(spec, workers.threads);
         let fixed = weight_bytes + activation_bytes;
         let block_tokens = config.kv.block_tokens;
         let block_bytes = spec.kv_bytes_per_token(config.kv.dtype) * block_tokens as u64;
@@ -143,7 +147,7 @@ impl Placement {
             device_blocks,
             host_blocks,
             host_kv_bytes: host_blocks as u64 * block_bytes,
-            threads,
+            workers,
             memory_available_bytes: available,
             notes,
         })

@@ -1,21 +1,27 @@
 //! The quantised kernel: 16 interleaved rows against tiles of columns.
 //!
 //! ```text
-//! for each group of 16 rows:
+//! for each R groups of 16 rows:
 //!   for each tile of T columns:                 weights come from DRAM once, then from L1/L2
 //!     for each group of 32 elements:
 //!       for each of 8 words (4 elements):
-//!         w = decode(word of 16 rows)           one vector, used for all T columns
-//!         for each column c:  isum[c] += w · broadcast(x[c].word)
-//!       acc[c] = fma(isum[c], scale · x[c].scale, acc[c]), then offsets
+//!         w[r] = decode(word of 16 rows)        R vectors, used for all T columns
+//!         for each column c:  isum[r][c] += w[r] · broadcast(x[c].word)
+//!       acc[r][c] = fma(isum[r][c], scale[r] · x[c].scale, acc[r][c]), then offsets
 //! ```
+//! With R = 1 and T = 8 a word takes 9 loads for 8 products, more than two loads a cycle can feed;
+//! R = 2 halves the broadcasts. The 16 accumulators then go through memory, which is idle. It does not
+//! pay where halves of groups have scales, which keep more registers busy.
+//!
 //! A lane does exactly what `scalar.rs` does for its row. Row-major weights are interleaved chunk
 //! by chunk into a buffer on the stack first; their sums wait in the output between chunks.
 
+use super::columns::{Column, sums, zero_points};
 use super::lanes::Lanes;
 use super::packed::{Block, MinKind, Packed};
+use super::sums::{load_sums, row_lanes, store_sums};
 use super::{Layout, MatrixView, OutputColumns, wide};
-use crate::activations::{Activations, GroupScale, Quantized};
+use crate::activations::{Activations, Quantized};
 use crate::blocks::GROUP;
 use crate::repack::{ROWS, block_of_rows, pack_block};
 use std::ops::Range;
@@ -29,11 +35,11 @@ const CHUNK_BYTES: usize = ROWS * CHUNK_ELEMENTS / 32 * 34;
 /// columns 4 KiB came too late from a busy memory (31 GB/s where 8 to 16 KiB gave 35).
 const PREFETCH_BYTES: usize = 12 << 10;
 
-/// A run of packed blocks of 16 rows, and the activations that meet it.
+/// Runs of packed blocks of 16 rows, and the activations that meet them.
 #[derive(Clone, Copy)]
-struct Panel<'a> {
-    /// First packed block.
-    packed: *const u8,
+struct Panel<'a, const R: usize> {
+    /// First packed block of each group of rows.
+    packed: [*const u8; R],
     /// Packed blocks along the columns.
     blocks: usize,
     /// First group of 32 elements within the row.
@@ -41,6 +47,19 @@ struct Panel<'a> {
     /// Groups of a whole row.
     groups: usize,
     x: Quantized<'a>,
+}
+
+/// `$call` for each group of a block, with the group known at compile time.
+macro_rules! for_each_group {
+    ($groups:expr, |$group:ident| $call:expr) => {
+        for_each_group!($groups, $group, $call, 0 1 2 3 4 5 6 7)
+    };
+    ($groups:expr, $group:ident, $call:expr, $($number:literal)*) => {
+        $(if $number < $groups {
+            let $group: usize = $number;
+            $call;
+        })*
+    };
 }
 
 /// The kernel; see the module.
@@ -64,12 +83,33 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
     let (elements, bytes) = const { (P::DTYPE.block_elements(), P::DTYPE.block_bytes()) };
     let blocks = weights.cols() / elements;
     let row_bytes = blocks * bytes;
-    let chunk = match weights.layout() {
-        Layout::Rows16 => blocks,
-        Layout::RowMajor => CHUNK_ELEMENTS / elements,
-    };
-    let mut scratch = [0; CHUNK_BYTES];
+    let groups = blocks * (elements / GROUP);
     let mut first_row = rows.start / ROWS * ROWS;
+    if weights.layout() == Layout::Rows16 && blocks > 0 {
+        let group_bytes = ROWS * row_bytes;
+        let at = |row: usize| weights.bytes()[row / ROWS * group_bytes..][..group_bytes].as_ptr();
+        while first_row < rows.end {
+            let pair =
+                L::TILE == 8 && !P::HALVES && out.columns() > 4 && first_row + ROWS < rows.end;
+            let height = if pair { 2 * ROWS } else { ROWS };
+            let covered = rows.start.max(first_row)..rows.end.min(first_row + height);
+            // SAFETY: the rows of a group exist in whole, padding included.
+            unsafe {
+                if pair {
+                    let packed = [at(first_row), at(first_row + ROWS)];
+                    let panel = Panel { packed, blocks, group: 0, groups, x };
+                    multiply_panel::<L, P, 2>(&panel, covered, out);
+                } else {
+                    let panel = Panel { packed: [at(first_row)], blocks, group: 0, groups, x };
+                    multiply_panel::<L, P, 1>(&panel, covered, out);
+                }
+            }
+            first_row += height;
+        }
+        return;
+    }
+    let chunk = CHUNK_ELEMENTS / elements;
+    let mut scratch = [0; CHUNK_BYTES];
     while first_row < rows.end {
         let covered = rows.start.max(first_row)..rows.end.min(first_row + ROWS);
         let source = &weights.bytes()[first_row * row_bytes..];
@@ -77,19 +117,12 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
         let mut block = 0;
         while block < blocks.max(1) {
             let count = chunk.min(blocks - block);
-            let packed = match weights.layout() {
-                Layout::Rows16 => source,
-                Layout::RowMajor => {
-                    pack_chunk::<P>(source, row_bytes, block..block + count, &mut scratch);
-                    &scratch
-                }
-            };
-            let group = block * (elements / GROUP);
-            let groups = blocks * (elements / GROUP);
-            let panel = Panel { packed: packed.as_ptr(), blocks: count, group, groups, x };
+            pack_chunk::<P>(source, row_bytes, block..block + count, &mut scratch);
+            let (packed, group) = ([scratch.as_ptr()], block * (elements / GROUP));
+            let panel = Panel { packed, blocks: count, group, groups, x };
             // SAFETY: `packed` holds `count` packed blocks; the rest is our own contract.
-            unsafe { multiply_panel::<L, P>(&panel, covered.clone(), out) };
-            block += chunk.max(1);
+            unsafe { multiply_panel::<L, P, 1>(&panel, covered.clone(), out) };
+            block += chunk;
         }
         first_row += ROWS;
     }
@@ -109,8 +142,8 @@ fn pack_chunk<P: Packed>(
 
 /// All columns against one panel, tile after tile.
 #[inline(always)]
-unsafe fn multiply_panel<L: Lanes, P: Packed>(
-    panel: &Panel<'_>,
+unsafe fn multiply_panel<L: Lanes, P: Packed, const R: usize>(
+    panel: &Panel<'_, R>,
     rows: Range<usize>,
     out: OutputColumns<'_>,
 ) {
@@ -120,9 +153,9 @@ unsafe fn multiply_panel<L: Lanes, P: Packed>(
         // SAFETY: our own contract, passed on; tiles start at an existing column.
         unsafe {
             column += match left {
-                1 => multiply_tile::<L, P, 1>(panel, column, rows.clone(), out),
-                5.. if L::TILE == 8 => multiply_tile::<L, P, 8>(panel, column, rows.clone(), out),
-                _ => multiply_tile::<L, P, 4>(panel, column, rows.clone(), out),
+                1 => multiply_tile::<L, P, R, 1>(panel, column, &rows, out),
+                5.. if L::TILE == 8 => multiply_tile::<L, P, R, 8>(panel, column, &rows, out),
+                _ => multiply_tile::<L, P, R, 4>(panel, column, &rows, out),
             };
         }
     }
@@ -131,10 +164,10 @@ unsafe fn multiply_panel<L: Lanes, P: Packed>(
 /// Up to `T` columns from `first`: past the last one a tile repeats it and drops the results.
 /// Returns how many columns it did.
 #[inline(always)]
-unsafe fn multiply_tile<L: Lanes, P: Packed, const T: usize>(
-    panel: &Panel<'_>,
+unsafe fn multiply_tile<L: Lanes, P: Packed, const R: usize, const T: usize>(
+    panel: &Panel<'_, R>,
     first: usize,
-    rows: Range<usize>,
+    rows: &Range<usize>,
     out: OutputColumns<'_>,
 ) -> usize {
     let columns = T.min(out.columns() - first);
@@ -148,211 +181,185 @@ unsafe fn multiply_tile<L: Lanes, P: Packed, const T: usize>(
     while lane < ROWS {
         // SAFETY: `x` points to the groups of existing columns; the rest is our own contract.
         unsafe {
-            let mut acc = [L::splat_f32(0.0); T];
+            let mut acc = [[L::splat_f32(0.0); T]; R];
             let base = rows.start / ROWS * ROWS + lane;
+            let lanes = |r: usize| row_lanes::<L>(rows, base + r * ROWS);
             if panel.group > 0 {
-                load_sums::<L, T>(&mut acc, (first, columns), row_lanes::<L>(&rows, base), out);
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    load_sums::<L, T>(acc, (first, columns), lanes(r), out);
+                }
             }
-            sum_blocks::<L, P, T>(panel, lane, &x, &mut acc);
-            store_sums::<L, T>(&acc, (first, columns), row_lanes::<L>(&rows, base), out);
+            sum_blocks::<L, P, R, T>(panel, lane, &x, &mut acc);
+            for (r, acc) in acc.iter().enumerate() {
+                store_sums::<L, T>(acc, (first, columns), lanes(r), out);
+            }
         }
         lane += L::LANES;
     }
     columns
 }
 
-/// First covered row, and which lanes of the vector that starts at row `base` are covered.
 #[inline(always)]
-pub(super) fn row_lanes<L: Lanes>(rows: &Range<usize>, base: usize) -> (usize, Range<usize>) {
-    let start = rows.start.max(base).min(base + L::LANES);
-    let end = rows.end.max(base).min(base + L::LANES);
-    (start, start - base..end - base)
-}
-
-#[inline(always)]
-unsafe fn load_sums<L: Lanes, const T: usize>(
-    acc: &mut [L::Float; T],
-    (first, columns): (usize, usize),
-    (row, lanes): (usize, Range<usize>),
-    out: OutputColumns<'_>,
-) {
-    if lanes.is_empty() {
-        return;
-    }
-    for (index, acc) in acc.iter_mut().enumerate().take(columns) {
-        let mut values = [0.0; ROWS];
-        let source = out.at(first + index, row);
-        // SAFETY: rows `row .. row + lanes.len()` are in the output and this thread's.
-        unsafe {
-            for (offset, value) in values[lanes.clone()].iter_mut().enumerate() {
-                *value = source.add(offset).read();
-            }
-            *acc = L::load_f32(values.as_ptr());
-        }
-    }
-}
-
-#[inline(always)]
-pub(super) unsafe fn store_sums<L: Lanes, const T: usize>(
-    acc: &[L::Float; T],
-    (first, columns): (usize, usize),
-    (row, lanes): (usize, Range<usize>),
-    out: OutputColumns<'_>,
-) {
-    if lanes.is_empty() {
-        return;
-    }
-    for (index, acc) in acc.iter().enumerate().take(columns) {
-        let target = out.at(first + index, row);
-        // SAFETY: rows `row .. row + lanes.len()` are in the output and this thread's.
-        unsafe {
-            if lanes.len() == L::LANES {
-                L::store_f32(target, *acc);
-                continue;
-            }
-            let mut values = [0.0; ROWS];
-            L::store_f32(values.as_mut_ptr(), *acc);
-            for (offset, value) in values[lanes.clone()].iter().enumerate() {
-                target.add(offset).write(*value);
-            }
-        }
-    }
-}
-
-/// Pointers to a column's groups: integers, and scales with sums.
-pub(super) type Column = (*const i8, *const GroupScale);
-
-#[inline(always)]
-unsafe fn sum_blocks<L: Lanes, P: Packed, const T: usize>(
-    panel: &Panel<'_>,
+unsafe fn sum_blocks<L: Lanes, P: Packed, const R: usize, const T: usize>(
+    panel: &Panel<'_, R>,
     lane: usize,
     x: &[Column; T],
-    acc: &mut [L::Float; T],
+    acc: &mut [[L::Float; T]; R],
 ) {
     let groups = const { P::DTYPE.block_elements() / GROUP };
+    let block_bytes = const { ROWS * P::DTYPE.block_bytes() };
+    // The block that is fetched: of these rows or, further on, of those that follow them.
+    let ahead = PREFETCH_BYTES.div_ceil(block_bytes);
+    let (mut fetched, mut rows_on) = (ahead % panel.blocks.max(1), ahead / panel.blocks.max(1));
     for index in 0..panel.blocks {
-        let bytes = panel.packed.wrapping_add(index * const { ROWS * P::DTYPE.block_bytes() });
-        let block = Block { bytes, lane };
-        for group in 0..groups {
-            // What the group takes of the stream, in whole cache lines.
-            let lines = const {
-                (ROWS * P::DTYPE.block_bytes() * GROUP).div_ceil(64 * P::DTYPE.block_elements())
-            };
-            for line in 0..lines {
-                let ahead = PREFETCH_BYTES + 64 * (group * lines + line);
-                // SAFETY: a prefetch of any address is harmless.
-                unsafe { L::prefetch(bytes.wrapping_add(ahead)) };
+        let mut blocks = [Block { bytes: std::ptr::null(), lane }; R];
+        for (block, packed) in blocks.iter_mut().zip(panel.packed) {
+            block.bytes = packed.wrapping_add(index * block_bytes);
+        }
+        let fetch = (rows_on * R * panel.blocks + fetched) * block_bytes;
+        fetched += 1;
+        if fetched == panel.blocks {
+            (fetched, rows_on) = (0, rows_on + 1);
+        }
+        // Few columns: decoding counts, and takes less where the group is known at compile time.
+        // Many: code that stays in the caches counts more.
+        let mut fetched = panel.packed;
+        for packed in &mut fetched {
+            *packed = packed.wrapping_add(fetch);
+        }
+        let here = (&blocks, fetched);
+        if const { R * T <= 4 } {
+            let at = index * groups;
+            // SAFETY: the blocks exist, and the groups below their number.
+            unsafe {
+                for_each_group!(groups, |group| fetch_and_sum::<L, P, R, T>(
+                    here,
+                    (group, at),
+                    x,
+                    acc
+                ));
             }
-            // SAFETY: the block and the group exist.
-            unsafe { sum_group::<L, P, T>(block, group, index * groups + group, x, acc) };
+        } else {
+            for group in 0..groups {
+                // SAFETY: the blocks and the group exist.
+                unsafe { fetch_and_sum::<L, P, R, T>(here, (group, index * groups), x, acc) };
+            }
         }
     }
+}
+
+/// Asks for what lies ahead of a group, and adds the group.
+#[inline(always)]
+unsafe fn fetch_and_sum<L: Lanes, P: Packed, const R: usize, const T: usize>(
+    (blocks, fetched): (&[Block; R], [*const u8; R]),
+    (group, first_group): (usize, usize),
+    x: &[Column; T],
+    acc: &mut [[L::Float; T]; R],
+) {
+    let lines = const { stream_lines::<P>() };
+    for line in 0..lines {
+        for fetched in fetched {
+            // SAFETY: a prefetch of any address is harmless.
+            unsafe { L::prefetch(fetched.wrapping_add(64 * (group * lines + line))) };
+        }
+    }
+    // SAFETY: passed on.
+    unsafe { sum_group::<L, P, R, T>(blocks, group, first_group + group, x, acc) };
+}
+
+/// What a group takes of the stream of one group of rows, in whole cache lines.
+pub(super) const fn stream_lines<P: Packed>() -> usize {
+    (ROWS * P::DTYPE.block_bytes() * GROUP).div_ceil(64 * P::DTYPE.block_elements())
 }
 
 /// One step of the accumulation for `T` columns; the twin of `scalar::accumulate`.
 #[inline(always)]
-unsafe fn sum_group<L: Lanes, P: Packed, const T: usize>(
-    block: Block,
+unsafe fn sum_group<L: Lanes, P: Packed, const R: usize, const T: usize>(
+    blocks: &[Block; R],
     group: usize,
     x_group: usize,
     x: &[Column; T],
-    acc: &mut [L::Float; T],
+    acc: &mut [[L::Float; T]; R],
 ) {
-    // SAFETY: `group` is one of the block's, and `x_group` one of the column's.
+    // SAFETY: `group` is one of the blocks', and `x_group` one of the column's.
     unsafe {
         let parts = if P::HALVES { 2 } else { 1 };
         for half in 0..parts {
-            let mut isum = zero_points::<L, P, T>(half, x_group, x);
+            let mut isum = [zero_points::<L, P, T>(half, x_group, x); R];
             let words = 8 / parts;
             for word in half * words..(half + 1) * words {
-                dot_word::<L, P, T>((block, group, word), x_group, x, &mut isum);
+                dot_word::<L, P, R, T>((blocks, group, word), x_group, x, &mut isum);
             }
-            let scale = P::scale::<L>(block, group, half);
+            let mut scales = [L::splat_f32(0.0); R];
+            for r in 0..R {
+                scales[r] = P::scale::<L>(blocks[r], group, half);
+            }
             for c in 0..T {
-                let scale = L::mul(scale, L::splat_f32((*x[c].1.add(x_group)).scale));
-                acc[c] = L::fma(L::to_f32(isum[c]), scale, acc[c]);
+                let x_scale = L::splat_f32((*x[c].1.add(x_group)).scale);
+                for r in 0..R {
+                    let scale = L::mul(scales[r], x_scale);
+                    acc[r][c] = L::fma(L::to_f32(isum[r][c]), scale, acc[r][c]);
+                }
             }
         }
         match P::MIN {
             MinKind::None => {}
             MinKind::One => {
-                let min = P::min::<L>(block, group);
+                let mut mins = [L::splat_f32(0.0); R];
+                for r in 0..R {
+                    mins[r] = P::min::<L>(blocks[r], group);
+                }
                 for c in 0..T {
-                    let sum = (*x[c].1.add(x_group)).scaled_sum;
-                    acc[c] = L::fma(min, L::splat_f32(sum), acc[c]);
+                    let sum = L::splat_f32((*x[c].1.add(x_group)).scaled_sum);
+                    for r in 0..R {
+                        acc[r][c] = L::fma(mins[r], sum, acc[r][c]);
+                    }
                 }
             }
             MinKind::Pair => {
-                let (pair, scale) = P::min_pair::<L>(block, group);
+                let mut pairs = [(L::splat(0), L::splat_f32(0.0)); R];
+                for r in 0..R {
+                    pairs[r] = P::min_pair::<L>(blocks[r], group);
+                }
                 for c in 0..T {
-                    let sums = L::pair_dot(pair, sums::<L>(x[c], x_group));
-                    let scale = L::mul(scale, L::splat_f32((*x[c].1.add(x_group)).scale));
-                    acc[c] = L::fma(L::to_f32(sums), scale, acc[c]);
+                    let x_scale = L::splat_f32((*x[c].1.add(x_group)).scale);
+                    for r in 0..R {
+                        let sums = L::pair_dot(pairs[r].0, sums::<L>(x[c], x_group));
+                        let scale = L::mul(pairs[r].1, x_scale);
+                        acc[r][c] = L::fma(L::to_f32(sums), scale, acc[r][c]);
+                    }
                 }
             }
         }
-    }
-}
-
-/// The i16 pair of sums of a group, in every lane.
-#[inline(always)]
-pub(super) unsafe fn sums<L: Lanes>(x: Column, group: usize) -> L::Int {
-    // SAFETY: `group` is one of the column's.
-    unsafe { L::splat((&raw const (*x.1.add(group)).sums).cast::<i32>().read_unaligned()) }
-}
-
-/// What the sums of a group's activations (as an i16 pair) are multiplied with to start the
-/// integer sums: minus the zero point, which makes `Σ q·x` of unsigned quants `Σ (q − zero)·x`.
-pub(super) fn zero_pair<L: Lanes, P: Packed>(half: usize) -> i32 {
-    let zero = if P::SIGNED { L::SIGNED_EXCESS } else { P::ZERO };
-    let pair = match (P::HALVES, half) {
-        (false, _) => [-zero, -zero],
-        (true, 0) => [-zero, 0],
-        (true, _) => [0, -zero],
-    };
-    i32::from(pair[0] as u16) | i32::from(pair[1]) << 16
-}
-
-/// Start of the integer sums of `T` columns.
-#[inline(always)]
-unsafe fn zero_points<L: Lanes, P: Packed, const T: usize>(
-    half: usize,
-    group: usize,
-    x: &[Column; T],
-) -> [L::Int; T] {
-    let pair = zero_pair::<L, P>(half);
-    // SAFETY: `group` is one of the column's.
-    unsafe {
-        let mut start = [L::splat(0); T];
-        if pair != 0 {
-            for c in 0..T {
-                start[c] = L::pair_dot(L::splat(pair), sums::<L>(x[c], group));
-            }
-        }
-        start
     }
 }
 
 /// Four elements of each row times the same four of each column.
 #[inline(always)]
-unsafe fn dot_word<L: Lanes, P: Packed, const T: usize>(
-    (block, group, word): (Block, usize, usize),
+unsafe fn dot_word<L: Lanes, P: Packed, const R: usize, const T: usize>(
+    (blocks, group, word): (&[Block; R], usize, usize),
     x_group: usize,
     x: &[Column; T],
-    isum: &mut [L::Int; T],
+    isum: &mut [[L::Int; T]; R],
 ) {
-    // SAFETY: group and word exist in the block, `x_group` in the column.
+    // SAFETY: group and word exist in the blocks, `x_group` in the column.
     unsafe {
-        let w = P::quants::<L>(block, group, word);
-        let signed = L::signed(w);
+        let mut words = [P::quants::<L>(blocks[0], group, word); R];
+        let mut signed = [L::signed(words[0]); R];
+        for r in 1..R {
+            words[r] = P::quants::<L>(blocks[r], group, word);
+            signed[r] = L::signed(words[r]);
+        }
         for c in 0..T {
             let at = x[c].0.add(x_group * GROUP + 4 * word).cast::<i32>();
             let x = L::splat(at.read_unaligned());
-            isum[c] = if P::SIGNED {
-                L::dot_signed(isum[c], signed, x)
-            } else {
-                L::dot_unsigned(isum[c], w, x)
-            };
+            for r in 0..R {
+                isum[r][c] = if P::SIGNED {
+                    L::dot_signed(isum[r][c], signed[r], x)
+                } else {
+                    L::dot_unsigned(isum[r][c], words[r], x)
+                };
+            }
         }
     }
 }

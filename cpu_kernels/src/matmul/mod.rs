@@ -21,6 +21,8 @@ pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod columns;
+#[cfg(target_arch = "x86_64")]
 mod float;
 #[cfg(target_arch = "x86_64")]
 mod interleaved;
@@ -29,6 +31,8 @@ mod lanes;
 #[cfg(target_arch = "x86_64")]
 mod packed;
 pub(crate) mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod sums;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 mod view;

@@ -13,10 +13,12 @@
 //! product takes to arrive. The sums are those of `scalar.rs`, in the same order.
 
 use super::OutputColumns;
-use super::interleaved::{Column, row_lanes, store_sums, sums};
+use super::columns::{Column, sums};
+use super::interleaved::stream_lines;
 use super::lanes::Lanes;
 use super::packed::{MinKind, Packed};
-use super::wide::{Group, Panel, Scratch, stream_lines};
+use super::sums::{row_lanes, store_sums};
+use super::wide::{Group, Panel, Scratch};
 use crate::blocks::GROUP;
 use crate::repack::ROWS;
 use std::mem::MaybeUninit;

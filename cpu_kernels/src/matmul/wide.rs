@@ -13,9 +13,11 @@
 //! A broadcast word serves R products and a weight vector T of them, so that with R = 2, T = 6 the
 //! 8 loads of a word take less time than its 12 products. A lane does what `scalar.rs` does.
 
-use super::interleaved::{Column, row_lanes, store_sums, sums, zero_pair};
+use super::columns::{Column, sums, zero_pair};
+use super::interleaved::stream_lines;
 use super::lanes::Lanes;
 use super::packed::{Block, MinKind, Packed};
+use super::sums::{row_lanes, store_sums};
 use super::tiles::{self, TILE_COLUMNS, TileUnit, depth};
 use super::{Layout, MatrixView, OutputColumns};
 use crate::activations::Quantized;
@@ -216,11 +218,6 @@ unsafe fn decode_group<L: Lanes, P: Packed>(block: Block, group: usize, target: 
             }
         }
     }
-}
-
-/// What a group takes of the stream, in whole cache lines.
-pub(super) const fn stream_lines<P: Packed>() -> usize {
-    (ROWS * P::DTYPE.block_bytes() * GROUP).div_ceil(64 * P::DTYPE.block_elements())
 }
 
 /// Tiles of 6 and 4 columns, so that few results are dropped.

@@ -12,9 +12,10 @@ use tandem_cpu_kernels::blocks::GROUP;
 
 /// Rows of a matmul are dealt out in groups that the interleaved layout keeps together.
 const MATMUL_ROWS: usize = 16;
-/// The same for steps of more tokens than one tile of columns, where the kernel decodes two such
-/// groups at a time.
-const WIDE_MATMUL_ROWS: usize = 32;
+/// The same for more tokens than a narrow tile has, where the kernel takes two such groups at a
+/// time.
+const PAIRED_MATMUL_ROWS: usize = 32;
+const NARROW_TOKENS: usize = 4;
 /// Tokens that cost the arithmetic about as long as memory takes for the weights.
 const FREE_TOKENS: usize = 8;
 /// Weights that are worth a claim of their own: some microseconds of a thread's bandwidth.
@@ -61,7 +62,7 @@ impl Step<'_> {
 
     /// Rows that are dealt out together.
     fn matmul_rows(n_tokens: usize) -> usize {
-        if n_tokens > 2 * FREE_TOKENS { WIDE_MATMUL_ROWS } else { MATMUL_ROWS }
+        if n_tokens > NARROW_TOKENS { PAIRED_MATMUL_ROWS } else { MATMUL_ROWS }
     }
 
     fn row_bytes(&self, part: &Linear) -> usize {

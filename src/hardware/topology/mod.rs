@@ -135,23 +135,11 @@ impl Topology {
         self.cpus.iter().filter(|cpu| cpu.usable)
     }
 
-    /// Threads that can run at the same time: usable processors, but no more than the quota of the
-    /// control group grants. A fraction is rounded down, since a thread beyond the quota makes all
-    /// of them wait at the end of each period. At least 1.
-    pub fn usable_threads(&self) -> usize {
-        self.within_quota(self.usable_cpus().count())
-    }
-
-    /// Physical cores that have a usable processor, within the quota as above. The number of
-    /// compute workers that fills the machine: a core's second thread adds nothing to them.
-    pub fn usable_cores(&self) -> usize {
-        let cores: BTreeSet<u32> = self.usable_cpus().map(|cpu| cpu.core).collect();
-        self.within_quota(cores.len())
-    }
-
-    fn within_quota(&self, count: usize) -> usize {
-        let granted = self.cpu_quota.map_or(count, |quota| quota as usize);
-        count.min(granted).max(1)
+    /// Whole processors' worth of time that the control group grants, at least 1; `None` without a
+    /// limit. A fraction is rounded down, since a thread beyond the quota makes all of them wait at
+    /// the end of each period.
+    pub fn quota_threads(&self) -> Option<usize> {
+        self.cpu_quota.map(|quota| (quota as usize).max(1))
     }
 
     /// Distinct physical cores, usable or not.

@@ -7,6 +7,13 @@ use std::collections::{BTreeMap, BTreeSet};
 const CPUS: &str = "sys/devices/system/cpu";
 const NODES: &str = "sys/devices/system/node";
 
+/// Processors of small cores by name: Intel's efficiency cores, and those of its low-power island.
+const SMALL_CORES: [&str; 2] = ["sys/devices/cpu_atom/cpus", "sys/devices/cpu_lowpower/cpus"];
+
+/// What tells how fast a core is, the surest first.
+const CAPACITY_SIGNS: [&str; 3] =
+    ["cpu_capacity", "cpufreq/cpuinfo_max_freq", "cpufreq/base_frequency"];
+
 /// A core with less than this share of the largest capacity counts as an efficiency core. Cores of
 /// one kind differ by less (favoured cores clock a few per cent higher), small cores by more.
 const EFFICIENCY_SHARE: f64 = 0.75;
@@ -72,14 +79,20 @@ fn core_siblings(files: &SystemFiles, id: u32) -> BTreeSet<u32> {
         .unwrap_or_else(|| BTreeSet::from([id]))
 }
 
-/// Kinds of cores: Intel's hybrid processors name the two sets, others tell a capacity per core.
+/// Kinds of cores: Intel's hybrid processors name their sets, others tell a capacity per core, and
+/// where nobody tells, the highest frequencies of small cores are far below those of large ones.
 fn core_kinds(files: &SystemFiles, online: &BTreeSet<u32>) -> BTreeMap<u32, CoreKind> {
-    if let Some(atoms) = files.id_list("sys/devices/cpu_atom/cpus") {
-        return atoms.into_iter().map(|id| (id, CoreKind::Efficiency)).collect();
+    let small = SMALL_CORES.iter().filter_map(|path| files.id_list(path));
+    let named: BTreeSet<u32> = small.flatten().collect();
+    if !named.is_empty() {
+        return named.into_iter().map(|id| (id, CoreKind::Efficiency)).collect();
     }
-    let capacity =
-        |id: &u32| Some((*id, files.number::<f64>(&format!("{CPUS}/cpu{id}/cpu_capacity"))?));
-    let capacities: Vec<(u32, f64)> = online.iter().filter_map(capacity).collect();
+    // A sign counts only when every core has it: what is not told is not small.
+    let told = |sign: &&str| {
+        let value = |id: &u32| Some((*id, files.number(&format!("{CPUS}/cpu{id}/{sign}"))?));
+        online.iter().map(value).collect::<Option<Vec<(u32, f64)>>>()
+    };
+    let capacities = CAPACITY_SIGNS.iter().find_map(told).unwrap_or_default();
     let largest = capacities.iter().map(|(_, capacity)| *capacity).fold(0.0, f64::max);
     let kind = |(id, capacity): (u32, f64)| {
         let small = capacity < EFFICIENCY_SHARE * largest;
