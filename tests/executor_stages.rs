@@ -11,6 +11,7 @@ mod tiny_model;
 use stage::{Model, options, plan_tokens, run, score_next};
 use std::sync::Arc;
 use tandem::executor::{ExecutorError, Stage, StageOptions, StagePart, handoff};
+use tandem::memory::HugePages;
 use tandem::step::{BlockCopy, StepOutput, StepPlan, Tier};
 use tandem::units::{BlockId, TokenId};
 use tiny_model::{Family, TinyModel, split_mix};
@@ -179,4 +180,23 @@ fn poison_one_of_two(family: Family) {
     let mut plan = StepPlan::default();
     plan_tokens(&mut plan, (1, 1), &healthy, 0..3, score_next(&healthy, 5));
     assert_eq!(run(&mut stage, &plan).rows, alone);
+}
+
+#[test]
+fn a_warmed_stage_answers_like_a_cold_one() {
+    for family in Family::ALL {
+        let model = tiny(family);
+        let tokens = tokens(40);
+        let plans = [scored(&tokens, 0, 33), scored(&tokens, 33, 40)];
+        let answers = |stage: &mut Stage| plans.clone().map(|plan| run(stage, &plan).rows);
+        let wanted = answers(&mut model.stage(&options(2, 64)));
+        let mut warmed = model.stage(&options(2, 64));
+        warmed.warm_up(HugePages::Advise).unwrap();
+        assert!(answers(&mut warmed) == wanted, "{family:?}");
+        let part = Some(StagePart::split(model.spec.layers.len(), 1)[1].clone());
+        model
+            .stage(&StageOptions { part, ..options(2, 64) })
+            .warm_up(HugePages::SystemDefault)
+            .unwrap();
+    }
 }

@@ -8,10 +8,15 @@
 //! activations. With `u` the unit in bytes, unit `k` of row `r` of a field at offset `o` lies at
 //! `16·o + 16·u·k + u·r`.
 
+mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
 use crate::blocks::{DType, GROUP};
 use crate::dequantize::dequantize_row;
 use crate::isa::Isa;
 use crate::matmul::{Layout, MatrixView};
+use std::ops::Range;
 
 /// Rows that are interleaved.
 pub const ROWS: usize = 16;
@@ -91,10 +96,52 @@ pub fn repack_row_group(dtype: DType, cols: usize, source: &[u8], packed: &mut [
     assert!(row_bytes > 0, "{cols} columns of {dtype}");
     assert_eq!(packed.len(), ROWS * row_bytes, "packed bytes of 16 rows of {cols} {dtype}");
     assert!(source.len().is_multiple_of(row_bytes) && source.len() <= packed.len());
-    let packed = packed.chunks_exact_mut(ROWS * dtype.block_bytes());
-    for (index, packed) in packed.enumerate() {
-        pack_block(dtype, &block_of_rows(dtype, source, row_bytes, index), packed);
+    let block_bytes = dtype.block_bytes();
+    let whole = source.len() == packed.len();
+    for (index, packed) in packed.chunks_exact_mut(ROWS * block_bytes).enumerate() {
+        if whole {
+            prefetch_next_group(source, index * packed.len()..(index + 1) * packed.len());
+            pack_whole_block(dtype, &source[index * block_bytes..], row_bytes, packed);
+        } else {
+            pack_block(dtype, &block_of_rows(dtype, source, row_bytes, index), packed);
+        }
     }
+}
+
+/// Asks for bytes `range` behind `source`: groups follow each other, and what one block column
+/// takes from 16 places is too short for the processor to see that they are streams.
+fn prefetch_next_group(source: &[u8], range: Range<usize>) {
+    #[cfg(target_arch = "x86_64")]
+    for at in range.step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let next = source.as_ptr().wrapping_add(source.len() + at);
+        // SAFETY: a prefetch reads nothing, and no address makes it fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(next.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (source, range);
+}
+
+/// Interleaves the blocks at the start of 16 rows that lie `row_bytes` apart.
+#[cfg(target_arch = "x86_64")]
+fn pack_whole_block(dtype: DType, source: &[u8], row_bytes: usize, packed: &mut [u8]) {
+    assert!(source.len() >= (ROWS - 1) * row_bytes + dtype.block_bytes());
+    assert_eq!(packed.len(), ROWS * dtype.block_bytes(), "bytes of 16 blocks of {dtype}");
+    for field in fields(dtype) {
+        // SAFETY: the lengths are asserted; fields lie inside the block, and `packed` is borrowed
+        // exclusively. Their lengths are whole numbers of what is moved at once.
+        unsafe {
+            let row = |at: usize| source.as_ptr().add(at * row_bytes + field.offset);
+            let packed = packed.as_mut_ptr().add(ROWS * field.offset);
+            x86::interleave(field.unit, row, field.bytes, packed);
+        }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn pack_whole_block(dtype: DType, source: &[u8], row_bytes: usize, packed: &mut [u8]) {
+    let blocks = std::array::from_fn(|row| &source[row * row_bytes..][..dtype.block_bytes()]);
+    pack_block(dtype, &blocks, packed);
 }
 
 /// Block `index` of each row of `source`, in file order; zeros stand for missing rows.
@@ -117,52 +164,16 @@ pub(crate) fn pack_block(dtype: DType, blocks: &[&[u8]; ROWS], packed: &mut [u8]
     for field in fields(dtype) {
         let packed = &mut packed[ROWS * field.offset..][..ROWS * field.bytes];
         let source = blocks.map(|block| &block[field.offset..][..field.bytes]);
-        match field.unit {
-            Unit::Byte => interleave::<1>(&source, packed, |unit| unit),
-            Unit::Half => interleave::<2>(&source, packed, |unit| unit),
-            Unit::Word => interleave::<4>(&source, packed, |unit| unit),
-            Unit::Bits => interleave::<4>(&source, packed, spread_bits),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: each row and `packed` have just been cut to the field's length, and its lengths
+        // are whole numbers of what is moved at once.
+        unsafe {
+            let row = |at: usize| source[at].as_ptr();
+            x86::interleave(field.unit, row, field.bytes, packed.as_mut_ptr());
         }
+        #[cfg(not(target_arch = "x86_64"))]
+        scalar::interleave(field.unit, &source, packed);
     }
-}
-
-#[inline(always)]
-fn interleave<const N: usize>(
-    source: &[&[u8]; ROWS],
-    packed: &mut [u8],
-    change: impl Fn([u8; N]) -> [u8; N],
-) {
-    let source = source.map(|source| source.as_chunks::<N>().0);
-    let length = source.iter().map(|units| units.len()).min().unwrap_or(0);
-    let groups = packed.as_chunks_mut::<N>().0.as_chunks_mut::<ROWS>().0;
-    for (index, group) in groups.iter_mut().enumerate().take(length) {
-        for (packed, source) in group.iter_mut().zip(&source) {
-            // SAFETY: `index` is below the length of every source.
-            *packed = change(unsafe { *source.get_unchecked(index) });
-        }
-    }
-}
-
-/// Bit `4w + b` to bit `w` of byte `b`: the transposition of an 8×4 bit matrix.
-fn spread_bits(unit: [u8; 4]) -> [u8; 4] {
-    let mask = u32::from_le_bytes(unit);
-    std::array::from_fn(|byte| {
-        let every_fourth = mask >> byte & 0x1111_1111;
-        let pairs = (every_fourth | every_fourth >> 3) & 0x0303_0303;
-        let fours = (pairs | pairs >> 6) & 0x000f_000f;
-        (fours | fours >> 12) as u8
-    })
-}
-
-/// The inverse of [`spread_bits`].
-fn gather_bits(unit: [u8; 4]) -> [u8; 4] {
-    let mut mask = 0;
-    for (byte, bits) in unit.into_iter().enumerate() {
-        let fours = (u32::from(bits) | u32::from(bits) << 12) & 0x000f_000f;
-        let pairs = (fours | fours << 6) & 0x0303_0303;
-        mask |= ((pairs | pairs << 3) & 0x1111_1111) << byte;
-    }
-    mask.to_le_bytes()
 }
 
 /// Copies block `index` of `row` out of a [`Layout::Rows16`] matrix, back in file order.
@@ -177,7 +188,7 @@ pub(crate) fn unpack_block(view: &MatrixView<'_>, row: usize, index: usize, bloc
             Unit::Byte => gather::<1>(row % ROWS, packed, block, |unit| unit),
             Unit::Half => gather::<2>(row % ROWS, packed, block, |unit| unit),
             Unit::Word => gather::<4>(row % ROWS, packed, block, |unit| unit),
-            Unit::Bits => gather::<4>(row % ROWS, packed, block, gather_bits),
+            Unit::Bits => gather::<4>(row % ROWS, packed, block, scalar::gather_bits),
         }
     }
 }
@@ -216,6 +227,79 @@ pub fn dequantize_packed_row(view: &MatrixView<'_>, row: usize, out: &mut [f32])
                 unpack_block(view, row, index, block);
                 dequantize_row(dtype, block, out);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes that follow from a seed (Marsaglia's xorshift).
+    fn bytes(seed: u64, count: usize) -> Vec<u8> {
+        let mut state = seed;
+        let next = |_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 24) as u8
+        };
+        (0..count).map(next).collect()
+    }
+
+    /// The specification of [`repack_row_group`].
+    fn specified(dtype: DType, row_bytes: usize, source: &[u8]) -> Vec<u8> {
+        let mut packed = vec![0; ROWS * row_bytes];
+        let blocks = packed.chunks_exact_mut(ROWS * dtype.block_bytes());
+        for (index, packed) in blocks.enumerate() {
+            let blocks = block_of_rows(dtype, source, row_bytes, index);
+            for field in fields(dtype) {
+                let packed = &mut packed[ROWS * field.offset..][..ROWS * field.bytes];
+                let source = blocks.map(|block| &block[field.offset..][..field.bytes]);
+                scalar::interleave(field.unit, &source, packed);
+            }
+        }
+        packed
+    }
+
+    #[test]
+    fn vectors_interleave_as_specified_for_every_type_and_number_of_rows() {
+        for dtype in DType::ALL.into_iter().filter(|dtype| dtype.is_quantized()) {
+            for (rows, blocks) in (1..=ROWS).flat_map(|rows| [(rows, 1), (rows, 3)]) {
+                let cols = blocks * dtype.block_elements();
+                let row_bytes = blocks * dtype.block_bytes();
+                let seed = 0x9e37_79b9 + (rows * 7 + blocks) as u64;
+                let source = bytes(seed, rows * row_bytes);
+                let mut packed = vec![0xa5; ROWS * row_bytes];
+                repack_row_group(dtype, cols, &source, &mut packed);
+                let wanted = specified(dtype, row_bytes, &source);
+                assert_eq!(packed, wanted, "{dtype}, {rows} rows of {blocks} blocks, seed {seed}");
+            }
+        }
+    }
+
+    #[test]
+    fn fields_cover_their_block_in_lengths_that_vectors_move() {
+        for dtype in DType::ALL.into_iter().filter(|dtype| dtype.is_quantized()) {
+            let mut end = 0;
+            for field in fields(dtype) {
+                let step = match field.unit {
+                    Unit::Word => 16,
+                    Unit::Byte | Unit::Bits => 4,
+                    Unit::Half => 2,
+                };
+                assert_eq!((field.offset, field.bytes % step), (end, 0), "{dtype}");
+                end += field.bytes;
+            }
+            assert_eq!(end, dtype.block_bytes(), "{dtype}");
+        }
+    }
+
+    #[test]
+    fn spread_bits_are_gathered_again() {
+        for seed in 1..100 {
+            let word: [u8; 4] = bytes(seed, 4).try_into().unwrap();
+            assert_eq!(scalar::gather_bits(scalar::spread_bits(word)), word);
         }
     }
 }

@@ -72,9 +72,14 @@ impl CpuStages {
 
 impl StageFactory for CpuStages {
     fn start(&self) -> Result<Box<dyn StepRunner>, String> {
-        match Stage::restart(Arc::clone(&self.weights), &self.options) {
+        let warm = || {
+            let mut stage = Stage::restart(Arc::clone(&self.weights), &self.options)?;
+            stage.warm_up(self.options.huge_pages())?;
+            Ok(stage)
+        };
+        match warm() {
             Ok(stage) => Ok(Box::new(stage)),
-            Err(error) => Err(error.to_string()),
+            Err::<_, ExecutorError>(error) => Err(error.to_string()),
         }
     }
 }

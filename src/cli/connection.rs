@@ -3,7 +3,8 @@
 //! way they speak the protocol, so there is one code path.
 
 use super::failure::{Exit, ServiceError, TEMPORARY, UNAVAILABLE, USAGE};
-use super::output::{Output, ProgressUnit};
+use super::loading::LoadMeter;
+use super::output::Output;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use std::io::ErrorKind;
@@ -110,10 +111,18 @@ impl Connection {
 
     /// Waits while the service loads its model.
     async fn loaded(self, output: Output) -> Result<Self> {
-        let mut told = false;
-        while self.call("status", json!({})).await?["state"] == "loading" {
+        let (mut told, mut meter) = (false, LoadMeter::start(output));
+        loop {
+            let status = self.call("status", json!({})).await?;
+            if status["state"] != "loading" {
+                break;
+            }
             if !std::mem::replace(&mut told, true) {
                 output.notice("the service loads its model")?;
+            }
+            let bytes = |field: &str| status["engine"]["load"][field].as_u64().unwrap_or(0);
+            if bytes("total_bytes") > 0 {
+                meter.show(bytes("done_bytes"), bytes("total_bytes"));
             }
             tokio::time::sleep(LOADING_POLL).await;
         }
@@ -264,15 +273,11 @@ pub fn require_model(config: &Config) -> Result<()> {
 /// See `EngineError`.
 pub async fn load(config: Config, output: Output) -> Result<Engine> {
     require_model(&config)?;
-    let bar = output.progress("loading", ProgressUnit::Bytes);
-    let shown = bar.clone();
+    let mut meter = LoadMeter::start(output);
     let engine = Engine::builder().config(config).on_progress(move |progress| {
-        shown.set_length(progress.total_bytes);
-        shown.set_position(progress.done_bytes);
+        meter.show(progress.done_bytes, progress.total_bytes);
     });
-    let engine = engine.build().await?;
-    bar.finish_and_clear();
-    Ok(engine)
+    Ok(engine.build().await?)
 }
 
 /// A connection, or why there is none; fails if whoever listens there says nothing.

@@ -10,6 +10,7 @@ mod connection;
 mod failure;
 mod generate;
 mod inspect;
+mod loading;
 mod output;
 mod perplexity;
 mod plan;

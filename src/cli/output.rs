@@ -128,9 +128,14 @@ impl Output {
         Ok(())
     }
 
+    /// Whether a person watches standard error.
+    pub fn shows_bars(&self) -> bool {
+        !self.quiet && !self.json && std::io::stderr().is_terminal()
+    }
+
     /// A bar on standard error; hidden unless a person watches.
     pub fn progress(&self, label: &str, unit: ProgressUnit) -> ProgressBar {
-        if self.quiet || self.json || !std::io::stderr().is_terminal() {
+        if !self.shows_bars() {
             return ProgressBar::hidden();
         }
         let counts = match unit {

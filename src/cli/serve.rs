@@ -1,7 +1,8 @@
 //! `tandem serve`: the service in the foreground, with the process's signals and systemd's
 //! variables, which the library leaves alone.
 
-use super::output::{Output, ProgressUnit};
+use super::loading::LoadMeter;
+use super::output::Output;
 use anyhow::{Context, Result, anyhow};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -38,20 +39,17 @@ pub async fn run(config: Config, listen: Listen, systemd: Systemd, output: Outpu
     let endpoint = Endpoint::bind(&listen.socket, listen.folder)?;
     let stop = Stop::default();
     tokio::spawn(obey_signals(stop.clone()).context("the signal handlers")?);
-    let bar = output.progress("loading", ProgressUnit::Bytes);
-    let shown = bar.clone();
+    let mut meter = LoadMeter::start(output);
     let mut options = ServerOptions::from_config(&config);
     options.notify_socket = systemd.notify_socket;
     options.watchdog = systemd.watchdog;
     let builder = Engine::builder().config(config).on_progress(move |progress| {
-        shown.set_length(progress.total_bytes);
-        shown.set_position(progress.done_bytes);
+        meter.show(progress.done_bytes, progress.total_bytes);
     });
     let engine = builder.start()?;
     let (waiting, socket) = (engine.clone(), listen.socket.clone());
     let announced = tokio::spawn(async move {
         let ready = waiting.ready().await;
-        bar.finish_and_clear();
         if ready.is_ok() {
             let name = waiting.model_info().map(|info| info.name).unwrap_or_default();
             let _ = output.notice(&format!("{name} is ready at {}", socket.display()));

@@ -31,6 +31,11 @@ impl Memory {
         self.values.len() * size_of::<f32>()
     }
 
+    /// All of it, zero as long as no view was written to.
+    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.values)
+    }
+
     /// A view as `[rows, width]` f32, row-major.
     pub fn rows(&mut self, rows: usize, width: usize) -> Rows<'_> {
         Rows::new(&mut self.values, rows, width)
@@ -145,6 +150,11 @@ impl QuantizedMemory {
         self.values.bytes() + self.eight_bit.bytes()
     }
 
+    /// As [`Memory::as_bytes_mut`], the values and their twin's quants.
+    pub fn as_bytes_mut(&mut self) -> [&mut [u8]; 2] {
+        [self.values.as_bytes_mut(), bytemuck::cast_slice_mut(self.eight_bit.quants_mut())]
+    }
+
     /// A view as `[rows, width]`. Widths that are no multiple of the 8-bit group have no twin:
     /// quantised weights can't be so wide.
     pub fn rows(&mut self, rows: usize, width: usize) -> QuantizedRows<'_> {
@@ -254,6 +264,23 @@ impl Buffers {
         let quantized = [&self.normed, &self.attended, &self.hidden, &self.selected];
         plain.iter().map(|memory| memory.bytes()).sum::<usize>()
             + quantized.iter().map(|memory| memory.bytes()).sum::<usize>()
+    }
+
+    /// As [`Memory::as_bytes_mut`], every buffer.
+    pub fn as_bytes_mut(&mut self) -> Vec<&mut [u8]> {
+        let plain = [
+            &mut self.residual,
+            &mut self.heads,
+            &mut self.projected,
+            &mut self.up,
+            &mut self.router_logits,
+            &mut self.routes,
+            &mut self.logits,
+        ];
+        let quantized =
+            [&mut self.normed, &mut self.attended, &mut self.hidden, &mut self.selected];
+        let quantized = quantized.into_iter().flat_map(QuantizedMemory::as_bytes_mut);
+        plain.into_iter().map(Memory::as_bytes_mut).chain(quantized).collect()
     }
 
     /// Views for a step of `tokens` tokens, of which `selected` rows' logits are wanted.

@@ -124,6 +124,12 @@ impl ExpertScratch {
         (0..if dims.experts > 0 { threads } else { 0 }).map(scratch).collect()
     }
 
+    /// As [`Memory::as_bytes_mut`].
+    pub fn as_bytes_mut(&mut self) -> [&mut [u8]; 3] {
+        let [values, quants] = self.gathered.as_bytes_mut();
+        [values, quants, self.products.as_bytes_mut()]
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.groups.bytes() + self.gathered.bytes() + self.products.bytes()

@@ -16,6 +16,8 @@ pub mod program;
 mod rotations;
 mod sample;
 mod stage;
+mod warm_up;
+mod weight_repack;
 mod weight_source;
 mod weights;
 

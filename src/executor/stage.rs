@@ -13,6 +13,7 @@ use super::kv_store::{KvMemory, KvOptions};
 use super::op_times::{OpClocks, OpTime};
 use super::program::{Op, Program, StagePart};
 use super::sample::RowSamplers;
+use super::warm_up;
 use super::weights::{LoadProgress, Weights, WeightsRequest};
 use crate::formats::Checkpoint;
 use crate::memory::HugePages;
@@ -150,6 +151,29 @@ impl Stage {
             pool,
             weights,
         })
+    }
+
+    /// Touches the memory of all activations and, in a stage without neighbours, computes a step
+    /// that nobody waits for: the first request then takes no longer than others. For a new stage;
+    /// it takes about as long as one token. `huge_pages` says whether the activations ask for them.
+    ///
+    /// # Errors
+    /// See [`Stage::run`].
+    pub fn warm_up(&mut self, huge_pages: HugePages) -> Result<(), ExecutorError> {
+        let mut memory = self.buffers.as_bytes_mut();
+        memory.extend([self.angles.as_bytes_mut(), self.partials.as_bytes_mut()]);
+        for scratch in &mut self.experts {
+            let scratch = scratch.get_mut().unwrap_or_else(PoisonError::into_inner);
+            memory.extend(scratch.as_bytes_mut());
+        }
+        warm_up::touch(&mut self.pool, memory, huge_pages)?;
+        let program = self.weights.program();
+        let is_whole = !program.ops.iter().any(|op| matches!(op, Op::Receive | Op::Send { .. }));
+        if is_whole && self.limits.blocks > 0 {
+            let plan = warm_up::plan(self.limits.tokens_max, program.dims.vocab > 0);
+            self.run(&plan, &mut StepOutput::default())?;
+        }
+        Ok(())
     }
 
     /// The weights, for [`Stage::restart`].

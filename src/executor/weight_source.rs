@@ -9,6 +9,7 @@ use crate::model::TensorRef;
 use crate::tensor::DType;
 use half::f16;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
 use std::sync::Arc;
 use tandem_cpu_kernels::repack::ROWS;
 use tandem_cpu_kernels::{Layout, repack_row_group};
@@ -33,6 +34,19 @@ impl From<Arc<Checkpoint>> for WeightSource {
 }
 
 impl WeightSource {
+    /// Has the system read these tensors, and nothing else, ahead of those who want them.
+    pub(super) fn will_read<'t>(
+        &self,
+        tensors: impl Iterator<Item = &'t TensorRef>,
+    ) -> Result<(), ExecutorError> {
+        let Self::Checkpoint(checkpoint) = self else { return Ok(()) };
+        for tensor in tensors {
+            let (file, bytes) = located(checkpoint, tensor)?;
+            checkpoint.files().nth(file).into_iter().for_each(|file| file.will_read(bytes.clone()));
+        }
+        Ok(())
+    }
+
     /// A vector in f32.
     pub(super) fn vector(&self, vector: &TensorRef) -> Result<Vec<f32>, ExecutorError> {
         let checkpoint = match self {
@@ -47,6 +61,18 @@ impl WeightSource {
         }
         Ok(values)
     }
+}
+
+/// Where a tensor lies: the index of the checkpoint's file, and its bytes.
+pub(super) fn located(
+    checkpoint: &Checkpoint,
+    tensor: &TensorRef,
+) -> Result<(usize, Range<usize>), ExecutorError> {
+    let missing = || checkpoint.refuse_missing(&tensor.name);
+    let info = checkpoint.tensor_info(&tensor.name).ok_or_else(missing)?;
+    let file = checkpoint.files().position(|file| file.path() == info.file).ok_or_else(missing)?;
+    let start = info.data_offset as usize;
+    Ok((file, start..start + checkpoint.tensor(&tensor.name)?.bytes.len()))
 }
 
 /// Uniform, with a standard deviation of 0.06 around 1 for norms and 0 for biases.

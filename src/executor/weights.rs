@@ -3,21 +3,18 @@
 //! a new one is made from them without touching a file.
 
 use super::ExecutorError;
-use super::cpu_pool::{CpuPool, share};
+use super::cpu_pool::CpuPool;
 use super::program::{ExpertShape, MatrixEntry, MatrixId, MatrixUse, Program, StagePart, VectorId};
 use super::rotations::Rotations;
-use super::weight_source::{WeightSource, fill_random};
-use crate::formats::Checkpoint;
+use super::weight_repack::{FileMatrix, read_in_place, repack};
+use super::weight_source::{WeightSource, fill_random, located};
 use crate::memory::{ALIGNMENT, AlignedBytes, HugePages};
 use crate::model::{ModelSpec, TensorRef};
 use crate::tensor::DType;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::{Mutex, PoisonError};
 use tandem_cpu_kernels::repack::ROWS;
-use tandem_cpu_kernels::{
-    Isa, Kernels, Layout, MatrixView, layout_for, packed_bytes, repack_row_group,
-};
+use tandem_cpu_kernels::{Isa, Kernels, Layout, MatrixView, layout_for, packed_bytes};
 
 /// How far loading has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +72,8 @@ pub struct WeightsRequest {
 
 impl Weights {
     /// Loads the weights of a part of a model, in parallel; `progress` is called on this thread
-    /// after every matrix.
+    /// every few megabytes. Pages of the file that have been read are given back meanwhile: memory
+    /// never holds more than the weights and some megabytes.
     ///
     /// # Errors
     /// A bad tensor, an instruction set that is not there, or a layer unlike the others.
@@ -87,10 +85,9 @@ impl Weights {
         let kernels = Kernels::for_isa(request.isa.unwrap_or_else(Isa::detect))?;
         let program = Program::lower(&request.spec, &request.part)?;
         let source = request.source.clone();
-        if let WeightSource::Checkpoint(checkpoint) = &source {
-            checkpoint.files().for_each(|file| file.will_read_all());
-        }
         let (matrices, arena_bytes) = place_matrices(&source, &program, kernels.isa())?;
+        let read_ahead = program.matrices.iter().map(|entry| &entry.tensor);
+        source.will_read(read_ahead.chain(&program.vectors))?;
         let vectors = program.vectors.iter().map(|vector| source.vector(vector));
         let vectors = vectors.collect::<Result<_, _>>()?;
         let rotations = load_rotations(&source, &program)?;
@@ -106,11 +103,19 @@ impl Weights {
             rotations,
             vocab_size: request.spec.vocab_size,
         };
-        weights.repack(pool, progress)?;
-        if let WeightSource::Checkpoint(checkpoint) = &weights.source {
-            checkpoint.check_unchanged()?;
-        }
+        let arena_bytes = weights.arena.len();
+        let total_bytes = arena_bytes + weights.file_bytes();
+        let mut report = |done_bytes| progress(LoadProgress { done_bytes, total_bytes });
+        weights.repack(pool, &mut report)?;
+        weights.read_in_place(pool, &mut |done| report(arena_bytes + done))?;
+        report(total_bytes);
         Ok(weights)
+    }
+
+    /// Bytes of weights that stay in the file.
+    fn file_bytes(&self) -> usize {
+        let in_file = self.matrices.iter().filter(|matrix| matrix.is_in_file());
+        in_file.map(|matrix| self.bytes_of(matrix).len()).sum()
     }
 
     /// Bytes of memory held beside the mapped file.
@@ -188,65 +193,58 @@ impl Weights {
         }
     }
 
-    /// Fills the place of every matrix in the arena.
+    /// Fills the place of every matrix in the arena; `progress` hears the bytes that are done.
     fn repack(
         &mut self,
         pool: &mut CpuPool,
-        progress: &mut dyn FnMut(LoadProgress),
+        progress: &mut dyn FnMut(usize),
     ) -> Result<(), ExecutorError> {
-        let total_bytes = self.arena.len();
         let mut arena = &mut self.arena[..];
         let mut offset = 0;
         for (matrix, entry) in self.matrices.iter().zip(&self.program.matrices) {
-            let Place::Arena(bytes) = &matrix.place else { continue };
-            let (own, rest) = arena[bytes.start - offset..].split_at_mut(bytes.len());
+            let Place::Arena(target) = &matrix.place else { continue };
+            let (own, rest) = arena[target.start - offset..].split_at_mut(target.len());
             match &self.source {
                 WeightSource::Checkpoint(checkpoint) => {
-                    let source = checkpoint.tensor(&entry.tensor.name)?.bytes;
-                    repack_matrix(pool, matrix, source, own)?;
+                    let &Matrix { dtype, rows, cols, .. } = matrix;
+                    let (file, bytes) = located(checkpoint, &entry.tensor)?;
+                    let file = checkpoint.files().nth(file).expect("the file was just found");
+                    let matrix = FileMatrix { dtype, rows, cols, file, bytes };
+                    repack(pool, &matrix, own, &mut |done| progress(target.start + done))?;
                 }
                 WeightSource::Random { seed } => {
                     fill_random(pool, *seed, (&entry.tensor, matrix.layout), own)?;
                 }
             }
-            (arena, offset) = (rest, bytes.end);
-            progress(LoadProgress { done_bytes: offset, total_bytes });
+            (arena, offset) = (rest, target.end);
+            progress(offset);
         }
-        progress(LoadProgress { done_bytes: total_bytes, total_bytes });
+        Ok(())
+    }
+
+    /// Gives back what was read of the files, also of their headers, and reads what stays in them.
+    fn read_in_place(
+        &self,
+        pool: &mut CpuPool,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<(), ExecutorError> {
+        let WeightSource::Checkpoint(checkpoint) = &self.source else { return Ok(()) };
+        checkpoint.files().for_each(|file| file.unmap_pages(0..file.bytes().len()));
+        let mut read = 0;
+        for matrix in self.matrices.iter().filter(|matrix| matrix.is_in_file()) {
+            let bytes = self.bytes_of(matrix);
+            read_in_place(pool, bytes, &mut |done| progress(read + done))?;
+            read += bytes.len();
+        }
+        checkpoint.check_unchanged()?;
         Ok(())
     }
 }
 
-/// Interleaves one matrix: each worker takes a share of the groups of 16 rows, and so touches its
-/// part of the arena first.
-fn repack_matrix(
-    pool: &mut CpuPool,
-    matrix: &Matrix,
-    source: &[u8],
-    target: &mut [u8],
-) -> Result<(), ExecutorError> {
-    let group_bytes = target.len() / matrix.rows.div_ceil(ROWS);
-    let groups = matrix.rows.div_ceil(ROWS);
-    let threads = pool.threads();
-    let mut rest = target;
-    let parts: Vec<Mutex<&mut [u8]>> = (0..threads)
-        .map(|index| {
-            let bytes = share(index, threads, groups, 1).len() * group_bytes;
-            let (own, others) = std::mem::take(&mut rest).split_at_mut(bytes);
-            rest = others;
-            Mutex::new(own)
-        })
-        .collect();
-    pool.run(&|worker| {
-        let mut own = parts[worker.index].lock().unwrap_or_else(PoisonError::into_inner);
-        let first = worker.share(groups, 1).start * group_bytes;
-        for (index, packed) in own.chunks_exact_mut(group_bytes).enumerate() {
-            let start = first + index * group_bytes;
-            let source = &source[start..source.len().min(start + group_bytes)];
-            repack_row_group(matrix.dtype, matrix.cols, source, packed);
-        }
-    })?;
-    Ok(())
+impl Matrix {
+    fn is_in_file(&self) -> bool {
+        matches!(self.place, Place::File { .. })
+    }
 }
 
 /// Decides where each matrix lies; returns the arena's size too.
@@ -270,7 +268,8 @@ fn place_matrices(
         };
         let place = match (source, layout) {
             (WeightSource::Checkpoint(checkpoint), Layout::RowMajor) => {
-                file_place(checkpoint, &entry.tensor)?
+                let (file, bytes) = located(checkpoint, &entry.tensor)?;
+                Place::File { file, bytes }
             }
             _ => {
                 let bytes = packed_bytes(dtype, layout, rows, cols).ok_or_else(|| {
@@ -296,15 +295,6 @@ fn stored(source: &WeightSource, tensor: &TensorRef) -> Result<TensorRef, Execut
         Ok(_) => Ok(TensorRef { name, dtype, rows, cols }),
         Err(source) => Err(ExecutorError::Matrix { tensor: name, source }),
     }
-}
-
-/// Where a tensor lies in the checkpoint's files.
-fn file_place(checkpoint: &Checkpoint, tensor: &TensorRef) -> Result<Place, ExecutorError> {
-    let missing = || checkpoint.refuse_missing(&tensor.name);
-    let info = checkpoint.tensor_info(&tensor.name).ok_or_else(missing)?;
-    let file = checkpoint.files().position(|file| file.path() == info.file).ok_or_else(missing)?;
-    let start = info.data_offset as usize;
-    Ok(Place::File { file, bytes: start..start + checkpoint.tensor(&tensor.name)?.bytes.len() })
 }
 
 fn file_bytes<'a>(source: &'a WeightSource, file: usize, bytes: &Range<usize>) -> &'a [u8] {

@@ -1,9 +1,10 @@
 //! The bytes of one file, mapped read-only; the only unsafe code of this module.
 
 use super::FormatError;
-use memmap2::{Advice, Mmap};
+use memmap2::{Advice, Mmap, UncheckedAdvice};
 use rustix::fs::{Mode, OFlags};
 use std::fs::{File, Metadata};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -83,11 +84,25 @@ impl MappedFile {
         }
     }
 
-    /// Tells the kernel that the whole file is about to be read from front to back.
-    pub fn will_read_all(&self) {
+    /// Tells the kernel that these bytes are about to be read from front to back.
+    pub fn will_read(&self, bytes: Range<usize>) {
         if let Content::Mapped { map, .. } = &self.content {
             // Advice only: a kernel that refuses it reads the same bytes, later.
-            map.advise(Advice::WillNeed).ok();
+            map.advise_range(Advice::WillNeed, bytes.start, bytes.len()).ok();
+        }
+    }
+
+    /// Takes the pages of these bytes out of the process's memory. They stay in the system's cache,
+    /// from where reading them again brings them back.
+    pub fn unmap_pages(&self, bytes: Range<usize>) {
+        if let Content::Mapped { map, .. } = &self.content {
+            // SAFETY: the mapping is read-only and backed by its file, so no content can be lost,
+            // not even of the neighbours that share the first and last page.
+            let advised = unsafe {
+                map.unchecked_advise_range(UncheckedAdvice::DontNeed, bytes.start, bytes.len())
+            };
+            // A kernel that refuses keeps pages that it can take back at any time.
+            advised.ok();
         }
     }
 

@@ -153,6 +153,16 @@ impl Drop for AlignedBytes {
     }
 }
 
+/// Asks for huge pages where memory from elsewhere is large enough to have some, best before it is
+/// first touched.
+pub fn prefer_huge_pages(bytes: &mut [u8]) {
+    let skipped = bytes.as_ptr().align_offset(PAGE);
+    if let Some(pages) = bytes.get_mut(skipped..).filter(|bytes| bytes.len() >= HUGE_PAGE) {
+        let len = pages.len() / PAGE * PAGE;
+        advise_huge(NonNull::from(pages).cast(), len);
+    }
+}
+
 /// Asks for huge pages. Systems without them refuse, and the buffer works all the same.
 #[cfg(target_os = "linux")]
 fn advise_huge(start: NonNull<u8>, len: usize) {

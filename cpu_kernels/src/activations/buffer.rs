@@ -46,6 +46,12 @@ impl ActivationBuffer {
         self.quants.len() + self.scales.len() * size_of::<GroupScale>()
     }
 
+    /// The memory of the integers, zero as long as nothing was written: for who wants its pages to
+    /// exist before they are needed.
+    pub fn quants_mut(&mut self) -> &mut [i8] {
+        &mut self.quants
+    }
+
     /// A target of shape `[columns, cols]`. A later call reuses the memory.
     ///
     /// # Safety

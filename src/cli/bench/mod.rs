@@ -10,7 +10,8 @@ mod work;
 
 pub use arguments::BenchArguments;
 
-use super::output::{Output, ProgressUnit};
+use super::loading::LoadMeter;
+use super::output::Output;
 use anyhow::{Context, Result};
 use arguments::Test;
 use print::Printer;
@@ -191,18 +192,16 @@ impl<'a> Bench<'a> {
         let part = StagePart::whole(spec.layers.len());
         let (isa, huge_pages) = (options.isa, options.huge_pages());
         let request = WeightsRequest { source, spec, part, isa, huge_pages };
-        let bar = self.output.progress("loading", ProgressUnit::Bytes);
+        let mut meter = LoadMeter::start(self.output);
         let load = || {
             let mut pool = CpuPool::new(&options.pool).map_err(ExecutorError::Threads)?;
             Weights::load(&request, &mut pool, &mut |progress| {
-                bar.set_length(progress.total_bytes as u64);
-                bar.set_position(progress.done_bytes as u64);
+                meter.show(progress.done_bytes as u64, progress.total_bytes as u64);
             })
         };
         let loaded = std::thread::scope(|scope| {
             scope.spawn(load).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         });
-        bar.finish_and_clear();
         loaded.map_err(|error| match error {
             ExecutorError::Format(error) => RequestError::from(error).into(),
             other => other.into(),
