@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use std::path::Path;
 use std::sync::OnceLock;
 use tandem::config::Config;
-use tandem::executor::{KvOptions, PoolOptions, Stage, StageOptions};
+use tandem::executor::{KvOptions, PoolOptions, Stage, StageOptions, StepPasses};
 use tandem::formats::Checkpoint;
 use tandem::hardware::HardwareProfile;
 use tandem::model::ModelSpec;
@@ -121,6 +121,7 @@ fn takes_what_was_planned(family: Family, dtype: KvDType) {
             host_blocks: placement.host_blocks,
         },
         step_tokens_max: config.scheduler.step_tokens_max,
+        passes: StepPasses::ByCost,
     };
     let stage = Stage::load(checkpoint.into(), spec.into(), &options, &mut |_| {}).unwrap();
     let (memory, planned) = (stage.memory(), &placement.stages[0]);

@@ -30,6 +30,9 @@ const LOGITS_ROWS: u64 = 64;
 /// Tokens, and rows, of an expert that a worker of an executor multiplies at once.
 const EXPERT_TILE: u64 = 128;
 
+/// Elements of the residual stream that each worker of an executor may compute again for itself.
+const REPEATED_ELEMENTS: u64 = 8 << 10;
+
 /// Memory that something can be placed in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -106,8 +109,9 @@ impl Placement {
             threads => threads,
         };
         let step_tokens = config.scheduler.step_tokens_max as u64;
-        let activation_bytes =
-            activation_bytes(spec, step_tokens) + expert_scratch_bytes(spec, threads);
+        let activation_bytes = activation_bytes(spec, step_tokens)
+            + own_bytes(spec, threads, step_tokens)
+            + expert_scratch_bytes(spec, threads);
         let fixed = weight_bytes + activation_bytes;
         let block_tokens = config.kv.block_tokens;
         let block_bytes = spec.kv_bytes_per_token(config.kv.dtype) * block_tokens as u64;
@@ -249,6 +253,18 @@ fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
     let quantized = 4 * embedding + attended + hidden;
     tokens * (4 * plain + quantized * 4 + quantized * 3 / 2)
         + LOGITS_ROWS * 4 * spec.vocab_size as u64
+}
+
+/// Bytes in which each worker keeps the rows of narrow steps that it computes for itself.
+fn own_bytes(spec: &ModelSpec, threads: usize, tokens: u64) -> u64 {
+    let (embedding, threads) = (spec.embedding_dim as u64, threads as u64);
+    if threads < 2 {
+        return 0;
+    }
+    let repeated = REPEATED_ELEMENTS / embedding.max(1) + 1;
+    let rows = ((repeated * threads).div_ceil(threads - 1) - 1).min(tokens);
+    // residual; normed twice and selected, also in 8 bits.
+    threads * rows * (4 * embedding + 3 * (embedding * 4 + embedding * 3 / 2))
 }
 
 /// Bytes in which workers gather tokens of an expert and keep products on their way.
