@@ -8,6 +8,7 @@ mod stage;
 mod tiny_model;
 
 use stage::{Model, options, plan_tokens, run, score_next};
+use std::ops::Range;
 use tandem::executor::{Stage, StageOptions, StagePart, StepPasses, handoff};
 use tandem::step::{RowOutput, StepPlan};
 use tandem::tensor::KvDType;
@@ -30,7 +31,7 @@ fn tokens(seed: u64, count: usize) -> Vec<TokenId> {
 }
 
 /// A step with the given positions of sequences 0 ..; all of their logits are wanted.
-fn step(sequences: &[Vec<TokenId>], ranges: &[(usize, std::ops::Range<usize>)]) -> StepPlan {
+fn step(sequences: &[Vec<TokenId>], ranges: &[(usize, Range<usize>)]) -> StepPlan {
     let mut plan = StepPlan::default();
     for (id, range) in ranges {
         let place = (*id as u64, *id as u32 * 8);
@@ -135,28 +136,63 @@ fn barriers_per_layer(family: Family, passes: StepPasses, plans: &[StepPlan]) ->
     (three - two, two - 2 * (three - two))
 }
 
+/// A prompt of sequences 0 .. `count`, and a step of `tokens` more of each.
+fn prompt_and(count: usize, tokens: usize) -> [StepPlan; 2] {
+    let sequences: Vec<_> = (0..count).map(|id| self::tokens(id as u64 + 1, 60)).collect();
+    let all = |range: Range<usize>| (0..count).map(|id| (id, range.clone())).collect::<Vec<_>>();
+    [step(&sequences, &all(0..20)), step(&sequences, &all(20..20 + tokens))]
+}
+
 #[test]
-fn decoding_takes_six_barriers_per_dense_layer() {
-    let sequences: Vec<_> = (0..4).map(|id| tokens(id + 1, 40)).collect();
-    let prompts = step(&sequences, &(0..4).map(|id| (id, 0..20)).collect::<Vec<_>>());
-    let one = [prompts.clone(), step(&sequences, &[(0, 20..21)])];
-    let four = (0..4).map(|id| (id, 20..21)).collect::<Vec<_>>();
-    let four = [prompts.clone(), step(&sequences, &four)];
-    let prefill = [prompts];
+fn decoding_takes_five_barriers_per_dense_layer_and_prefill_eight() {
+    let (one, four) = (prompt_and(1, 1), prompt_and(4, 1));
+    let (short, wide) = (prompt_and(4, 16), prompt_and(5, 16));
     for (family, plans, passes, wanted) in [
         // One more in a step: the logits' products, before rows of them are sampled.
-        (Family::Llama, &one[..], StepPasses::ByCost, (6, 1)),
-        (Family::Llama, &four, StepPasses::ByCost, (6, 1)),
-        (Family::Qwen3, &four, StepPasses::ByCost, (6, 1)),
-        // And inside an op that routes.
-        (Family::Mixtral, &four, StepPasses::ByCost, (7, 1)),
-        // Entering, selecting, and twice more between the three tiles of logits.
-        (Family::Llama, &prefill, StepPasses::OnePerOp, (8, 7)),
-        (Family::Llama, &prefill, StepPasses::Fewest, (6, 5)),
-        (Family::Mixtral, &prefill, StepPasses::OnePerOp, (10, 7)),
-        (Family::Mixtral, &prefill, StepPasses::Fewest, (7, 5)),
+        (Family::Llama, &one[..], StepPasses::ByCost, (5, 1)),
+        (Family::Llama, &four, StepPasses::ByCost, (5, 1)),
+        (Family::Qwen3, &four, StepPasses::ByCost, (5, 1)),
+        // One more where tokens are routed.
+        (Family::Mixtral, &four, StepPasses::ByCost, (6, 1)),
+        // 64 rows cost as much as a barrier; two more barriers between two tiles of logits.
+        (Family::Llama, &short, StepPasses::ByCost, (5, 3)),
+        // 80 rows are shared out, with barriers after entering and selecting. Three tiles.
+        (Family::Llama, &wide, StepPasses::ByCost, (7, 7)),
+        (Family::Llama, &wide, StepPasses::Fewest, (5, 5)),
+        // Prompts whose tiles are too long to be rotated in copies.
+        (Family::Llama, &wide[..1], StepPasses::ByCost, (8, 9)),
+        (Family::Llama, &wide[..1], StepPasses::Fewest, (6, 7)),
+        (Family::Mixtral, &wide[..1], StepPasses::ByCost, (10, 9)),
+        (Family::Llama, &four, StepPasses::OnePerOp, (8, 3)),
+        (Family::Mixtral, &four, StepPasses::OnePerOp, (10, 3)),
     ] {
         let got = barriers_per_layer(family, passes, plans);
         assert_eq!(got, wanted, "{family:?}, {passes:?}, {} plans", plans.len());
+    }
+}
+
+#[test]
+fn new_tokens_on_both_sides_of_a_cut_are_stored_by_those_who_read_them() {
+    // Segments end at multiples of 256 positions; a single KV head is shared by all workers.
+    let sequence = [tokens(9, 1700)];
+    let prompt = (0..1533).step_by(500).map(|start| start..1533.min(start + 500));
+    let steps = [1533..1538, 1538..1539, 1539..1555, 1555..1556];
+    let plans: Vec<_> = prompt.chain(steps).map(|range| step(&sequence, &[(0, range)])).collect();
+    let model = TinyModel { n_kv_heads: 1, ..TinyModel::new(Family::Qwen3) };
+    let model = Model::from_bytes(&model.gguf().bytes());
+    for dtype in KvDType::ALL {
+        let stage = |passes, threads| {
+            let mut options = with(passes, threads);
+            options.kv.dtype = dtype;
+            model.stage(&options)
+        };
+        let wanted = rows(&mut stage(StepPasses::OnePerOp, 1), &plans);
+        for threads in 2..=4 {
+            let mut stage = stage(StepPasses::ByCost, threads);
+            assert!(rows(&mut stage, &plans) == wanted, "{threads} threads, {dtype}");
+            // Merging a divided item takes one more.
+            let layers = model.spec.layers.len() as u64;
+            assert_eq!(barriers(&mut stage, plans.last().unwrap()), 6 * layers + 1);
+        }
     }
 }

@@ -228,6 +228,8 @@ pub(super) struct StepBuffers<'a> {
     pub addend: Rows<'a>,
     /// `[1, n_experts]`, a worker's own: a token's router logits while they are used up.
     pub expert_logits: Rows<'a>,
+    /// As wide as `heads`, a worker's own: copies of a tile's heads.
+    pub rotated: Rows<'a>,
 }
 
 impl Buffers {
@@ -287,6 +289,7 @@ impl Buffers {
             has_own_rows: false,
             addend: Rows::none(),
             expert_logits: Rows::none(),
+            rotated: Rows::none(),
         }
     }
 }

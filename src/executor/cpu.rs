@@ -57,6 +57,7 @@ use super::rotations::Rotations;
 use super::sample::RowSamplers;
 use super::weights::Weights;
 use crate::step::StepPlan;
+use rotate::Rotation;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -81,6 +82,8 @@ pub(super) struct Step<'a> {
     pub inlet: Option<&'a [f32]>,
     /// `[n_tokens, embedding_dim]` for the next stage.
     pub outlet: Option<Rows<'a>>,
+    /// Whether those who attend to a tile rotate its heads themselves.
+    pub attention_rotates: bool,
     /// One per worker.
     pub own: &'a [Mutex<OwnBuffers>],
     /// One per worker.
@@ -107,7 +110,7 @@ impl Step<'_> {
     fn walk(&self, worker: &Worker<'_>) {
         for (index, op) in self.program.ops.iter().enumerate() {
             let started = self.clocks.map(|_| Instant::now());
-            self.interpret(worker, op);
+            self.interpret(worker, index);
             let is_last = index + 1 == self.program.ops.len();
             if if is_last { self.clocks.is_some() } else { self.is_read_by_others(op) } {
                 self.meet(worker);
@@ -126,6 +129,7 @@ impl Step<'_> {
             | Op::Norm { .. }
             | Op::Route { .. }
             | Op::Select { .. } => !self.buffers.has_own_rows,
+            Op::Rotate { .. } => !self.attention_rotates,
             _ => true,
         }
     }
@@ -142,8 +146,8 @@ impl Step<'_> {
         }
     }
 
-    fn interpret(&self, worker: &Worker<'_>, op: &Op) {
-        match op {
+    fn interpret(&self, worker: &Worker<'_>, index: usize) {
+        match &self.program.ops[index] {
             Op::Embed { table, scale } => {
                 let table = self.weights.matrix(*table);
                 self.enter(worker, |token, row| {
@@ -165,14 +169,17 @@ impl Step<'_> {
             Op::Project { input, output, parts, precision } => {
                 self.project(worker, (*input, *output), parts, *precision);
             }
-            Op::Rotate { shape, query_norm, key_norm, rope, layer } => {
-                self.rotate(worker, *shape, [*query_norm, *key_norm], (*rope, *layer));
+            op @ Op::Rotate { .. } => {
+                let rotation = Rotation::of(op).filter(|_| !self.attention_rotates);
+                rotation.into_iter().for_each(|rotation| self.rotate(worker, rotation));
             }
             Op::Attend { shape, layer, window, scale, softcap } => {
                 let n_heads = shape.n_heads;
                 let params =
                     AttentionParams { n_heads, scale: *scale, window: *window, softcap: *softcap };
-                self.attend(worker, *shape, *layer, params);
+                let before = &self.program.ops[index - 1];
+                let rotation = Rotation::of(before).filter(|_| self.attention_rotates);
+                self.attend(worker, (*shape, *layer), params, rotation);
             }
             Op::Gate { gate, up, activation } => self.gate(worker, [*gate, *up], *activation),
             Op::Route { shape, router, weight_scale } => {

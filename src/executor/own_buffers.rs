@@ -11,6 +11,8 @@ use std::sync::Mutex;
 pub(super) struct OwnRows {
     /// Tokens of the widest narrow step.
     pub tokens: usize,
+    /// Tokens of the longest tile whose heads it rotates.
+    pub rotated_tokens: usize,
 }
 
 /// What one worker computes for itself.
@@ -21,6 +23,7 @@ pub(super) struct OwnBuffers {
     selected: QuantizedMemory,
     addend: Memory,
     expert_logits: Memory,
+    rotated: Memory,
     dims: ProgramDims,
     rows: OwnRows,
 }
@@ -40,6 +43,7 @@ impl OwnBuffers {
             selected: QuantizedMemory::new(selected, dims.embedding),
             addend: Memory::new(dims.embedding),
             expert_logits: Memory::new(dims.experts),
+            rotated: Memory::new(rows.rotated_tokens * dims.heads),
             dims,
             rows,
         }
@@ -47,7 +51,8 @@ impl OwnBuffers {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        let plain = [&self.residual, &self.routes, &self.addend, &self.expert_logits];
+        let plain =
+            [&self.residual, &self.routes, &self.addend, &self.expert_logits, &self.rotated];
         plain.iter().map(|memory| memory.bytes()).sum::<usize>()
             + self.normed.bytes()
             + self.selected.bytes()
@@ -61,6 +66,7 @@ impl OwnBuffers {
         let shared = StepBuffers {
             addend: self.addend.rows(1, dims.embedding),
             expert_logits: self.expert_logits.rows(1, dims.experts),
+            rotated: self.rotated.rows(self.rows.rotated_tokens, dims.heads),
             ..shared
         };
         if tokens > self.rows.tokens {

@@ -7,6 +7,10 @@
 /// different times.
 const BARRIER_ELEMENTS: usize = 8 << 10;
 
+/// Tokens of the longest tile that is rotated by the workers that attend to it: beyond it a
+/// sequence is a prompt, and the copies would need much memory.
+pub(super) const ROTATED_TOKENS_MAX: usize = 16;
+
 /// Which barriers of a step are saved. No choice changes a bit of any result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum StepPasses {
@@ -40,6 +44,15 @@ impl StepPasses {
             }
         }
     }
+
+    /// Tokens of the longest tile whose heads are rotated by the workers that attend to it.
+    pub(super) fn rotated_tokens_max(self, workers: usize, query_tile: usize) -> usize {
+        match self {
+            StepPasses::OnePerOp => 0,
+            StepPasses::ByCost if workers < 2 => 0,
+            StepPasses::ByCost | StepPasses::Fewest => query_tile.min(ROTATED_TOKENS_MAX),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -63,11 +76,14 @@ mod tests {
     #[test]
     fn one_worker_meets_nobody() {
         assert_eq!(StepPasses::ByCost.own_rows_max(1, 576, 512), 0);
+        assert_eq!(StepPasses::ByCost.rotated_tokens_max(1, 16), 0);
     }
 
     #[test]
     fn both_extremes_can_be_asked_for() {
         assert_eq!(StepPasses::OnePerOp.own_rows_max(2, 576, 512), 0);
+        assert_eq!(StepPasses::OnePerOp.rotated_tokens_max(2, 64), 0);
         assert_eq!(StepPasses::Fewest.own_rows_max(1, 16_384, 512), 512);
+        assert_eq!(StepPasses::Fewest.rotated_tokens_max(1, 64), ROTATED_TOKENS_MAX);
     }
 }

@@ -69,6 +69,8 @@ pub struct Stage {
     angles: Memory,
     partials: Memory,
     own: Vec<Mutex<OwnBuffers>>,
+    /// Tokens of the longest tile whose heads are rotated by those who attend to it.
+    rotated_tokens_max: usize,
     scratch: Vec<Mutex<AttentionScratch>>,
     experts: Vec<Mutex<ExpertScratch>>,
     samplers: RowSamplers,
@@ -139,8 +141,10 @@ impl Stage {
         let batch = Batch::new(tokens, options.kv.device_blocks, splits);
         let head_dim = program.kv_layers.iter().map(|shape| shape.head_dim).max().unwrap_or(1);
         let scratch = (0..threads).map(|_| Mutex::new(AttentionScratch::new(head_dim))).collect();
-        let embedding_dim = program.dims.embedding;
-        let own = OwnRows { tokens: options.passes.own_rows_max(threads, embedding_dim, tokens) };
+        let own = OwnRows {
+            tokens: options.passes.own_rows_max(threads, program.dims.embedding, tokens),
+            rotated_tokens: options.passes.rotated_tokens_max(threads, limits.query_tile),
+        };
         let sampled_rows = if program.dims.vocab > 0 { tokens } else { 0 };
         Ok(Self {
             limits,
@@ -150,6 +154,7 @@ impl Stage {
             buffers: Buffers::new(program.dims, tokens),
             angles: Memory::new(tokens * weights.rotations().width()),
             own: OwnBuffers::of_workers(program.dims, own, threads),
+            rotated_tokens_max: own.rotated_tokens,
             scratch,
             experts: ExpertScratch::of_workers(program.dims, tokens, threads),
             samplers: RowSamplers::new(threads, program.dims.vocab, sampled_rows),
@@ -265,6 +270,7 @@ impl Stage {
                 .as_mut()
                 .map(|slot| Rows::new(&mut slot.residual, tokens, embedding_dim)),
             partials: self.partials.rows(1, self.batch.partials_max()),
+            attention_rotates: self.batch.has_short_sequences_only(self.rotated_tokens_max),
             own: &self.own,
             scratch: &self.scratch,
             experts: &self.experts,
