@@ -32,6 +32,69 @@ fn shares_cover_all_items_once_and_are_cut_at_units() {
 }
 
 #[test]
+fn every_item_is_dealt_to_one_worker() {
+    for threads in 1..=5 {
+        let mut pool = pool(threads);
+        // One after the other, without barriers: a worker may be loops ahead of another.
+        let loops = [(0, 16, 1), (1, 16, 4), (576, 16, 2), (577, 32, 1), (15, 1, 3), (4099, 1, 1)];
+        let taken = loops.map(|(items, ..)| (0..items).map(|_| AtomicUsize::new(0)).collect());
+        let taken: &[Vec<AtomicUsize>; 6] = &taken;
+        for round in 1..=20 {
+            pool.run(&|worker| {
+                for ((items, unit, grain), taken) in loops.into_iter().zip(taken) {
+                    for piece in worker.deal(items, unit, grain) {
+                        assert!(piece.start.is_multiple_of(unit) && !piece.is_empty());
+                        assert!(piece.end.is_multiple_of(unit) || piece.end == items);
+                        for item in piece {
+                            taken[item].fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                }
+            })
+            .unwrap();
+            let all = taken.iter().flatten();
+            assert!(all.clone().all(|taken| taken.load(Ordering::Relaxed) == round));
+        }
+    }
+}
+
+#[test]
+fn others_take_what_a_slow_worker_leaves() {
+    let mut pool = pool(3);
+    let (waiting, by_slow) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    pool.run(&|worker| {
+        let pieces = worker.deal(300, 1, 1);
+        while worker.index != 1 && by_slow.load(Ordering::Relaxed) == 0 {
+            std::hint::spin_loop();
+        }
+        for piece in pieces {
+            if worker.index == 1 {
+                by_slow.fetch_add(piece.len(), Ordering::Relaxed);
+                // Its first piece lasts until the others have nothing left to do.
+                while waiting.load(Ordering::Acquire) < 2 {
+                    std::hint::spin_loop();
+                }
+            }
+        }
+        waiting.fetch_add(1, Ordering::Release);
+        worker.meet();
+    })
+    .unwrap();
+    assert!(by_slow.into_inner() < 100);
+}
+
+#[test]
+fn a_given_cut_decides_where_shares_begin() {
+    let mut pool = pool(1);
+    let pieces = Mutex::new(Vec::new());
+    pool.run(&|worker| {
+        pieces.lock().unwrap().extend(worker.deal_from(2, |worker| [0, 7][worker]));
+    })
+    .unwrap();
+    assert_eq!(pieces.into_inner().unwrap(), [0..2, 2..4, 4..6, 6..7]);
+}
+
+#[test]
 fn nobody_passes_a_barrier_before_all_have_come() {
     let mut pool = pool(4);
     let arrived = AtomicUsize::new(0);

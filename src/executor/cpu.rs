@@ -1,43 +1,44 @@
 //! The CPU interpreter: one match arm per op. Every worker of the pool walks the whole program,
 //! does its share of each op and meets the others at a barrier when they are to read what it wrote.
 //!
-//! What is shared how (the rule of `buffers.rs`), and after which ops the workers meet:
+//! What is shared how (the rule of `buffers.rs`), and where the workers meet:
 //!
-//! | op | share of a worker | reads what others wrote before the last barrier | meets |
+//! | op | work of a worker | reads what others wrote before the last barrier | meets after |
 //! |---|---|---|---|
-//! | Embed, Receive, Norm | tokens; *all of them* | projected | if wide |
+//! | Embed, Receive | tokens; *all* | | if wide |
+//! | Norm | tokens; *all* | projected | if wide |
 //! | Project | rows of the matrices | the input | always |
-//! | Rotate | runs of tokens inside one KV block | heads | always |
+//! | Rotate | runs of tokens inside one KV block | heads | if not left to Attend |
 //! | Attend | (query tile, KV head) or segments of it, by cost | heads, KV store | always |
 //! | Gate | hidden rows, whole 8-bit groups | normed | always |
-//! | Route | experts, then tokens; *all tokens* | normed, router logits | inside; if wide |
+//! | Route | experts, then tokens; *all* | normed, router logits | inside; if wide |
 //! | GateExperts | (expert, hidden rows), by cost | normed, routes | always |
 //! | DownExperts | rows of the residual stream | hidden, routes | always |
-//! | Select | wanted rows; *all of them* | residual, projected | if wide |
+//! | Select | wanted rows; *all* | residual, projected | if wide |
 //! | Logits | vocabulary rows, then wanted rows | selected, logits | inside |
-//! | Send | tokens | projected | never: the job ends |
+//! | Send | tokens | projected | |
 //!
-//! In a narrow step (`passes.rs`) the rows in *italics* are done by every worker in memory of its
-//! own (`own_buffers.rs`): residual, normed, routes and selected are then private, and what
-//! follows reads them without a barrier. The shared buffers are used as follows between the
-//! barriers of a dense layer; in each row those who write own disjoint parts, and nobody reads
-//! what another writes:
+//! Nobody waits after the last op: the pool's job ends there. In a narrow step (`passes.rs`) every
+//! worker does the *all* for itself: residual, normed, routes and selected are then in its own
+//! memory (`own_buffers.rs`), the same bits in each, and it reads them at once. Where sequences
+//! are short, Attend does what Rotate does (`cpu/rotate.rs`). What is left between the barriers
+//! of a dense layer; of what is written, each worker has its part, which no other reads:
 //!
-//! | until the barrier after | written | read |
+//! | ops | written | read by all |
 //! |---|---|---|
-//! | Norm, Project | heads | projected |
-//! | Rotate | heads, KV store | |
-//! | Attend | attended | heads, KV store |
+//! | Norm, Project; angles in the first layer | heads | projected |
+//! | Rotate and Attend | attended, KV store, partials | heads, angles |
 //! | Project | projected | attended |
 //! | Norm, Gate | hidden, up | projected |
 //! | Project | projected | hidden |
 //!
-//! Angles are written with the first of these and read by Rotate. A product needs all rows of its
-//! input, of which each worker has made a part, so no product can be without a barrier before it.
-//! One more is needed where tokens are routed or an attention is divided, two per tile of logits.
+//! These five are the fewest: each product, and attention, has all of an input of which every
+//! worker has made a part. One more barrier is taken where tokens are routed, where an attention
+//! is divided (before its segments are merged), and where heads are no whole 8-bit groups; per
+//! step one after each product of a tile of logits, and one between tiles.
 //!
-//! No result depends on the shares: each element is computed in one fixed order, by one worker or
-//! by each for itself.
+//! No result depends on who does what: each element is computed in one fixed order, by one worker
+//! or by each for itself.
 
 mod attend;
 mod experts;

@@ -1,13 +1,16 @@
 //! Pinned worker threads that run one job together. Every worker walks the same code, takes its
-//! static share of each loop and meets the others at a barrier (single program, multiple data).
+//! pieces of each loop and meets the others at a barrier (single program, multiple data).
 //! The thread that calls [`CpuPool::run`] is worker 0; the others spin for a short while between
 //! jobs and then park.
 
+mod deal;
 mod gate;
 
+pub use deal::Deal;
+use deal::Share;
 use gate::{Barrier, Gate, Poisoned};
 use std::any::Any;
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -19,6 +22,11 @@ use std::time::Duration;
 /// beyond.
 const CORES_MAX: usize = 1024;
 
+/// How long a worker waits for another inside a job before it parks. Waking a parked thread takes
+/// tens of microseconds, hundreds in a virtual machine whose idle core the host gave away, and a
+/// job has hundreds of meetings: one late worker must not send the others to sleep.
+const MEETING_SPIN: Duration = Duration::from_millis(20);
+
 /// How many workers, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PoolOptions {
@@ -27,7 +35,8 @@ pub struct PoolOptions {
     /// Core of each worker in the system's numbering; workers without an entry are not pinned.
     /// Worker 0's core becomes the core of every thread that calls [`CpuPool::run`].
     pub cores: Vec<usize>,
-    /// Microseconds that a waiting worker spins before it parks.
+    /// Microseconds that a worker spins between jobs before it parks; it spins longer inside one,
+    /// unless there are more workers than cores.
     pub spin_us: u64,
 }
 
@@ -53,6 +62,8 @@ struct Shared {
     job: UnsafeCell<Option<JobPointer>>,
     start: Gate,
     barrier: Barrier,
+    /// What is left to each worker of the loop that is shared out.
+    shares: Vec<Share>,
     /// Workers other than the caller that have not finished the job.
     running: AtomicUsize,
     done: Gate,
@@ -82,6 +93,8 @@ pub struct Worker<'p> {
     /// Which worker, `0 .. count`.
     pub index: usize,
     shared: &'p Shared,
+    /// Loops that were shared out so far in this job.
+    deals: Cell<u64>,
 }
 
 impl CpuPool {
@@ -93,12 +106,15 @@ impl CpuPool {
     pub fn new(options: &PoolOptions) -> std::io::Result<Self> {
         let threads = options.threads.max(1);
         let spin = Duration::from_micros(options.spin_us);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let meeting_spin = if threads > cores { spin } else { spin.max(MEETING_SPIN) };
         let shared = Arc::new(Shared {
             job: UnsafeCell::new(None),
             start: Gate::new(spin),
-            barrier: Barrier::new(threads, spin),
+            barrier: Barrier::new(threads, meeting_spin),
+            shares: (0..threads).map(|_| Share::default()).collect(),
             running: AtomicUsize::new(0),
-            done: Gate::new(spin),
+            done: Gate::new(meeting_spin),
             stop: AtomicBool::new(false),
             failure: Mutex::new(None),
             pin_failures: Mutex::new(Vec::new()),
@@ -137,6 +153,7 @@ impl CpuPool {
         self.pin_caller();
         let shared = &*self.shared;
         shared.barrier.reset();
+        shared.shares.iter().for_each(Share::reset);
         let seen = shared.done.value();
         // SAFETY: this only lengthens the lifetime. The pointer is used by workers counted in
         // `running`, and this function does not return, nor unwind, before that count is 0.
@@ -211,7 +228,7 @@ impl Shared {
 
     /// One worker's part of a job; a panic poisons the barrier and is kept for the caller.
     fn work(&self, index: usize, job: JobPointer) {
-        let worker = Worker { index, shared: self };
+        let worker = Worker { index, shared: self, deals: Cell::new(0) };
         // SAFETY: the caller of `run` keeps the closure alive until all workers are through.
         let job = unsafe { &*job.0 };
         if let Err(payload) = catch_unwind(AssertUnwindSafe(|| job(&worker))) {
@@ -247,6 +264,31 @@ impl Worker<'_> {
     /// disjoint, cover all items and depend on nothing but the arguments.
     pub fn share(&self, items: usize, unit: usize) -> Range<usize> {
         share(self.index, self.count(), items, unit)
+    }
+
+    /// Pieces of `0 .. items`, cut at multiples of `unit` and at least `grain` units long where so
+    /// many are left. All workers must call this, in the same order with the same arguments; every
+    /// item is then in one piece of one worker, but in which depends on how fast they are.
+    ///
+    /// # Panics
+    /// When there are 2²² units or more.
+    pub fn deal(
+        &self,
+        items: usize,
+        unit: usize,
+        grain: usize,
+    ) -> impl Iterator<Item = Range<usize>> {
+        let (units, count) = (items.div_ceil(unit), self.count());
+        let pieces = self.deal_from(grain, move |worker| units * worker / count);
+        pieces.map(move |piece| piece.start * unit..items.min(piece.end * unit))
+    }
+
+    /// As [`Worker::deal`], in units, with a given beginning of each worker's first share: `cut`
+    /// ascends from 0 for worker 0 to the number of units for worker `count`.
+    pub fn deal_from<C: Fn(usize) -> usize>(&self, grain: usize, cut: C) -> Deal<'_, C> {
+        let number = self.deals.get() + 1;
+        self.deals.set(number);
+        Deal::new(&self.shared.shares, (self.index, number), grain, cut)
     }
 }
 

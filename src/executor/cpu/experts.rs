@@ -41,7 +41,7 @@ impl Step<'_> {
         self.meet(worker);
         for token in self.rows(worker, self.plan.tokens.len()) {
             // SAFETY: the logits are behind the barrier; the row of routes is of this worker's own
-            // memory or share, and the copy of the logits is its own.
+            // memory or fell to it, and the copy of the logits is its own.
             let (logits, scratch, routes) = unsafe {
                 (
                     logits.part(token, 0..logits.width),
@@ -89,7 +89,8 @@ impl Step<'_> {
         self.group(groups, shape);
         let projected = self.buffers.projected;
         let most = groups.active().map(|(_, pairs)| pairs.len()).max().unwrap_or(0);
-        for rows in tiles(worker.share(projected.width, MATMUL_ROWS), tile_rows(most)) {
+        let pieces = worker.deal(projected.width, MATMUL_ROWS, 2);
+        for rows in pieces.flat_map(|piece| tiles(piece, tile_rows(most))) {
             for token in 0..projected.rows {
                 // SAFETY: workers' rows of the stream are disjoint.
                 unsafe { projected.part_mut(token, rows.clone()) }.fill(0.0);

@@ -4,6 +4,7 @@
 use super::{Step, whole_row_mut};
 use crate::executor::buffers::{LOGITS_TILE_ROWS, QuantizedRows, Rows};
 use crate::executor::cpu_pool::Worker;
+use crate::executor::expert_groups::tiles;
 use crate::executor::program::{Buffer, Linear, Precision};
 use crate::model::Activation;
 use std::ops::Range;
@@ -11,6 +12,13 @@ use tandem_cpu_kernels::blocks::GROUP;
 
 /// Rows of a matmul are dealt out in groups that the interleaved layout keeps together.
 const MATMUL_ROWS: usize = 16;
+/// The same for steps of more tokens than one tile of columns, where the kernel decodes two such
+/// groups at a time.
+const WIDE_MATMUL_ROWS: usize = 32;
+/// Tokens that cost the arithmetic about as long as memory takes for the weights.
+const FREE_TOKENS: usize = 8;
+/// Weights that are worth a claim of their own: some microseconds of a thread's bandwidth.
+const CLAIM_BYTES: usize = 32 << 10;
 /// Hidden rows whose gate and up are computed before the activation runs over them: the products
 /// of a wide step are then still in the second-level cache.
 const GATE_ROWS: usize = 128;
@@ -32,37 +40,38 @@ impl Step<'_> {
             Buffer::Hidden => self.buffers.hidden,
             _ => self.buffers.normed,
         };
-        let mine = self.weighted_share(worker, parts);
-        let mut first = 0;
-        for part in parts {
-            let rows = self.weights.matrix(part.matrix).rows();
-            let own = mine.start.clamp(first, first + rows) - first
-                ..mine.end.clamp(first, first + rows) - first;
-            self.multiply(part, (input, precision), (output, first), own);
-            first += rows;
+        let n_tokens = self.plan.tokens.len();
+        let unit = Self::matmul_rows(n_tokens);
+        let layout = PartUnits { step: self, parts, unit };
+        let grain =
+            Self::grain(parts.first().map_or(0, |part| self.row_bytes(part)) * unit, n_tokens);
+        let cut = |index| layout.unit_at(index, worker.count());
+        for piece in worker.deal_from(grain, cut) {
+            let (mut first_row, mut first_unit) = (0, 0);
+            for part in parts {
+                let rows = layout.rows(part);
+                let at = |index: usize| ((index.max(first_unit) - first_unit) * unit).min(rows);
+                let own = at(piece.start)..at(piece.end);
+                self.multiply(part, (input, precision), (output, first_row), own);
+                first_row += rows;
+                first_unit += rows.div_ceil(unit);
+            }
         }
     }
 
-    /// This worker's rows of all parts, one after the other: equal shares of bytes, cut at
-    /// multiples of [`MATMUL_ROWS`].
-    fn weighted_share(&self, worker: &Worker<'_>, parts: &[Linear]) -> Range<usize> {
-        let cost = |part: &Linear| self.weights.matrix(part.matrix).bytes().len();
-        let total: usize = parts.iter().map(cost).sum();
-        let cut = |index: usize| {
-            let mut target = total * index / worker.count();
-            let mut first = 0;
-            for part in parts {
-                let (rows, bytes) = (self.weights.matrix(part.matrix).rows(), cost(part));
-                if target < bytes {
-                    let row = target * rows / bytes;
-                    return first + (row.next_multiple_of(MATMUL_ROWS)).min(rows);
-                }
-                target -= bytes;
-                first += rows;
-            }
-            first
-        };
-        cut(worker.index)..cut(worker.index + 1)
+    /// Rows that are dealt out together.
+    fn matmul_rows(n_tokens: usize) -> usize {
+        if n_tokens > 2 * FREE_TOKENS { WIDE_MATMUL_ROWS } else { MATMUL_ROWS }
+    }
+
+    fn row_bytes(&self, part: &Linear) -> usize {
+        let matrix = self.weights.matrix(part.matrix);
+        matrix.bytes().len() / matrix.rows().max(1)
+    }
+
+    /// How many units of `bytes` bytes of weights are worth a claim.
+    fn grain(bytes: usize, n_tokens: usize) -> usize {
+        CLAIM_BYTES / (bytes * n_tokens.div_ceil(FREE_TOKENS)).max(1)
     }
 
     /// Rows `own` of `part · input (+ bias)` into the output's columns from `first` on.
@@ -120,10 +129,10 @@ impl Step<'_> {
         activation: Activation,
     ) {
         let (normed, hidden) = ((self.buffers.normed, Precision::Eight), self.buffers.hidden);
-        let mine = worker.share(hidden.values.width, GROUP);
-        let mut start = mine.start;
-        while start < mine.end {
-            let rows = start..mine.end.min(start + GATE_ROWS);
+        let bytes = [&gate, &up].map(|part| self.row_bytes(part)).iter().sum::<usize>() * GROUP;
+        let pieces =
+            worker.deal(hidden.values.width, GROUP, Self::grain(bytes, hidden.values.rows));
+        for rows in pieces.flat_map(|piece| tiles(piece, GATE_ROWS)) {
             self.multiply(&gate, normed, (hidden.values, 0), rows.clone());
             self.multiply(&up, normed, (self.buffers.up, 0), rows.clone());
             for token in 0..hidden.values.rows {
@@ -140,7 +149,6 @@ impl Step<'_> {
                 }
                 self.quantize(hidden, token, rows.clone());
             }
-            start = rows.end;
         }
     }
 
@@ -149,9 +157,13 @@ impl Step<'_> {
         let mut first = 0;
         while first < wanted {
             let rows = LOGITS_TILE_ROWS.min(wanted - first);
-            self.logits_tile(worker, output, (first, rows), softcap);
+            let unit = Self::matmul_rows(rows);
+            let grain = Self::grain(self.row_bytes(&output) * unit, rows);
+            for own in worker.deal(self.weights.matrix(output.matrix).rows(), unit, grain) {
+                self.logits_tile(output, (first, rows), own, softcap);
+            }
             self.meet(worker);
-            for index in worker.share(rows, 1) {
+            for index in worker.deal(rows, 1, 1).flatten() {
                 // SAFETY: workers' rows are disjoint; the products are behind the barrier.
                 let row = unsafe { whole_row_mut(self.buffers.logits, index) };
                 self.samplers.take(worker.index, self.plan, first + index, row);
@@ -165,13 +177,12 @@ impl Step<'_> {
 
     fn logits_tile(
         &self,
-        worker: &Worker<'_>,
         output: Linear,
         (first, rows): (usize, usize),
+        own: Range<usize>,
         softcap: Option<f32>,
     ) {
         let matrix = self.weights.matrix(output.matrix);
-        let own = worker.share(matrix.rows(), MATMUL_ROWS);
         let logits = self.buffers.logits;
         // SAFETY: `selected` was finished before the last barrier, or by this worker for itself;
         // workers' `own` are disjoint.
@@ -188,5 +199,35 @@ impl Step<'_> {
                 self.kernels.softcap(unsafe { logits.part_mut(row, own.clone()) }, cap);
             }
         }
+    }
+}
+
+/// The rows of several matrices with one input, counted in units that never span two of them.
+struct PartUnits<'a> {
+    step: &'a Step<'a>,
+    parts: &'a [Linear],
+    unit: usize,
+}
+
+impl PartUnits<'_> {
+    fn rows(&self, part: &Linear) -> usize {
+        self.step.weights.matrix(part.matrix).rows()
+    }
+
+    /// The unit at which the share of worker `index` of `count` begins: shares are of equal bytes.
+    fn unit_at(&self, index: usize, count: usize) -> usize {
+        let bytes = |part: &Linear| self.step.weights.matrix(part.matrix).bytes().len();
+        let total: usize = self.parts.iter().map(bytes).sum();
+        let mut target = total * index / count;
+        let mut first = 0;
+        for part in self.parts {
+            let units = self.rows(part).div_ceil(self.unit);
+            if target < bytes(part) {
+                return first + (target * units).div_ceil(bytes(part));
+            }
+            target -= bytes(part);
+            first += units;
+        }
+        first
     }
 }

@@ -36,8 +36,8 @@ impl<'a> Step<'a> {
         let shape = rotation.shape;
         let (query_end, key_end) = (shape.query_dim(), shape.query_dim() + shape.kv_dim());
         let heads = self.buffers.heads;
-        let runs = worker.share(self.batch.runs.len(), 1);
-        for run in &self.batch.runs[runs] {
+        let runs = worker.deal(self.batch.runs.len(), 1, 1).flatten();
+        for run in runs.map(|run| &self.batch.runs[run]) {
             for token in run.tokens.clone() {
                 // SAFETY: runs are disjoint, so only this worker touches the token's heads.
                 let row = unsafe { heads.part_mut(token, 0..key_end) };

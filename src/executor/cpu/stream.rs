@@ -8,20 +8,23 @@ use crate::executor::program::{Norm, Pending, Precision};
 use std::ops::Range;
 
 impl Step<'_> {
-    /// The tokens that are this worker's share.
-    pub(super) fn tokens(&self, worker: &Worker<'_>) -> Range<usize> {
-        worker.share(self.plan.tokens.len(), 1)
+    /// Tokens that fall to this worker.
+    pub(super) fn tokens(&self, worker: &Worker<'_>) -> impl Iterator<Item = usize> {
+        worker.deal(self.plan.tokens.len(), 1, 1).flatten()
     }
 
     /// Those of `rows` rows that this worker computes: all when it has memory of its own for them.
-    pub(super) fn rows(&self, worker: &Worker<'_>, rows: usize) -> Range<usize> {
-        if self.buffers.has_own_rows { 0..rows } else { worker.share(rows, 1) }
+    pub(super) fn rows(&self, worker: &Worker<'_>, rows: usize) -> impl Iterator<Item = usize> {
+        let has_own = self.buffers.has_own_rows;
+        let own = if has_own { 0..rows } else { 0..0 };
+        let dealt = (!has_own).then(|| worker.deal(rows, 1, 1).flatten());
+        own.chain(dealt.into_iter().flatten())
     }
 
     /// Fills the residual stream, and the rotation angles of this worker's tokens.
     pub(super) fn enter(&self, worker: &Worker<'_>, fill: impl Fn(usize, &mut [f32])) {
         for token in self.rows(worker, self.plan.tokens.len()) {
-            // SAFETY: the row is of this worker's own memory or share.
+            // SAFETY: the row is of this worker's own memory or fell to it.
             fill(token, unsafe { whole_row_mut(self.buffers.residual, token) });
         }
         for token in self.tokens(worker) {
@@ -35,8 +38,8 @@ impl Step<'_> {
     /// Adds what is pending to the residual stream of a token, and returns it.
     fn settle(&self, token: usize, pending: Pending) -> &[f32] {
         let projected = self.buffers.projected;
-        // SAFETY: the residual row is of this worker's own memory or share, the addend is its own,
-        // and `projected` is only read in this op, by any worker.
+        // SAFETY: the residual row is of this worker's own memory or fell to it, the addend is its
+        // own, and `projected` is only read in this op, by any worker.
         let (residual, projected, addend) = unsafe {
             (
                 whole_row_mut(self.buffers.residual, token),
