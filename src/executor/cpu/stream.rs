@@ -91,7 +91,7 @@ impl Step<'_> {
         let (values, residual) = unsafe {
             (target.values.part(row, all.clone()), target.values.part_mut(rest, all.clone()))
         };
-        eight_bit.residual(values, row, all.clone(), residual);
+        self.kernels.activation_residual(values, (eight_bit, row), all.clone(), residual);
         self.quantize(target, rest, all);
     }
 
