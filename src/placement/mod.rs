@@ -30,8 +30,9 @@ const LOGITS_ROWS: u64 = 64;
 /// Tokens, and rows, of an expert that a worker of an executor multiplies at once.
 const EXPERT_TILE: u64 = 128;
 
-/// Elements of the residual stream that each worker of an executor may compute again for itself.
-const REPEATED_ELEMENTS: u64 = 8 << 10;
+/// Elements of the residual stream, times its workers, that each worker of an executor may compute
+/// again for itself.
+const REPEATED_ELEMENTS: u64 = 2 << 10;
 /// Tokens of a sequence whose heads each worker of an executor may rotate for itself.
 const ROTATED_TOKENS: u64 = 16;
 
@@ -266,7 +267,7 @@ fn own_bytes(spec: &ModelSpec, threads: usize, tokens: u64) -> u64 {
     if threads < 2 {
         return 0;
     }
-    let repeated = REPEATED_ELEMENTS / embedding.max(1) + 1;
+    let repeated = threads * REPEATED_ELEMENTS / embedding.max(1) + 1;
     let rows = ((repeated * threads).div_ceil(threads - 1) - 1).min(tokens);
     // residual; normed twice and selected, also in 8 bits.
     let row = 4 * embedding + 3 * (4 * embedding + embedding * 3 / 2);
