@@ -190,7 +190,7 @@ impl Config {
         }
         self.validate_times()?;
         let words: [(&str, &str, &[&str]); 2] = [
-            ("cpu.isa", &self.cpu.isa, &["auto", "scalar", "avx2", "avx512", "avx512vnni"]),
+            ("cpu.isa", &self.cpu.isa, &["auto", "scalar", "avx2", "avx512", "avx512vnni", "amx"]),
             ("log.format", &self.log.format, &["text", "json"]),
         ];
         for (field, got, allowed) in words {

@@ -61,6 +61,16 @@ static AVX512_VNNI: Kernels = Kernels {
     roof: roof::avx512::VNNI,
 };
 
+#[cfg(target_arch = "x86_64")]
+static AMX: Kernels = Kernels {
+    isa: Isa::Amx,
+    matmul: matmul::amx::TABLE,
+    activations: activations::x86::AVX512,
+    vector: vector::avx512::TABLE,
+    attention: attention::simd::avx512::TABLE,
+    roof: roof::avx512::AMX,
+};
+
 static BEST: LazyLock<&'static Kernels> = LazyLock::new(|| table(Isa::detect()));
 
 impl Kernels {
@@ -91,6 +101,7 @@ fn table(isa: Isa) -> &'static Kernels {
         Isa::Avx2 => &AVX2,
         Isa::Avx512 => &AVX512,
         Isa::Avx512Vnni => &AVX512_VNNI,
+        Isa::Amx => &AMX,
     }
 }
 

@@ -14,6 +14,9 @@ pub enum Isa {
     Avx512,
     /// [`Isa::Avx512`] and the int8 dot product `vpdpbusd` (Cascade Lake, Zen 4 and later).
     Avx512Vnni,
+    /// [`Isa::Avx512Vnni`] and the int8 tiles of AMX (Sapphire Rapids and later), which the
+    /// operating system must grant.
+    Amx,
 }
 
 /// A kernel table was asked for an instruction set that this CPU lacks.
@@ -26,9 +29,9 @@ pub struct UnsupportedIsa {
     pub best: Isa,
 }
 
-/// A name that is none of `scalar`, `avx2`, `avx512`, `avx512vnni`.
+/// A name that is none of `scalar`, `avx2`, `avx512`, `avx512vnni`, `amx`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown instruction set {name:?}: want scalar, avx2, avx512 or avx512vnni")]
+#[error("unknown instruction set {name:?}: want scalar, avx2, avx512, avx512vnni or amx")]
 pub struct UnknownIsa {
     /// The name as given.
     pub name: String,
@@ -36,7 +39,7 @@ pub struct UnknownIsa {
 
 impl Isa {
     /// Every instruction set, in ascending order.
-    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni];
+    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Amx];
 
     /// The widest instruction set of this CPU that the operating system also saves on a context
     /// switch (the standard library's detection reads XCR0).
@@ -56,6 +59,7 @@ impl Isa {
             Isa::Avx2 => has_avx2(),
             Isa::Avx512 => has_avx2() && has_avx512(),
             Isa::Avx512Vnni => has_avx2() && has_avx512() && has_vnni(),
+            Isa::Amx => Isa::Avx512Vnni.is_available() && crate::amx_permission::granted(),
         }
     }
 
@@ -77,6 +81,7 @@ impl Isa {
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Vnni => "avx512vnni",
+            Isa::Amx => "amx",
         }
     }
 }

@@ -4,6 +4,7 @@
 //! buffers. `scalar` files are the specification; every instruction set gives the same bits.
 
 pub mod activations;
+mod amx_permission;
 pub mod attention;
 pub mod blocks;
 pub mod dequantize;

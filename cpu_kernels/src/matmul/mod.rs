@@ -15,6 +15,8 @@
 //! partial sums (element `k` goes to `k mod 32`) that are added in one fixed tree.
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
@@ -27,6 +29,8 @@ mod lanes;
 #[cfg(target_arch = "x86_64")]
 mod packed;
 pub(crate) mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod view;
 #[cfg(target_arch = "x86_64")]
 mod wide;

@@ -16,6 +16,7 @@
 use super::interleaved::{Column, row_lanes, store_sums, sums, zero_pair};
 use super::lanes::Lanes;
 use super::packed::{Block, MinKind, Packed};
+use super::tiles::{self, TILE_COLUMNS, TileUnit, depth};
 use super::{Layout, MatrixView, OutputColumns};
 use crate::activations::Quantized;
 use crate::blocks::GROUP;
@@ -29,40 +30,43 @@ const CHUNK_GROUPS: usize = 16;
 const VECTORS: usize = 2;
 /// A group of 32 elements of one vector of rows, decoded.
 #[derive(Clone, Copy)]
-struct Group<L: Lanes> {
-    /// 4 elements of each row per word.
-    words: [L::Int; 8],
+#[repr(C, align(64))]
+pub(super) struct Group<L: Lanes> {
+    /// 4 elements of each row per word; signed for a unit of tiles.
+    pub words: [L::Int; 8],
     /// Of the group, or of its halves.
-    scales: [L::Float; 2],
+    pub scales: [L::Float; 2],
     /// Offset, or the scale of the offset pair.
-    min: L::Float,
+    pub min: L::Float,
     /// Integer offsets of the halves.
-    min_pair: L::Int,
+    pub min_pair: L::Int,
 }
 
 /// Columns whose sums wait together; in the output they may lie pages apart.
 const COLUMNS: usize = 128;
 
 /// What waits between tiles and between chunks.
-struct Scratch<L: Lanes> {
+pub(super) struct Scratch<L: Lanes> {
     /// The decoded chunk of each row vector.
-    chunk: [[MaybeUninit<Group<L>>; CHUNK_GROUPS]; VECTORS],
+    pub chunk: [[MaybeUninit<Group<L>>; CHUNK_GROUPS]; VECTORS],
     /// The sums of each column and row vector.
-    sums: [[MaybeUninit<L::Float>; VECTORS]; COLUMNS],
+    pub sums: [[MaybeUninit<L::Float>; VECTORS]; COLUMNS],
+    /// What a unit of tiles leaves for the vectors.
+    pub products: tiles::Slots,
 }
 
 /// What a tile of columns meets: groups `first_group ..` of a row of `groups`.
 #[derive(Clone, Copy)]
-struct Panel<'a, const R: usize> {
-    x: Quantized<'a>,
+pub(super) struct Panel<'a, const R: usize> {
+    pub x: Quantized<'a>,
     /// Whose sums are in the buffer.
-    columns: (usize, usize),
-    groups: usize,
-    first_group: usize,
-    count: usize,
+    pub columns: (usize, usize),
+    pub groups: usize,
+    pub first_group: usize,
+    pub count: usize,
     /// The chunk that is decoded next: fetched while the first tile computes, a little per group,
     /// since a burst would fill the queue of outstanding misses.
-    next: [*const u8; R],
+    pub next: [*const u8; R],
 }
 
 /// The kernel; see the module.
@@ -82,7 +86,13 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
     let mut scratch = Scratch::<L> {
         chunk: [[const { MaybeUninit::uninit() }; CHUNK_GROUPS]; VECTORS],
         sums: [[const { MaybeUninit::uninit() }; VECTORS]; COLUMNS],
+        products: tiles::no_products(),
     };
+    if L::Tiles::EXISTS {
+        tiles::clear(&mut scratch.products);
+    }
+    // SAFETY: the CPU has the unit, if it is one.
+    unsafe { L::Tiles::configure(const { depth::<P>() }, out.columns() % TILE_COLUMNS) };
     let mut first_row = rows.start / ROWS * ROWS;
     while first_row < rows.end {
         let vectors = (rows.end - first_row).div_ceil(L::LANES).min(VECTORS);
@@ -104,6 +114,8 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
         }
         first_row += vectors * L::LANES;
     }
+    // SAFETY: as above.
+    unsafe { L::Tiles::release() };
 }
 
 /// Some columns against `R` vectors of rows.
@@ -147,7 +159,13 @@ unsafe fn block<L: Lanes, P: Packed, const R: usize>(
             next,
         };
         // SAFETY: the first `count` groups of `R` vectors were just decoded.
-        unsafe { all_columns::<L, P, R>(&panel, scratch, (first_row, &covered), out) };
+        unsafe {
+            if L::Tiles::EXISTS {
+                tiles::all_columns::<L, P, R>(&panel, scratch, (first_row, &covered), out);
+            } else {
+                all_columns::<L, P, R>(&panel, scratch, (first_row, &covered), out);
+            }
+        }
         start += count;
     }
 }
@@ -178,7 +196,11 @@ unsafe fn decode_group<L: Lanes, P: Packed>(block: Block, group: usize, target: 
     unsafe {
         let words = (&raw mut (*target).words).cast::<L::Int>();
         for word in 0..8 {
-            words.add(word).write(P::quants::<L>(block, group, word));
+            let mut quants = P::quants::<L>(block, group, word);
+            if L::Tiles::EXISTS && P::ZERO != 0 {
+                quants = L::sub_bytes(quants, L::splat(i32::from(P::ZERO) * 0x0101_0101));
+            }
+            words.add(word).write(quants);
         }
         let scales = (&raw mut (*target).scales).cast::<L::Float>();
         for half in 0..if P::HALVES { 2 } else { 1 } {
@@ -194,6 +216,11 @@ unsafe fn decode_group<L: Lanes, P: Packed>(block: Block, group: usize, target: 
             }
         }
     }
+}
+
+/// What a group takes of the stream, in whole cache lines.
+pub(super) const fn stream_lines<P: Packed>() -> usize {
+    (ROWS * P::DTYPE.block_bytes() * GROUP).div_ceil(64 * P::DTYPE.block_elements())
 }
 
 /// Tiles of 6 and 4 columns, so that few results are dropped.
@@ -229,9 +256,7 @@ unsafe fn tile<L: Lanes, P: Packed, const R: usize, const T: usize>(
     out: OutputColumns<'_>,
 ) -> usize {
     let columns = T.min(left);
-    // What a group takes of the stream, in whole cache lines.
-    let lines =
-        const { (ROWS * P::DTYPE.block_bytes() * GROUP).div_ceil(64 * P::DTYPE.block_elements()) };
+    let lines = const { stream_lines::<P>() };
     let mut x = [(std::ptr::null(), std::ptr::null()); T];
     for (index, x) in x.iter_mut().enumerate() {
         let column = first + index.min(columns - 1);

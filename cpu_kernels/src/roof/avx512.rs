@@ -2,6 +2,7 @@
 //! three instructions of AVX2.
 
 use super::{RoofTable, fold};
+use std::arch::asm;
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
@@ -73,3 +74,47 @@ pub(crate) const PLAIN: RoofTable =
 
 pub(crate) const VNNI: RoofTable =
     RoofTable { macs_per_round: MACS_PER_ROUND, multiply: multiply_vnni, read };
+
+/// Tiles of 16 × 64 bytes: two of columns with two of weights, so that products do not wait for
+/// each other. The arithmetic that the tile unit could do if products never left it.
+#[target_feature(enable = "avx512f")]
+unsafe fn multiply_tiles(rounds: usize) -> i32 {
+    /// Palette 1, then 16 widths in bytes from byte 16, then 16 heights from byte 48.
+    #[repr(align(64))]
+    struct Shapes([u8; 64]);
+    let mut shapes = Shapes([0; 64]);
+    shapes.0[0] = 1;
+    for register in 0..8 {
+        (shapes.0[16 + 2 * register], shapes.0[48 + register]) = (64, 16);
+    }
+    let mut tile = [3_i8; 1024];
+    // SAFETY: this table is reached only where the system has granted AMX; the tile is 1024 bytes,
+    // and registers are given up at the end.
+    unsafe {
+        asm!(
+            "ldtilecfg [{shapes}]",
+            "tileloadd tmm4, [{tile} + {line}*1]",
+            "tileloadd tmm5, [{tile} + {line}*1]",
+            "tileloadd tmm6, [{tile} + {line}*1]",
+            "tileloadd tmm7, [{tile} + {line}*1]",
+            "2:",
+            "tdpbssd tmm0, tmm4, tmm6",
+            "tdpbssd tmm1, tmm4, tmm7",
+            "tdpbssd tmm2, tmm5, tmm6",
+            "tdpbssd tmm3, tmm5, tmm7",
+            "dec {rounds}",
+            "jnz 2b",
+            "tilestored [{tile} + {line}*1], tmm0",
+            "tilerelease",
+            shapes = in(reg) &raw const shapes,
+            tile = in(reg) tile.as_mut_ptr(),
+            line = in(reg) 64_usize,
+            rounds = inout(reg) rounds.max(1) => _,
+            options(nostack),
+        );
+    }
+    i32::from(tile[0])
+}
+
+pub(crate) const AMX: RoofTable =
+    RoofTable { macs_per_round: 4 * 16 * 16 * 64, multiply: multiply_tiles, read };
