@@ -10,7 +10,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
-use tandem::executor::{KvOptions, PoolOptions, Stage, StageOptions};
+use tandem::executor::{KvOptions, PoolOptions, Stage, StageOptions, StepPasses};
 use tandem::formats::Checkpoint;
 use tandem::model::ModelSpec;
 use tandem::step::{LogitsRow, LogitsTask, PlannedSequence, StepOutput, StepPlan};
@@ -40,6 +40,7 @@ fn main() {
             host_blocks: 0,
         },
         step_tokens_max: 512,
+        passes: StepPasses::ByCost,
     };
     let checkpoint = Arc::new(Checkpoint::open(Path::new(path)).expect("a checkpoint"));
     let spec = Arc::new(ModelSpec::from_checkpoint(&checkpoint).expect("a model"));

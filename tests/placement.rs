@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use std::path::Path;
 use std::sync::OnceLock;
 use tandem::config::Config;
-use tandem::executor::{KvOptions, PoolOptions, Stage, StageOptions};
+use tandem::executor::{KvOptions, PoolOptions, Stage, StageOptions, StepPasses};
 use tandem::formats::Checkpoint;
 use tandem::hardware::HardwareProfile;
 use tandem::model::ModelSpec;
@@ -123,6 +123,7 @@ fn takes_what_was_planned(family: Family, dtype: KvDType) {
             host_blocks: placement.host_blocks,
         },
         step_tokens_max: config.scheduler.step_tokens_max,
+        passes: StepPasses::ByCost,
     };
     let stage = Stage::load(checkpoint.into(), spec.into(), &options, &mut |_| {}).unwrap();
     let (memory, planned) = (stage.memory(), &placement.stages[0]);

@@ -22,11 +22,13 @@ const LAYERS: [&[&str]; 7] = [
 const SIDEWAYS: [(&str, &str); 2] = [("blocking", "actors"), ("cli", "server")];
 
 /// The only files of the root package that may hold unsafe code.
-const UNSAFE_FILES: [&str; 9] = [
+const UNSAFE_FILES: [&str; 11] = [
     "src/executor/cpu.rs",
     "src/executor/cpu/attend.rs",
     "src/executor/cpu/experts.rs",
     "src/executor/cpu/products.rs",
+    "src/executor/cpu/rotate.rs",
+    "src/executor/cpu/stream.rs",
     "src/executor/cpu_pool.rs",
     "src/executor/kv_store.rs",
     "src/executor/buffers.rs",

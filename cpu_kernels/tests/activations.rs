@@ -34,8 +34,8 @@ fn missed(kernels: &Kernels, x: &[f32]) -> Vec<f32> {
     let target = unsafe { buffer.writer(1, x.len()) };
     kernels.quantize_activations(x, target, 0, 0..x.len());
     let mut residual = vec![0.0; x.len()];
-    target.residual(&x[..32], 0, 0..32, &mut residual[..32]);
-    target.residual(&x[32..], 0, 32..x.len(), &mut residual[32..]);
+    kernels.activation_residual(&x[..32], (target, 0), 0..32, &mut residual[..32]);
+    kernels.activation_residual(&x[32..], (target, 0), 32..x.len(), &mut residual[32..]);
     residual
 }
 

@@ -6,7 +6,7 @@ use super::shared::Shared;
 use super::stage::{CpuStages, StageFactory, StepRunner};
 use super::{EngineError, LoadProgress, ModelInfo};
 use crate::config::{Config, ConfigError};
-use crate::executor::{KvOptions, PoolOptions, StageOptions};
+use crate::executor::{KvOptions, PoolOptions, StageOptions, StepPasses};
 use crate::formats::{Checkpoint, FormatError};
 use crate::hardware::{HardwareProfile, Topology};
 use crate::model::ModelSpec;
@@ -196,6 +196,7 @@ pub fn stage_options(
         huge_pages: config.cpu.huge_pages,
         kv,
         step_tokens_max: config.scheduler.step_tokens_max,
+        passes: StepPasses::ByCost,
     })
 }
 

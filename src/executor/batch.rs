@@ -80,6 +80,12 @@ impl Batch {
         self.splits.iter().map(AttentionSplit::partials_max).max().unwrap_or(0)
     }
 
+    /// Whether every sequence has one tile, of up to `tokens_max` tokens.
+    pub fn has_short_sequences_only(&self, tokens_max: usize) -> bool {
+        self.tiles.iter().all(|tile| tile.tokens.len() <= tokens_max)
+            && self.tiles.windows(2).all(|pair| pair[0].sequence != pair[1].sequence)
+    }
+
     /// Checks a plan and derives its structures.
     ///
     /// # Errors

@@ -3,7 +3,8 @@
 //!
 //! The rule that every user keeps: between two barriers an element is either written by one
 //! worker, or read by any. `cpu.rs` derives what each worker writes from [`Worker::share`], whose
-//! shares are disjoint, and meets at a barrier after every op.
+//! shares are disjoint, and meets at a barrier after every op whose output others read. Some of
+//! the buffers may be a worker's own (`own_buffers.rs`): nobody else uses those at all.
 //!
 //! Buffers that are read with 16-bit precision have two rows per token: rows `0 .. n` are the
 //! values, rows `n .. 2n` what their 8-bit form misses. So have the products of such rows, which
@@ -58,6 +59,11 @@ unsafe impl Send for Rows<'_> {}
 unsafe impl Sync for Rows<'_> {}
 
 impl<'a> Rows<'a> {
+    /// No rows at all.
+    pub fn none() -> Self {
+        Rows::new(&mut [], 0, 0)
+    }
+
     /// The start of `values` as `[rows, width]` f32, row-major.
     pub fn new(values: &'a mut [f32], rows: usize, width: usize) -> Self {
         let (need, have) = (rows * width, values.len());
@@ -226,6 +232,14 @@ pub(super) struct StepBuffers<'a> {
     pub selected: QuantizedRows<'a>,
     /// `[LOGITS_TILE_ROWS, vocab_size]`; 0 rows in a stage without logits.
     pub logits: Rows<'a>,
+    /// Whether residual, normed, routes and selected are the worker's own.
+    pub has_own_rows: bool,
+    /// `[1, embedding_dim]`, a worker's own: what is to be added to the residual stream.
+    pub addend: Rows<'a>,
+    /// `[1, n_experts]`, a worker's own: a token's router logits while they are used up.
+    pub expert_logits: Rows<'a>,
+    /// As wide as `heads`, a worker's own: copies of a tile's heads.
+    pub rotated: Rows<'a>,
 }
 
 impl Buffers {
@@ -283,7 +297,8 @@ impl Buffers {
         plain.into_iter().map(Memory::as_bytes_mut).chain(quantized).collect()
     }
 
-    /// Views for a step of `tokens` tokens, of which `selected` rows' logits are wanted.
+    /// Views for a step of `tokens` tokens, of which `selected` rows' logits are wanted; without
+    /// what is a worker's own.
     pub fn shaped(&mut self, tokens: usize, selected: usize) -> StepBuffers<'_> {
         let dims = self.dims;
         StepBuffers {
@@ -298,6 +313,10 @@ impl Buffers {
             routes: self.routes.rows(tokens, dims.routes()),
             selected: self.selected.rows(selected, dims.embedding),
             logits: self.logits.rows(selected.min(LOGITS_TILE_ROWS), dims.vocab),
+            has_own_rows: false,
+            addend: Rows::none(),
+            expert_logits: Rows::none(),
+            rotated: Rows::none(),
         }
     }
 }

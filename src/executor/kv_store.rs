@@ -189,7 +189,8 @@ impl<'a> KvLayers<'a> {
         let [keys, values] = [&layer.device[0], &layer.device[1]].map(|plane| plane.bytes);
         // SAFETY: both planes hold `blocks · block_bytes` bytes, aligned to cache lines, and are
         // borrowed for 'a, by `KvMemory::layers` exclusively. The interpreter writes a block
-        // through one worker (`BlockRun`) and reads after a barrier.
+        // through one worker (`BlockRun`) and reads after a barrier; or it writes a head's
+        // position through the one worker that reads it before the next barrier.
         unsafe { KvStore::new(keys, values, self.blocks, layer.layout) }
     }
 }

@@ -19,8 +19,8 @@
 //! DownExperts  hidden, routes → projected  the weighted sum
 //! ```
 //! Queries, keys and values read 16-bit activations ([`Precision`]), all else 8-bit ones.
-//! An interpreter on several workers needs one barrier after each op, so eight per layer; with
-//! experts ten, as routing takes one inside.
+//! An interpreter on several workers needs a barrier where workers read what others have written:
+//! after each op, unless it repeats the op on every worker (`cpu.rs`).
 
 mod lowering;
 mod part;

@@ -11,6 +11,8 @@ use super::expert_groups::ExpertScratch;
 use super::handoff::{HandoffReceiver, HandoffSender, Slot};
 use super::kv_store::{KvMemory, KvOptions};
 use super::op_times::{OpClocks, OpTime};
+use super::own_buffers::{OwnBuffers, OwnRows};
+use super::passes::StepPasses;
 use super::program::{Op, Program, StagePart};
 use super::sample::RowSamplers;
 use super::warm_up;
@@ -19,6 +21,7 @@ use crate::formats::Checkpoint;
 use crate::memory::HugePages;
 use crate::model::ModelSpec;
 use crate::step::{StepOutput, StepPlan};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 use tandem_cpu_kernels::Isa;
@@ -42,6 +45,8 @@ pub struct StageOptions {
     pub kv: KvOptions,
     /// Tokens of the widest step: the activations' memory is sized by it.
     pub step_tokens_max: usize,
+    /// Which barriers are saved.
+    pub passes: StepPasses,
 }
 
 /// Bytes that a stage holds.
@@ -64,6 +69,9 @@ pub struct Stage {
     buffers: Buffers,
     angles: Memory,
     partials: Memory,
+    own: Vec<Mutex<OwnBuffers>>,
+    /// Tokens of the longest tile whose heads are rotated by those who attend to it.
+    rotated_tokens_max: usize,
     scratch: Vec<Mutex<AttentionScratch>>,
     experts: Vec<Mutex<ExpertScratch>>,
     samplers: RowSamplers,
@@ -71,6 +79,7 @@ pub struct Stage {
     outlet: Option<HandoffSender>,
     failure: Option<WorkerPanic>,
     clocks: Option<OpClocks>,
+    barriers: AtomicU64,
     // Last, so that workers are joined before what they work on is freed.
     pool: CpuPool,
 }
@@ -133,6 +142,10 @@ impl Stage {
         let batch = Batch::new(tokens, options.kv.device_blocks, splits);
         let head_dim = program.kv_layers.iter().map(|shape| shape.head_dim).max().unwrap_or(1);
         let scratch = (0..threads).map(|_| Mutex::new(AttentionScratch::new(head_dim))).collect();
+        let own = OwnRows {
+            tokens: options.passes.own_rows_max(threads, program.dims.embedding, tokens),
+            rotated_tokens: options.passes.rotated_tokens_max(threads, limits.query_tile),
+        };
         let sampled_rows = if program.dims.vocab > 0 { tokens } else { 0 };
         Ok(Self {
             limits,
@@ -141,6 +154,8 @@ impl Stage {
             kv: KvMemory::new(&program.kv_layers, options.kv, options.huge_pages())?,
             buffers: Buffers::new(program.dims, tokens),
             angles: Memory::new(tokens * weights.rotations().width()),
+            own: OwnBuffers::of_workers(program.dims, own, threads),
+            rotated_tokens_max: own.rotated_tokens,
             scratch,
             experts: ExpertScratch::of_workers(program.dims, tokens, threads),
             samplers: RowSamplers::new(threads, program.dims.vocab, sampled_rows),
@@ -148,6 +163,7 @@ impl Stage {
             outlet: None,
             failure: None,
             clocks: None,
+            barriers: AtomicU64::new(0),
             pool,
             weights,
         })
@@ -196,19 +212,29 @@ impl Stage {
         self.clocks.take().map(|clocks| clocks.times())
     }
 
+    /// How often the workers have met since the stage was made: the barriers inside steps. Their
+    /// start and end are not counted.
+    pub fn barriers(&self) -> u64 {
+        self.barriers.load(Ordering::Relaxed)
+    }
+
     /// Bytes held.
     pub fn memory(&self) -> StageMemory {
         let scratch = |scratch: &Mutex<ExpertScratch>| {
             scratch.lock().unwrap_or_else(PoisonError::into_inner).bytes()
         };
         let experts = self.experts.iter().map(scratch).sum::<usize>();
+        let own =
+            |own: &Mutex<OwnBuffers>| own.lock().unwrap_or_else(PoisonError::into_inner).bytes();
+        let own = self.own.iter().map(own).sum::<usize>();
         StageMemory {
             weight_bytes: self.weights.bytes(),
             kv_bytes: self.kv.bytes(),
             activation_bytes: self.buffers.bytes()
                 + self.angles.bytes()
                 + self.partials.bytes()
-                + experts,
+                + experts
+                + own,
         }
     }
 
@@ -268,10 +294,13 @@ impl Stage {
                 .as_mut()
                 .map(|slot| Rows::new(&mut slot.residual, tokens, embedding_dim)),
             partials: self.partials.rows(1, self.batch.partials_max()),
+            attention_rotates: self.batch.has_short_sequences_only(self.rotated_tokens_max),
+            own: &self.own,
             scratch: &self.scratch,
             experts: &self.experts,
             samplers: &self.samplers,
             clocks: self.clocks.as_ref(),
+            barriers: &self.barriers,
         };
         let done = self.pool.run(&|worker| step.execute(worker));
         if let Err(panic) = done {

@@ -12,7 +12,7 @@ pub use workers::Workers;
 use crate::config::{Config, ConfigError};
 use crate::hardware::HardwareProfile;
 use crate::kv::blocks_for;
-use crate::model::ModelSpec;
+use crate::model::{AttentionSpec, ModelSpec};
 use crate::request::RequestError;
 use crate::tensor::KvDType;
 use crate::units::ByteSize;
@@ -32,6 +32,12 @@ const LOGITS_ROWS: u64 = 64;
 
 /// Tokens, and rows, of an expert that a worker of an executor multiplies at once.
 const EXPERT_TILE: u64 = 128;
+
+/// Elements of the residual stream, times its workers, that each worker of an executor may compute
+/// again for itself.
+const REPEATED_ELEMENTS: u64 = 2 << 10;
+/// Tokens of a sequence whose heads each worker of an executor may rotate for itself.
+const ROTATED_TOKENS: u64 = 16;
 
 /// Memory that something can be placed in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -110,8 +116,9 @@ impl Placement {
             RequestError::InvalidParams { field, got, allowed }
         })?;
         let step_tokens = config.scheduler.step_tokens_max as u64;
-        let activation_bytes =
-            activation_bytes(spec, step_tokens) + expert_scratch_bytes(spec, workers.threads);
+        let activation_bytes = activation_bytes(spec, step_tokens)
+            + own_bytes(spec, workers.threads, step_tokens)
+            + expert_scratch_bytes(spec, workers.threads);
         let fixed = weight_bytes + activation_bytes;
         let block_tokens = config.kv.block_tokens;
         let block_bytes = spec.kv_bytes_per_token(config.kv.dtype) * block_tokens as u64;
@@ -235,10 +242,7 @@ fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
         spec.layers.iter().map(width).max().unwrap_or(0) as u64
     };
     let attended = widest(&|layer| layer.attention.n_heads * layer.attention.head_dim);
-    let heads = widest(&|layer| {
-        let attention = &layer.attention;
-        (attention.n_heads + 2 * attention.n_kv_heads) * attention.head_dim
-    });
+    let heads = widest(&|layer| heads_width(&layer.attention));
     // Each of a token's experts has a row of hidden; up is in the workers' scratch then.
     let dense_up = widest(&|layer| layer.ffn.dense().map_or(0, |dense| dense.up.weight.rows));
     let hidden = widest(&|layer| {
@@ -253,6 +257,26 @@ fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
     let quantized = 4 * embedding + attended + hidden;
     tokens * (4 * plain + quantized * 4 + quantized * 3 / 2)
         + LOGITS_ROWS * 4 * spec.vocab_size as u64
+}
+
+/// Elements of a token's queries, keys and values.
+fn heads_width(attention: &AttentionSpec) -> usize {
+    (attention.n_heads + 2 * attention.n_kv_heads) * attention.head_dim
+}
+
+/// Bytes in which each worker of several keeps what it computes for itself: rows of narrow steps,
+/// and heads that it rotates.
+fn own_bytes(spec: &ModelSpec, threads: usize, tokens: u64) -> u64 {
+    let (embedding, threads) = (spec.embedding_dim as u64, threads as u64);
+    if threads < 2 {
+        return 0;
+    }
+    let repeated = threads * REPEATED_ELEMENTS / embedding.max(1) + 1;
+    let rows = ((repeated * threads).div_ceil(threads - 1) - 1).min(tokens);
+    // residual; normed twice and selected, also in 8 bits.
+    let row = 4 * embedding + 3 * (4 * embedding + embedding * 3 / 2);
+    let heads = spec.layers.iter().map(|layer| heads_width(&layer.attention)).max().unwrap_or(0);
+    threads * (rows * row + ROTATED_TOKENS * 4 * heads as u64)
 }
 
 /// Bytes in which workers gather tokens of an expert and keep products on their way.

@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tandem::executor::{KvOptions, PoolOptions, Stage, StageOptions, StagePart};
+use tandem::executor::{KvOptions, PoolOptions, Stage, StageOptions, StagePart, StepPasses};
 use tandem::formats::Checkpoint;
 use tandem::model::ModelSpec;
 use tandem::step::{LogitsRow, LogitsTask, PlannedSequence, StepOutput, StepPlan};
@@ -75,6 +75,7 @@ pub fn options(threads: usize, context_tokens: usize) -> StageOptions {
             host_blocks: 4,
         },
         step_tokens_max: 512,
+        passes: StepPasses::ByCost,
     }
 }
 

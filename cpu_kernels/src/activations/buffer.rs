@@ -117,30 +117,6 @@ impl<'a> ActivationsMut<'a> {
         scales.copy_from_slice(&source.scales[from * (cols / GROUP)..][..cols / GROUP]);
     }
 
-    /// What the 8-bit form of elements `range` of token `column` misses of `values`:
-    /// `residual = values − scale·quant`. Quantised again, as a token of its own, it makes the
-    /// product of both with a matrix as good as one with 16-bit activations.
-    ///
-    /// # Panics
-    /// When `range` is not made of whole groups of 32, or the lengths differ.
-    pub fn residual(
-        &self,
-        values: &[f32],
-        column: usize,
-        range: Range<usize>,
-        residual: &mut [f32],
-    ) {
-        assert_eq!((values.len(), residual.len()), (range.len(), range.len()), "lengths");
-        let (quants, scales) = self.groups_mut(column, range);
-        let groups = quants.chunks_exact(GROUP).zip(scales);
-        let groups = groups.zip(values.chunks_exact(GROUP).zip(residual.chunks_exact_mut(GROUP)));
-        for ((quants, scale), (values, residual)) in groups {
-            for ((quant, value), out) in quants.iter().zip(values).zip(residual) {
-                *out = value - scale.scale * f32::from(*quant);
-            }
-        }
-    }
-
     /// The integers and scales of elements `range` of one column.
     pub(super) fn groups_mut(
         &self,

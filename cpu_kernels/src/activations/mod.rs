@@ -36,9 +36,13 @@ pub struct GroupScale {
 /// Quantises whole groups: `(values, quants, scales)` of `n·32`, `n·32` and `n` elements.
 pub(crate) type QuantizeFn = unsafe fn(&[f32], &mut [i8], &mut [GroupScale]);
 
+/// `values − scale·quant` of whole groups: `(values, quants, scales, residual)`.
+pub(crate) type ResidualFn = unsafe fn(&[f32], &[i8], &[GroupScale], &mut [f32]);
+
 /// The activation kernels of one instruction set.
 pub(crate) struct ActivationTable {
     pub quantize: QuantizeFn,
+    pub residual: ResidualFn,
 }
 
 /// Activations of a step, `[columns, cols]`: one column per token.
@@ -132,5 +136,24 @@ impl Kernels {
         let (quants, scales) = target.groups_mut(column, range);
         // SAFETY: this table was reached through `for_isa`, so the CPU can run its functions.
         unsafe { (self.activations.quantize)(values, quants, scales) }
+    }
+
+    /// What the 8-bit form of elements `range` of token `column` misses of `values`:
+    /// `residual = values − scale·quant`. Quantised again, as a token of its own, it makes the
+    /// product of both with a matrix as good as one with 16-bit activations.
+    ///
+    /// # Panics
+    /// When `range` is not made of whole groups of 32, or the lengths differ.
+    pub fn activation_residual(
+        &self,
+        values: &[f32],
+        (target, column): (ActivationsMut<'_>, usize),
+        range: Range<usize>,
+        residual: &mut [f32],
+    ) {
+        assert_eq!((values.len(), residual.len()), (range.len(), range.len()), "lengths");
+        let (quants, scales) = target.groups_mut(column, range);
+        // SAFETY: this table was reached through `for_isa`, so the CPU can run its functions.
+        unsafe { (self.activations.residual)(values, quants, scales, residual) }
     }
 }

@@ -3,29 +3,40 @@
 use super::{AMAX_MIN, ActivationTable, GroupScale};
 use crate::blocks::GROUP;
 
-pub(crate) const TABLE: ActivationTable = ActivationTable { quantize };
+pub(crate) const TABLE: ActivationTable = ActivationTable { quantize, residual };
 
-/// Inlined into the functions of wider instruction sets too.
-#[inline(always)]
-pub(super) fn quantize(values: &[f32], quants: &mut [i8], scales: &mut [GroupScale]) {
+fn quantize(values: &[f32], quants: &mut [i8], scales: &mut [GroupScale]) {
     let groups = values.as_chunks::<GROUP>().0.iter().zip(quants.as_chunks_mut::<GROUP>().0);
     for ((values, quants), scale) in groups.zip(scales) {
         *scale = quantize_group(values, quants);
     }
 }
 
-#[inline(always)]
+fn residual(values: &[f32], quants: &[i8], scales: &[GroupScale], residual: &mut [f32]) {
+    let groups = quants.as_chunks::<GROUP>().0.iter().zip(scales);
+    let values = values.as_chunks::<GROUP>().0.iter().zip(residual.as_chunks_mut::<GROUP>().0);
+    for ((quants, scale), (values, residual)) in groups.zip(values) {
+        for ((quant, value), out) in quants.iter().zip(values).zip(residual) {
+            *out = value - scale.scale * f32::from(*quant);
+        }
+    }
+}
+
+/// A group with a number that is not finite, or with none that is large enough.
+pub(super) fn group_without_integers(amax: f32, quants: &mut [i8; GROUP]) -> GroupScale {
+    quants.fill(0);
+    if amax.is_finite() {
+        return GroupScale::default();
+    }
+    GroupScale { scale: f32::NAN, scaled_sum: f32::NAN, sums: [0; 2] }
+}
+
 fn quantize_group(values: &[f32; GROUP], quants: &mut [i8; GROUP]) -> GroupScale {
     // As integers, |x| orders like the numbers themselves, with infinity and NaN on top.
     let largest = values.iter().fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff));
     let amax = f32::from_bits(largest);
-    if !amax.is_finite() {
-        quants.fill(0);
-        return GroupScale { scale: f32::NAN, scaled_sum: f32::NAN, sums: [0; 2] };
-    }
-    if amax < AMAX_MIN {
-        quants.fill(0);
-        return GroupScale::default();
+    if !amax.is_finite() || amax < AMAX_MIN {
+        return group_without_integers(amax, quants);
     }
     let inverse = 127.0 / amax;
     for (quant, value) in quants.iter_mut().zip(values) {

@@ -1,17 +1,154 @@
-//! The scalar code compiled for wider vectors: it has no branches inside a group, so the compiler
-//! vectorises it as it stands, and the bits cannot differ.
+//! 8-bit activations with AVX2 and AVX-512: each operation of the scalar code on 8 or 16 elements,
+//! so the bits cannot differ. Groups do not depend on each other, and the processor works on
+//! several at a time: what counts is how many instructions a group takes.
 
-use super::{ActivationTable, GroupScale, scalar};
+use super::{AMAX_MIN, ActivationTable, GroupScale, scalar};
+use crate::blocks::GROUP;
+use crate::lanes::Lanes;
+use crate::lanes::avx2::Avx2;
+use crate::lanes::avx512::Avx512;
+use std::arch::x86_64::*;
 
-pub(crate) const AVX2: ActivationTable = ActivationTable { quantize: avx2 };
-pub(crate) const AVX512: ActivationTable = ActivationTable { quantize: avx512 };
+pub(crate) const AVX2: ActivationTable =
+    ActivationTable { quantize: avx2, residual: residual_avx2 };
+pub(crate) const AVX512: ActivationTable =
+    ActivationTable { quantize: avx512, residual: residual_avx512 };
+
+/// All bits of a float but the sign.
+const MAGNITUDE: i32 = 0x7fff_ffff;
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn residual_avx2(
+    values: &[f32],
+    quants: &[i8],
+    scales: &[GroupScale],
+    residual: &mut [f32],
+) {
+    // SAFETY: the instructions of the lanes are enabled here.
+    unsafe { residual_with::<Avx2>(values, quants, scales, residual) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn residual_avx512(
+    values: &[f32],
+    quants: &[i8],
+    scales: &[GroupScale],
+    residual: &mut [f32],
+) {
+    // SAFETY: the instructions of the lanes are enabled here.
+    unsafe { residual_with::<Avx512>(values, quants, scales, residual) }
+}
+
+/// # Safety
+/// The CPU has the instructions of `L`.
+#[inline(always)]
+unsafe fn residual_with<L: Lanes>(
+    values: &[f32],
+    quants: &[i8],
+    scales: &[GroupScale],
+    residual: &mut [f32],
+) {
+    let groups = quants.as_chunks::<GROUP>().0.iter().zip(scales);
+    let values = values.as_chunks::<GROUP>().0.iter().zip(residual.as_chunks_mut::<GROUP>().0);
+    for ((quants, scale), (values, residual)) in groups.zip(values) {
+        for start in (0..GROUP).step_by(L::WIDTH) {
+            // SAFETY: a group is made of whole vectors; the caller has the instructions.
+            unsafe {
+                let values = L::load(values.as_ptr().add(start));
+                let product = L::mul(L::splat(scale.scale), L::load_i8(quants.as_ptr().add(start)));
+                L::store(residual.as_mut_ptr().add(start), L::sub(values, product));
+            }
+        }
+    }
+}
 
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn avx2(values: &[f32], quants: &mut [i8], scales: &mut [GroupScale]) {
-    scalar::quantize(values, quants, scales);
+    let groups = values.as_chunks::<GROUP>().0.iter().zip(quants.as_chunks_mut::<GROUP>().0);
+    for ((values, quants), scale) in groups.zip(scales) {
+        let from = values.as_ptr();
+        // SAFETY: four vectors are a group.
+        let x = [0, 8, 16, 24].map(|start| unsafe { _mm256_loadu_ps(from.add(start)) });
+        let magnitudes =
+            x.map(|x| _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(MAGNITUDE)));
+        let low = _mm256_max_epi32(magnitudes[0], magnitudes[1]);
+        let largest = _mm256_max_epi32(low, _mm256_max_epi32(magnitudes[2], magnitudes[3]));
+        let amax =
+            largest_of(_mm256_castsi256_si128(largest), _mm256_extracti128_si256::<1>(largest));
+        let Some(inverse) = inverse_step(amax, quants, scale) else { continue };
+        let inverse = _mm256_set1_ps(inverse);
+        // Rounds to the nearest, ties to even: Rust never changes the processor's mode.
+        let q = x.map(|x| _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse)));
+        let packed =
+            _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+        // Packing works on halves of vectors; this brings the fours of elements into order.
+        let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        let packed = _mm256_permutevar8x32_epi32(packed, order);
+        // SAFETY: 32 bytes are a group.
+        unsafe { _mm256_storeu_si256(quants.as_mut_ptr().cast(), packed) }
+        *scale = group_scale(amax, packed);
+    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn avx512(values: &[f32], quants: &mut [i8], scales: &mut [GroupScale]) {
-    scalar::quantize(values, quants, scales);
+    const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    let groups = values.as_chunks::<GROUP>().0.iter().zip(quants.as_chunks_mut::<GROUP>().0);
+    for ((values, quants), scale) in groups.zip(scales) {
+        let from = values.as_ptr();
+        // SAFETY: two vectors are a group.
+        let x = [0, 16].map(|start| unsafe { _mm512_loadu_ps(from.add(start)) });
+        let magnitudes =
+            x.map(|x| _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(MAGNITUDE)));
+        let largest = _mm512_max_epi32(magnitudes[0], magnitudes[1]);
+        let largest = _mm256_max_epi32(
+            _mm512_castsi512_si256(largest),
+            _mm512_extracti64x4_epi64::<1>(largest),
+        );
+        let amax =
+            largest_of(_mm256_castsi256_si128(largest), _mm256_extracti128_si256::<1>(largest));
+        let Some(inverse) = inverse_step(amax, quants, scale) else { continue };
+        let inverse = _mm512_set1_ps(inverse);
+        let q = x.map(|x| _mm512_cvt_roundps_epi32::<NEAREST>(_mm512_mul_ps(x, inverse)));
+        let packed = _mm256_set_m128i(_mm512_cvtepi32_epi8(q[1]), _mm512_cvtepi32_epi8(q[0]));
+        // SAFETY: 32 bytes are a group.
+        unsafe { _mm256_storeu_si256(quants.as_mut_ptr().cast(), packed) }
+        *scale = group_scale(amax, packed);
+    }
+}
+
+/// The largest of eight magnitudes. As integers they order like the numbers themselves, with
+/// infinity and NaN on top.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn largest_of(low: __m128i, high: __m128i) -> f32 {
+    let four = _mm_max_epi32(low, high);
+    let two = _mm_max_epi32(four, _mm_shuffle_epi32::<0b01_00_11_10>(four));
+    let one = _mm_max_epi32(two, _mm_shuffle_epi32::<0b10_11_00_01>(two));
+    f32::from_bits(_mm_cvtsi128_si32(one) as u32)
+}
+
+/// `127 / amax`; `None` for a group that has no integers, which is then finished.
+#[inline(always)]
+fn inverse_step(amax: f32, quants: &mut [i8; GROUP], scale: &mut GroupScale) -> Option<f32> {
+    if amax.is_finite() && amax >= AMAX_MIN {
+        return Some(127.0 / amax);
+    }
+    *scale = scalar::group_without_integers(amax, quants);
+    None
+}
+
+/// Scale and sums of a group's 32 integers.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn group_scale(amax: f32, quants: __m256i) -> GroupScale {
+    let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), quants);
+    let fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    let eights = _mm256_add_epi32(fours, _mm256_shuffle_epi32::<0b01_00_11_10>(fours));
+    let halves = _mm256_add_epi32(eights, _mm256_shuffle_epi32::<0b10_11_00_01>(eights));
+    let low = _mm_cvtsi128_si32(_mm256_castsi256_si128(halves));
+    let high = _mm_cvtsi128_si32(_mm256_extracti128_si256::<1>(halves));
+    let scale = amax / 127.0;
+    // Each is within ±2032.
+    GroupScale { scale, scaled_sum: scale * (low + high) as f32, sums: [low as i16, high as i16] }
 }

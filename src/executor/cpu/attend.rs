@@ -2,14 +2,16 @@
 //! the partials; after one more barrier one worker merges them in ascending order.
 
 use super::Step;
+use super::rotate::Rotation;
 use crate::executor::attention_split::{AttentionShape, DividedItem};
+use crate::executor::batch::QueryTile;
 use crate::executor::cpu_pool::Worker;
 use crate::executor::program::{HeadShape, KvLayerId};
 use std::ops::Range;
 use std::sync::PoisonError;
 use tandem_cpu_kernels::OutputColumns;
 use tandem_cpu_kernels::attention::{
-    AttentionCall, AttentionParams, AttentionPart, AttentionScratch, TokenRows,
+    AttentionCall, AttentionParams, AttentionPart, AttentionScratch, SEGMENT_TOKENS, TokenRows,
 };
 use tandem_cpu_kernels::blocks::GROUP;
 
@@ -19,26 +21,27 @@ struct Attention<'s> {
     heads: HeadShape,
     layer: KvLayerId,
     params: AttentionParams,
+    /// What is done to the heads first, unless an op of its own did it.
+    rotation: Option<Rotation>,
 }
 
 /// A query tile and KV head: what the kernel is called with.
 struct Item<'s> {
     call: AttentionCall<'s>,
     part: AttentionPart,
-    /// Rows of the step.
-    tokens: Range<usize>,
+    tile: &'s QueryTile,
 }
 
 impl Step<'_> {
     pub(super) fn attend(
         &self,
         worker: &Worker<'_>,
-        heads: HeadShape,
-        layer: KvLayerId,
+        (heads, layer): (HeadShape, KvLayerId),
         params: AttentionParams,
+        rotation: Option<Rotation>,
     ) {
         let split = self.batch.attention(AttentionShape { heads, window: params.window });
-        let attention = Attention { step: self, heads, layer, params };
+        let attention = Attention { step: self, heads, layer, params, rotation };
         let mut scratch = self.scratch[worker.index].lock().unwrap_or_else(PoisonError::into_inner);
         for piece in split.pieces(worker.index) {
             match piece.part {
@@ -72,21 +75,36 @@ impl<'s> Attention<'s> {
         self.head_columns().is_multiple_of(GROUP)
     }
 
+    /// An item as the op before has left it.
     fn item(&self, item: usize) -> Item<'s> {
         let (step, heads) = (self.step, self.heads);
         let tile = &step.batch.tiles[item / heads.n_kv_heads];
         // SAFETY: heads are only read in this op.
         let rows = unsafe { step.buffers.heads.block(tile.tokens.clone()) };
-        let (n_tokens, stride) = (tile.tokens.len(), step.buffers.heads.width);
         let call = AttentionCall {
             params: self.params,
             store: step.kv.layer(self.layer),
             blocks: step.batch.block_table(tile.sequence),
             first_position: tile.position_start,
-            queries: TokenRows::new(rows, n_tokens, heads.query_dim(), stride),
+            queries: self.queries(rows, tile),
         };
-        let part = AttentionPart { kv_head: item % heads.n_kv_heads, queries: 0..n_tokens };
-        Item { call, part, tokens: tile.tokens.clone() }
+        let queries = 0..tile.tokens.len();
+        Item { call, part: AttentionPart { kv_head: item % heads.n_kv_heads, queries }, tile }
+    }
+
+    fn queries(&self, rows: &'s [f32], tile: &QueryTile) -> TokenRows<'s> {
+        let (width, stride) = (self.heads.query_dim(), self.step.buffers.heads.width);
+        TokenRows::new(rows, tile.tokens.len(), width, stride)
+    }
+
+    /// Makes an item ready to be computed by this worker at some positions, which then are stored
+    /// by it, if they are new, and by no other.
+    fn rotate(&self, item: &mut Item<'s>, positions: Range<usize>) {
+        if let Some(rotation) = self.rotation {
+            let head = (item.tile, item.part.kv_head);
+            let rows = self.step.rotate_own(rotation, head, positions);
+            item.call.queries = self.queries(rows, item.tile);
+        }
     }
 
     /// # Safety
@@ -94,11 +112,12 @@ impl<'s> Attention<'s> {
     /// the head.
     unsafe fn output(&self, item: &Item<'_>) -> OutputColumns<'s> {
         // SAFETY: the kernels write these columns only; passed on.
-        unsafe { self.step.buffers.attended.values.cut(item.tokens.clone()).output() }
+        unsafe { self.step.buffers.attended.values.cut(item.tile.tokens.clone()).output() }
     }
 
     fn whole(&self, item: usize, scratch: &mut AttentionScratch) {
-        let item = self.item(item);
+        let mut item = self.item(item);
+        self.rotate(&mut item, 0..usize::MAX);
         // SAFETY: items belong to one worker unless they are divided.
         let output = unsafe { self.output(&item) };
         self.step.kernels.attend(&item.call, &item.part, output, scratch);
@@ -107,8 +126,9 @@ impl<'s> Attention<'s> {
 
     /// Leaves this worker's segments of an item in the partials.
     fn segments(&self, own: Range<usize>, divided: &DividedItem, scratch: &mut AttentionScratch) {
-        let Item { call, part, .. } = self.item(divided.item);
-        let (all, len) = (call.segments(&part.queries), call.partial_len(part.queries.len()));
+        let mut item = self.item(divided.item);
+        let queries = item.part.queries.clone();
+        let (all, len) = (item.call.segments(&queries), item.call.partial_len(queries.len()));
         let own = own.start..own.end.min(all.len());
         let start = divided.partials.start;
         let place = start + own.start * len..start + own.end * len;
@@ -116,7 +136,8 @@ impl<'s> Attention<'s> {
         // SAFETY: items have places of their own, and so have segments, each of one worker.
         let partials = unsafe { self.step.partials.part_mut(0, place) };
         let own = all.start + own.start..all.start + own.end;
-        self.step.kernels.attend_segments(&call, &part, own, partials, scratch);
+        self.rotate(&mut item, own.start * SEGMENT_TOKENS..own.end * SEGMENT_TOKENS);
+        self.step.kernels.attend_segments(&item.call, &item.part, own, partials, scratch);
     }
 
     fn merge(&self, divided: &DividedItem, scratch: &mut AttentionScratch) {
@@ -133,7 +154,7 @@ impl<'s> Attention<'s> {
         if self.heads_are_whole_groups() {
             let head = item.part.kv_head;
             let columns = head * self.head_columns()..(head + 1) * self.head_columns();
-            for token in item.tokens.clone() {
+            for token in item.tile.tokens.clone() {
                 self.step.quantize(self.step.buffers.attended, token, columns.clone());
             }
         }

@@ -32,17 +32,25 @@ impl Step<'_> {
     ) {
         let (logits, routes) = (self.buffers.router_logits, self.buffers.routes);
         let own = worker.share(shape.n_experts, ROUTER_ROWS);
-        // SAFETY: `normed` was finished before the last barrier; workers' `own` are disjoint.
+        // SAFETY: `normed` was finished before the last barrier, or by this worker for itself;
+        // workers' `own` are disjoint.
         let (normed, out) = unsafe {
             (self.buffers.normed.activations(0..self.plan.tokens.len()), logits.output())
         };
         self.kernels.matmul(&self.weights.matrix(router), &normed, own, out);
         self.meet(worker);
-        for token in self.tokens(worker) {
-            // SAFETY: workers' tokens are disjoint; the logits are behind the barrier.
-            let (logits, routes) =
-                unsafe { (whole_row_mut(logits, token), whole_row_mut(routes, token)) };
-            choose(self.kernels, logits, routes, weight_scale);
+        for token in self.rows(worker, self.plan.tokens.len()) {
+            // SAFETY: the logits are behind the barrier; the row of routes is of this worker's own
+            // memory or fell to it, and the copy of the logits is its own.
+            let (logits, scratch, routes) = unsafe {
+                (
+                    logits.part(token, 0..logits.width),
+                    whole_row_mut(self.buffers.expert_logits, 0),
+                    whole_row_mut(routes, token),
+                )
+            };
+            scratch.copy_from_slice(logits);
+            choose(self.kernels, scratch, routes, weight_scale);
         }
     }
 
@@ -122,7 +130,7 @@ impl Step<'_> {
         memory: &'a mut QuantizedMemory,
     ) -> Activations<'a> {
         let (normed, count) = (self.buffers.normed, tokens.len());
-        // SAFETY: `normed` was finished before the last barrier.
+        // SAFETY: `normed` was finished before the last barrier, or by this worker for itself.
         let all = unsafe { normed.activations(0..self.plan.tokens.len()) };
         let gathered = memory.rows(count, normed.values.width);
         for (row, token) in tokens.enumerate() {

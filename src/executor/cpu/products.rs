@@ -90,7 +90,8 @@ impl Step<'_> {
         let matrix = self.weights.matrix(part.matrix);
         let paired = precision == Precision::Sixteen && matrix.dtype().is_quantized();
         let rows = 0..if paired { 2 * n_tokens } else { n_tokens };
-        // SAFETY: the input was finished before the last barrier, and workers' `own` are disjoint.
+        // SAFETY: the input was finished before the last barrier, or by this worker for itself;
+        // workers' `own` are disjoint.
         let (activations, columns) =
             unsafe { (input.activations(rows.clone()), output.cut(rows).output()) };
         self.kernels.matmul(&matrix, &activations, own.clone(), columns.skip_rows(first));
@@ -168,8 +169,10 @@ impl Step<'_> {
                 let row = unsafe { whole_row_mut(self.buffers.logits, index) };
                 self.samplers.take(worker.index, self.plan, first + index, row);
             }
-            self.meet(worker);
             first += rows;
+            if first < wanted {
+                self.meet(worker);
+            }
         }
     }
 
@@ -182,7 +185,8 @@ impl Step<'_> {
     ) {
         let matrix = self.weights.matrix(output.matrix);
         let logits = self.buffers.logits;
-        // SAFETY: `selected` was finished before the last barrier; workers' `own` are disjoint.
+        // SAFETY: `selected` was finished before the last barrier, or by this worker for itself;
+        // workers' `own` are disjoint.
         let (selected, out) = unsafe {
             let selected = self.buffers.selected.activations(first..first + rows);
             (selected, logits.cut(0..rows).output())
