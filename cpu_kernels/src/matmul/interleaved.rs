@@ -10,8 +10,8 @@
 //!       acc[r][c] = fma(isum[r][c], scale[r] · x[c].scale, acc[r][c]), then offsets
 //! ```
 //! With R = 1 and T = 8 a word takes 9 loads for 8 products, more than two loads a cycle can feed;
-//! R = 2 halves the broadcasts. The 16 accumulators then go through memory, which is idle. It does not
-//! pay where halves of groups have scales, which keep more registers busy.
+//! R = 2 halves the broadcasts. The 16 accumulators then go through memory, which is idle. It does
+//! not pay where halves of groups have scales, which keep more registers busy.
 //!
 //! A lane does exactly what `scalar.rs` does for its row. Row-major weights are interleaved chunk
 //! by chunk into a buffer on the stack first; their sums wait in the output between chunks.
