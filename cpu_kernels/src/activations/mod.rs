@@ -31,6 +31,19 @@ pub struct GroupScale {
     pub scaled_sum: f32,
     /// Sums of the integers of elements 0..16 and 16..32; each within ±2032.
     pub sums: [i16; 2],
+    /// `−8 · (sums[0] + sums[1])`: where `Σ (q − 8)·x` starts when `q` is unsigned.
+    pub less_eight: i32,
+}
+
+impl GroupScale {
+    /// What a group with this scale has whose halves sum up to `sums`.
+    #[inline(always)]
+    pub(crate) fn new(scale: f32, sums: [i32; 2]) -> GroupScale {
+        let sum = sums[0] + sums[1];
+        // Each half is within ±2032.
+        let halves = [sums[0] as i16, sums[1] as i16];
+        GroupScale { scale, scaled_sum: scale * sum as f32, sums: halves, less_eight: -8 * sum }
+    }
 }
 
 /// Quantises whole groups: `(values, quants, scales)` of `n·32`, `n·32` and `n` elements.

@@ -28,7 +28,7 @@ pub(super) fn group_without_integers(amax: f32, quants: &mut [i8; GROUP]) -> Gro
     if amax.is_finite() {
         return GroupScale::default();
     }
-    GroupScale { scale: f32::NAN, scaled_sum: f32::NAN, sums: [0; 2] }
+    GroupScale { scale: f32::NAN, scaled_sum: f32::NAN, ..GroupScale::default() }
 }
 
 fn quantize_group(values: &[f32; GROUP], quants: &mut [i8; GROUP]) -> GroupScale {
@@ -45,9 +45,7 @@ fn quantize_group(values: &[f32; GROUP], quants: &mut [i8; GROUP]) -> GroupScale
         // rounding to an integer takes away; it is finite.
         *quant = unsafe { rounded.to_int_unchecked::<i32>() } as i8;
     }
-    let sum = |half: &[i8]| half.iter().map(|&quant| i16::from(quant)).sum::<i16>();
+    let sum = |half: &[i8]| half.iter().map(|&quant| i32::from(quant)).sum::<i32>();
     let (low, high) = quants.split_at(GROUP / 2);
-    let sums = [sum(low), sum(high)];
-    let scale = amax / 127.0;
-    GroupScale { scale, scaled_sum: scale * f32::from(sums[0] + sums[1]), sums }
+    GroupScale::new(amax / 127.0, [sum(low), sum(high)])
 }

@@ -148,7 +148,5 @@ fn group_scale(amax: f32, quants: __m256i) -> GroupScale {
     let halves = _mm256_add_epi32(eights, _mm256_shuffle_epi32::<0b10_11_00_01>(eights));
     let low = _mm_cvtsi128_si32(_mm256_castsi256_si128(halves));
     let high = _mm_cvtsi128_si32(_mm256_extracti128_si256::<1>(halves));
-    let scale = amax / 127.0;
-    // Each is within ±2032.
-    GroupScale { scale, scaled_sum: scale * (low + high) as f32, sums: [low as i16, high as i16] }
+    GroupScale::new(amax / 127.0, [low, high])
 }

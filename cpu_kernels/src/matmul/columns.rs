@@ -14,37 +14,28 @@ pub(super) unsafe fn sums<L: Lanes>(x: Column, group: usize) -> L::Int {
     unsafe { L::splat((&raw const (*x.1.add(group)).sums).cast::<i32>().read_unaligned()) }
 }
 
-/// What the sums of a group's activations (as an i16 pair) are multiplied with to start the
-/// integer sums: minus the zero point, which makes `Σ q·x` of unsigned quants `Σ (q − zero)·x`.
-pub(super) fn zero_pair<L: Lanes, P: Packed>(half: usize) -> i32 {
-    let zero = if P::SIGNED { L::SIGNED_EXCESS } else { P::ZERO };
-    let pair = match (P::HALVES, half) {
-        (false, _) => [-zero, -zero],
-        (true, 0) => [-zero, 0],
-        (true, _) => [0, -zero],
-    };
-    i32::from(pair[0] as u16) | i32::from(pair[1]) << 16
-}
-
-/// Start of the integer sums of `T` columns.
+/// Where the integer sums of a group, or of half `half` of it, start for a column: at minus the zero
+/// point times the sum of the activations, which makes `Σ q·x` of unsigned quants `Σ (q − zero)·x`.
 ///
 /// # Safety
-/// The CPU has the instruction set of `L`; `group` is one of the columns'.
+/// The CPU has the instruction set of `L`; `group` is one of the column's.
 #[inline(always)]
-pub(super) unsafe fn zero_points<L: Lanes, P: Packed, const T: usize>(
-    half: usize,
-    group: usize,
-    x: &[Column; T],
-) -> [L::Int; T] {
-    let pair = zero_pair::<L, P>(half);
-    // SAFETY: `group` is one of the column's.
+pub(super) unsafe fn start<L: Lanes, P: Packed>(half: usize, x: Column, group: usize) -> L::Int {
+    let zero = if P::SIGNED { L::SIGNED_EXCESS } else { P::ZERO };
+    // SAFETY: passed on.
     unsafe {
-        let mut start = [L::splat(0); T];
-        if pair != 0 {
-            for c in 0..T {
-                start[c] = L::pair_dot(L::splat(pair), sums::<L>(x[c], group));
-            }
+        if zero == 0 {
+            return L::splat(0);
         }
-        start
+        if P::HALVES {
+            let pair = if half == 0 { [-zero, 0] } else { [0, -zero] };
+            let pair = i32::from(pair[0] as u16) | i32::from(pair[1]) << 16;
+            return L::pair_dot(L::splat(pair), sums::<L>(x, group));
+        }
+        let eight = L::splat((*x.1.add(group)).less_eight);
+        match zero {
+            8 => eight,
+            _ => L::shl(eight, (zero as usize / 8).ilog2() as usize),
+        }
     }
 }

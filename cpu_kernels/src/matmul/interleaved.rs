@@ -16,7 +16,7 @@
 //! A lane does exactly what `scalar.rs` does for its row. Row-major weights are interleaved chunk
 //! by chunk into a buffer on the stack first; their sums wait in the output between chunks.
 
-use super::columns::{Column, sums, zero_points};
+use super::columns::{Column, start, sums};
 use super::lanes::Lanes;
 use super::packed::{Block, MinKind, Packed};
 use super::sums::{load_sums, row_lanes, store_sums};
@@ -285,7 +285,11 @@ unsafe fn sum_group<L: Lanes, P: Packed, const R: usize, const T: usize>(
     unsafe {
         let parts = if P::HALVES { 2 } else { 1 };
         for half in 0..parts {
-            let mut isum = [zero_points::<L, P, T>(half, x_group, x); R];
+            let mut isum = [[L::splat(0); T]; R];
+            for c in 0..T {
+                let start = start::<L, P>(half, x[c], x_group);
+                isum.iter_mut().for_each(|isum| isum[c] = start);
+            }
             let words = 8 / parts;
             for word in half * words..(half + 1) * words {
                 dot_word::<L, P, R, T>((blocks, group, word), x_group, x, &mut isum);

@@ -13,7 +13,7 @@
 //! A broadcast word serves R products and a weight vector T of them, so that with R = 2, T = 6 the
 //! 8 loads of a word take less time than its 12 products. A lane does what `scalar.rs` does.
 
-use super::columns::{Column, sums, zero_pair};
+use super::columns::{Column, start, sums};
 use super::interleaved::stream_lines;
 use super::lanes::Lanes;
 use super::packed::{Block, MinKind, Packed};
@@ -309,12 +309,9 @@ unsafe fn add_group<L: Lanes, P: Packed, const R: usize, const T: usize>(
         let parts = if P::HALVES { 2 } else { 1 };
         for half in 0..parts {
             let mut isum = [[L::splat(0); T]; R];
-            let zero = zero_pair::<L, P>(half);
-            if zero != 0 {
-                for c in 0..T {
-                    let start = L::pair_dot(L::splat(zero), sums::<L>(x[c], group));
-                    isum.iter_mut().for_each(|isum| isum[c] = start);
-                }
+            for c in 0..T {
+                let start = start::<L, P>(half, x[c], group);
+                isum.iter_mut().for_each(|isum| isum[c] = start);
             }
             let words = 8 / parts;
             for word in half * words..(half + 1) * words {
