@@ -75,9 +75,12 @@ fn what_does_not_fit_is_refused_with_figures() {
 #[test]
 fn a_context_that_was_asked_for_is_never_shortened() {
     let mut config = Config::default();
-    config.model.context_tokens = 100_000_000;
-    let refused = Placement::plan(&spec(), &machine(1 << 30), &config);
-    assert!(matches!(refused, Err(RequestError::InsufficientMemory { .. })));
+    // With the last, bytes of blocks do not fit 64 bits.
+    for tokens in [100_000_000, i64::MAX as usize, usize::MAX] {
+        config.model.context_tokens = tokens;
+        let refused = Placement::plan(&spec(), &machine(1 << 30), &config);
+        assert!(matches!(refused, Err(RequestError::InsufficientMemory { .. })), "{tokens}");
+    }
 }
 
 #[test]

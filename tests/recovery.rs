@@ -195,6 +195,25 @@ async fn too_many_restarts_end_every_stream_and_kill_the_engine() {
     assert_eq!(rig.engine.status().state, EngineState::Dead);
 }
 
+/// Orders that no stage takes must not fill the lane: the engine loop could then not be stopped.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_executor_that_can_not_start_again_ends_every_stream_and_the_engine() {
+    let rig = Rig::with_stages(config(), 1, |faults| {
+        faults.arm(FaultPoint::ExecutorBeforeRun, 1);
+    })
+    .await;
+    let streams: Vec<_> = (0..STREAMS)
+        .map(|number| tokio::spawn(read(rig.engine.generate(request(&prompt(number, 9), 24)))))
+        .collect();
+    for stream in streams {
+        let read = timeout(PATIENCE, stream).await.unwrap().unwrap();
+        assert_failed(&read, ErrorKind::ActorRestarted);
+    }
+    let ended = timeout(PATIENCE, rig.engine.ended()).await.unwrap();
+    assert!(matches!(ended, EngineError::Dead { .. }), "{ended}");
+    timeout(PATIENCE, rig.engine.shutdown(Duration::ZERO)).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn several_actors_dying_one_after_the_other_are_all_survived() {
     let mut config = config();

@@ -132,7 +132,9 @@ impl EngineLoop {
             self.links.start(planned.id, now_us);
         }
         let order = Order { ticket, generation: self.generation, plan, output };
-        // One order is in flight at a time and the lane holds two: a dead loop's may be there.
+        // Orders that no stage took are lost steps or a dead loop's, and nobody waits for them.
+        // Without them the lane has room: sending must not block, or nothing could stop this loop.
+        while self.shared.steps.orders.1.try_recv().is_ok() {}
         if self.shared.steps.orders.0.send(order).is_err() {
             unreachable!("the step lane belongs to Shared, which this loop holds");
         }
@@ -150,8 +152,15 @@ impl EngineLoop {
                     (self.plan, self.output) = (order.plan, order.output);
                     return Waited::Done;
                 }
-                Ok(StepResult::Stale(order)) if order.ticket == ticket => return Waited::Lost,
+                Ok(StepResult::Stale(order)) if order.ticket == ticket => {
+                    self.scheduler.step_not_run();
+                    return Waited::Lost;
+                }
                 Ok(StepResult::Lost) if self.shared.steps.generation() != self.generation => {
+                    let mut untaken = self.shared.steps.orders.1.try_iter();
+                    if untaken.any(|order| order.ticket == ticket) {
+                        self.scheduler.step_not_run();
+                    }
                     return Waited::Lost;
                 }
                 // What was meant for a dead loop, or is known already.
@@ -246,7 +255,9 @@ impl EngineLoop {
 
     fn tell(&mut self, id: SequenceId, message: StreamMessage) {
         match self.links.deliver(id, message) {
-            Delivery::Fine => {}
+            // Also where it is not paused: the reader may have asked for more between two messages,
+            // and then this delivery has answered it.
+            Delivery::Fine => self.scheduler.resume(id),
             Delivery::Full => self.scheduler.pause(id),
             Delivery::Gone => self.scheduler.abort(id),
         }

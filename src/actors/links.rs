@@ -21,8 +21,9 @@ pub(super) const RESUME_AT: usize = 16;
 struct Link {
     lane: mpsc::Sender<StreamMessage>,
     flow: Arc<Flow>,
-    /// What found no room in the lane. Bounded: a paused sequence is in no further step, so this
-    /// is what one step said of it, one prefill chunk's prompt scores at most.
+    /// What found no room in the lane. Bounded: what a step said is delivered while the next one
+    /// runs, so a sequence that is paused then is in one more step. This is what two steps said of
+    /// it, two prefill chunks' prompt scores at most.
     outbox: VecDeque<StreamMessage>,
     /// A step has worked on it.
     started: bool,
@@ -96,9 +97,10 @@ impl Links {
         }
     }
 
-    /// Delivers a message that others follow.
+    /// Delivers a message that others follow. A sequence whose reader went when it was announced is
+    /// unknown here, and still to be aborted.
     pub(super) fn deliver(&mut self, id: SequenceId, message: StreamMessage) -> Delivery {
-        let Some(link) = self.by_id.get_mut(&id) else { return Delivery::Fine };
+        let Some(link) = self.by_id.get_mut(&id) else { return Delivery::Gone };
         link.outbox.push_back(message);
         self.flush(id)
     }

@@ -23,6 +23,8 @@ use tokio_util::task::TaskTracker;
 
 /// Steps kept for the trace.
 const TRACED_STEPS_MAX: usize = 4096;
+/// The longest wait for requests to end: ten years.
+const DRAIN_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// Where an engine is in its life, with what its tasks need to know of it.
 #[derive(Clone, Debug, PartialEq)]
@@ -242,7 +244,9 @@ impl Shared {
 
     /// Stops the engine after at most `drain`. An earlier, shorter wish is kept.
     pub(super) fn drain(&self, drain: Duration) {
-        let until = Instant::now() + drain;
+        let now = Instant::now();
+        // A time that the clock can't hold is for ever.
+        let until = now.checked_add(drain).unwrap_or(now + DRAIN_MAX);
         self.life.send_if_modified(|life| match life {
             Life::Loading | Life::Ready => {
                 *life = Life::Draining(until);

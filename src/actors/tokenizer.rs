@@ -50,9 +50,13 @@ fn run_tokenizer(shared: &Shared, stop: &StopSignal) -> Result<(), String> {
             recv(stop) -> _ => return Ok(()),
             recv(shared.texts.receiver) -> job => job.map_err(|_| "the text lane is gone")?,
         };
+        if job.reply.is_closed() {
+            // Whoever asked has gone.
+            continue;
+        }
         let done = work_until_done(shared, &job);
         shared.metrics.encode_time.record(shared.now_us().saturating_sub(job.queued_us));
-        // Whoever asked may have gone.
+        // Whoever asked may have gone meanwhile.
         let _ = job.reply.send(done);
     }
 }

@@ -128,7 +128,7 @@ impl Placement {
         let context_tokens = context(spec, config, &kv, &mut notes).map_err(|need| {
             RequestError::InsufficientMemory {
                 device: "host memory".into(),
-                need: fixed + need,
+                need: fixed.saturating_add(need),
                 free: usable,
                 suggest: "use a smaller or more quantised model, or a shorter context".into(),
             }
@@ -183,7 +183,7 @@ struct KvRoom {
 
 impl KvRoom {
     fn bytes(&self, tokens: usize) -> u64 {
-        blocks_for(tokens, self.block_tokens) as u64 * self.block_bytes
+        (blocks_for(tokens, self.block_tokens) as u64).saturating_mul(self.block_bytes)
     }
 
     /// Tokens that fit, in whole blocks.

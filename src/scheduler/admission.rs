@@ -99,9 +99,14 @@ impl Scheduler {
             if sequence.is_late(now_us) {
                 late.push(*id);
             }
-            let waits = sequence.state != State::Running;
-            let waited_us = sequence.waited_us + now_us.saturating_sub(sequence.queued_us);
-            if waits && waited_us > self.options.batch_wait_us_max {
+            let idle_us = now_us.saturating_sub(sequence.queued_us);
+            let waited_us = match sequence.state {
+                // Running, but in no step: its client could take more.
+                State::Running if sequence.flow == Flow::Open => idle_us,
+                State::Running => 0,
+                _ => sequence.waited_us + idle_us,
+            };
+            if waited_us > self.options.batch_wait_us_max {
                 sequence.urgency = Priority::Interactive;
             }
         }
@@ -213,6 +218,7 @@ impl Scheduler {
     fn start(&mut self, id: SequenceId, plan: &mut StepPlan) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         sequence.waited_us += self.now_us.saturating_sub(sequence.queued_us);
+        sequence.queued_us = self.now_us;
         if sequence.state == State::Swapped {
             Self::swap_in(&mut self.pool, &mut self.host, sequence, plan);
         } else {

@@ -36,6 +36,14 @@ impl Scheduler {
         }
     }
 
+    /// No executor has taken the step that was planned last: nobody in it is to blame if the
+    /// executor is lost now.
+    pub fn step_not_run(&mut self) {
+        for sequence in self.sequences.values_mut() {
+            sequence.planned_tokens = 0;
+        }
+    }
+
     /// The executor died and all KV with it: every sequence is computed again, from the queue.
     /// Those in the step in flight are suspects; at the limit of crashes they fail.
     pub fn executor_lost(&mut self, now_us: u64, events: &mut Vec<SequenceEvent>) {

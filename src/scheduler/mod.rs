@@ -115,8 +115,14 @@ impl Scheduler {
 
     /// Lets a paused sequence go on.
     pub fn resume(&mut self, id: SequenceId) {
-        if let Some(sequence) = self.sequences.get_mut(&id) {
+        let now_us = self.now_us;
+        let sequence = self.sequences.get_mut(&id).filter(|s| s.flow != Flow::Open);
+        if let Some(sequence) = sequence {
             sequence.flow = Flow::Open;
+            if sequence.state == State::Running {
+                // It did not wait for us.
+                sequence.queued_us = now_us;
+            }
         }
     }
 

@@ -109,6 +109,7 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         sequence.planned_tokens = tokens;
         sequence.planned_step = self.step;
+        sequence.queued_us = self.now_us;
         let (first, end) = (sequence.computed, sequence.computed + tokens);
         let row_start = plan.tokens.len();
         plan.tokens.extend_from_slice(&sequence.new.tokens[first..end]);

@@ -100,7 +100,7 @@ pub(super) struct Sequence {
     pub flow: Flow,
     /// Queue class: as asked, or raised because it waited long. Never lowered.
     pub urgency: Priority,
-    /// When it last came into the queue, and how long it was there before that.
+    /// When it last came into the queue or was in a step, and how long it was in the queue before.
     pub queued_us: u64,
     pub waited_us: u64,
     /// Arrival number: the smaller, the older.

@@ -3,7 +3,7 @@
 //! written, or was lost with an earlier stage, panics.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use tandem::actors::{FaultPoint, Faults, StageFactory, StepRunner};
 use tandem::step::TokenLogprob;
@@ -73,6 +73,9 @@ impl Gate {
 #[derive(Default)]
 pub struct HashStages {
     pub gate: Gate,
+    /// Stages that start before others are refused; 0 means that none is.
+    pub starts_max: usize,
+    pub starts: AtomicUsize,
     pub faults: Arc<Faults>,
     pub block_tokens: usize,
     pub steps: AtomicU64,
@@ -85,6 +88,12 @@ pub struct SharedStages(pub Arc<HashStages>);
 
 impl StageFactory for SharedStages {
     fn start(&self) -> Result<Box<dyn StepRunner>, String> {
+        let started = self.0.starts.fetch_add(1, Ordering::SeqCst);
+        if self.0.starts_max > 0 && started >= self.0.starts_max {
+            // Long enough for requests to arrive meanwhile.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            return Err("no memory for another stage".to_owned());
+        }
         Ok(Box::new(HashStage { stages: Arc::clone(&self.0), blocks: HashMap::new() }))
     }
 }

@@ -56,11 +56,17 @@ impl Rig {
 
     /// `arm` sees the faults before the engine starts.
     pub async fn with(config: Config, arm: impl FnOnce(&Faults)) -> Self {
+        Self::with_stages(config, 0, arm).await
+    }
+
+    /// At most `starts_max` stages start, if that is not 0.
+    pub async fn with_stages(config: Config, starts_max: usize, arm: impl FnOnce(&Faults)) -> Self {
         let faults = Arc::new(Faults::default());
         arm(&faults);
         let stages = Arc::new(HashStages {
             faults: Arc::clone(&faults),
             block_tokens: config.kv.block_tokens,
+            starts_max,
             ..HashStages::default()
         });
         let engine = Engine::builder()

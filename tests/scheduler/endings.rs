@@ -121,6 +121,20 @@ fn a_crash_is_a_pause_and_the_second_one_is_poison() {
 }
 
 #[test]
+fn a_step_that_no_executor_took_blames_nobody() {
+    let mut rig = Rig::new(options());
+    rig.add(sequence(1, prompt(1, 50), 10));
+    for _ in 0..5 {
+        rig.plan_only();
+        rig.scheduler.step_not_run();
+        rig.machine.lose();
+        rig.scheduler.executor_lost(rig.now_us, &mut rig.events);
+    }
+    rig.until(20, |rig| rig.ended.contains_key(&1));
+    rig.assert_whole(1, &prompt(1, 50), 10);
+}
+
+#[test]
 fn a_crash_between_steps_blames_nobody() {
     let mut rig = Rig::new(options());
     rig.add(sequence(1, prompt(1, 50), 10));

@@ -24,6 +24,25 @@ fn a_batch_sequence_gets_on_under_interactive_load_without_end() {
 }
 
 #[test]
+fn a_running_batch_prompt_gets_on_beside_interactive_prompts_without_end() {
+    let mut rig = Rig::new(SchedulerOptions { device_blocks: 512, ..options() });
+    let tokens = prompt(1, 200);
+    rig.add(batch(1, tokens.clone(), 5));
+    // Three long prompts at every moment: each step's tokens go to them.
+    for id in 2..3_000 {
+        rig.add(sequence(id, prompt(id as u32, 300), 1));
+        rig.until(200, |rig| {
+            let stats = rig.scheduler.stats();
+            stats.running + stats.waiting < 5
+        });
+        if rig.ended.contains_key(&1) {
+            break;
+        }
+    }
+    rig.assert_whole(1, &tokens, 5);
+}
+
+#[test]
 fn an_interactive_sequence_takes_a_slot_from_a_batch_sequence() {
     let mut rig = Rig::new(SchedulerOptions { sequences_max: 2, ..options() });
     rig.add(batch(1, prompt(1, 20), 300));

@@ -32,7 +32,7 @@ pub(super) struct TextState {
     stops: StopMatcher,
     /// Tokens whose text is not out.
     held_ids: Vec<TokenId>,
-    held_texts: Vec<TokenText>,
+    held_texts: Vec<Arc<TokenText>>,
     index: usize,
     wants_texts: bool,
 }
@@ -59,7 +59,7 @@ impl TextState {
     pub(super) fn speak(&self, token: TokenId, described: Option<TokenText>) -> Spoken {
         let mut text = self.clone();
         text.held_ids.push(token);
-        text.held_texts.extend(described);
+        text.held_texts.extend(described.map(Arc::new));
         let decoded = text.decoder.push(token);
         let matched = text.stops.push(&decoded);
         let delta = text.delta(matched.text);
@@ -92,7 +92,8 @@ impl TextState {
     }
 
     fn take(&mut self, text: String) -> Delta {
-        let tokens = std::mem::take(&mut self.held_texts);
+        let held = std::mem::take(&mut self.held_texts);
+        let tokens = held.into_iter().map(Arc::unwrap_or_clone).collect();
         Delta {
             index: self.index,
             text,

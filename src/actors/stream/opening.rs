@@ -120,7 +120,8 @@ pub(super) fn open(task: &Task, done: &TextDone) -> Result<Opened, RequestError>
 }
 
 fn absolute_us(task: &Task, relative: Option<Duration>) -> Option<u64> {
-    relative.map(|time| task.submitted_us.saturating_add(time.as_micros() as u64))
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    relative.map(|time| task.submitted_us.saturating_add(micros(time)))
 }
 
 fn end_tokens(loaded: &Loaded, request: &Request) -> Arc<[TokenId]> {
