@@ -98,24 +98,26 @@ impl TileUnit for Amx {
     }
 }
 
-/// Whether whole and partial tiles give the products that they should. Only where AMX was granted.
+/// Whether tiles of every shape give the products that they should. Only where AMX was granted.
 pub(crate) fn multiplies() -> bool {
     const DEPTH: usize = 32;
+    let shapes = [(DEPTH, TILE_COLUMNS), (DEPTH, 3), (DEPTH / 2, TILE_COLUMNS), (DEPTH / 2, 1)];
     let byte = |seed: usize| (seed.wrapping_mul(0x9e37_79b9) >> 8) as u8 as i8;
     let words: [i8; DEPTH * ROWS] = std::array::from_fn(|at| byte(at + 1));
     let x: [i8; TILE_COLUMNS * DEPTH] = std::array::from_fn(|at| byte(at + 10_001));
-    [TILE_COLUMNS, 3].into_iter().all(|columns| {
+    shapes.into_iter().all(|(depth, columns)| {
         let mut products = [[0; ROWS]; TILE_COLUMNS];
-        // SAFETY: the caller asked for AMX; `words` are 8 lines, `x` 16 columns of 32 bytes.
+        // SAFETY: the caller asked for AMX; `words` are 8 lines or more, `x` 16 columns
+        // of 32 bytes.
         unsafe {
-            Amx::configure(DEPTH, columns % TILE_COLUMNS);
-            let shape = (DEPTH, columns);
+            Amx::configure(depth, columns % TILE_COLUMNS);
+            let shape = (depth, columns);
             Amx::product(words.as_ptr().cast(), (x.as_ptr(), DEPTH), shape, &mut products);
             Amx::release();
         }
         let wanted = |column: usize, row: usize| -> i32 {
             let weight = |k: usize| i32::from(words[LINE * (k / 4) + 4 * row + k % 4]);
-            (0..DEPTH).map(|k| weight(k) * i32::from(x[column * DEPTH + k])).sum()
+            (0..depth).map(|k| weight(k) * i32::from(x[column * DEPTH + k])).sum()
         };
         (0..TILE_COLUMNS).all(|column| {
             let exists = column < columns;
