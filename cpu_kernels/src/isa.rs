@@ -42,7 +42,8 @@ pub struct UnknownIsa {
 
 impl Isa {
     /// Every instruction set, in ascending order.
-    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Amx];
+    pub const ALL: [Isa; 6] =
+        [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Avx512Vnni, Isa::Amx];
 
     /// The widest instruction set of this CPU that the operating system also saves on a context
     /// switch (the standard library's detection reads XCR0).

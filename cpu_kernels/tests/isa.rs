@@ -7,6 +7,9 @@ fn names_lead_back_to_their_instruction_set() {
     for isa in Isa::ALL {
         assert_eq!(isa.to_string().parse(), Ok(isa));
     }
+    let named = ["scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "amx"];
+    assert_eq!(Isa::ALL.map(Isa::name), named);
+    assert!(Isa::ALL.is_sorted());
     let error = "neon".parse::<Isa>().unwrap_err();
     assert!(error.to_string().contains("avx512vnni"), "{error}");
 }

@@ -2,14 +2,16 @@
 //! writes its own part. All splitting of memory between workers is here and in `cpu.rs`.
 //!
 //! The rule that every user keeps: between two barriers an element is either written by one
-//! worker, or read by any. `cpu.rs` derives what each worker writes from [`Worker::share`], whose
-//! shares are disjoint, and meets at a barrier after every op whose output others read. Some of
-//! the buffers may be a worker's own (`own_buffers.rs`): nobody else uses those at all.
+//! worker, or read by any. What a worker writes are the pieces that [`Worker::deal`] gives to it
+//! alone, or its [`Worker::share`]; `cpu.rs` has the table of who writes and reads what, and where
+//! the barriers are. Some of the buffers may be a worker's own (`own_buffers.rs`): nobody else uses
+//! those at all.
 //!
 //! Buffers that are read with 16-bit precision have two rows per token: rows `0 .. n` are the
 //! values, rows `n .. 2n` what their 8-bit form misses. So have the products of such rows, which
 //! are added up at once.
 //!
+//! [`Worker::deal`]: super::cpu_pool::Worker::deal
 //! [`Worker::share`]: super::cpu_pool::Worker::share
 
 use super::program::ProgramDims;

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 use tandem_cpu_kernels::blocks::GROUP;
 
-/// Tokens of an expert that are multiplied at once: their copy, at 5.4 bytes per element, stays in
+/// Tokens of an expert that are multiplied at once: their copy, at 5.5 bytes per element, stays in
 /// the second-level cache for embeddings of 2048.
 pub(super) const TILE_TOKENS: usize = 128;
 /// Products that a worker holds at once, 64 KiB: they are still in the second-level cache when the

@@ -14,8 +14,9 @@ pub(super) unsafe fn sums<L: Lanes>(x: Column, group: usize) -> L::Int {
     unsafe { L::splat((&raw const (*x.1.add(group)).sums).cast::<i32>().read_unaligned()) }
 }
 
-/// Where the integer sums of a group, or of half `half` of it, start for a column: at minus the zero
-/// point times the sum of the activations, which makes `Σ q·x` of unsigned quants `Σ (q − zero)·x`.
+/// Where the integer sums of a group, or of half `half` of it, start for a column: at minus the
+/// zero point times the sum of the activations, so that `Σ q·x` of unsigned quants becomes
+/// `Σ (q − zero)·x`.
 ///
 /// # Safety
 /// The CPU has the instruction set of `L`; `group` is one of the column's.
