@@ -56,7 +56,7 @@ fn measure_type(
     let bytes = synthetic(dtype, layout, rows);
     let view = MatrixView::new(dtype, layout, rows, cols(), &bytes).expect("a valid view");
     let mut single = 0.0;
-    for columns in [1, 2, 4, 8, 16, 64] {
+    for columns in [1, 2, 4, 8, 16, 64, 256] {
         let passes = if columns > 16 { 2 } else { PASSES };
         let seconds = multiply(kernels, &view, columns, (threads, passes));
         single = if columns == 1 { seconds } else { single };

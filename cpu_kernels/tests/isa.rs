@@ -29,7 +29,8 @@ fn a_table_exists_exactly_for_what_the_cpu_has() {
         }
     }
     assert_eq!(Kernels::best().isa(), Isa::detect());
-    assert_eq!(Isa::available().last(), Some(Isa::detect()));
+    // AMX only by name: it is not faster.
+    assert_eq!(Isa::available().filter(|isa| *isa != Isa::Amx).last(), Some(Isa::detect()));
 }
 
 #[test]

@@ -30,9 +30,9 @@ pub(super) struct FileMatrix<'a> {
     pub bytes: Range<usize>,
 }
 
-/// Interleaves a matrix into `target`. Each worker takes an equal share of the groups of 16 rows and
-/// touches that part of the arena first: about the one that it begins with in products. `done` hears, on this thread,
-/// how many bytes of `target` are ready.
+/// Interleaves a matrix into `target`. Each worker takes an equal share of the groups of 16 rows
+/// and touches that part of the arena first: about the one that it begins with in products. `done`
+/// hears, on this thread, how many bytes of `target` are ready.
 pub(super) fn repack(
     pool: &mut CpuPool,
     matrix: &FileMatrix<'_>,

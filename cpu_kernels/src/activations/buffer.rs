@@ -1,6 +1,6 @@
 //! Memory of 8-bit activations: allocated once, viewed with the shape of each step.
 
-use super::{Activations, GroupScale, Quantized};
+use super::{Activations, GroupScale, Quantized, groups_apart};
 use crate::blocks::GROUP;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -19,9 +19,9 @@ pub struct ActivationBuffer {
 pub struct ActivationsMut<'a> {
     columns: usize,
     cols: usize,
-    /// `[columns, cols]`
+    /// `[columns, groups_apart · 32]`
     quants: *mut i8,
-    /// `[columns, cols / 32]`
+    /// `[columns, groups_apart]`
     scales: *mut GroupScale,
     lifetime: PhantomData<&'a mut ActivationBuffer>,
 }
@@ -34,7 +34,7 @@ unsafe impl Sync for ActivationsMut<'_> {}
 impl ActivationBuffer {
     /// A buffer for every shape with `columns ≤ columns_max` and `cols ≤ cols_max`.
     pub fn new(columns_max: usize, cols_max: usize) -> ActivationBuffer {
-        let groups = columns_max * cols_max.div_ceil(GROUP);
+        let groups = columns_max * groups_apart(cols_max.div_ceil(GROUP));
         ActivationBuffer {
             quants: vec![0; groups * GROUP],
             scales: vec![GroupScale::default(); groups],
@@ -63,7 +63,8 @@ impl ActivationBuffer {
     /// When the shape exceeds the buffer or `cols` is no multiple of 32.
     pub unsafe fn writer(&mut self, columns: usize, cols: usize) -> ActivationsMut<'_> {
         assert!(cols.is_multiple_of(GROUP), "8-bit activations need cols % 32 == 0, got {cols}");
-        let (need, have) = (columns.saturating_mul(cols), self.quants.len());
+        let need = columns.saturating_mul(groups_apart(cols / GROUP) * GROUP);
+        let have = self.quants.len();
         assert!(need <= have, "activations [{columns}, {cols}] exceed a buffer of {have}");
         ActivationsMut {
             columns,
@@ -93,12 +94,15 @@ impl<'a> ActivationsMut<'a> {
     pub fn view(&self, values: &'a [f32]) -> Activations<'a> {
         let elements = self.columns * self.cols;
         assert_eq!(values.len(), elements, "activations [{}, {}]", self.columns, self.cols);
+        let groups_apart = groups_apart(self.cols / GROUP);
+        let groups = self.columns * groups_apart;
         // SAFETY: `writer` checked that the buffer holds this shape and borrowed it for 'a; its
         // caller promised that nothing is filled while this view is in use.
         let quantized = unsafe {
             Quantized {
-                quants: std::slice::from_raw_parts(self.quants, elements),
-                scales: std::slice::from_raw_parts(self.scales, elements / GROUP),
+                quants: std::slice::from_raw_parts(self.quants, groups * GROUP),
+                scales: std::slice::from_raw_parts(self.scales, groups),
+                groups_apart,
             }
         };
         Activations { columns: self.columns, cols: self.cols, values, quantized: Some(quantized) }
@@ -113,8 +117,9 @@ impl<'a> ActivationsMut<'a> {
         assert_eq!(source.cols(), cols, "elements per token");
         let source = source.quantized().expect("activations with an 8-bit form");
         let (quants, scales) = self.groups_mut(to, 0..cols);
-        quants.copy_from_slice(&source.quants[from * cols..][..cols]);
-        scales.copy_from_slice(&source.scales[from * (cols / GROUP)..][..cols / GROUP]);
+        let first = from * source.groups_apart;
+        quants.copy_from_slice(&source.quants[first * GROUP..][..cols]);
+        scales.copy_from_slice(&source.scales[first..][..cols / GROUP]);
     }
 
     /// The integers and scales of elements `range` of one column.
@@ -132,13 +137,13 @@ impl<'a> ActivationsMut<'a> {
             "range {range:?} is not made of whole groups of {} columns",
             self.cols
         );
-        let first = column * self.cols + range.start;
+        let first = column * groups_apart(self.cols / GROUP) + range.start / GROUP;
         // SAFETY: the range lies in the buffer (asserted above and in `writer`); the maker of
         // this view promised that no other thread uses the same part now.
         unsafe {
             (
-                std::slice::from_raw_parts_mut(self.quants.add(first), range.len()),
-                std::slice::from_raw_parts_mut(self.scales.add(first / GROUP), range.len() / GROUP),
+                std::slice::from_raw_parts_mut(self.quants.add(first * GROUP), range.len()),
+                std::slice::from_raw_parts_mut(self.scales.add(first), range.len() / GROUP),
             )
         }
     }

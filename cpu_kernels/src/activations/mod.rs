@@ -72,10 +72,20 @@ pub struct Activations<'a> {
 /// The 8-bit form of `[columns, cols]` activations.
 #[derive(Clone, Copy)]
 pub(crate) struct Quantized<'a> {
-    /// `[columns, cols]` i8, row-major.
+    /// `[columns, groups_apart · 32]` i8, row-major; what is beyond a column's groups means nothing.
     pub quants: &'a [i8],
-    /// `[columns, cols / 32]`, row-major.
+    /// `[columns, groups_apart]`, row-major.
     pub scales: &'a [GroupScale],
+    /// Groups from one column to the next.
+    pub groups_apart: usize,
+}
+
+/// Groups from one column of `groups` to the next: an odd number of cache lines, so that the same
+/// group of many columns lies in different sets of a cache (16 columns 4,096 bytes apart share one
+/// set of the first level, which has room for 8 or 12).
+pub(crate) fn groups_apart(groups: usize) -> usize {
+    const PER_LINE: usize = 64 / GROUP;
+    (groups.div_ceil(PER_LINE) | 1) * PER_LINE
 }
 
 impl<'a> Activations<'a> {
@@ -95,10 +105,14 @@ impl<'a> Activations<'a> {
     /// # Panics
     /// When there are no such tokens.
     pub fn slice(&self, columns: Range<usize>) -> Activations<'a> {
-        let (cols, groups) = (self.cols, self.cols / GROUP);
-        let quantized = self.quantized.map(|all| Quantized {
-            quants: &all.quants[columns.start * cols..columns.end * cols],
-            scales: &all.scales[columns.start * groups..columns.end * groups],
+        let cols = self.cols;
+        let quantized = self.quantized.map(|all| {
+            let groups = columns.start * all.groups_apart..columns.end * all.groups_apart;
+            Quantized {
+                quants: &all.quants[groups.start * GROUP..groups.end * GROUP],
+                scales: &all.scales[groups],
+                groups_apart: all.groups_apart,
+            }
         });
         let values = &self.values[columns.start * cols..columns.end * cols];
         Activations { columns: columns.len(), cols, values, quantized }
@@ -126,8 +140,8 @@ impl<'a> Activations<'a> {
 
 impl Quantized<'_> {
     /// Integers and scale of one group of one column.
-    pub fn group(&self, groups: usize, column: usize, group: usize) -> (&[i8], &GroupScale) {
-        let index = column * groups + group;
+    pub fn group(&self, column: usize, group: usize) -> (&[i8], &GroupScale) {
+        let index = column * self.groups_apart + group;
         (&self.quants[index * GROUP..][..GROUP], &self.scales[index])
     }
 }

@@ -44,8 +44,6 @@ struct Panel<'a, const R: usize> {
     blocks: usize,
     /// First group of 32 elements within the row.
     group: usize,
-    /// Groups of a whole row.
-    groups: usize,
     x: Quantized<'a>,
 }
 
@@ -83,7 +81,6 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
     let (elements, bytes) = const { (P::DTYPE.block_elements(), P::DTYPE.block_bytes()) };
     let blocks = weights.cols() / elements;
     let row_bytes = blocks * bytes;
-    let groups = blocks * (elements / GROUP);
     let mut first_row = rows.start / ROWS * ROWS;
     if weights.layout() == Layout::Rows16 && blocks > 0 {
         let group_bytes = ROWS * row_bytes;
@@ -97,10 +94,10 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
             unsafe {
                 if pair {
                     let packed = [at(first_row), at(first_row + ROWS)];
-                    let panel = Panel { packed, blocks, group: 0, groups, x };
+                    let panel = Panel { packed, blocks, group: 0, x };
                     multiply_panel::<L, P, 2>(&panel, covered, out);
                 } else {
-                    let panel = Panel { packed: [at(first_row)], blocks, group: 0, groups, x };
+                    let panel = Panel { packed: [at(first_row)], blocks, group: 0, x };
                     multiply_panel::<L, P, 1>(&panel, covered, out);
                 }
             }
@@ -119,7 +116,7 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
             let count = chunk.min(blocks - block);
             pack_chunk::<P>(source, row_bytes, block..block + count, &mut scratch);
             let (packed, group) = ([scratch.as_ptr()], block * (elements / GROUP));
-            let panel = Panel { packed, blocks: count, group, groups, x };
+            let panel = Panel { packed, blocks: count, group, x };
             // SAFETY: `packed` holds `count` packed blocks; the rest is our own contract.
             unsafe { multiply_panel::<L, P, 1>(&panel, covered.clone(), out) };
             block += chunk;
@@ -174,7 +171,7 @@ unsafe fn multiply_tile<L: Lanes, P: Packed, const R: usize, const T: usize>(
     let mut x = [(std::ptr::null(), std::ptr::null()); T];
     for (index, x) in x.iter_mut().enumerate() {
         let column = first + index.min(columns - 1);
-        let start = column * panel.groups + panel.group;
+        let start = column * panel.x.groups_apart + panel.group;
         *x = (panel.x.quants[start * GROUP..].as_ptr(), panel.x.scales[start..].as_ptr());
     }
     let mut lane = 0;
@@ -221,14 +218,14 @@ unsafe fn sum_blocks<L: Lanes, P: Packed, const R: usize, const T: usize>(
         if fetched == panel.blocks {
             (fetched, rows_on) = (0, rows_on + 1);
         }
-        // Few columns: decoding counts, and takes less where the group is known at compile time.
-        // Many: code that stays in the caches counts more.
         let mut fetched = panel.packed;
         for packed in &mut fetched {
             *packed = packed.wrapping_add(fetch);
         }
         let here = (&blocks, fetched);
-        if const { R * T <= 4 } {
+        // Two to four columns of Q4_K and Q5_K are a third faster where the group is known at
+        // compile time; one column, and other types, are slower by up to a fifth.
+        if const { R * T == 4 && matches!(P::MIN, MinKind::One) } {
             let at = index * groups;
             // SAFETY: the blocks exist, and the groups below their number.
             unsafe {

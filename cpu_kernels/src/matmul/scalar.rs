@@ -43,7 +43,7 @@ fn quantized(
             }
             let decoded = decode_group(dtype, block, group % groups_per_block);
             for column in 0..x.columns() {
-                let (quants, scale) = quantized.group(groups, column, group);
+                let (quants, scale) = quantized.group(column, group);
                 let sum = accumulate(read(out, column, row), &decoded, quants, scale);
                 write(out, column, row, sum);
             }

@@ -114,8 +114,15 @@ pub(super) unsafe fn all_columns<L: Lanes, P: Packed, const R: usize>(
             // SAFETY: passed on; the columns and the vector exist.
             unsafe {
                 match columns {
-                    ..=8 => columns_of::<L, P, R, 8>(panel, scratch, (vector, tile), rows, out),
-                    _ => columns_of::<L, P, R, 16>(panel, scratch, (vector, tile), rows, out),
+                    TILE_COLUMNS => {
+                        columns_of::<L, P, R, 16, true>(panel, scratch, (vector, tile), rows, out);
+                    }
+                    ..=8 => {
+                        columns_of::<L, P, R, 8, false>(panel, scratch, (vector, tile), rows, out);
+                    }
+                    _ => {
+                        columns_of::<L, P, R, 16, false>(panel, scratch, (vector, tile), rows, out);
+                    }
                 }
             }
         }
@@ -123,57 +130,74 @@ pub(super) unsafe fn all_columns<L: Lanes, P: Packed, const R: usize>(
     }
 }
 
+/// The columns of a tile that meet a vector of rows: where their first group is, and how far apart
+/// they are.
+#[derive(Clone, Copy)]
+struct TileOfX {
+    first: Column,
+    groups_apart: usize,
+    columns: usize,
+}
+
+impl TileOfX {
+    /// Column `c`; the last one again where there are fewer, which `FULL` says is not so.
+    #[inline(always)]
+    fn column<const FULL: bool>(&self, c: usize) -> Column {
+        let c = if FULL { c } else { c.min(self.columns - 1) };
+        let groups = c * self.groups_apart;
+        (self.first.0.wrapping_add(groups * GROUP), self.first.1.wrapping_add(groups))
+    }
+}
+
 /// `columns ≤ T` columns from `first` on against one vector of rows. Past the last column the sums
 /// are of products that nobody made, and dropped.
 #[inline(always)]
-unsafe fn columns_of<L: Lanes, P: Packed, const R: usize, const T: usize>(
+unsafe fn columns_of<L: Lanes, P: Packed, const R: usize, const T: usize, const FULL: bool>(
     panel: &Panel<'_, R>,
     scratch: &mut Scratch<L>,
     (vector, (first, columns)): (usize, (usize, usize)),
     (first_row, rows): (usize, &Range<usize>),
     out: OutputColumns<'_>,
 ) {
-    let x: [Column; T] = std::array::from_fn(|c| {
-        let start = (first + c.min(columns - 1)) * panel.groups + panel.first_group;
-        (panel.x.quants[start * GROUP..].as_ptr(), panel.x.scales[start..].as_ptr())
-    });
-    // SAFETY: `x` points to `panel.count` groups of existing columns, the chunk holds as many of
-    // each vector, and the rows of the vectors are this thread's.
+    let start = first * panel.x.groups_apart + panel.first_group;
+    let first_column = (panel.x.quants[start * GROUP..].as_ptr(), panel.x.scales[start..].as_ptr());
+    let columns = if FULL { T } else { columns };
+    let x = TileOfX { first: first_column, groups_apart: panel.x.groups_apart, columns };
+    let place = first - panel.columns.0;
+    let sums = scratch.sums[place..][..columns].as_mut_ptr();
+    let weights = scratch.chunk[vector].as_ptr().cast::<Group<L>>();
+    let products = scratch.products.as_mut_ptr().cast::<Products>();
+    // SAFETY: `x` has `panel.count` groups of existing columns, the chunk holds as many of each
+    // vector, `sums` holds `columns` columns, and the rows of the vectors are this thread's.
     unsafe {
         let mut acc = [L::splat_f32(0.0); T];
-        let place = first - panel.columns.0;
         if panel.first_group > 0 {
-            let sums = &scratch.sums[place..][..columns];
-            acc.iter_mut().zip(sums).for_each(|(acc, sums)| *acc = sums[vector].assume_init());
+            for c in 0..T {
+                if FULL || c < columns {
+                    acc[c] = (*sums.add(c))[vector].assume_init();
+                }
+            }
         }
         for step in 0..panel.count + AHEAD {
             if step < panel.count {
-                let weights = scratch.chunk[vector][step].as_ptr();
-                let group = (x[0].0.add(step * GROUP), panel.groups * GROUP);
-                multiply::<L, P>(
-                    weights,
-                    group,
-                    columns,
-                    scratch.products[step % SLOTS].as_mut_ptr(),
-                );
+                let product = products.add(step % SLOTS);
+                multiply::<L, P, FULL>(weights.add(step), &x, step, product);
                 if first == panel.columns.0 {
                     fetch::<L, P, R>(panel, vector, step);
                 }
             }
-            if let Some(group) = step.checked_sub(AHEAD) {
-                let weights = scratch.chunk[vector][group].as_ptr();
-                add_group::<L, P, T>(
-                    weights,
-                    group,
-                    &x,
-                    (scratch.products[group % SLOTS].as_ptr(), &mut acc),
-                );
+            if step >= AHEAD {
+                let group = step - AHEAD;
+                let product = products.add(group % SLOTS);
+                add_group::<L, P, T, FULL>(weights.add(group), group, &x, (product, &mut acc));
             }
         }
         if panel.first_group + panel.count < panel.groups {
-            scratch.sums[place..][..columns].iter_mut().zip(acc).for_each(|(sums, acc)| {
-                sums[vector].write(acc);
-            });
+            for c in 0..T {
+                if FULL || c < columns {
+                    (*sums.add(c))[vector].write(acc[c]);
+                }
+            }
             return;
         }
         let lanes = row_lanes::<L>(rows, first_row + vector * L::LANES);
@@ -197,18 +221,20 @@ unsafe fn fetch<L: Lanes, P: Packed, const R: usize>(
 
 /// Has the tile unit make the products of one group.
 #[inline(always)]
-unsafe fn multiply<L: Lanes, P: Packed>(
+unsafe fn multiply<L: Lanes, P: Packed, const FULL: bool>(
     weights: *const Group<L>,
-    (x, stride): (*const i8, usize),
-    columns: usize,
+    x: &TileOfX,
+    group: usize,
     products: *mut Products,
 ) {
     let depth = const { depth::<P>() };
+    let columns = if FULL { TILE_COLUMNS } else { x.columns };
+    let stride = x.groups_apart * GROUP;
     for part in 0..GROUP / depth {
         // SAFETY: the weights were decoded, and the columns exist; the unit is configured.
         unsafe {
             let words = (&raw const (*weights).words).cast::<L::Int>().add(part * depth / 4);
-            let x = (x.add(part * depth), stride);
+            let x = (x.first.0.add(group * GROUP + part * depth), stride);
             L::Tiles::product(words.cast(), x, (depth, columns), &raw mut (*products).0[part]);
         }
     }
@@ -216,10 +242,10 @@ unsafe fn multiply<L: Lanes, P: Packed>(
 
 /// One step of the accumulation; the twin of `scalar::accumulate`.
 #[inline(always)]
-unsafe fn add_group<L: Lanes, P: Packed, const T: usize>(
+unsafe fn add_group<L: Lanes, P: Packed, const T: usize, const FULL: bool>(
     weights: *const Group<L>,
     group: usize,
-    x: &[Column; T],
+    x: &TileOfX,
     (products, acc): (*const Products, &mut [L::Float; T]),
 ) {
     // SAFETY: the weights were decoded, and `group` is one of the columns'.
@@ -228,22 +254,23 @@ unsafe fn add_group<L: Lanes, P: Packed, const T: usize>(
             let scale = (*weights).scales[part];
             for c in 0..T {
                 let isum = L::load_words((&raw const (*products).0[part][c]).cast());
-                let scale = L::mul(scale, L::splat_f32((*x[c].1.add(group)).scale));
+                let of_x = x.column::<FULL>(c).1.add(group);
+                let scale = L::mul(scale, L::splat_f32((*of_x).scale));
                 acc[c] = L::fma(L::to_f32(isum), scale, acc[c]);
             }
         }
+        if P::MIN == MinKind::None {
+            return;
+        }
         for c in 0..T {
-            let of_x = &*x[c].1.add(group);
-            match P::MIN {
-                MinKind::None => {}
-                MinKind::One => {
-                    acc[c] = L::fma((*weights).min, L::splat_f32(of_x.scaled_sum), acc[c]);
-                }
-                MinKind::Pair => {
-                    let sums = L::pair_dot((*weights).min_pair, sums::<L>(x[c], group));
-                    let scale = L::mul((*weights).min, L::splat_f32(of_x.scale));
-                    acc[c] = L::fma(L::to_f32(sums), scale, acc[c]);
-                }
+            let column = x.column::<FULL>(c);
+            let of_x = &*column.1.add(group);
+            if P::MIN == MinKind::One {
+                acc[c] = L::fma((*weights).min, L::splat_f32(of_x.scaled_sum), acc[c]);
+            } else {
+                let sums = L::pair_dot((*weights).min_pair, sums::<L>(column, group));
+                let scale = L::mul((*weights).min, L::splat_f32(of_x.scale));
+                acc[c] = L::fma(L::to_f32(sums), scale, acc[c]);
             }
         }
     }

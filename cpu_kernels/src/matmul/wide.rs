@@ -257,7 +257,7 @@ unsafe fn tile<L: Lanes, P: Packed, const R: usize, const T: usize>(
     let mut x = [(std::ptr::null(), std::ptr::null()); T];
     for (index, x) in x.iter_mut().enumerate() {
         let column = first + index.min(columns - 1);
-        let start = column * panel.groups + panel.first_group;
+        let start = column * panel.x.groups_apart + panel.first_group;
         *x = (panel.x.quants[start * GROUP..].as_ptr(), panel.x.scales[start..].as_ptr());
     }
     // SAFETY: `x` points to `panel.count` groups of existing columns, the chunk holds as many of

@@ -37,9 +37,10 @@ use work::Costs;
 
 /// Random weights are the same in every run.
 const SEED: u64 = 1;
-/// Memory that is read to measure its roof: far more than the caches of any processor hold, if so
-/// much is free.
-const ROOF_BYTES_MAX: u64 = 1 << 30;
+/// Memory that is read to measure its roof, if so much is free; at least so many times what the
+/// caches of the third level hold.
+const ROOF_BYTES: u64 = 1 << 30;
+const ROOF_CACHES: u64 = 16;
 const ROOF_MEMORY_DIVISOR: u64 = 4;
 /// Generated tokens of a warm-up, and of the run that times ops.
 const WARMUP_TOKENS: usize = 8;
@@ -238,7 +239,8 @@ impl<'a> Bench<'a> {
         let cpus = options.pool.cores.iter().map(|core| CpuId(*core as u32)).collect();
         let team = roofs::Team { threads, cpus };
         let free = self.hardware.memory_available_bytes / ROOF_MEMORY_DIVISOR;
-        let bytes = ROOF_BYTES_MAX.min(free).next_multiple_of(8) as usize;
+        let caches = ROOF_CACHES * self.hardware.topology.cache_bytes(3);
+        let bytes = ROOF_BYTES.max(caches).min(free).next_multiple_of(8) as usize;
         let mut memory = AlignedBytes::zeroed(bytes, options.huge_pages())?;
         let words = bytemuck::cast_slice_mut(&mut memory[..]);
         let read_bytes_per_second = roofs::read_bytes_per_second(&team, kernels, words);
