@@ -72,7 +72,7 @@ pub struct Activations<'a> {
 /// The 8-bit form of `[columns, cols]` activations.
 #[derive(Clone, Copy)]
 pub(crate) struct Quantized<'a> {
-    /// `[columns, groups_apart · 32]` i8, row-major; what is beyond a column's groups means nothing.
+    /// `[columns, groups_apart · 32]` i8, row-major; beyond a column's groups lies nothing of use.
     pub quants: &'a [i8],
     /// `[columns, groups_apart]`, row-major.
     pub scales: &'a [GroupScale],

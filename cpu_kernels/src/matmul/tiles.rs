@@ -172,9 +172,9 @@ unsafe fn columns_of<L: Lanes, P: Packed, const R: usize, const T: usize, const 
     unsafe {
         let mut acc = [L::splat_f32(0.0); T];
         if panel.first_group > 0 {
-            for c in 0..T {
+            for (c, acc) in acc.iter_mut().enumerate() {
                 if FULL || c < columns {
-                    acc[c] = (*sums.add(c))[vector].assume_init();
+                    *acc = (*sums.add(c))[vector].assume_init();
                 }
             }
         }
@@ -193,9 +193,9 @@ unsafe fn columns_of<L: Lanes, P: Packed, const R: usize, const T: usize, const 
             }
         }
         if panel.first_group + panel.count < panel.groups {
-            for c in 0..T {
+            for (c, acc) in acc.iter().enumerate() {
                 if FULL || c < columns {
-                    (*sums.add(c))[vector].write(acc[c]);
+                    (*sums.add(c))[vector].write(*acc);
                 }
             }
             return;
@@ -252,25 +252,25 @@ unsafe fn add_group<L: Lanes, P: Packed, const T: usize, const FULL: bool>(
     unsafe {
         for part in 0..GROUP / const { depth::<P>() } {
             let scale = (*weights).scales[part];
-            for c in 0..T {
+            for (c, acc) in acc.iter_mut().enumerate() {
                 let isum = L::load_words((&raw const (*products).0[part][c]).cast());
                 let of_x = x.column::<FULL>(c).1.add(group);
                 let scale = L::mul(scale, L::splat_f32((*of_x).scale));
-                acc[c] = L::fma(L::to_f32(isum), scale, acc[c]);
+                *acc = L::fma(L::to_f32(isum), scale, *acc);
             }
         }
         if P::MIN == MinKind::None {
             return;
         }
-        for c in 0..T {
+        for (c, acc) in acc.iter_mut().enumerate() {
             let column = x.column::<FULL>(c);
             let of_x = &*column.1.add(group);
             if P::MIN == MinKind::One {
-                acc[c] = L::fma((*weights).min, L::splat_f32(of_x.scaled_sum), acc[c]);
+                *acc = L::fma((*weights).min, L::splat_f32(of_x.scaled_sum), *acc);
             } else {
                 let sums = L::pair_dot((*weights).min_pair, sums::<L>(column, group));
                 let scale = L::mul((*weights).min, L::splat_f32(of_x.scale));
-                acc[c] = L::fma(L::to_f32(sums), scale, acc[c]);
+                *acc = L::fma(L::to_f32(sums), scale, *acc);
             }
         }
     }
