@@ -16,6 +16,7 @@ pub const DEFAULT_TOML: &str = include_str!("../config/default.toml");
 pub struct Config {
     pub model: ModelConfig,
     pub cpu: CpuConfig,
+    pub gpu: GpuConfig,
     pub kv: KvConfig,
     pub scheduler: SchedulerConfig,
     pub stream: StreamConfig,
@@ -46,6 +47,42 @@ pub struct CpuConfig {
     pub isa: String,
     pub spin_us: u64,
     pub huge_pages: bool,
+}
+
+/// Section `[gpu]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "config/default.toml documents every field")]
+pub struct GpuConfig {
+    pub device: String,
+    pub vram_limit: ByteSize,
+}
+
+impl GpuConfig {
+    /// Which GPU is asked for.
+    ///
+    /// # Errors
+    /// Another word than `off` and `auto` that is no index.
+    pub fn choice(&self) -> Result<GpuChoice, ConfigError> {
+        match self.device.as_str() {
+            "off" => Ok(GpuChoice::Off),
+            "auto" => Ok(GpuChoice::Auto),
+            other => other.parse().map(GpuChoice::Index).map_err(|_| {
+                refuse("gpu.device", other, "off, auto, or the index of a GPU".into())
+            }),
+        }
+    }
+}
+
+/// Which GPU is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GpuChoice {
+    /// None.
+    Off,
+    /// The first, if there is one and the model fits.
+    Auto,
+    /// This one.
+    Index(usize),
 }
 
 /// Section `[kv]`.
@@ -189,6 +226,7 @@ impl Config {
             return Err(refuse("scheduler.prefill_slowdown_max", got, "1 to 100".into()));
         }
         self.validate_times()?;
+        self.gpu.choice()?;
         let words: [(&str, &str, &[&str]); 2] = [
             (
                 "cpu.isa",
@@ -270,6 +308,9 @@ mod tests {
         let mut config = Config::default();
         config.cpu.isa = "bogus".into();
         assert_eq!(config.validate().unwrap_err().field, "cpu.isa");
+        let mut config = Config::default();
+        config.gpu.device = "first".into();
+        assert_eq!(config.validate().unwrap_err().field, "gpu.device");
         let mut config = Config::default();
         config.template.fuel = 0;
         assert_eq!(config.validate().unwrap_err().field, "template.fuel");

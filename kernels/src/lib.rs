@@ -8,8 +8,18 @@
 //! GPU. The bindings panic when it is missing: nothing may call them except through a [`Driver`],
 //! which exists only where the library, a device and a recent enough driver do.
 
+mod attention;
 mod device;
 mod driver;
+mod gpu;
+mod matvec;
+mod pack;
+mod rows;
 
+pub use attention::{Attend, HeadCounts, KvSpans, RotateHeads, TokenTables};
 pub use device::{ComputeCapability, DeviceFacts};
 pub use driver::{CudaVersion, Driver, DriverError, driver};
+pub use gpu::{DeviceMemory, Gpu, GpuError, Plain, Span};
+pub use matvec::{Columns, EightBits, Product};
+pub use pack::{DeviceMatrix, Staging};
+pub use rows::{Added, Gate, NormRows, RoundRows, RowNorm};

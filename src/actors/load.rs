@@ -3,14 +3,14 @@
 use super::builder::OnProgress;
 use super::root::Source;
 use super::shared::Shared;
-use super::stage::{CpuStages, StageFactory, StepRunner};
+use super::stage::{CpuStages, GpuStages, StageFactory, StepRunner};
 use super::{EngineError, LoadProgress, ModelInfo};
 use crate::config::{Config, ConfigError};
 use crate::executor::{KvOptions, PoolOptions, StageOptions, StepPasses};
 use crate::formats::{Checkpoint, FormatError};
 use crate::hardware::{HardwareProfile, Topology};
 use crate::model::ModelSpec;
-use crate::placement::{Placement, Workers};
+use crate::placement::{Device, Placement, Workers};
 use crate::request::RequestError;
 use crate::scheduler::{KvBlocks, SchedulerOptions};
 use crate::tokenizer::{ChatTemplate, TemplateConfig, Tokenizer};
@@ -90,7 +90,7 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
             };
             let options = stage_options(config, &hardware.topology, kv)?;
             let model = (checkpoint, Arc::clone(&spec));
-            Arc::new(load_weights(shared, model, options, source.on_progress)?)
+            load_weights(shared, model, (placement.device(), options), source.on_progress)?
         }
     };
     Ok(Loaded {
@@ -110,9 +110,9 @@ fn refuse(error: FormatError) -> EngineError {
 fn load_weights(
     shared: &Shared,
     model: (Arc<Checkpoint>, Arc<ModelSpec>),
-    options: StageOptions,
+    (device, options): (&Device, StageOptions),
     mut on_progress: Option<OnProgress>,
-) -> Result<CpuStages, EngineError> {
+) -> Result<Arc<dyn StageFactory>, EngineError> {
     let mut report = |progress: crate::executor::LoadProgress| {
         let progress = LoadProgress {
             done_bytes: progress.done_bytes as u64,
@@ -123,7 +123,13 @@ fn load_weights(
             hear(progress);
         }
     };
-    CpuStages::load(model.0, model.1, options, &mut report).map_err(|error| match error {
+    let loaded: Result<Arc<dyn StageFactory>, _> = match device {
+        Device::Cpu => CpuStages::load(model.0, model.1, options, &mut report)
+            .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>),
+        Device::Gpu(index) => GpuStages::load(*index, model, &options, &mut report)
+            .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>),
+    };
+    loaded.map_err(|error| match error {
         crate::executor::ExecutorError::Format(error) => refuse(error),
         other => EngineError::Model(RequestError::Internal { message: other.to_string() }),
     })

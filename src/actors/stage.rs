@@ -2,7 +2,8 @@
 //! bring stages whose tokens are a hash of the tokens so far.
 
 use crate::executor::{
-    CpuPool, ExecutorError, LoadProgress, Stage, StageOptions, StagePart, Weights, WeightsRequest,
+    CpuPool, ExecutorError, GpuStage, GpuStageOptions, GpuWeights, LoadProgress, Stage,
+    StageOptions, StagePart, Weights, WeightsRequest,
 };
 use crate::formats::Checkpoint;
 use crate::model::ModelSpec;
@@ -80,6 +81,45 @@ impl StageFactory for CpuStages {
         match warm() {
             Ok(stage) => Ok(Box::new(stage)),
             Err::<_, ExecutorError>(error) => Err(error.to_string()),
+        }
+    }
+}
+
+impl StepRunner for GpuStage {
+    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), String> {
+        GpuStage::run(self, plan, output).map_err(|error| error.to_string())
+    }
+}
+
+/// Stages over weights that lie on a GPU.
+pub(super) struct GpuStages {
+    weights: Arc<GpuWeights>,
+    options: GpuStageOptions,
+}
+
+impl GpuStages {
+    /// Opens the GPU and loads the weights.
+    pub(super) fn load(
+        ordinal: usize,
+        (checkpoint, spec): (Arc<Checkpoint>, Arc<ModelSpec>),
+        options: &StageOptions,
+        progress: &mut (dyn FnMut(LoadProgress) + Send),
+    ) -> Result<Self, ExecutorError> {
+        let part = StagePart::whole(spec.layers.len());
+        let (isa, huge_pages) = (options.isa, options.huge_pages());
+        let request = WeightsRequest { source: checkpoint.into(), spec, part, isa, huge_pages };
+        let weights = GpuWeights::load(ordinal, &request, None, progress)?;
+        let step_tokens_max = options.step_tokens_max;
+        let options = GpuStageOptions { kv: options.kv, step_tokens_max };
+        Ok(Self { weights: Arc::new(weights), options })
+    }
+}
+
+impl StageFactory for GpuStages {
+    fn start(&self) -> Result<Box<dyn StepRunner>, String> {
+        match GpuStage::start(Arc::clone(&self.weights), &self.options) {
+            Ok(stage) => Ok(Box::new(stage)),
+            Err(error) => Err(error.to_string()),
         }
     }
 }

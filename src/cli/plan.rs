@@ -8,7 +8,7 @@ use tandem::config::Config;
 use tandem::formats::Checkpoint;
 use tandem::hardware::HardwareProfile;
 use tandem::model::ModelSpec;
-use tandem::placement::{Placement, Workers};
+use tandem::placement::{Device, Placement, Workers};
 use tandem::request::RequestError;
 use tandem::units::ByteSize;
 
@@ -41,9 +41,13 @@ pub fn run(file: &Path, config: &Config, output: Output) -> Result<()> {
         .collect();
     output.table(&["what", "where", "bytes", "why"], &rows)?;
     output.line(&placement.workers.to_string())?;
-    match &hardware.gpus.absence {
-        Some(absence) => output.line(&format!("no GPU is used: {absence}"))?,
-        None => output.line("the GPUs here are not used by this version")?,
+    let devices = hardware.gpus.devices.len();
+    match (&hardware.gpus.absence, placement.device()) {
+        (Some(absence), _) => output.line(&format!("no GPU is used: {absence}"))?,
+        (None, Device::Cpu) if config.gpu.device == "off" => {
+            output.line(&format!("{devices} GPU here; gpu.device = \"auto\" uses one"))?;
+        }
+        _ => {}
     }
     for note in &placement.notes {
         output.line(&format!("note: {note}"))?;

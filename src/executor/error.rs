@@ -79,4 +79,19 @@ pub enum ExecutorError {
     /// The neighbouring stage has gone.
     #[error(transparent)]
     Handoff(#[from] HandoffClosed),
+    /// The GPU refused or failed.
+    #[error(transparent)]
+    Gpu(#[from] tandem_kernels::GpuError),
+    /// A stage on a GPU failed in a step before: it has to be made anew.
+    #[error("the GPU failed in a step before: {reason}")]
+    GpuStageFailed {
+        /// What it failed with.
+        reason: String,
+    },
+    /// There are no kernels for it.
+    #[error("{what} is not supported by this version")]
+    Unsupported {
+        /// What.
+        what: String,
+    },
 }

@@ -9,6 +9,7 @@ mod cpu;
 mod cpu_pool;
 mod error;
 mod expert_groups;
+mod gpu;
 mod handoff;
 mod kv_store;
 mod op_times;
@@ -25,6 +26,7 @@ mod weights;
 
 pub use cpu_pool::{CpuPool, PoolOptions, Worker, WorkerPanic};
 pub use error::ExecutorError;
+pub use gpu::{GpuStage, GpuStageOptions, GpuWeights};
 pub use handoff::{HandoffClosed, HandoffReceiver, HandoffSender, Slot, handoff};
 pub use kv_store::KvOptions;
 pub use op_times::OpTime;

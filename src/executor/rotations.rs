@@ -79,6 +79,12 @@ impl Rotations {
         }
     }
 
+    /// A rotation's pairs, which elements they are, and where its angles lie in a token's row.
+    pub fn shape(&self, rope: RopeId) -> (usize, RopeStyle, usize) {
+        let rotation = &self.rotations[rope.0 as usize];
+        (rotation.frequencies.pairs(), rotation.style, rotation.offset)
+    }
+
     /// A rotation's part of a token's row of angles.
     pub fn row<'a>(&self, rope: RopeId, row: &'a [f32]) -> (RopeRow<'a>, RopeStyle) {
         let rotation = &self.rotations[rope.0 as usize];

@@ -286,7 +286,10 @@ fn place_matrices(
 }
 
 /// A matrix as its source has it.
-fn stored(source: &WeightSource, tensor: &TensorRef) -> Result<TensorRef, ExecutorError> {
+pub(super) fn stored(
+    source: &WeightSource,
+    tensor: &TensorRef,
+) -> Result<TensorRef, ExecutorError> {
     let WeightSource::Checkpoint(checkpoint) = source else { return Ok(tensor.clone()) };
     let name = tensor.name.clone();
     let tensor = checkpoint.tensor(&name)?;
@@ -305,7 +308,10 @@ fn file_bytes<'a>(source: &'a WeightSource, file: usize, bytes: &Range<usize>) -
     &file.bytes()[bytes.clone()]
 }
 
-fn load_rotations(source: &WeightSource, program: &Program) -> Result<Rotations, ExecutorError> {
+pub(super) fn load_rotations(
+    source: &WeightSource,
+    program: &Program,
+) -> Result<Rotations, ExecutorError> {
     let mut rotations = Rotations::default();
     for rope in &program.ropes {
         let factors = rope.frequency_factors.as_ref();

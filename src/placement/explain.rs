@@ -1,6 +1,6 @@
 //! A placement in rows that a person can read.
 
-use super::Placement;
+use super::{Device, Placement};
 use crate::units::ByteSize;
 use serde::Serialize;
 
@@ -22,7 +22,7 @@ impl Placement {
     pub fn explain(&self) -> Vec<ExplainRow> {
         let mut rows = Vec::new();
         for stage in &self.stages {
-            let device = format!("{:?}", stage.device).to_lowercase();
+            let device = stage.device.to_string();
             let mut row = |what: &str, bytes: u64, why: String| {
                 rows.push(ExplainRow { what: what.into(), device: device.clone(), bytes, why });
             };
@@ -49,9 +49,14 @@ impl Placement {
         });
         rows.push(ExplainRow {
             what: "total".into(),
-            device: "host".into(),
+            device: if *self.device() == Device::Cpu { "host".into() } else { "both".into() },
             bytes: self.total_bytes(),
-            why: format!("of {} available", ByteSize(self.memory_available_bytes)),
+            why: match self.device() {
+                Device::Cpu => format!("of {} available", ByteSize(self.memory_available_bytes)),
+                gpu => {
+                    format!("{gpu} has {} available", ByteSize(self.memory_available_bytes))
+                }
+            },
         });
         rows
     }

@@ -4,12 +4,13 @@
 //! `tandem plan` to explain.
 
 mod explain;
+mod gpu;
 mod workers;
 
 pub use explain::ExplainRow;
 pub use workers::Workers;
 
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, GpuChoice};
 use crate::hardware::HardwareProfile;
 use crate::kv::blocks_for;
 use crate::model::{AttentionSpec, ModelSpec};
@@ -17,6 +18,7 @@ use crate::request::RequestError;
 use crate::tensor::KvDType;
 use crate::units::ByteSize;
 use serde::Serialize;
+use std::fmt;
 use std::ops::Range;
 
 /// Full contexts that the KV store holds by itself, if a quarter of the memory that is left does.
@@ -45,6 +47,30 @@ const ROTATED_TOKENS: u64 = 16;
 pub enum Device {
     /// The host's memory; the CPU computes.
     Cpu,
+    /// The memory of the GPU of this index, which computes.
+    Gpu(usize),
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Device::Cpu => formatter.write_str("cpu"),
+            Device::Gpu(index) => write!(formatter, "gpu {index}"),
+        }
+    }
+}
+
+/// What a device has for a model.
+struct Room {
+    device: Device,
+    /// As errors call it.
+    name: String,
+    /// Bytes that are free.
+    available: u64,
+    /// Bytes of a step's activations there.
+    activation_bytes: u64,
+    /// Bytes of host memory for KV blocks that wait; `None` where they share the device's.
+    swap_room: Option<u64>,
 }
 
 /// A run of layers on one device.
@@ -90,7 +116,7 @@ pub struct Placement {
     pub host_kv_bytes: u64,
     /// CPU worker threads and their processors.
     pub workers: Workers,
-    /// Host memory that the placement was made for.
+    /// Memory of the device that the placement was made for.
     pub memory_available_bytes: u64,
     /// Everything that is not as asked or as the model was trained, in words.
     pub notes: Vec<String>,
@@ -101,51 +127,84 @@ impl Placement {
     ///
     /// # Errors
     /// `InsufficientMemory` with need and free bytes and what to change; `InvalidParams` for
-    /// threads that the machine can't run. A context that was asked for beyond what the model was
-    /// trained for is given, with a note.
+    /// threads that the machine can't run, and for a GPU that is not there or can't run the model.
+    /// A context that was asked for beyond what the model was trained for is given, with a note.
     pub fn plan(
         spec: &ModelSpec,
         hardware: &HardwareProfile,
         config: &Config,
     ) -> Result<Self, RequestError> {
-        let available = hardware.memory_available_bytes;
-        let usable = available - available / MARGIN_DIVISOR;
-        let weight_bytes = spec.weight_bytes();
         let workers = Workers::choose(&hardware.topology, &config.cpu).map_err(|error| {
             let ConfigError { field, got, allowed } = error;
             RequestError::InvalidParams { field, got, allowed }
         })?;
         let step_tokens = config.scheduler.step_tokens_max as u64;
-        let activation_bytes = activation_bytes(spec, step_tokens)
-            + own_bytes(spec, workers.threads, step_tokens)
-            + expert_scratch_bytes(spec, workers.threads);
-        let fixed = weight_bytes + activation_bytes;
+        let mut notes = Vec::new();
+        if let Some(gpu) = gpu::choose(spec, hardware, config, &mut notes)? {
+            let limit = config.gpu.vram_limit.0;
+            let free = gpu.memory_free_bytes;
+            let room = Room {
+                device: Device::Gpu(gpu.ordinal),
+                name: format!("GPU {} ({})", gpu.ordinal, gpu.name),
+                available: if limit > 0 { limit.min(free) } else { free },
+                activation_bytes: gpu::activation_bytes(spec, step_tokens),
+                swap_room: Some(hardware.memory_available_bytes / 2),
+            };
+            match Self::within(spec, config, (&workers, &room), notes.clone()) {
+                Err(error) if config.gpu.choice() == Ok(GpuChoice::Auto) => {
+                    notes.push(format!("no GPU is used: {error}"));
+                }
+                placed => return placed,
+            }
+        }
+        let room = Room {
+            device: Device::Cpu,
+            name: "host memory".into(),
+            available: hardware.memory_available_bytes,
+            activation_bytes: activation_bytes(spec, step_tokens)
+                + own_bytes(spec, workers.threads, step_tokens)
+                + expert_scratch_bytes(spec, workers.threads),
+            swap_room: None,
+        };
+        Self::within(spec, config, (&workers, &room), notes)
+    }
+
+    /// Places a model on one device.
+    fn within(
+        spec: &ModelSpec,
+        config: &Config,
+        (workers, on): (&Workers, &Room),
+        mut notes: Vec<String>,
+    ) -> Result<Self, RequestError> {
+        let usable = on.available - on.available / MARGIN_DIVISOR;
+        let weight_bytes = spec.weight_bytes();
+        let fixed = weight_bytes + on.activation_bytes;
         let block_tokens = config.kv.block_tokens;
         let block_bytes = spec.kv_bytes_per_token(config.kv.dtype) * block_tokens as u64;
-        let mut notes = Vec::new();
         let room = usable.saturating_sub(fixed);
         let kv = KvRoom { room, block_tokens, block_bytes };
         let context_tokens = context(spec, config, &kv, &mut notes).map_err(|need| {
             RequestError::InsufficientMemory {
-                device: "host memory".into(),
+                device: on.name.clone(),
                 need: fixed.saturating_add(need),
                 free: usable,
                 suggest: "use a smaller or more quantised model, or a shorter context".into(),
             }
         })?;
         let device_blocks = kv.blocks(context_tokens, config.kv.cache_bytes, &mut notes);
-        let rest = room - device_blocks as u64 * block_bytes;
-        let host_blocks = (config.kv.swap_bytes.0.min(rest) / block_bytes) as usize;
+        let kv_bytes = device_blocks as u64 * block_bytes;
+        let swap_room = on.swap_room.unwrap_or(room - kv_bytes);
+        let host_blocks = (config.kv.swap_bytes.0.min(swap_room) / block_bytes) as usize;
         Ok(Self {
             model: spec.name.clone(),
             stages: vec![StagePlacement {
-                device: Device::Cpu,
+                device: on.device.clone(),
                 layers: 0..spec.layers.len(),
                 weight_bytes,
                 expert_bytes: spec.expert_bytes(),
                 active_expert_bytes: spec.active_expert_bytes(),
-                kv_bytes: device_blocks as u64 * block_bytes,
-                activation_bytes,
+                kv_bytes,
+                activation_bytes: on.activation_bytes,
             }],
             context_tokens,
             context_tokens_trained: spec.context_tokens_max,
@@ -154,10 +213,15 @@ impl Placement {
             device_blocks,
             host_blocks,
             host_kv_bytes: host_blocks as u64 * block_bytes,
-            workers,
-            memory_available_bytes: available,
+            workers: workers.clone(),
+            memory_available_bytes: on.available,
             notes,
         })
+    }
+
+    /// The device of all layers.
+    pub fn device(&self) -> &Device {
+        &self.stages[0].device
     }
 
     /// Bytes of one KV block over all layers.

@@ -3,6 +3,7 @@
 //! computed. It drives a stage made as `tandem serve` makes it, and the command line calls it.
 
 mod arguments;
+mod device;
 mod print;
 mod record;
 mod rig;
@@ -14,6 +15,7 @@ use super::loading::LoadMeter;
 use super::output::Output;
 use anyhow::{Context, Result};
 use arguments::Test;
+use device::DeviceWeights;
 use print::Printer;
 use record::{OpSplit, Record, Roofs, Setting};
 use rig::{Rig, RigSize};
@@ -22,14 +24,14 @@ use std::time::{Duration, Instant, SystemTime};
 use tandem::actors::stage_options;
 use tandem::config::Config;
 use tandem::executor::{
-    CpuPool, ExecutorError, KvOptions, Stage, StageOptions, StagePart, WeightSource, Weights,
+    CpuPool, ExecutorError, GpuWeights, KvOptions, StageOptions, StagePart, WeightSource, Weights,
     WeightsRequest,
 };
 use tandem::formats::Checkpoint;
 use tandem::hardware::{CpuId, HardwareProfile, roofs};
 use tandem::memory::AlignedBytes;
 use tandem::model::{FileType, ModelSpec};
-use tandem::placement::Placement;
+use tandem::placement::{Device, Placement};
 use tandem::request::RequestError;
 use tandem::units::ByteSize;
 use tandem_cpu_kernels::{Isa, Kernels};
@@ -98,6 +100,7 @@ struct Bench<'a> {
     tests: Vec<Test>,
     thread_counts: Vec<usize>,
     size: RigSize,
+    device: Device,
 }
 
 impl<'a> Bench<'a> {
@@ -125,14 +128,24 @@ impl<'a> Bench<'a> {
         // As in the configuration, 0 is as many as there are cores.
         thread_counts.iter_mut().filter(|count| **count == 0).for_each(|count| *count = configured);
         let config = config.clone();
-        let bench =
-            Self { arguments, config, output, subject, hardware, tests, thread_counts, size };
-        bench.check_memory()?;
+        let device = Device::Cpu;
+        let mut bench = Self {
+            arguments,
+            config,
+            output,
+            subject,
+            hardware,
+            tests,
+            thread_counts,
+            size,
+            device,
+        };
+        bench.device = bench.check_memory()?;
         Ok(bench)
     }
 
-    /// Refuses what does not fit, before anything is loaded.
-    fn check_memory(&self) -> Result<()> {
+    /// Refuses what does not fit, before anything is loaded; says which device it was placed on.
+    fn check_memory(&self) -> Result<Device> {
         let spec = &self.subject.spec;
         let blocks = self.size.kv().device_blocks;
         let block_bytes =
@@ -145,7 +158,10 @@ impl<'a> Bench<'a> {
             let free = placement.device_blocks as u64 * block_bytes;
             let suggest = "use fewer streams, or less depth".to_owned();
             let need = config.kv.cache_bytes.0;
-            let device = "host memory".to_owned();
+            let device = match placement.device() {
+                Device::Cpu => "host memory".to_owned(),
+                gpu => gpu.to_string(),
+            };
             return Err(RequestError::InsufficientMemory { device, need, free, suggest }.into());
         }
         if self.tests.iter().any(|test| test.length() > spec.context_tokens_max) {
@@ -153,7 +169,7 @@ impl<'a> Bench<'a> {
             self.output
                 .notice(&format!("the model was trained for {trained} tokens of context"))?;
         }
-        Ok(())
+        Ok(placement.device().clone())
     }
 
     fn options(&self, threads: usize) -> Result<StageOptions> {
@@ -168,7 +184,7 @@ impl<'a> Bench<'a> {
         let roofs = counts.map(|threads| self.roofs(*threads)).collect::<Result<Vec<_>>>()?;
         let most = self.thread_counts.iter().copied().max().unwrap_or(1);
         let started = Instant::now();
-        let weights = Arc::new(self.load(&self.options(most)?)?);
+        let weights = self.load(&self.options(most)?)?;
         let load = started.elapsed();
         let (size, seconds) = (ByteSize(weights.bytes() as u64), load.as_secs_f64());
         self.output.notice(&format!("weights ready in {seconds:.2} s, {size} of memory"))?;
@@ -188,7 +204,7 @@ impl<'a> Bench<'a> {
     }
 
     /// Weights outlive the stages of all numbers of threads.
-    fn load(&self, options: &StageOptions) -> Result<Weights> {
+    fn load(&self, options: &StageOptions) -> Result<DeviceWeights> {
         let (spec, source) = (Arc::clone(&self.subject.spec), self.subject.source.clone());
         let part = StagePart::whole(spec.layers.len());
         let (isa, huge_pages) = (options.isa, options.huge_pages());
@@ -196,8 +212,17 @@ impl<'a> Bench<'a> {
         let mut meter = LoadMeter::start(self.output);
         let load = || {
             let mut pool = CpuPool::new(&options.pool).map_err(ExecutorError::Threads)?;
-            Weights::load(&request, &mut pool, &mut |progress| {
+            let mut show = |progress: tandem::executor::LoadProgress| {
                 meter.show(progress.done_bytes as u64, progress.total_bytes as u64);
+            };
+            Ok(match self.device {
+                Device::Cpu => {
+                    DeviceWeights::Cpu(Arc::new(Weights::load(&request, &mut pool, &mut show)?))
+                }
+                Device::Gpu(index) => {
+                    let weights = GpuWeights::load(index, &request, Some(&mut pool), &mut show)?;
+                    DeviceWeights::Gpu(Arc::new(weights))
+                }
             })
         };
         let loaded = std::thread::scope(|scope| {
@@ -209,11 +234,16 @@ impl<'a> Bench<'a> {
         })
     }
 
-    fn setting(&self, weights: &Weights, options: &StageOptions, load: Duration) -> Setting {
+    fn setting(&self, weights: &DeviceWeights, options: &StageOptions, load: Duration) -> Setting {
         let spec = &self.subject.spec;
         let threads = options.pool.threads;
+        let gpus = &self.hardware.gpus.devices;
+        let gpu = gpus.iter().find(|gpu| Device::Gpu(gpu.ordinal) == self.device);
         Setting {
             cpu: HardwareProfile::cpu_name().unwrap_or_default(),
+            gpu: gpu.map(|gpu| gpu.name.clone()).unwrap_or_default(),
+            backend: weights.backend(),
+            gpu_layers: if gpu.is_some() { spec.layers.len() } else { 0 },
             file: self.subject.file.clone(),
             model: self.subject.title.clone(),
             weight_bytes: spec.weight_bytes(),
@@ -221,7 +251,7 @@ impl<'a> Bench<'a> {
             step_tokens_max: options.step_tokens_max,
             threads,
             pinned: options.pool.cores.len().min(threads),
-            isa: weights.kernels().isa().name(),
+            isa: weights.isa(),
             block_tokens: self.size.block_tokens,
             kv_dtype: self.size.kv_dtype,
             load,
@@ -231,7 +261,7 @@ impl<'a> Bench<'a> {
 
     /// Both roofs, on the threads and processors of a stage and memory like that of its weights.
     fn roofs(&self, threads: usize) -> Result<Option<Roofs>> {
-        if self.arguments.no_roof {
+        if self.arguments.no_roof || self.device != Device::Cpu {
             return Ok(None);
         }
         let options = self.options(threads)?;
@@ -255,12 +285,12 @@ impl<'a> Bench<'a> {
 
     fn tests_on(
         &self,
-        weights: &Arc<Weights>,
+        weights: &DeviceWeights,
         options: &StageOptions,
         setting: &Setting,
         printer: &mut Printer,
     ) -> Result<()> {
-        let mut rig = Rig::new(Stage::restart(Arc::clone(weights), options)?, self.size);
+        let mut rig = Rig::new(weights.stage(options)?, self.size);
         let costs = Costs::new(&self.subject.spec, weights.bytes_per_token(), self.size.kv_dtype);
         for test in &self.tests {
             if !self.arguments.no_warmup {

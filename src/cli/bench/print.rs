@@ -182,7 +182,7 @@ fn cells(record: &Record) -> [String; COLUMNS.len()] {
         setting.model.clone(),
         ByteSize(setting.weight_bytes).to_string(),
         parameters(setting.parameters),
-        "CPU".to_owned(),
+        setting.backend.to_owned(),
         setting.threads.to_string(),
         record.test.streams.to_string(),
         record.test.label(),

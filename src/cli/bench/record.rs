@@ -14,6 +14,10 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 #[derive(Clone, Debug)]
 pub struct Setting {
     pub cpu: String,
+    pub gpu: String,
+    /// `CPU` or `CUDA`.
+    pub backend: &'static str,
+    pub gpu_layers: usize,
     pub file: String,
     /// Such as `llama 8B Q4_0`.
     pub model: String,
@@ -146,8 +150,8 @@ impl Setting {
             ("build_commit", json!(option_env!("TANDEM_BUILD_COMMIT").unwrap_or(VERSION))),
             ("build_number", json!(0)),
             ("cpu_info", json!(self.cpu)),
-            ("gpu_info", json!("")),
-            ("backends", json!("CPU")),
+            ("gpu_info", json!(self.gpu)),
+            ("backends", json!(self.backend)),
             ("model_filename", json!(self.file)),
             ("model_type", json!(self.model)),
             ("model_size", json!(self.weight_bytes)),
@@ -160,7 +164,7 @@ impl Setting {
             ("type_k", json!(self.kv_dtype.name())),
             ("type_v", json!(self.kv_dtype.name())),
             ("kv_block_tokens", json!(self.block_tokens)),
-            ("n_gpu_layers", json!(0)),
+            ("n_gpu_layers", json!(self.gpu_layers)),
             ("load_ns", json!(self.load.as_nanos() as u64)),
         ]
     }

@@ -2,11 +2,11 @@
 //! without the engine.
 
 use super::arguments::Test;
+use super::device::DeviceStage;
 use super::record::OpSplit;
 use anyhow::{Result, bail};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tandem::executor::Stage;
 use tandem::request::SamplingParams;
 use tandem::step::{BlockCopy, LogitsRow, LogitsTask, PlannedSequence, StepOutput, StepPlan, Tier};
 use tandem::tensor::KvDType;
@@ -31,7 +31,7 @@ pub struct RigSize {
 
 /// A stage under test.
 pub struct Rig {
-    stage: Stage,
+    stage: DeviceStage,
     size: RigSize,
     plan: StepPlan,
     output: StepOutput,
@@ -59,7 +59,7 @@ enum Samples {
 
 impl Rig {
     /// A rig on a stage whose KV store has `streams · stream_blocks` blocks.
-    pub fn new(stage: Stage, size: RigSize) -> Self {
+    pub fn new(stage: DeviceStage, size: RigSize) -> Self {
         Self {
             stage,
             size,
@@ -73,7 +73,7 @@ impl Rig {
 
     /// Workers that the system did not let be pinned, after a first step.
     pub fn pin_failures(&self) -> usize {
-        self.stage.pin_failures().len()
+        self.stage.pin_failures()
     }
 
     /// Runs a test once and says how long it took, the depth not counted.
@@ -109,7 +109,7 @@ impl Rig {
         let first = self.plan.step.0;
         self.stage.start_op_times();
         self.once(test)?;
-        let times = self.stage.take_op_times().unwrap_or_default();
+        let times = self.stage.take_op_times();
         Ok(OpSplit { steps: self.plan.step.0 - first, times })
     }
 

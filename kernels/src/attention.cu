@@ -1,0 +1,296 @@
+// Rotary embedding, the KV store, and attention over it.
+//
+// Store of one layer, in f16, with head_dim a multiple of 8:
+//   keys    [block][kv_head][head_dim / 8][block_tokens][8]
+//   values  [block][kv_head][block_tokens][head_dim]
+// so that 32 lanes with a token each read keys in 512 bytes in a row, and 32 lanes with a part of a
+// head each read a token's value in a row.
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+constexpr int ATTEND_WARPS = 4;
+// Positions that one block attends to; several blocks' parts are merged in ascending order. Fixed,
+// so that a token's bits do not depend on what else is in the batch.
+constexpr int SEGMENT = 512;
+
+struct KvStore {
+    __half* keys;
+    __half* values;
+    uint32_t block_tokens;
+    uint32_t n_kv_heads;
+    uint32_t head_dim;
+    uint32_t unused;
+
+    __device__ size_t head(uint32_t block, uint32_t kv_head) const {
+        return (static_cast<size_t>(block) * n_kv_heads + kv_head) * head_dim * block_tokens;
+    }
+};
+
+// Where each token of a step stands.
+struct TokenTable {
+    const uint32_t* positions; // [tokens]
+    const uint32_t* tables;    // [tokens]: where its sequence's block table starts in `blocks`
+    const uint32_t* blocks;
+};
+
+struct RotateArgs {
+    float* heads; // [tokens][(n_heads + 2 n_kv_heads) · head_dim]
+    const float* angles; // [tokens][angle_stride]: cosines of all pairs, then sines
+    const float* query_norm; // [head_dim], or null
+    const float* key_norm;   // [head_dim], or null
+    TokenTable tokens;
+    KvStore store;
+    float query_eps, key_eps;
+    uint32_t n_heads;
+    uint32_t angle_stride, pairs;
+    uint32_t interleaved; // elements 2i and 2i + 1 turn together; else i and i + pairs
+};
+
+__device__ __forceinline__ float warp_total(float value) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
+    return value;
+}
+
+// One warp per head of a token: grid (heads of all kinds, tokens).
+extern "C" __global__ void __launch_bounds__(32) rotate_heads(const __grid_constant__ RotateArgs args) {
+    extern __shared__ float head_values[];
+    const KvStore& store = args.store;
+    const uint32_t head = blockIdx.x, token = blockIdx.y, lane = threadIdx.x, dim = store.head_dim;
+    const uint32_t n_kv = store.n_kv_heads, n_heads = args.n_heads;
+    float* values = args.heads + (static_cast<size_t>(token) * (n_heads + 2 * n_kv) + head) * dim;
+    const bool is_query = head < n_heads, is_value = head >= n_heads + n_kv;
+    const float* norm = is_query ? args.query_norm : is_value ? nullptr : args.key_norm;
+    float scale = 1.0f;
+    if (norm) {
+        float squares = 0;
+        for (uint32_t i = lane; i < dim; i += 32) squares = __fmaf_rn(values[i], values[i], squares);
+        scale = 1.0f / sqrtf(warp_total(squares) / static_cast<float>(dim) + (is_query ? args.query_eps : args.key_eps));
+    }
+    for (uint32_t i = lane; i < dim; i += 32) head_values[i] = norm ? values[i] * scale * norm[i] : values[i];
+    __syncwarp();
+    if (!is_value) {
+        const float* cos = args.angles + static_cast<size_t>(token) * args.angle_stride;
+        const float* sin = cos + args.pairs;
+        for (uint32_t pair = lane; pair < args.pairs; pair += 32) {
+            const uint32_t a = args.interleaved ? 2 * pair : pair, b = args.interleaved ? 2 * pair + 1 : pair + args.pairs;
+            const float x = head_values[a], y = head_values[b];
+            head_values[a] = __fmaf_rn(x, cos[pair], -(y * sin[pair]));
+            head_values[b] = __fmaf_rn(x, sin[pair], y * cos[pair]);
+        }
+        __syncwarp();
+    }
+    if (is_query) {
+        for (uint32_t i = lane; i < dim; i += 32) values[i] = head_values[i];
+        return;
+    }
+    const uint32_t position = args.tokens.positions[token], tokens = store.block_tokens;
+    const uint32_t block = args.tokens.blocks[args.tokens.tables[token] + position / tokens], slot = position % tokens;
+    const size_t base = store.head(block, is_value ? head - n_heads - n_kv : head - n_heads);
+    for (uint32_t i = lane; i < dim; i += 32) {
+        const __half half = __float2half_rn(head_values[i]);
+        if (is_value) {
+            store.values[base + static_cast<size_t>(slot) * dim + i] = half;
+        } else {
+            store.keys[base + (static_cast<size_t>(i / 8) * tokens + slot) * 8 + i % 8] = half;
+        }
+    }
+}
+
+struct AttendArgs {
+    const float* heads; // [tokens][head_stride]: queries come first
+    float* out;         // [tokens][n_heads · head_dim]
+    float* partials;    // [tokens][n_heads][segments][head_dim + 2], where there are several segments
+    TokenTable tokens;
+    KvStore store;
+    float scale, softcap; // softcap 0: none
+    uint32_t window;      // 0: none
+    uint32_t n_heads, head_stride, segments;
+};
+
+// The positions that a token sees: from the window's start to itself.
+__device__ __forceinline__ uint32_t seen_from(uint32_t position, uint32_t window) {
+    return window && position + 1 > window ? position + 1 - window : 0;
+}
+
+// The running state of one query head: sums are kept relative to the largest score so far.
+template <int DIMS, int HEADS> struct Running {
+    float max[HEADS], weight[HEADS], sums[HEADS][DIMS];
+};
+
+// Scores of this lane's position for HEADS query heads from `queries` (in shared memory).
+template <int HEADS>
+__device__ __forceinline__ void score(const __half* keys, uint32_t tokens, uint32_t dim, const float* queries, float scores[HEADS]) {
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) scores[h] = 0;
+    for (uint32_t d = 0; d < dim; d += 8) {
+        const uint4 packed = *reinterpret_cast<const uint4*>(keys + static_cast<size_t>(d) * tokens);
+        const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+        float k[8];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+            k[2 * i] = pair.x, k[2 * i + 1] = pair.y;
+        }
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            const float4* q = reinterpret_cast<const float4*>(queries + h * dim + d);
+            const float4 a = q[0], b = q[1];
+            float sum = scores[h];
+            sum = __fmaf_rn(a.x, k[0], sum), sum = __fmaf_rn(a.y, k[1], sum);
+            sum = __fmaf_rn(a.z, k[2], sum), sum = __fmaf_rn(a.w, k[3], sum);
+            sum = __fmaf_rn(b.x, k[4], sum), sum = __fmaf_rn(b.y, k[5], sum);
+            sum = __fmaf_rn(b.z, k[6], sum), sum = __fmaf_rn(b.w, k[7], sum);
+            scores[h] = sum;
+        }
+    }
+}
+
+// Adds up to 32 positions, one per lane, to the state. `visible` says whether this lane's counts.
+template <int DIMS, int HEADS>
+__device__ __forceinline__ void add_positions(Running<DIMS, HEADS>& state, float scores[HEADS], bool visible, uint32_t count,
+                                              const __half* values, uint32_t dim) {
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+        float top = visible ? scores[h] : -INFINITY;
+        // A score that is not a number must reach the sums.
+        if (visible && isnan(scores[h])) top = INFINITY;
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
+        const float max = fmaxf(state.max[h], top);
+        const float shrink = state.max[h] == -INFINITY ? 0.0f : expf(state.max[h] - max);
+        const float weight = visible ? expf(scores[h] - max) : 0.0f;
+        state.max[h] = max;
+        state.weight[h] = __fmaf_rn(state.weight[h], shrink, warp_total(weight));
+#pragma unroll
+        for (int d = 0; d < DIMS; d++) state.sums[h][d] *= shrink;
+        scores[h] = weight;
+    }
+    for (uint32_t p = 0; p < count; p++) {
+        float v[DIMS];
+#pragma unroll
+        for (int d = 0; d < DIMS; d++) {
+            const uint32_t i = lane + 32 * d;
+            v[d] = i < dim ? __half2float(values[static_cast<size_t>(p) * dim + i]) : 0.0f;
+        }
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            const float weight = __shfl_sync(~0u, scores[h], p);
+#pragma unroll
+            for (int d = 0; d < DIMS; d++) state.sums[h][d] = __fmaf_rn(weight, v[d], state.sums[h][d]);
+        }
+    }
+}
+
+// One block: HEADS query heads of one KV head of one token over one segment. The warps take runs
+// of 32 positions in turn, or of 16 where a KV block holds no multiple of 32.
+template <int DIMS, int HEADS> __device__ __forceinline__ void attend(const AttendArgs& args) {
+    extern __shared__ float shared[];
+    const KvStore& store = args.store;
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, dim = store.head_dim, tokens = store.block_tokens;
+    const uint32_t run_tokens = tokens % 32 == 0 ? 32 : 16;
+    const uint32_t token = blockIdx.y, segment = blockIdx.z, group = args.n_heads / store.n_kv_heads;
+    const uint32_t chunks = (group + HEADS - 1) / HEADS;
+    const uint32_t kv_head = blockIdx.x / chunks, first_head = kv_head * group + blockIdx.x % chunks * HEADS;
+    const uint32_t heads = min(static_cast<uint32_t>(HEADS), (kv_head + 1) * group - first_head);
+    const uint32_t position = args.tokens.positions[token];
+    const uint32_t from = seen_from(position, args.window);
+    const uint32_t start = max(from, segment * SEGMENT), end = min(position + 1, (segment + 1) * SEGMENT);
+    if (args.segments > 1 && start >= end) return;
+    // Queries, with zeros for heads that do not exist.
+    for (uint32_t i = threadIdx.x; i < HEADS * dim; i += ATTEND_WARPS * 32) {
+        const uint32_t h = i / dim;
+        shared[i] = h < heads ? args.heads[static_cast<size_t>(token) * args.head_stride + (first_head + h) * dim + i % dim] : 0.0f;
+    }
+    __syncthreads();
+    Running<DIMS, HEADS> state;
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+        state.max[h] = -INFINITY, state.weight[h] = 0;
+#pragma unroll
+        for (int d = 0; d < DIMS; d++) state.sums[h][d] = 0;
+    }
+    const uint32_t* table = args.tokens.blocks + args.tokens.tables[token];
+    for (uint32_t run = start / run_tokens + warp; run * run_tokens < end; run += ATTEND_WARPS) {
+        const uint32_t first = run * run_tokens, own = first + lane % run_tokens;
+        const bool visible = lane < run_tokens && own >= start && own < end;
+        const size_t base = store.head(table[first / tokens], kv_head);
+        float scores[HEADS];
+        const __half* keys = store.keys + base + static_cast<size_t>(own % tokens) * 8;
+        score<HEADS>(keys, tokens, dim, shared, scores);
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            scores[h] *= args.scale;
+            if (args.softcap > 0) scores[h] = args.softcap * tanhf(scores[h] / args.softcap);
+        }
+        const uint32_t count = min(run_tokens, end - first);
+        add_positions<DIMS, HEADS>(state, scores, visible, count, store.values + base + static_cast<size_t>(first % tokens) * dim, dim);
+    }
+    // The warps' states, merged by the first warp in their order.
+    __syncthreads();
+    const uint32_t width = dim + 2;
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+        float* own = shared + (warp * HEADS + h) * width;
+        if (lane == 0) own[dim] = state.max[h], own[dim + 1] = state.weight[h];
+#pragma unroll
+        for (int d = 0; d < DIMS; d++) {
+            if (lane + 32 * d < dim) own[lane + 32 * d] = state.sums[h][d];
+        }
+    }
+    __syncthreads();
+    for (uint32_t h = warp; h < heads; h += ATTEND_WARPS) {
+        float max = -INFINITY, weight = 0;
+        for (int w = 0; w < ATTEND_WARPS; w++) max = fmaxf(max, shared[(w * HEADS + h) * width + dim]);
+        float factors[ATTEND_WARPS];
+        for (int w = 0; w < ATTEND_WARPS; w++) {
+            const float* of = shared + (w * HEADS + h) * width;
+            factors[w] = of[dim] == -INFINITY ? 0.0f : expf(of[dim] - max);
+            weight = __fmaf_rn(of[dim + 1], factors[w], weight);
+        }
+        const size_t head = static_cast<size_t>(token) * args.n_heads + first_head + h;
+        float* partial = args.partials + (head * args.segments + segment) * width;
+        for (uint32_t i = lane; i < dim; i += 32) {
+            float sum = 0;
+            for (int w = 0; w < ATTEND_WARPS; w++) sum = __fmaf_rn(shared[(w * HEADS + h) * width + i], factors[w], sum);
+            if (args.segments == 1) {
+                args.out[head * dim + i] = sum / weight;
+            } else {
+                partial[i] = sum;
+            }
+        }
+        if (args.segments > 1 && lane == 0) partial[dim] = max, partial[dim + 1] = weight;
+    }
+}
+
+#define ATTEND(dims, heads)                                                                    \
+    extern "C" __global__ void __launch_bounds__(ATTEND_WARPS * 32)                            \
+        attend_##dims##_##heads(const __grid_constant__ AttendArgs args) {                     \
+        attend<dims, heads>(args);                                                             \
+    }
+ATTEND(1, 1)
+ATTEND(1, 4)
+ATTEND(2, 1)
+ATTEND(2, 4)
+ATTEND(4, 1)
+ATTEND(4, 4)
+ATTEND(8, 1)
+ATTEND(8, 4)
+
+// Merges the segments of one head of one token: grid (heads, tokens), one warp.
+extern "C" __global__ void __launch_bounds__(32) merge_segments(const __grid_constant__ AttendArgs args) {
+    const uint32_t head = blockIdx.x, token = blockIdx.y, lane = threadIdx.x, dim = args.store.head_dim, width = dim + 2;
+    const size_t index = static_cast<size_t>(token) * args.n_heads + head;
+    const float* partials = args.partials + index * args.segments * width;
+    const uint32_t position = args.tokens.positions[token];
+    const uint32_t first = seen_from(position, args.window) / SEGMENT, last = position / SEGMENT;
+    float max = -INFINITY, weight = 0;
+    for (uint32_t s = first; s <= last; s++) max = fmaxf(max, partials[s * width + dim]);
+    for (uint32_t s = first; s <= last; s++) weight = __fmaf_rn(partials[s * width + dim + 1], expf(partials[s * width + dim] - max), weight);
+    for (uint32_t i = lane; i < dim; i += 32) {
+        float sum = 0;
+        for (uint32_t s = first; s <= last; s++) sum = __fmaf_rn(partials[s * width + i], expf(partials[s * width + dim] - max), sum);
+        args.out[index * dim + i] = sum / weight;
+    }
+}

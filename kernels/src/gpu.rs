@@ -1,0 +1,316 @@
+//! One GPU of this process: its context, one stream, the loaded kernels, and memory.
+//!
+//! All work goes to one stream, in the order of the calls, and none of them waits but those that
+//! say so. Memory is addressed by [`Span`]s, which launchers check against the shapes they are
+//! given: a kernel never gets less memory than it touches.
+
+use crate::driver::{Driver, DriverError};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr,
+    LaunchConfig, PushKernelArg, result, sys,
+};
+use cudarc::nvrtc::Ptx;
+use std::collections::HashMap;
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The compiled kernels of all architectures (`build.rs`).
+static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
+
+/// Shared memory that kernels may ask for: of Ampere and later, of Turing.
+const SHARED_BYTES: [usize; 2] = [99 << 10, 64 << 10];
+
+/// What went wrong on a GPU.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GpuError {
+    /// There is no usable GPU.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// The GPU's memory does not hold it.
+    #[error("GPU {ordinal} has no memory for {need_bytes} bytes; {free_bytes} are free")]
+    OutOfMemory {
+        /// Which GPU.
+        ordinal: usize,
+        /// Bytes asked for.
+        need_bytes: usize,
+        /// Bytes that the driver calls free.
+        free_bytes: usize,
+    },
+    /// The GPU is older than the compiled kernels.
+    #[error(
+        "GPU {ordinal} ({name}, compute capability {capability}) can't run our kernels: {reason}"
+    )]
+    Unsupported {
+        /// Which GPU.
+        ordinal: usize,
+        /// Product name.
+        name: String,
+        /// Generation.
+        capability: String,
+        /// What the driver said.
+        reason: String,
+    },
+    /// A call into the driver failed. Unless it is a refusal of memory, the context is lost.
+    #[error("{what} on GPU {ordinal}: {reason}")]
+    Failed {
+        /// Which GPU.
+        ordinal: usize,
+        /// What was tried.
+        what: &'static str,
+        /// What the driver said.
+        reason: String,
+    },
+}
+
+/// An open GPU.
+pub struct Gpu {
+    stream: Arc<CudaStream>,
+    module: Arc<CudaModule>,
+    functions: Mutex<HashMap<String, CudaFunction>>,
+}
+
+/// Memory of a GPU; freed when dropped.
+pub struct DeviceMemory {
+    slice: CudaSlice<u8>,
+}
+
+/// A part of a GPU's memory. The GPU works in the order of its stream, so a span may be read and
+/// written by one kernel after the other; it lives as long as its memory is borrowed.
+#[derive(Clone, Copy, Debug)]
+pub struct Span<'a> {
+    pub(crate) pointer: u64,
+    bytes: usize,
+    lifetime: PhantomData<&'a DeviceMemory>,
+}
+
+impl Gpu {
+    /// Opens a GPU and loads the kernels.
+    ///
+    /// # Errors
+    /// [`GpuError::Unsupported`] for a GPU that our kernels were not compiled for, or what the
+    /// driver refuses.
+    pub fn open(_driver: &Driver, ordinal: usize) -> Result<Gpu, GpuError> {
+        let failed = |what| move |error| failure(ordinal, what, error);
+        let context = CudaContext::new(ordinal).map_err(failed("opening a context"))?;
+        // SAFETY: this crate uses one stream, whose order is all the synchronisation there is.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(failed("making a stream"))?;
+        let module = context.load_module(Ptx::from_binary(FATBIN.to_vec())).map_err(|error| {
+            let capability = context.compute_capability().unwrap_or_default();
+            GpuError::Unsupported {
+                ordinal,
+                name: context.name().unwrap_or_default(),
+                capability: format!("{}.{}", capability.0, capability.1),
+                reason: error.to_string(),
+            }
+        })?;
+        Ok(Gpu { stream, module, functions: Mutex::default() })
+    }
+
+    /// Index in the driver's order.
+    pub fn ordinal(&self) -> usize {
+        self.stream.context().ordinal()
+    }
+
+    /// Free and total bytes of the GPU's memory.
+    ///
+    /// # Errors
+    /// The driver does not say.
+    pub fn memory(&self) -> Result<(usize, usize), GpuError> {
+        self.bound()?;
+        self.stream.context().mem_get_info().map_err(|error| self.failed("its memory", error))
+    }
+
+    /// `bytes` zeroed bytes, aligned to 256.
+    ///
+    /// # Errors
+    /// [`GpuError::OutOfMemory`] when there is no room.
+    pub fn alloc(&self, bytes: usize) -> Result<DeviceMemory, GpuError> {
+        self.bound()?;
+        match self.stream.alloc_zeros::<u8>(bytes.max(1)) {
+            Ok(slice) => Ok(DeviceMemory { slice }),
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                let free_bytes = self.memory().map_or(0, |(free, _)| free);
+                let ordinal = self.ordinal();
+                Err(GpuError::OutOfMemory { ordinal, need_bytes: bytes, free_bytes })
+            }
+            Err(error) => Err(self.failed("allocating memory", error)),
+        }
+    }
+
+    /// Copies numbers to the start of a span. The numbers were read when this returns.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Panics
+    /// When they do not fit.
+    pub fn upload<T: Plain>(&self, from: &[T], to: Span<'_>) -> Result<(), GpuError> {
+        assert!(size_of_val(from) <= to.bytes, "{} bytes into {to:?}", size_of_val(from));
+        if from.is_empty() {
+            return Ok(());
+        }
+        self.bound()?;
+        // SAFETY: the span holds as many bytes (asserted). Pageable memory is staged before the
+        // call returns; the copy is ordered by the stream.
+        unsafe { result::memcpy_htod_async(to.pointer, from, self.stream.cu_stream()) }
+            .map_err(|error| self.failed("copying to it", error))
+    }
+
+    /// Copies numbers from the start of a span and waits for them.
+    ///
+    /// # Errors
+    /// What the driver refuses, or what any kernel before has failed with.
+    ///
+    /// # Panics
+    /// When the span is shorter.
+    pub fn download<T: Plain>(&self, from: Span<'_>, to: &mut [T]) -> Result<(), GpuError> {
+        assert!(size_of_val(to) <= from.bytes, "{} bytes from {from:?}", size_of_val(to));
+        self.bound()?;
+        if !to.is_empty() {
+            // SAFETY: the span holds as many bytes (asserted), and `to` outlives the copy, since
+            // the stream is waited for below.
+            unsafe { result::memcpy_dtoh_async(to, from.pointer, self.stream.cu_stream()) }
+                .map_err(|error| self.failed("copying from it", error))?;
+        }
+        self.synchronize()
+    }
+
+    /// Copies bytes between two spans of the same length.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn copy(&self, from: Span<'_>, to: Span<'_>) -> Result<(), GpuError> {
+        assert_eq!(from.bytes, to.bytes, "lengths of a copy");
+        self.bound()?;
+        let stream = self.stream.cu_stream();
+        // SAFETY: both spans are memory of this GPU of that length.
+        unsafe { result::memcpy_dtod_async(to.pointer, from.pointer, from.bytes, stream) }
+            .map_err(|error| self.failed("copying inside it", error))
+    }
+
+    /// Waits for all that was started.
+    ///
+    /// # Errors
+    /// What any kernel before has failed with.
+    pub fn synchronize(&self) -> Result<(), GpuError> {
+        self.stream.synchronize().map_err(|error| self.failed("waiting for it", error))
+    }
+
+    /// Starts a kernel with one struct as its argument.
+    ///
+    /// # Safety
+    /// `A` is what the kernel takes, and what it points to is large enough for the grid.
+    pub(crate) unsafe fn launch<A: DeviceRepr>(
+        &self,
+        kernel: &str,
+        (grid, threads, shared_bytes): ([usize; 3], usize, usize),
+        arguments: &A,
+    ) -> Result<(), GpuError> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let function = self.function(kernel)?;
+        let [x, y, z] = grid.map(|size| u32::try_from(size).unwrap_or(u32::MAX));
+        let config = LaunchConfig {
+            grid_dim: (x, y, z),
+            block_dim: (threads as u32, 1, 1),
+            shared_mem_bytes: shared_bytes as u32,
+        };
+        self.bound()?;
+        let mut builder = self.stream.launch_builder(&function);
+        builder.arg(arguments);
+        // SAFETY: passed on.
+        unsafe { builder.launch(config) }
+            .map(|_| ())
+            .map_err(|error| self.failed("starting a kernel", error))
+    }
+
+    fn function(&self, kernel: &str) -> Result<CudaFunction, GpuError> {
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = functions.get(kernel) {
+            return Ok(function.clone());
+        }
+        let function = self.module.load_function(kernel);
+        let function = function.map_err(|error| self.failed("finding a kernel", error))?;
+        let wanted =
+            sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let mut allowed = SHARED_BYTES.iter();
+        // Kernels that need no more than the usual 48 KB work where both are refused.
+        let _ = allowed.find(|bytes| function.set_attribute(wanted, **bytes as i32).is_ok());
+        functions.insert(kernel.to_owned(), function.clone());
+        Ok(function)
+    }
+
+    /// Makes the context this thread's.
+    fn bound(&self) -> Result<(), GpuError> {
+        let context = self.stream.context();
+        context.bind_to_thread().map_err(|error| self.failed("entering its context", error))
+    }
+
+    fn failed(&self, what: &'static str, error: cudarc::driver::DriverError) -> GpuError {
+        failure(self.ordinal(), what, error)
+    }
+}
+
+fn failure(ordinal: usize, what: &'static str, error: cudarc::driver::DriverError) -> GpuError {
+    GpuError::Failed { ordinal, what, reason: error.to_string() }
+}
+
+/// Numbers that have the same bytes here and on the GPU.
+pub trait Plain: Copy {}
+impl Plain for u8 {}
+impl Plain for i8 {}
+impl Plain for u16 {}
+impl Plain for u32 {}
+impl Plain for f32 {}
+
+impl DeviceMemory {
+    /// All of it.
+    pub fn span(&self) -> Span<'_> {
+        let stream = self.slice.stream();
+        let (pointer, _order) = self.slice.device_ptr(stream);
+        Span { pointer, bytes: self.slice.len(), lifetime: PhantomData }
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.slice.len()
+    }
+}
+
+impl<'a> Span<'a> {
+    /// Bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// `bytes` bytes from `start` on.
+    ///
+    /// # Panics
+    /// When they are not inside.
+    pub fn part(&self, start: usize, bytes: usize) -> Span<'a> {
+        assert!(start.checked_add(bytes).is_some_and(|end| end <= self.bytes), "{start} + {bytes}");
+        Span { pointer: self.pointer + start as u64, bytes, lifetime: PhantomData }
+    }
+
+    /// The pointer, where there are `elements` of `size` bytes and the alignment is right.
+    #[track_caller]
+    pub(crate) fn of(&self, elements: usize, size: usize) -> u64 {
+        let need = elements.checked_mul(size).expect("a size that fits");
+        assert!(need <= self.bytes, "{need} bytes of a span of {}", self.bytes);
+        assert!(self.pointer.is_multiple_of(16), "spans start at multiples of 16 bytes");
+        self.pointer
+    }
+
+    /// As [`Span::of`], for what kernels address element by element.
+    #[track_caller]
+    pub(crate) fn unaligned(&self, elements: usize, size: usize) -> u64 {
+        let need = elements.checked_mul(size).expect("a size that fits");
+        assert!(need <= self.bytes, "{need} bytes of a span of {}", self.bytes);
+        self.pointer
+    }
+}

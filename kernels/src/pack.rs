@@ -1,0 +1,198 @@
+//! Weights in a GPU's memory. Quantised ones are taken apart into planes, each of which is read in
+//! whole 128-byte lines by neighbouring threads; not a bit is added or lost.
+//!
+//! | type | quants of a group of 32 | highs | scales |
+//! |---|---|---|---|
+//! | Q4_0, IQ4_NL | 16 bytes of nibbles | | d |
+//! | Q4_1 | 16 | | d, m |
+//! | Q5_0, Q5_1 | 16 | 4: fifth bits | d (, m) |
+//! | Q8_0 | 32 | | d |
+//! | Q2_K | 8 bytes of crumbs | | of 8 groups: 16 × (s, t), d, m |
+//! | Q3_K | 8 | 4: third bits | of 8 groups: 12 bytes, d |
+//! | Q4_K | 16 | | of 8 groups: d, m, 12 bytes |
+//! | Q5_K | 16 | 4: fifth bits | of 8 groups: d, m, 12 bytes |
+//! | Q6_K | 16 | 8: crumbs | of 8 groups: 16 × i8, d |
+//! | IQ4_XS | 16 | | of 8 groups: d, 6 bytes |
+//!
+//! Nibbles: byte j has elements j and j + 16. Crumbs: byte j has j, j + 8, j + 16, j + 24.
+
+use crate::gpu::{DeviceMemory, Gpu, GpuError, Span};
+use cudarc::driver::DeviceRepr;
+use tandem_cpu_kernels::DType;
+use tandem_cpu_kernels::blocks::GROUP;
+
+/// Bytes of a file that are on their way at a time.
+const STAGING_BYTES: usize = 32 << 20;
+const PACK_THREADS: usize = 256;
+/// Planes start at multiples of this.
+const PLANE_ALIGNMENT: usize = 256;
+
+/// A matrix of weights in a GPU's memory, `[rows, cols]`.
+pub struct DeviceMatrix {
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    memory: DeviceMemory,
+    planes: [usize; 3],
+}
+
+/// Pointers to the planes, as kernels take them.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct Planes {
+    pub quants: u64,
+    pub highs: u64,
+    pub scales: u64,
+}
+
+/// How many bytes a type has in each plane.
+#[derive(Clone, Copy)]
+struct PlaneBytes {
+    /// Of a group.
+    quants: usize,
+    /// Of a group.
+    highs: usize,
+    /// Of `scale_groups` groups.
+    scales: usize,
+    scale_groups: usize,
+}
+
+/// Staging memory for uploads; one serves all matrices of a model.
+pub struct Staging {
+    memory: DeviceMemory,
+}
+
+impl Staging {
+    /// Some megabytes on a GPU.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn new(gpu: &Gpu) -> Result<Staging, GpuError> {
+        Ok(Staging { memory: gpu.alloc(STAGING_BYTES)? })
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PackArgs {
+    file: u64,
+    first: u64,
+    count: u64,
+    planes: Planes,
+}
+
+// SAFETY: plain numbers in the order of `PackArgs` in pack.cu.
+unsafe impl DeviceRepr for PackArgs {}
+
+fn plane_bytes(dtype: DType) -> Option<PlaneBytes> {
+    let (quants, highs, scales, scale_groups) = match dtype {
+        DType::Q4_0 | DType::IQ4_NL => (16, 0, 2, 1),
+        DType::Q4_1 => (16, 0, 4, 1),
+        DType::Q5_0 => (16, 4, 2, 1),
+        DType::Q5_1 => (16, 4, 4, 1),
+        DType::Q8_0 => (32, 0, 2, 1),
+        DType::Q2_K => (8, 0, 20, 8),
+        DType::Q3_K => (8, 4, 14, 8),
+        DType::Q4_K => (16, 0, 16, 8),
+        DType::Q5_K => (16, 4, 16, 8),
+        DType::Q6_K => (16, 8, 18, 8),
+        DType::IQ4_XS => (16, 0, 8, 8),
+        DType::F32 | DType::F16 | DType::BF16 => return None,
+    };
+    Some(PlaneBytes { quants, highs, scales, scale_groups })
+}
+
+/// Where the planes of a matrix start, and its bytes.
+fn places(dtype: DType, rows: usize, cols: usize) -> ([usize; 3], usize) {
+    let Some(bytes) = plane_bytes(dtype) else {
+        return ([0; 3], rows * dtype.row_bytes(cols).unwrap_or(0));
+    };
+    let groups = rows * cols / GROUP;
+    let highs = (groups * bytes.quants).next_multiple_of(PLANE_ALIGNMENT);
+    let scales = highs + (groups * bytes.highs).next_multiple_of(PLANE_ALIGNMENT);
+    let end = scales + (groups / bytes.scale_groups * bytes.scales);
+    ([0, highs, scales], end.next_multiple_of(PLANE_ALIGNMENT))
+}
+
+impl DeviceMatrix {
+    /// Bytes that a matrix takes: those of its file, and less than a KiB.
+    pub fn bytes_of(dtype: DType, rows: usize, cols: usize) -> usize {
+        places(dtype, rows, cols).1
+    }
+
+    /// Copies a matrix that lies row by row in `file` to a GPU and takes it apart there.
+    ///
+    /// # Errors
+    /// No memory, or what the driver refuses.
+    ///
+    /// # Panics
+    /// When `file` is not `rows` rows of whole blocks, or a row of floats no multiple of 8.
+    pub fn upload(
+        gpu: &Gpu,
+        staging: &Staging,
+        dtype: DType,
+        (rows, cols): (usize, usize),
+        file: &[u8],
+    ) -> Result<DeviceMatrix, GpuError> {
+        let row_bytes = dtype.row_bytes(cols).expect("whole blocks");
+        assert_eq!(file.len(), rows * row_bytes, "bytes of a matrix [{rows}, {cols}] of {dtype}");
+        assert!(cols.is_multiple_of(8), "rows of floats are read in eights, got {cols}");
+        let (planes, bytes) = places(dtype, rows, cols);
+        let matrix = DeviceMatrix { dtype, rows, cols, memory: gpu.alloc(bytes)?, planes };
+        let Some(bytes) = plane_bytes(dtype) else {
+            gpu.upload(file, matrix.memory.span())?;
+            return Ok(matrix);
+        };
+        let block_groups = dtype.block_elements() / GROUP;
+        debug_assert_eq!(block_groups, bytes.scale_groups);
+        let kernel = format!("pack_{}", dtype.name().to_ascii_lowercase());
+        let span = staging.memory.span();
+        let chunk = span.bytes() / dtype.block_bytes() * dtype.block_bytes();
+        let mut first = 0;
+        for part in file.chunks(chunk) {
+            gpu.upload(part, span)?;
+            let count = part.len() / dtype.block_bytes() * block_groups;
+            let arguments = PackArgs {
+                file: span.pointer,
+                first: first as u64,
+                count: count as u64,
+                planes: matrix.planes(),
+            };
+            let grid = [count.div_ceil(PACK_THREADS), 1, 1];
+            // SAFETY: the part is in the staging memory, and the planes have room for all groups.
+            unsafe { gpu.launch(&kernel, (grid, PACK_THREADS, 0), &arguments)? };
+            first += count;
+        }
+        Ok(matrix)
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Rows: elements of the product.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Elements of a row.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.memory.bytes()
+    }
+
+    pub(crate) fn planes(&self) -> Planes {
+        let start = self.memory.span().pointer;
+        let [quants, highs, scales] = self.planes.map(|place| start + place as u64);
+        Planes { quants, highs, scales }
+    }
+
+    pub(crate) fn span(&self) -> Span<'_> {
+        self.memory.span()
+    }
+}

@@ -1,0 +1,117 @@
+//! What the tests on a GPU share.
+#![allow(dead_code, reason = "each test file uses a part")]
+
+use tandem_cpu_kernels::{ActivationBuffer, Isa, Kernels};
+use tandem_kernels::{DeviceMemory, EightBits, Gpu, driver};
+
+/// The first GPU, or a message why the test is skipped. Where `TANDEM_REQUIRE_GPU` is set there
+/// must be one.
+pub fn gpu() -> Option<Gpu> {
+    let opened =
+        driver().map_err(tandem_kernels::GpuError::from).and_then(|driver| Gpu::open(&driver, 0));
+    match opened {
+        Ok(gpu) => Some(gpu),
+        Err(error) if std::env::var_os("TANDEM_REQUIRE_GPU").is_none() => {
+            println!("skipped: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Numbers that look random (splitmix64).
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, end: usize) -> usize {
+        (self.next() % end as u64) as usize
+    }
+
+    /// In ±1.
+    pub fn floats(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0).collect()
+    }
+}
+
+pub fn scalar() -> &'static Kernels {
+    Kernels::for_isa(Isa::Scalar).expect("scalar is everywhere")
+}
+
+/// Numbers on the GPU.
+pub fn on_gpu<T: tandem_kernels::Plain>(gpu: &Gpu, numbers: &[T]) -> DeviceMemory {
+    let memory = gpu.alloc(size_of_val(numbers)).expect("memory");
+    gpu.upload(numbers, memory.span()).expect("an upload");
+    memory
+}
+
+/// The first `count` numbers of some memory.
+pub fn from_gpu(gpu: &Gpu, memory: &DeviceMemory, count: usize) -> Vec<f32> {
+    let mut numbers = vec![f32::NAN; count];
+    gpu.download(memory.span(), &mut numbers).expect("a download");
+    numbers
+}
+
+/// Memory of `[rows, cols]` activations in 8 bits.
+pub struct EightBitMemory {
+    quants: DeviceMemory,
+    scales: DeviceMemory,
+    second: Option<usize>,
+}
+
+impl EightBitMemory {
+    pub fn new(gpu: &Gpu, rows: usize, cols: usize, second: bool) -> Self {
+        let all = if second { 2 * rows } else { rows };
+        Self {
+            quants: gpu.alloc(EightBits::quant_bytes(all, cols)).expect("memory"),
+            scales: gpu.alloc(EightBits::scale_bytes(all, cols)).expect("memory"),
+            second: second.then_some(rows),
+        }
+    }
+
+    pub fn view(&self) -> EightBits<'_> {
+        EightBits { quants: self.quants.span(), scales: self.scales.span(), second: self.second }
+    }
+
+    /// All integers and the scales, as they lie in memory.
+    pub fn bytes(&self, gpu: &Gpu) -> (Vec<i8>, Vec<u8>) {
+        let (mut quants, mut scales) =
+            (vec![0i8; self.quants.bytes()], vec![0u8; self.scales.bytes()]);
+        gpu.download(self.quants.span(), &mut quants).expect("a download");
+        gpu.download(self.scales.span(), &mut scales).expect("a download");
+        (quants, scales)
+    }
+}
+
+/// What the specification makes of values in 8 bits: `values − residual` of each row.
+pub fn rounded(values: &[f32], cols: usize) -> Vec<f32> {
+    let mut buffer = ActivationBuffer::new(1, cols);
+    let mut all = Vec::with_capacity(values.len());
+    for row in values.chunks_exact(cols) {
+        // SAFETY: one thread.
+        let target = unsafe { buffer.writer(1, cols) };
+        scalar().quantize_activations(row, target, 0, 0..cols);
+        let mut residual = vec![0.0; cols];
+        scalar().activation_residual(row, (target, 0), 0..cols, &mut residual);
+        all.extend(row.iter().zip(&residual).map(|(value, residual)| value - residual));
+    }
+    all
+}
+
+/// The largest |a − b|, and the largest |b|.
+pub fn distance(a: &[f32], b: &[f32]) -> (f32, f32) {
+    assert_eq!(a.len(), b.len(), "lengths");
+    let off = a.iter().zip(b).map(|(a, b)| if a == b { 0.0 } else { (a - b).abs() });
+    // `f32::max` forgets NaN, which must not pass.
+    let max = |all: &mut dyn Iterator<Item = f32>| {
+        all.fold(0.0f32, |max, x| if x.is_nan() || x > max { x } else { max })
+    };
+    (max(&mut off.into_iter()), max(&mut b.iter().map(|b| b.abs())))
+}

@@ -1,0 +1,241 @@
+//! Rotation, the KV store and attention on the GPU against a naive softmax in f64.
+
+#![allow(clippy::print_stdout, reason = "tests say what they skip")]
+
+mod gpu;
+
+use gpu::{Random, distance, from_gpu, gpu, on_gpu};
+use half::f16;
+use tandem_kernels::{Attend, Gpu, HeadCounts, KvSpans, RotateHeads, TokenTables};
+
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    heads: HeadCounts,
+    block_tokens: usize,
+    window: Option<usize>,
+    softcap: Option<f32>,
+    interleaved: bool,
+}
+
+/// Some sequences' heads, one step per prompt: all tokens of sequence s have positions 0 ...
+struct World {
+    shape: Shape,
+    /// `[tokens, width]`
+    heads: Vec<f32>,
+    /// `[tokens, 2 · pairs]`
+    angles: Vec<f32>,
+    positions: Vec<u32>,
+    tables: Vec<u32>,
+    blocks: Vec<u32>,
+    n_blocks: usize,
+}
+
+impl World {
+    fn new(shape: Shape, lengths: &[usize], random: &mut Random) -> World {
+        let HeadCounts { n_heads, n_kv_heads, head_dim } = shape.heads;
+        let tokens: usize = lengths.iter().sum();
+        let mut world = World {
+            shape,
+            heads: random.floats(tokens * (n_heads + 2 * n_kv_heads) * head_dim),
+            angles: Vec::new(),
+            positions: Vec::new(),
+            tables: Vec::new(),
+            blocks: Vec::new(),
+            n_blocks: 0,
+        };
+        for length in lengths {
+            let table = world.blocks.len() as u32;
+            for position in 0..*length {
+                let angle = |pair: usize| position as f32 * 0.9f32.powi(pair as i32);
+                world.angles.extend((0..head_dim / 2).map(|pair| angle(pair).cos()));
+                world.angles.extend((0..head_dim / 2).map(|pair| angle(pair).sin()));
+                world.positions.push(position as u32);
+                world.tables.push(table);
+            }
+            let count = length.div_ceil(shape.block_tokens);
+            world.blocks.extend((0..count).map(|block| (world.n_blocks + block) as u32));
+            world.n_blocks += count;
+        }
+        // Blocks of a sequence lie anywhere.
+        let last = world.n_blocks as u32 - 1;
+        world.blocks.iter_mut().for_each(|block| *block = last - *block);
+        world
+    }
+
+    /// Elements `head` of token `token`, rotated as they should be, in f32: rounding to f16 must
+    /// see the same numbers.
+    fn rotated(&self, token: usize, head: usize) -> Vec<f32> {
+        let HeadCounts { n_heads, n_kv_heads, head_dim } = self.shape.heads;
+        let at = (token * (n_heads + 2 * n_kv_heads) + head) * head_dim;
+        let mut values = self.heads[at..][..head_dim].to_vec();
+        let pairs = head_dim / 2;
+        let (cos, sin) = self.angles[token * head_dim..][..head_dim].split_at(pairs);
+        for pair in 0..pairs {
+            let (a, b) = if self.shape.interleaved {
+                (2 * pair, 2 * pair + 1)
+            } else {
+                (pair, pair + pairs)
+            };
+            let (x, y, c, s) = (values[a], values[b], cos[pair], sin[pair]);
+            (values[a], values[b]) = (x.mul_add(c, -(y * s)), x.mul_add(s, y * c));
+        }
+        values
+    }
+
+    /// A key or value as the store has it.
+    fn stored(values: &[f32]) -> Vec<f64> {
+        values.iter().map(|x| f16::from_f32(*x).to_f64()).collect()
+    }
+
+    /// Keys and values of all tokens, `[tokens · n_kv_heads]` heads each.
+    fn store(&self) -> (Vec<Vec<f64>>, Vec<Vec<f64>>) {
+        let HeadCounts { n_heads, n_kv_heads, head_dim } = self.shape.heads;
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for token in 0..self.positions.len() {
+            for head in n_heads..n_heads + n_kv_heads {
+                keys.push(Self::stored(&self.rotated(token, head)));
+                let at = (token * (n_heads + 2 * n_kv_heads) + head + n_kv_heads) * head_dim;
+                values.push(Self::stored(&self.heads[at..][..head_dim]));
+            }
+        }
+        (keys, values)
+    }
+
+    /// The attention of tokens from `first` on.
+    fn naive(&self, first: usize) -> Vec<f32> {
+        let HeadCounts { n_heads, n_kv_heads, head_dim } = self.shape.heads;
+        let (keys, values) = self.store();
+        let mut out = Vec::new();
+        for (token, position) in self.positions.iter().enumerate().skip(first) {
+            let position = *position as usize;
+            let start = token - position;
+            let from = self.shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
+            for head in 0..n_heads {
+                let kv = head / (n_heads / n_kv_heads);
+                let at = |key: usize| (start + key) * n_kv_heads + kv;
+                let q = self.rotated(token, head);
+                let score = |key: usize| {
+                    let pairs = q.iter().zip(&keys[at(key)]);
+                    let score = 0.3 * pairs.map(|(q, k)| f64::from(*q) * k).sum::<f64>();
+                    let cap = self.shape.softcap.map(f64::from);
+                    cap.map_or(score, |cap| cap * (score / cap).tanh())
+                };
+                let scores: Vec<f64> = (from..=position).map(score).collect();
+                let max = scores.iter().copied().fold(f64::MIN, f64::max);
+                let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                let mut sums = vec![0.0; head_dim];
+                for (key, score) in (from..=position).zip(&scores) {
+                    let weight = (score - max).exp() / total;
+                    sums.iter_mut().zip(&values[at(key)]).for_each(|(sum, v)| *sum += weight * v);
+                }
+                out.extend(sums.iter().map(|x| *x as f32));
+            }
+        }
+        out
+    }
+
+    /// On the GPU: all tokens rotated and stored in one step, then the attention of those from
+    /// `first` on.
+    fn on_gpu(&self, gpu: &Gpu, first: usize) -> Vec<f32> {
+        let Shape { heads, block_tokens, window, softcap, interleaved } = self.shape;
+        let tokens = self.positions.len();
+        let width = (heads.n_heads + 2 * heads.n_kv_heads) * heads.head_dim;
+        let bytes = self.n_blocks * KvSpans::block_bytes(heads, block_tokens);
+        let (keys, values) = (gpu.alloc(bytes).expect("keys"), gpu.alloc(bytes).expect("values"));
+        let (keys, values, blocks) = (keys.span(), values.span(), self.n_blocks);
+        let store = KvSpans { keys, values, blocks, block_tokens };
+        let (rows, angles) = (on_gpu(gpu, &self.heads), on_gpu(gpu, &self.angles));
+        let (positions, tables) = (on_gpu(gpu, &self.positions), on_gpu(gpu, &self.tables));
+        let block_numbers = on_gpu(gpu, &self.blocks);
+        let table = TokenTables {
+            tokens,
+            positions: positions.span(),
+            tables: tables.span(),
+            blocks: block_numbers.span(),
+        };
+        let pass = RotateHeads {
+            heads: rows.span(),
+            angles: angles.span(),
+            angle_stride: heads.head_dim,
+            pairs: heads.head_dim / 2,
+            interleaved,
+            query_norm: None,
+            key_norm: None,
+        };
+        gpu.rotate_heads(&pass, heads, (&table, &store)).expect("a rotation");
+        let n = tokens - first;
+        let (positions, tables) =
+            (on_gpu(gpu, &self.positions[first..]), on_gpu(gpu, &self.tables[first..]));
+        let table =
+            TokenTables { tokens: n, positions: positions.span(), tables: tables.span(), ..table };
+        let positions_max = self.positions[first..].iter().max().map_or(0, |p| *p as usize + 1);
+        let out = on_gpu(gpu, &vec![f32::NAN; n * heads.n_heads * heads.head_dim]);
+        let partials = gpu.alloc(Attend::partial_bytes(heads, n, positions_max)).expect("room");
+        let rows = rows.span();
+        let pass = Attend {
+            heads: rows.part(4 * first * width, rows.bytes() - 4 * first * width),
+            out: out.span(),
+            partials: partials.span(),
+            scale: 0.3,
+            softcap,
+            window,
+            positions_max,
+        };
+        gpu.attend(&pass, heads, (&table, &store)).expect("an attention");
+        from_gpu(gpu, &out, n * heads.n_heads * heads.head_dim)
+    }
+}
+
+fn shapes() -> Vec<Shape> {
+    let mut shapes = Vec::new();
+    let counts = [(1, 1), (3, 1), (4, 2), (6, 1), (8, 8), (7, 1)];
+    let dims = [64, 128, 256, 32, 80, 96];
+    for ((index, (n_heads, n_kv_heads)), head_dim) in counts.into_iter().enumerate().zip(dims) {
+        shapes.push(Shape {
+            heads: HeadCounts { n_heads, n_kv_heads, head_dim },
+            block_tokens: [32, 16, 48, 64, 32, 128][index],
+            window: [None, Some(7), None, Some(100), None, Some(600)][index],
+            softcap: [None, None, Some(2.0), None, None, None][index],
+            interleaved: index % 2 == 1,
+        });
+    }
+    shapes
+}
+
+#[test]
+fn attention_matches_a_naive_f64_softmax() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random(9);
+    for shape in shapes() {
+        let world = World::new(shape, &[1, 33, 70, 129], &mut random);
+        let (off, largest) = distance(&world.on_gpu(&gpu, 0), &world.naive(0));
+        assert!(off <= 1e-5 * largest.max(1.0), "{shape:?}: {off} of {largest} off");
+    }
+}
+
+#[test]
+fn long_contexts_are_split_and_merged() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random(10);
+    for shape in shapes() {
+        let world = World::new(shape, &[1400], &mut random);
+        for first in [1390, 1399] {
+            let got = world.on_gpu(&gpu, first);
+            let (off, largest) = distance(&got, &world.naive(first));
+            assert!(off <= 1e-5 * largest.max(1.0), "{shape:?} from {first}: {off} off");
+        }
+    }
+}
+
+#[test]
+fn a_token_has_the_same_bits_alone_and_in_any_batch() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random(11);
+    for shape in shapes() {
+        let world = World::new(shape, &[40, 700], &mut random);
+        let width = shape.heads.n_heads * shape.heads.head_dim;
+        let (all, last) = (world.on_gpu(&gpu, 0), world.on_gpu(&gpu, 739));
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&all[739 * width..]), bits(&last), "{shape:?}");
+    }
+}

@@ -1,0 +1,163 @@
+//! Products on the GPU against the scalar specification of the CPU kernels.
+
+#![allow(clippy::print_stdout, reason = "tests say what they skip")]
+
+mod gpu;
+
+use gpu::{EightBitMemory, Random, distance, from_gpu, gpu, on_gpu, scalar};
+use tandem_cpu_kernels::{
+    ActivationBuffer, Activations, DType, Layout, MatrixView, OutputColumns, quantize_row,
+};
+use tandem_kernels::{Columns, DeviceMatrix, Gpu, Product, RoundRows, Staging};
+
+fn file_bytes(dtype: DType, rows: usize, cols: usize, random: &mut Random) -> Vec<u8> {
+    let mut bytes = vec![0; rows * dtype.row_bytes(cols).expect("whole blocks")];
+    quantize_row(dtype, &random.floats(rows * cols), &mut bytes);
+    bytes
+}
+
+/// `[columns, rows]` by the specification.
+fn wanted(dtype: DType, (rows, cols): (usize, usize), file: &[u8], x: &[f32]) -> Vec<f32> {
+    let view = MatrixView::new(dtype, Layout::RowMajor, rows, cols, file).expect("a view");
+    let columns = x.len() / cols;
+    let mut out = vec![f32::NAN; columns * rows];
+    let mut buffer = ActivationBuffer::new(columns, cols);
+    let activations = if dtype.is_quantized() {
+        // SAFETY: one thread, and all is filled before the view is made.
+        let target = unsafe { buffer.writer(columns, cols) };
+        for (column, values) in x.chunks_exact(cols).enumerate() {
+            scalar().quantize_activations(values, target, column, 0..cols);
+        }
+        target.view(x)
+    } else {
+        Activations::float(x, columns, cols)
+    };
+    // SAFETY: the pointer is that of `out`, and only this thread writes.
+    let target = unsafe { OutputColumns::new(out.as_mut_ptr(), columns, rows) };
+    scalar().matmul(&view, &activations, 0..rows, target);
+    out
+}
+
+/// The same products on the GPU, `[columns, rows]` of each matrix.
+fn got(gpu: &Gpu, matrices: &[&DeviceMatrix], x: &[f32], second: bool) -> Vec<Vec<f32>> {
+    let cols = matrices[0].cols();
+    let columns = x.len() / cols;
+    let values = on_gpu(gpu, x);
+    let eight_bits = EightBitMemory::new(gpu, columns, cols, second);
+    if cols.is_multiple_of(32) {
+        let eight_bits = Some(eight_bits.view());
+        let (values, rows) = (values.span(), columns);
+        let pass = RoundRows { values, up: None, out: None, eight_bits, rows, cols };
+        gpu.round_rows(&pass).expect("rounding");
+    }
+    let out: Vec<_> = matrices
+        .iter()
+        .map(|matrix| on_gpu(gpu, &vec![f32::NAN; columns * matrix.rows()]))
+        .collect();
+    let products: Vec<_> = matrices
+        .iter()
+        .zip(&out)
+        .map(|(matrix, out)| {
+            let (out, stride) = (out.span(), matrix.rows());
+            Product { matrix, bias: None, out, stride }
+        })
+        .collect();
+    let eight_bits = Some(eight_bits.view());
+    let x = Columns { columns, cols, values: Some(values.span()), eight_bits };
+    gpu.multiply(&products, &x).expect("products");
+    let sizes = matrices.iter().map(|matrix| columns * matrix.rows());
+    out.iter().zip(sizes).map(|(out, size)| from_gpu(gpu, out, size)).collect()
+}
+
+#[test]
+fn every_type_has_the_products_of_the_specification_at_odd_shapes() {
+    let Some(gpu) = gpu() else { return };
+    let staging = Staging::new(&gpu).expect("staging memory");
+    let mut random = Random(1);
+    for dtype in DType::ALL {
+        for (rows, cols) in [(1, 256), (37, 768), (130, 2304)] {
+            let file = file_bytes(dtype, rows, cols, &mut random);
+            let matrix = DeviceMatrix::upload(&gpu, &staging, dtype, (rows, cols), &file);
+            let matrix = matrix.expect("an upload");
+            assert!(matrix.bytes() <= file.len() + file.len() / 50 + 1024, "{dtype}");
+            for columns in [1, 2, 3, 5, 8, 13] {
+                let x = random.floats(columns * cols);
+                let got = got(&gpu, &[&matrix], &x, false).remove(0);
+                let wanted = wanted(dtype, (rows, cols), &file, &x);
+                let (off, largest) = distance(&got, &wanted);
+                let shape = format!("{dtype} [{rows}, {cols}] × {columns}");
+                assert!(off <= 4e-6 * largest, "{shape}: {off} of {largest} off");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_column_has_the_same_bits_alone_and_in_any_batch() {
+    let Some(gpu) = gpu() else { return };
+    let staging = Staging::new(&gpu).expect("staging memory");
+    let mut random = Random(2);
+    for dtype in DType::ALL {
+        let (rows, cols) = (21, 1536);
+        let file = file_bytes(dtype, rows, cols, &mut random);
+        let matrix = DeviceMatrix::upload(&gpu, &staging, dtype, (rows, cols), &file);
+        let matrix = matrix.expect("an upload");
+        let x = random.floats(19 * cols);
+        let together = got(&gpu, &[&matrix], &x, true).remove(0);
+        for (column, x) in x.chunks_exact(cols).enumerate() {
+            let alone = got(&gpu, &[&matrix], x, true).remove(0);
+            let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            let part = &together[column * rows..][..rows];
+            assert_eq!(bits(&alone), bits(part), "{dtype} column {column}");
+        }
+    }
+}
+
+#[test]
+fn several_matrices_of_mixed_types_are_multiplied_at_once() {
+    let Some(gpu) = gpu() else { return };
+    let staging = Staging::new(&gpu).expect("staging memory");
+    let mut random = Random(3);
+    let cols = 512;
+    let parts = [
+        (DType::Q4_K, 64),
+        (DType::Q4_K, 17),
+        (DType::Q6_K, 17),
+        (DType::Q4_K, 9),
+        (DType::F16, 5),
+    ];
+    let files: Vec<_> =
+        parts.iter().map(|(dtype, rows)| file_bytes(*dtype, *rows, cols, &mut random)).collect();
+    let upload = |((dtype, rows), file): (&(DType, usize), &Vec<u8>)| {
+        DeviceMatrix::upload(&gpu, &staging, *dtype, (*rows, cols), file).expect("an upload")
+    };
+    let matrices: Vec<_> = parts.iter().zip(&files).map(upload).collect();
+    let x = random.floats(3 * cols);
+    let got = got(&gpu, &matrices.iter().collect::<Vec<_>>(), &x, false);
+    for (((dtype, rows), file), got) in parts.iter().zip(&files).zip(&got) {
+        let (off, largest) = distance(got, &wanted(*dtype, (*rows, cols), file, &x));
+        assert!(off <= 4e-6 * largest, "{dtype} of {rows} rows: {off} of {largest} off");
+    }
+}
+
+/// With a second row of 8 bits a product is nearly that of exact activations.
+#[test]
+fn a_second_row_of_8_bits_makes_products_nearly_exact() {
+    let Some(gpu) = gpu() else { return };
+    let staging = Staging::new(&gpu).expect("staging memory");
+    let (mut random, rows, cols) = (Random(4), 50, 1024);
+    let values = random.floats(rows * cols);
+    let x = random.floats(5 * cols);
+    let mut file = vec![0; rows * DType::Q8_0.row_bytes(cols).expect("whole blocks")];
+    quantize_row(DType::Q8_0, &values, &mut file);
+    let mut exact = vec![0.0f32; rows * cols];
+    tandem_cpu_kernels::dequantize_row(DType::Q8_0, &file, &mut exact);
+    let bytes: Vec<u8> = exact.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let matrix = DeviceMatrix::upload(&gpu, &staging, DType::Q8_0, (rows, cols), &file);
+    let matrix = matrix.expect("an upload");
+    let wanted = wanted(DType::F32, (rows, cols), &bytes, &x);
+    let (once, largest) = distance(&got(&gpu, &[&matrix], &x, false)[0], &wanted);
+    let (twice, _) = distance(&got(&gpu, &[&matrix], &x, true)[0], &wanted);
+    assert!(once > 1e-4 * largest, "8 bits are seen: {once} of {largest}");
+    assert!(twice < once / 50.0, "once {once}, twice {twice} of {largest} off");
+}

@@ -1,0 +1,108 @@
+//! Weights and stages on either device, as a benchmark drives them.
+
+use anyhow::Result;
+use std::sync::Arc;
+use tandem::executor::{
+    ExecutorError, GpuStage, GpuStageOptions, GpuWeights, OpTime, Stage, StageOptions, Weights,
+};
+use tandem::step::{StepOutput, StepPlan};
+
+/// Loaded weights.
+#[derive(Clone)]
+pub enum DeviceWeights {
+    Cpu(Arc<Weights>),
+    Gpu(Arc<GpuWeights>),
+}
+
+/// A stage on them.
+pub enum DeviceStage {
+    Cpu(Box<Stage>),
+    Gpu(Box<GpuStage>),
+}
+
+impl DeviceWeights {
+    /// A stage with an empty KV store.
+    ///
+    /// # Errors
+    /// Memory or threads refused.
+    pub fn stage(&self, options: &StageOptions) -> Result<DeviceStage> {
+        Ok(match self {
+            Self::Cpu(weights) => {
+                DeviceStage::Cpu(Box::new(Stage::restart(Arc::clone(weights), options)?))
+            }
+            Self::Gpu(weights) => {
+                let step_tokens_max = options.step_tokens_max;
+                let options = GpuStageOptions { kv: options.kv, step_tokens_max };
+                DeviceStage::Gpu(Box::new(GpuStage::start(Arc::clone(weights), &options)?))
+            }
+        })
+    }
+
+    /// Bytes of memory held.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Cpu(weights) => weights.bytes(),
+            Self::Gpu(weights) => weights.bytes(),
+        }
+    }
+
+    /// Bytes that a step of one token reads.
+    pub fn bytes_per_token(&self) -> usize {
+        match self {
+            Self::Cpu(weights) => weights.bytes_per_token(),
+            Self::Gpu(weights) => weights.bytes_per_token(),
+        }
+    }
+
+    /// llama-bench's word for what computes.
+    pub fn backend(&self) -> &'static str {
+        match self {
+            Self::Cpu(_) => "CPU",
+            Self::Gpu(_) => "CUDA",
+        }
+    }
+
+    /// The instruction set of a CPU's kernels; empty on a GPU.
+    pub fn isa(&self) -> &'static str {
+        match self {
+            Self::Cpu(weights) => weights.kernels().isa().name(),
+            Self::Gpu(_) => "",
+        }
+    }
+}
+
+impl DeviceStage {
+    /// Runs one step.
+    ///
+    /// # Errors
+    /// See the stages.
+    pub fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), ExecutorError> {
+        match self {
+            Self::Cpu(stage) => stage.run(plan, output),
+            Self::Gpu(stage) => stage.run(plan, output),
+        }
+    }
+
+    /// Workers that the system did not let be pinned.
+    pub fn pin_failures(&self) -> usize {
+        match self {
+            Self::Cpu(stage) => stage.pin_failures().len(),
+            Self::Gpu(_) => 0,
+        }
+    }
+
+    /// Begins to count the time of each op; a GPU's are not counted.
+    pub fn start_op_times(&mut self) {
+        if let Self::Cpu(stage) = self {
+            stage.start_op_times();
+        }
+    }
+
+    /// Ends the counting.
+    pub fn take_op_times(&mut self) -> Vec<OpTime> {
+        match self {
+            Self::Cpu(stage) => stage.take_op_times().unwrap_or_default(),
+            Self::Gpu(_) => Vec::new(),
+        }
+    }
+}

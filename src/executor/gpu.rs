@@ -1,0 +1,114 @@
+//! The GPU interpreter: a stage whose weights, KV blocks and activations lie in a GPU's memory. One
+//! match arm per op, as `cpu.rs`; each arm starts a kernel or two on one stream and waits for
+//! nothing. The host prepares what a step needs beside the plan (embedding rows, angles,
+//! positions), and samples the logits that come back.
+//!
+//! Activations are rounded to 8 bits before quantised products, as on the CPU: the two agree up to
+//! the order of sums. A token's bits do not depend on what else is in its step here either.
+
+mod buffers;
+mod kv;
+mod ops;
+mod weights;
+
+pub use weights::GpuWeights;
+
+use super::ExecutorError;
+use super::batch::{Batch, PlanLimits};
+use super::kv_store::KvOptions;
+use super::sample::RowSamplers;
+use super::stage::StageMemory;
+use crate::step::{StepOutput, StepPlan};
+use buffers::GpuBuffers;
+use kv::GpuKv;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Rows of logits that exist at once.
+const LOGITS_TILE_ROWS: usize = 64;
+
+/// How a stage on a GPU is to be made.
+#[derive(Clone, Copy, Debug)]
+pub struct GpuStageOptions {
+    /// KV blocks; the second tier lies in host memory.
+    pub kv: KvOptions,
+    /// Tokens of the widest step.
+    pub step_tokens_max: usize,
+}
+
+/// A model on one GPU, ready to run steps.
+pub struct GpuStage {
+    limits: PlanLimits,
+    batch: Batch,
+    kv: GpuKv,
+    buffers: GpuBuffers,
+    samplers: RowSamplers,
+    failure: Option<String>,
+    weights: Arc<GpuWeights>,
+}
+
+impl GpuStage {
+    /// A stage with an empty KV store on weights that are there already.
+    ///
+    /// # Errors
+    /// The GPU's memory does not hold it.
+    pub fn start(
+        weights: Arc<GpuWeights>,
+        options: &GpuStageOptions,
+    ) -> Result<Self, ExecutorError> {
+        let (program, tokens) = (weights.program(), options.step_tokens_max);
+        let limits = PlanLimits {
+            tokens_max: tokens,
+            vocab_size: weights.vocab_size(),
+            block_tokens: options.kv.block_tokens,
+            blocks: options.kv.device_blocks,
+            query_tile: tokens.max(1),
+        };
+        Ok(Self {
+            limits,
+            batch: Batch::new(tokens, options.kv.device_blocks, Vec::new()),
+            kv: GpuKv::new(weights.gpu(), &program.kv_layers, options.kv)?,
+            buffers: GpuBuffers::new(&weights, tokens, options.kv.device_blocks)?,
+            samplers: RowSamplers::new(1, program.dims.vocab, tokens),
+            failure: None,
+            weights,
+        })
+    }
+
+    /// The weights, for another stage.
+    pub fn weights(&self) -> &Arc<GpuWeights> {
+        &self.weights
+    }
+
+    /// Bytes held on the GPU and, of KV blocks, behind it.
+    pub fn memory(&self) -> StageMemory {
+        StageMemory {
+            weight_bytes: self.weights.bytes(),
+            kv_bytes: self.kv.bytes(),
+            activation_bytes: self.buffers.bytes(),
+        }
+    }
+
+    /// Runs one step: copies, then all tokens, then the wanted logits.
+    ///
+    /// # Errors
+    /// A plan that does not add up (nothing was done), or a failure of the GPU: after that every
+    /// further step fails, and the stage is to be replaced.
+    pub fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), ExecutorError> {
+        let started = Instant::now();
+        if let Some(failure) = &self.failure {
+            return Err(ExecutorError::GpuStageFailed { reason: failure.clone() });
+        }
+        output.clear();
+        output.step = plan.step;
+        self.batch.prepare(plan, self.limits)?;
+        self.kv.check(&plan.copies)?;
+        if let Err(error) = self.compute(plan) {
+            self.failure = Some(error.to_string());
+            return Err(error);
+        }
+        self.samplers.gather(output);
+        output.duration_us = started.elapsed().as_micros() as u64;
+        Ok(())
+    }
+}

@@ -1,0 +1,199 @@
+//! The activations of a step in a GPU's memory, and what the host prepares for it.
+
+use super::LOGITS_TILE_ROWS;
+use super::weights::{GpuWeights, width_of};
+use crate::executor::ExecutorError;
+use crate::executor::program::{Buffer, Op, Precision};
+use tandem_cpu_kernels::blocks::GROUP;
+use tandem_kernels::{Attend, Columns, DeviceMemory, EightBits, Gpu, HeadCounts, Span};
+
+/// Bytes of unmerged segments of attention that exist at once, if one token needs no more.
+const PARTIAL_BYTES: usize = 64 << 20;
+const F32: usize = size_of::<f32>();
+
+/// Rows in f32 and, where products read them, in 8 bits.
+pub(super) struct RowMemory {
+    values: DeviceMemory,
+    eight_bits: Option<(DeviceMemory, DeviceMemory)>,
+    pub cols: usize,
+}
+
+/// All activations.
+pub(super) struct GpuBuffers {
+    pub residual: RowMemory,
+    pub normed: RowMemory,
+    pub heads: RowMemory,
+    pub attended: RowMemory,
+    pub projected: RowMemory,
+    pub hidden: RowMemory,
+    pub up: RowMemory,
+    pub selected: RowMemory,
+    pub logits: RowMemory,
+    pub partials: DeviceMemory,
+    pub angles: DeviceMemory,
+    /// u32 each: positions and places of block tables `[tokens]`, and wanted rows.
+    pub positions: DeviceMemory,
+    pub tables: DeviceMemory,
+    pub wanted: DeviceMemory,
+    /// Block tables; grows when sequences share many blocks.
+    pub blocks: DeviceMemory,
+    pub host: HostBuffers,
+}
+
+/// What the host prepares; reused from step to step.
+#[derive(Default)]
+pub(super) struct HostBuffers {
+    /// `[tokens, embedding_dim]`
+    pub embedded: Vec<f32>,
+    /// `[tokens, angles]`
+    pub angles: Vec<f32>,
+    pub positions: Vec<u32>,
+    pub tables: Vec<u32>,
+    pub blocks: Vec<u32>,
+    pub wanted: Vec<u32>,
+    /// `[rows, vocab]`
+    pub logits: Vec<f32>,
+}
+
+/// Which form of rows a buffer keeps beside f32.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Plain,
+    EightBits,
+    /// With a second row for what the first misses.
+    Twice,
+}
+
+impl RowMemory {
+    fn new(gpu: &Gpu, rows: usize, cols: usize, form: Form) -> Result<Self, ExecutorError> {
+        let all = if form == Form::Twice { 2 * rows } else { rows };
+        let eight_bits = match form {
+            Form::EightBits | Form::Twice if cols.is_multiple_of(GROUP) => Some((
+                gpu.alloc(EightBits::quant_bytes(all, cols))?,
+                gpu.alloc(EightBits::scale_bytes(all, cols))?,
+            )),
+            _ => None,
+        };
+        Ok(Self { values: gpu.alloc(rows * cols * F32)?, eight_bits, cols })
+    }
+
+    /// f32 rows.
+    pub fn values(&self) -> Span<'_> {
+        self.values.span()
+    }
+
+    /// The 8-bit form of `rows` rows, if products of this width can be quantised ones.
+    pub fn eight_bits(&self, rows: usize, precision: Precision) -> Option<EightBits<'_>> {
+        let (quants, scales) = self.eight_bits.as_ref()?;
+        let second = (precision == Precision::Sixteen).then_some(rows);
+        Some(EightBits { quants: quants.span(), scales: scales.span(), second })
+    }
+
+    /// The first `rows` rows as the input of products.
+    pub fn columns(&self, rows: usize, precision: Precision) -> Columns<'_> {
+        let (values, eight_bits) = (Some(self.values()), self.eight_bits(rows, precision));
+        Columns { columns: rows, cols: self.cols, values, eight_bits }
+    }
+
+    fn bytes(&self) -> usize {
+        let eight_bits = self.eight_bits.as_ref();
+        self.values.bytes()
+            + eight_bits.map_or(0, |(quants, scales)| quants.bytes() + scales.bytes())
+    }
+}
+
+impl GpuBuffers {
+    /// Buffers for steps of up to `tokens` tokens.
+    ///
+    /// # Errors
+    /// The GPU's memory does not hold them.
+    pub fn new(
+        weights: &GpuWeights,
+        tokens: usize,
+        device_blocks: usize,
+    ) -> Result<Self, ExecutorError> {
+        let (gpu, program) = (weights.gpu(), weights.program());
+        let rows = |buffer: Buffer, form: Form| {
+            RowMemory::new(gpu, tokens, width_of(program, buffer), form)
+        };
+        let is_twice = program
+            .ops
+            .iter()
+            .any(|op| matches!(op, Op::Norm { precision: Precision::Sixteen, .. }));
+        let normed = if is_twice { Form::Twice } else { Form::EightBits };
+        let (embedding, logits_rows) = (program.dims.embedding, LOGITS_TILE_ROWS.min(tokens));
+        let numbers = |count: usize| gpu.alloc(count * size_of::<u32>());
+        Ok(Self {
+            residual: rows(Buffer::Residual, Form::Plain)?,
+            normed: rows(Buffer::Normed, normed)?,
+            heads: rows(Buffer::Heads, Form::Plain)?,
+            attended: rows(Buffer::Attended, Form::EightBits)?,
+            projected: rows(Buffer::Projected, Form::Plain)?,
+            hidden: rows(Buffer::Hidden, Form::EightBits)?,
+            up: rows(Buffer::Up, Form::Plain)?,
+            selected: RowMemory::new(gpu, logits_rows, embedding, Form::EightBits)?,
+            logits: RowMemory::new(gpu, logits_rows, program.dims.vocab, Form::Plain)?,
+            partials: gpu.alloc(PARTIAL_BYTES)?,
+            angles: gpu.alloc(tokens * weights.rotations().width() * F32)?,
+            positions: numbers(tokens)?,
+            tables: numbers(tokens)?,
+            wanted: numbers(tokens)?,
+            blocks: numbers(device_blocks)?,
+            host: HostBuffers::default(),
+        })
+    }
+
+    /// Memory of a buffer that products read or write.
+    pub fn rows(&self, buffer: Buffer) -> &RowMemory {
+        match buffer {
+            Buffer::Residual => &self.residual,
+            Buffer::Normed => &self.normed,
+            Buffer::Heads => &self.heads,
+            Buffer::Attended => &self.attended,
+            Buffer::Projected => &self.projected,
+            Buffer::Hidden => &self.hidden,
+            Buffer::Up => &self.up,
+            Buffer::Selected => &self.selected,
+            Buffer::Routes => unreachable!("programs with experts are refused"),
+        }
+    }
+
+    /// Tokens whose attention over `positions_max` positions can run at once, at least `tokens` or
+    /// one; the memory grows where not even one can.
+    pub fn attended_at_once(
+        &mut self,
+        gpu: &Gpu,
+        (heads, positions_max): (HeadCounts, usize),
+    ) -> Result<usize, ExecutorError> {
+        let one = Attend::partial_bytes(heads, 1, positions_max);
+        if one > self.partials.bytes() {
+            self.partials = gpu.alloc(one)?;
+        }
+        Ok(self.partials.bytes().checked_div(one).unwrap_or(usize::MAX))
+    }
+
+    /// Bytes held on the GPU.
+    pub fn bytes(&self) -> usize {
+        let rows = [
+            &self.residual,
+            &self.normed,
+            &self.heads,
+            &self.attended,
+            &self.projected,
+            &self.hidden,
+            &self.up,
+            &self.selected,
+            &self.logits,
+        ];
+        let memory = [
+            &self.partials,
+            &self.angles,
+            &self.positions,
+            &self.tables,
+            &self.wanted,
+            &self.blocks,
+        ];
+        rows.iter().map(|rows| rows.bytes()).sum::<usize>()
+            + memory.iter().map(|memory| memory.bytes()).sum::<usize>()
+    }
+}

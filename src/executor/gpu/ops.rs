@@ -1,0 +1,349 @@
+//! One match arm per op.
+
+use super::weights::width_of;
+use super::{GpuStage, LOGITS_TILE_ROWS};
+use crate::executor::ExecutorError;
+use crate::executor::program::{
+    Buffer, HeadShape, KvLayerId, Linear, Norm, Op, Pending, Precision, RopeId,
+};
+use crate::model::Activation;
+use crate::step::StepPlan;
+use tandem_cpu_kernels::RopeStyle;
+use tandem_kernels::{
+    Added, Attend, Gate, HeadCounts, NormRows, Product, RotateHeads, RoundRows, RowNorm, Span,
+    TokenTables,
+};
+
+const F32: usize = size_of::<f32>();
+const U32: usize = size_of::<u32>();
+
+/// What is done to heads before attention.
+struct Rotation {
+    shape: HeadShape,
+    query_norm: Option<Norm>,
+    key_norm: Option<Norm>,
+    rope: RopeId,
+    layer: KvLayerId,
+}
+
+/// One attention.
+struct Attention {
+    shape: HeadShape,
+    layer: KvLayerId,
+    window: Option<usize>,
+    scale: f32,
+    softcap: Option<f32>,
+}
+
+impl GpuStage {
+    /// Performs the copies and runs the program on a plan that was checked.
+    pub(super) fn compute(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+        let weights = std::sync::Arc::clone(&self.weights);
+        self.kv.copy(weights.gpu(), &plan.copies)?;
+        if plan.tokens.is_empty() {
+            return Ok(());
+        }
+        self.prepare(plan)?;
+        let mut pending = Pending::Nothing;
+        let mut last_norm = None;
+        for op in &weights.program().ops {
+            match op {
+                Op::Embed { scale, .. } => self.embed(plan, *scale)?,
+                Op::Norm { pending, norm, precision } => {
+                    self.norm(plan.tokens.len(), *pending, (*norm, *precision))?;
+                }
+                Op::Project { input, output, parts, precision } => {
+                    self.project(plan.tokens.len(), (*input, *precision), (*output, parts))?;
+                }
+                &Op::Rotate { shape, query_norm, key_norm, rope, layer } => {
+                    self.rotate(&Rotation { shape, query_norm, key_norm, rope, layer })?;
+                }
+                &Op::Attend { shape, layer, window, scale, softcap } => {
+                    self.attend(&Attention { shape, layer, window, scale, softcap })?;
+                }
+                Op::Gate { gate, up, activation } => {
+                    self.gate(plan.tokens.len(), [*gate, *up], *activation)?;
+                }
+                Op::Select { pending: before, norm } => {
+                    (pending, last_norm) = (*before, Some(*norm));
+                }
+                Op::Logits { output, softcap } => {
+                    let norm = last_norm.expect("rows are selected before their logits");
+                    self.logits(plan, (pending, norm), (*output, *softcap))?;
+                }
+                Op::Receive
+                | Op::Send { .. }
+                | Op::Route { .. }
+                | Op::GateExperts { .. }
+                | Op::DownExperts { .. } => unreachable!("refused when the weights were loaded"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings positions, block tables and angles to the GPU.
+    fn prepare(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+        let (gpu, rotations) = (self.weights.gpu(), self.weights.rotations());
+        let host = &mut self.buffers.host;
+        host.positions.clear();
+        host.positions.extend(self.batch.positions.iter().map(|position| *position as u32));
+        host.tables.clear();
+        for sequence in &plan.sequences {
+            let table = sequence.block_table.start as u32;
+            host.tables.extend(std::iter::repeat_n(table, sequence.tokens.len()));
+        }
+        host.blocks.clear();
+        host.blocks.extend(plan.block_tables.iter().map(|block| block.0));
+        let width = rotations.width();
+        host.angles.resize(plan.tokens.len() * width, 0.0);
+        if width > 0 {
+            let rows = host.angles.chunks_exact_mut(width).zip(&self.batch.positions);
+            rows.for_each(|(row, position)| rotations.fill(*position, row));
+        }
+        if self.buffers.blocks.bytes() < host.blocks.len() * U32 {
+            self.buffers.blocks = gpu.alloc(2 * host.blocks.len() * U32)?;
+        }
+        gpu.upload(&host.positions, self.buffers.positions.span())?;
+        gpu.upload(&host.tables, self.buffers.tables.span())?;
+        gpu.upload(&host.blocks, self.buffers.blocks.span())?;
+        gpu.upload(&host.angles, self.buffers.angles.span())?;
+        Ok(())
+    }
+
+    fn embed(&mut self, plan: &StepPlan, scale: f32) -> Result<(), ExecutorError> {
+        let width = self.buffers.residual.cols;
+        let host = &mut self.buffers.host;
+        host.embedded.resize(plan.tokens.len() * width, 0.0);
+        for (row, token) in host.embedded.chunks_exact_mut(width).zip(&plan.tokens) {
+            self.weights.look_up(token.index(), row);
+            if scale != 1.0 {
+                row.iter_mut().for_each(|value| *value *= scale);
+            }
+        }
+        let to = self.buffers.residual.values();
+        Ok(self.weights.gpu().upload(&self.buffers.host.embedded, to)?)
+    }
+
+    fn row_norm(&self, norm: Norm) -> RowNorm<'_> {
+        RowNorm { weight: self.weights.vector(norm.weight), eps: norm.eps }
+    }
+
+    fn added(&self, pending: Pending) -> Option<Added<'_>> {
+        let values = self.buffers.projected.values();
+        match pending {
+            Pending::Nothing => None,
+            Pending::Add => Some(Added { values, norm: None }),
+            Pending::AddNormed(norm) => Some(Added { values, norm: Some(self.row_norm(norm)) }),
+        }
+    }
+
+    fn norm(
+        &self,
+        tokens: usize,
+        pending: Pending,
+        (norm, precision): (Norm, Precision),
+    ) -> Result<(), ExecutorError> {
+        let normed = &self.buffers.normed;
+        let pass = NormRows {
+            residual: self.buffers.residual.values(),
+            added: self.added(pending),
+            norm: self.row_norm(norm),
+            gather: None,
+            values: Some(normed.values()),
+            eight_bits: normed.eight_bits(tokens, precision),
+            rows: tokens,
+            cols: normed.cols,
+        };
+        Ok(self.weights.gpu().norm_rows(&pass, tokens)?)
+    }
+
+    /// A product into columns `first ..` of rows of `stride` elements.
+    fn product<'a>(
+        &'a self,
+        part: &Linear,
+        out: Span<'a>,
+        (first, stride): (usize, usize),
+    ) -> Product<'a> {
+        Product {
+            matrix: self.weights.matrix(part.matrix),
+            bias: part.bias.map(|bias| self.weights.vector(bias)),
+            out: out.part(first * F32, out.bytes() - first * F32),
+            stride,
+        }
+    }
+
+    fn project(
+        &self,
+        tokens: usize,
+        (input, precision): (Buffer, Precision),
+        (output, parts): (Buffer, &[Linear]),
+    ) -> Result<(), ExecutorError> {
+        let x = self.buffers.rows(input).columns(tokens, precision);
+        let stride = width_of(self.weights.program(), output);
+        let out = self.buffers.rows(output).values();
+        let mut first = 0;
+        let products = parts.iter().map(|part| {
+            let product = self.product(part, out, (first, stride));
+            first += product.matrix.rows();
+            product
+        });
+        Ok(self.weights.gpu().multiply(&products.collect::<Vec<_>>(), &x)?)
+    }
+
+    /// Where some tokens of the step stand.
+    fn tokens<'a>(&'a self, first: usize, tokens: usize) -> TokenTables<'a> {
+        let part = |memory: Span<'a>| memory.part(first * U32, tokens * U32);
+        TokenTables {
+            tokens,
+            positions: part(self.buffers.positions.span()),
+            tables: part(self.buffers.tables.span()),
+            blocks: self.buffers.blocks.span(),
+        }
+    }
+
+    fn rotate(&self, rotation: &Rotation) -> Result<(), ExecutorError> {
+        let (pairs, style, offset) = self.weights.rotations().shape(rotation.rope);
+        let width = self.weights.rotations().width();
+        let angles = self.buffers.angles.span();
+        let norm =
+            |norm: Option<Norm>| norm.map(|norm| (self.weights.vector(norm.weight), norm.eps));
+        let pass = RotateHeads {
+            heads: self.buffers.heads.values(),
+            angles: angles.part(offset * F32, angles.bytes() - offset * F32),
+            angle_stride: width,
+            pairs,
+            interleaved: style == RopeStyle::Interleaved,
+            query_norm: norm(rotation.query_norm),
+            key_norm: norm(rotation.key_norm),
+        };
+        let tokens = self.tokens(0, self.batch.positions.len());
+        let store = self.kv.layer(rotation.layer);
+        let heads = counts(rotation.shape);
+        Ok(self.weights.gpu().rotate_heads(&pass, heads, (&tokens, &store))?)
+    }
+
+    fn attend(&mut self, attention: &Attention) -> Result<(), ExecutorError> {
+        let weights = std::sync::Arc::clone(&self.weights);
+        let (gpu, heads) = (weights.gpu(), counts(attention.shape));
+        let positions_max = self.batch.positions.iter().max().map_or(0, |last| last + 1);
+        let at_once = self.buffers.attended_at_once(gpu, (heads, positions_max))?;
+        let all = self.batch.positions.len();
+        let (rows, attended) = (self.buffers.heads.values(), &self.buffers.attended);
+        let (width, out_width) = (self.buffers.heads.cols * F32, attended.cols * F32);
+        let store = self.kv.layer(attention.layer);
+        let mut first = 0;
+        while first < all {
+            let tokens = at_once.min(all - first);
+            let pass = Attend {
+                heads: rows.part(first * width, tokens * width),
+                out: attended.values().part(first * out_width, tokens * out_width),
+                partials: self.buffers.partials.span(),
+                scale: attention.scale,
+                softcap: attention.softcap,
+                window: attention.window,
+                positions_max,
+            };
+            gpu.attend(&pass, heads, (&self.tokens(first, tokens), &store))?;
+            first += tokens;
+        }
+        let pass = RoundRows {
+            values: attended.values(),
+            up: None,
+            out: None,
+            eight_bits: attended.eight_bits(all, Precision::Eight),
+            rows: all,
+            cols: attended.cols,
+        };
+        Ok(gpu.round_rows(&pass)?)
+    }
+
+    fn gate(
+        &self,
+        tokens: usize,
+        [gate, up]: [Linear; 2],
+        activation: Activation,
+    ) -> Result<(), ExecutorError> {
+        let (gpu, hidden) = (self.weights.gpu(), &self.buffers.hidden);
+        let x = self.buffers.normed.columns(tokens, Precision::Eight);
+        let products = [
+            self.product(&gate, hidden.values(), (0, hidden.cols)),
+            self.product(&up, self.buffers.up.values(), (0, hidden.cols)),
+        ];
+        gpu.multiply(&products, &x)?;
+        let gate = match activation {
+            Activation::Silu => Gate::Silu,
+            Activation::GeluTanh => Gate::GeluTanh,
+        };
+        let pass = RoundRows {
+            values: hidden.values(),
+            up: Some((self.buffers.up.values(), gate)),
+            out: Some(hidden.values()),
+            eight_bits: hidden.eight_bits(tokens, Precision::Eight),
+            rows: tokens,
+            cols: hidden.cols,
+        };
+        Ok(gpu.round_rows(&pass)?)
+    }
+
+    /// Norms, products and samples of the wanted rows, some at a time.
+    fn logits(
+        &mut self,
+        plan: &StepPlan,
+        (pending, norm): (Pending, Norm),
+        (output, softcap): (Linear, Option<f32>),
+    ) -> Result<(), ExecutorError> {
+        let host = &mut self.buffers.host;
+        host.wanted.clear();
+        host.wanted.extend(plan.logits.iter().map(|row| row.row as u32));
+        let mut logits = std::mem::take(&mut host.logits);
+        let mut first = 0;
+        while first < plan.logits.len() {
+            let rows = LOGITS_TILE_ROWS.min(plan.logits.len() - first);
+            self.logits_tile((first, rows), (pending, norm), &output, &mut logits)?;
+            let vocab = self.buffers.logits.cols;
+            for (index, row) in logits.chunks_exact_mut(vocab).take(rows).enumerate() {
+                if let Some(cap) = softcap {
+                    row.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
+                }
+                self.samplers.take(0, plan, first + index, row);
+            }
+            first += rows;
+        }
+        self.buffers.host.logits = logits;
+        Ok(())
+    }
+
+    fn logits_tile(
+        &self,
+        (first, rows): (usize, usize),
+        (pending, norm): (Pending, Norm),
+        output: &Linear,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), ExecutorError> {
+        let (gpu, buffers) = (self.weights.gpu(), &self.buffers);
+        let wanted = buffers.wanted.span();
+        gpu.upload(&buffers.host.wanted[first..first + rows], wanted)?;
+        let selected = &buffers.selected;
+        let pass = NormRows {
+            residual: buffers.residual.values(),
+            added: self.added(pending),
+            norm: self.row_norm(norm),
+            gather: Some(wanted),
+            values: Some(selected.values()),
+            eight_bits: selected.eight_bits(rows, Precision::Eight),
+            rows: self.batch.positions.len(),
+            cols: selected.cols,
+        };
+        gpu.norm_rows(&pass, rows)?;
+        let vocab = buffers.logits.cols;
+        let product = self.product(output, buffers.logits.values(), (0, vocab));
+        gpu.multiply(&[product], &selected.columns(rows, Precision::Eight))?;
+        logits.resize(rows * vocab, 0.0);
+        Ok(gpu.download(buffers.logits.values(), logits)?)
+    }
+}
+
+fn counts(shape: HeadShape) -> HeadCounts {
+    let HeadShape { n_heads, n_kv_heads, head_dim } = shape;
+    HeadCounts { n_heads, n_kv_heads, head_dim }
+}

@@ -1,0 +1,252 @@
+//! The weights of a model in a GPU's memory: matrices in the layout of its kernels, vectors in f32.
+//! The rows of the embedding are looked up by the host and stay where they are.
+
+use crate::executor::ExecutorError;
+use crate::executor::cpu_pool::CpuPool;
+use crate::executor::program::{Buffer, MatrixId, MatrixUse, Op, Program, StagePart, VectorId};
+use crate::executor::rotations::Rotations;
+use crate::executor::weight_source::{WeightSource, fill_random, located};
+use crate::executor::weights::{LoadProgress, WeightsRequest, load_rotations, stored};
+use crate::model::{ModelSpec, TensorRef};
+use crate::tensor::DType;
+use std::ops::Range;
+use tandem_cpu_kernels::blocks::GROUP;
+use tandem_cpu_kernels::{Layout, dequantize_row};
+use tandem_kernels::{DeviceMatrix, DeviceMemory, Gpu, HeadCounts, Span, Staging, driver};
+
+/// Rows that the host looks up.
+struct Lookup {
+    dtype: DType,
+    cols: usize,
+    bytes: LookupBytes,
+}
+
+enum LookupBytes {
+    File { file: usize, bytes: Range<usize> },
+    Memory(Vec<u8>),
+}
+
+/// The loaded weights of a model on a GPU, with the program that uses them.
+pub struct GpuWeights {
+    source: WeightSource,
+    program: Program,
+    /// By [`MatrixId`]; none where rows are only looked up.
+    matrices: Vec<Option<DeviceMatrix>>,
+    lookup: Option<Lookup>,
+    vectors: Vec<DeviceMemory>,
+    rotations: Rotations,
+    vocab_size: usize,
+    // Last: freed after all that lies on it.
+    gpu: Gpu,
+}
+
+impl GpuWeights {
+    /// Opens a GPU and loads a model's weights there. `pool` makes random weights: it is needed for
+    /// those alone.
+    ///
+    /// # Errors
+    /// No such GPU, too little of its memory, a model that the kernels can't run, or a bad tensor.
+    ///
+    /// # Panics
+    /// When random weights are wanted and there is no pool.
+    pub fn load(
+        ordinal: usize,
+        request: &WeightsRequest,
+        pool: Option<&mut CpuPool>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ExecutorError> {
+        let driver = driver().map_err(tandem_kernels::GpuError::from)?;
+        let program = Program::lower(&request.spec, &request.part)?;
+        check(&program)?;
+        let gpu = Gpu::open(&driver, ordinal)?;
+        let source = request.source.clone();
+        let read_ahead = program.matrices.iter().map(|entry| &entry.tensor);
+        source.will_read(read_ahead.chain(&program.vectors))?;
+        let rotations = load_rotations(&source, &program)?;
+        let vectors = program.vectors.iter().map(|vector| {
+            let values = source.vector(vector)?;
+            let memory = gpu.alloc(size_of_val(&values[..]))?;
+            gpu.upload(&values, memory.span())?;
+            Ok::<_, ExecutorError>(memory)
+        });
+        let vectors = vectors.collect::<Result<_, _>>()?;
+        let mut weights = Self {
+            source,
+            program,
+            matrices: Vec::new(),
+            lookup: None,
+            vectors,
+            rotations,
+            vocab_size: request.spec.vocab_size,
+            gpu,
+        };
+        weights.load_matrices(pool, progress)?;
+        weights.gpu.synchronize()?;
+        Ok(weights)
+    }
+
+    /// Why a model cannot run on a GPU, if it can't: without loading anything.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Unsupported`].
+    pub fn supports(spec: &ModelSpec) -> Result<(), ExecutorError> {
+        check(&Program::lower(spec, &StagePart::whole(spec.layers.len()))?)
+    }
+
+    fn load_matrices(
+        &mut self,
+        mut pool: Option<&mut CpuPool>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<(), ExecutorError> {
+        let staging = Staging::new(&self.gpu)?;
+        let total_bytes =
+            self.program.matrices.iter().map(|entry| entry.tensor.bytes()).sum::<u64>();
+        let total_bytes = total_bytes as usize;
+        let mut done_bytes = 0;
+        for entry in &self.program.matrices {
+            let tensor = stored(&self.source, &entry.tensor)?;
+            let TensorRef { dtype, rows, cols, .. } = tensor;
+            let is_multiplied = entry.used_for != MatrixUse::Lookup;
+            let is_looked_up = self.embedding_table() == Some(entry.tensor.name.as_str());
+            let matrix = match &self.source {
+                WeightSource::Checkpoint(checkpoint) => {
+                    let (file, bytes) = located(checkpoint, &entry.tensor)?;
+                    let mapped = checkpoint.files().nth(file).expect("the file was just found");
+                    if is_looked_up {
+                        let bytes = LookupBytes::File { file, bytes: bytes.clone() };
+                        self.lookup = Some(Lookup { dtype, cols, bytes });
+                    }
+                    let bytes = &mapped.bytes()[bytes];
+                    is_multiplied.then(|| {
+                        DeviceMatrix::upload(&self.gpu, &staging, dtype, (rows, cols), bytes)
+                    })
+                }
+                WeightSource::Random { seed } => {
+                    let row_bytes = dtype.row_bytes(cols).ok_or_else(|| {
+                        ExecutorError::Misshapen { tensor: tensor.name.clone(), dtype, cols }
+                    })?;
+                    let mut bytes = vec![0; rows * row_bytes];
+                    let pool = pool.as_deref_mut().expect("workers for random weights");
+                    fill_random(pool, *seed, (&tensor, Layout::RowMajor), &mut bytes)?;
+                    let matrix = is_multiplied.then(|| {
+                        DeviceMatrix::upload(&self.gpu, &staging, dtype, (rows, cols), &bytes)
+                    });
+                    if is_looked_up {
+                        let bytes = LookupBytes::Memory(bytes);
+                        self.lookup = Some(Lookup { dtype, cols, bytes });
+                    }
+                    matrix
+                }
+            };
+            self.matrices.push(matrix.transpose()?);
+            done_bytes += tensor.bytes() as usize;
+            progress(LoadProgress { done_bytes, total_bytes });
+        }
+        Ok(())
+    }
+
+    /// The tensor whose rows are looked up.
+    fn embedding_table(&self) -> Option<&str> {
+        self.program.ops.iter().find_map(|op| match op {
+            Op::Embed { table, .. } => Some(self.program.matrix(*table).tensor.name.as_str()),
+            _ => None,
+        })
+    }
+
+    /// The GPU.
+    pub(super) fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// The program that these weights serve.
+    pub fn program(&self) -> &Program {
+        &self.program
+    }
+
+    /// Tokens of the model's vocabulary.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// Bytes held on the GPU.
+    pub fn bytes(&self) -> usize {
+        let matrices: usize = self.matrices.iter().flatten().map(DeviceMatrix::bytes).sum();
+        matrices + self.vectors.iter().map(DeviceMemory::bytes).sum::<usize>()
+    }
+
+    /// Bytes that a step of one token reads of the weights.
+    pub fn bytes_per_token(&self) -> usize {
+        self.matrices.iter().flatten().map(DeviceMatrix::bytes).sum()
+    }
+
+    pub(super) fn rotations(&self) -> &Rotations {
+        &self.rotations
+    }
+
+    pub(super) fn matrix(&self, id: MatrixId) -> &DeviceMatrix {
+        self.matrices[id.0 as usize].as_ref().expect("what is multiplied with was uploaded")
+    }
+
+    pub(super) fn vector(&self, id: VectorId) -> Span<'_> {
+        self.vectors[id.0 as usize].span()
+    }
+
+    /// Row `row` of the embedding, in f32.
+    pub(super) fn look_up(&self, row: usize, out: &mut [f32]) {
+        let lookup = self.lookup.as_ref().expect("a program that embeds has a table");
+        let bytes = match (&lookup.bytes, &self.source) {
+            (LookupBytes::Memory(bytes), _) => bytes.as_slice(),
+            (LookupBytes::File { file, bytes }, WeightSource::Checkpoint(checkpoint)) => {
+                let file = checkpoint.files().nth(*file).expect("the checkpoint keeps its files");
+                &file.bytes()[bytes.clone()]
+            }
+            (LookupBytes::File { .. }, _) => unreachable!("random weights lie in memory"),
+        };
+        let row_bytes = lookup.dtype.row_bytes(lookup.cols).expect("whole blocks");
+        dequantize_row(lookup.dtype, &bytes[row * row_bytes..][..row_bytes], out);
+    }
+}
+
+/// Refuses programs that have no kernels here.
+fn check(program: &Program) -> Result<(), ExecutorError> {
+    let refuse = |what: String| Err(ExecutorError::Unsupported { what });
+    for op in &program.ops {
+        match op {
+            Op::Receive | Op::Send { .. } => return refuse("a part of a model on a GPU".into()),
+            Op::Route { .. } | Op::GateExperts { .. } | Op::DownExperts { .. } => {
+                return refuse("a mixture of experts on a GPU".into());
+            }
+            Op::Attend { shape, .. } => {
+                let (n_heads, n_kv_heads) = (shape.n_heads, shape.n_kv_heads);
+                let heads = HeadCounts { n_heads, n_kv_heads, head_dim: shape.head_dim };
+                if !heads.is_supported() {
+                    return refuse(format!("heads of {} elements on a GPU", shape.head_dim));
+                }
+            }
+            _ => {}
+        }
+    }
+    let multiplied = program.matrices.iter().filter(|entry| entry.used_for != MatrixUse::Lookup);
+    for TensorRef { name, dtype, cols, .. } in multiplied.map(|entry| &entry.tensor) {
+        let unit = if dtype.is_quantized() { GROUP } else { 8 };
+        if !cols.is_multiple_of(unit) {
+            return refuse(format!("{name} with rows of {cols} elements on a GPU"));
+        }
+    }
+    if program.dims.embedding > Gpu::NORM_COLS_MAX {
+        return refuse(format!("a residual stream of {} on a GPU", program.dims.embedding));
+    }
+    Ok(())
+}
+
+/// Elements of a row of a buffer.
+pub(super) fn width_of(program: &Program, buffer: Buffer) -> usize {
+    let dims = program.dims;
+    match buffer {
+        Buffer::Residual | Buffer::Normed | Buffer::Projected | Buffer::Selected => dims.embedding,
+        Buffer::Heads => dims.heads,
+        Buffer::Attended => dims.attended,
+        Buffer::Hidden | Buffer::Up => dims.hidden,
+        Buffer::Routes => 0,
+    }
+}
