@@ -4,7 +4,7 @@
 //! keys    [block][kv_head][head_dim / 8][block_tokens][8] f16
 //! values  [block][kv_head][block_tokens][head_dim] f16
 //! ```
-//! Attention runs with an online softmax (arXiv 2205.14135), split over segments of 512 positions
+//! Attention runs with an online softmax (arXiv 2205.14135), split over segments of 256 positions
 //! that are merged in ascending order: a token's bits depend on nothing else in its batch.
 
 use crate::gpu::{Gpu, GpuError, Span};
@@ -13,7 +13,7 @@ use cudarc::driver::DeviceRepr;
 const F32: usize = size_of::<f32>();
 const WARPS: usize = 4;
 /// Positions of a segment.
-const SEGMENT: usize = 512;
+const SEGMENT: usize = 256;
 /// Query heads that share each key and value that is read.
 const HEADS: usize = 4;
 /// Largest head.
@@ -243,7 +243,7 @@ impl Gpu {
         };
         let grid = [heads.n_heads + 2 * heads.n_kv_heads, tokens.tokens, 1];
         // SAFETY: all spans were checked against the shapes.
-        unsafe { self.launch("rotate_heads", (grid, 32, heads.head_dim * F32), &arguments) }
+        unsafe { self.launch("rotate_heads", (grid, 32, 0), &arguments) }
     }
 
     /// `out = softmax(softcap(scale · q · Kᵀ) + causal mask) · V` per query head.
@@ -278,8 +278,8 @@ impl Gpu {
         };
         let group = heads.n_heads / heads.n_kv_heads;
         let shared = if group == 1 { 1 } else { HEADS };
-        let parts = dim.div_ceil(32).next_power_of_two();
-        let kernel = format!("attend_{parts}_{shared}");
+        let width = dim.next_power_of_two().max(64);
+        let kernel = format!("attend_{width}_{shared}");
         let grid = [heads.n_kv_heads * group.div_ceil(shared), n_tokens, segments];
         let shared_bytes = WARPS * shared * (dim + 2) * F32;
         // SAFETY: all spans were checked against the shapes.

@@ -17,8 +17,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// The compiled kernels of all architectures (`build.rs`).
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
 
-/// Shared memory that kernels may ask for: of Ampere and later, of Turing.
-const SHARED_BYTES: [usize; 2] = [99 << 10, 64 << 10];
+/// Most static shared memory of our kernels.
+const STATIC_SHARED_BYTES: usize = 20 << 10;
 
 /// What went wrong on a GPU.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -67,6 +67,9 @@ pub struct Gpu {
     stream: Arc<CudaStream>,
     module: Arc<CudaModule>,
     functions: Mutex<HashMap<String, CudaFunction>>,
+    multiprocessors: usize,
+    shared_bytes: usize,
+    has_wgmma: bool,
 }
 
 /// Memory of a GPU; freed when dropped.
@@ -104,7 +107,36 @@ impl Gpu {
                 reason: error.to_string(),
             }
         })?;
-        Ok(Gpu { stream, module, functions: Mutex::default() })
+        use sys::CUdevice_attribute as Attribute;
+        let attribute = |which| {
+            let value = context.attribute(which).map_err(failed("what it has"))?;
+            Ok::<_, GpuError>(value as usize)
+        };
+        let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let shared_bytes =
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let has_wgmma = context.compute_capability().map_err(failed("what it has"))? == (9, 0);
+        let functions = Mutex::default();
+        Ok(Gpu { stream, module, functions, multiprocessors, shared_bytes, has_wgmma })
+    }
+
+    /// Whether its kernels use wgmma: those of compute capability 9.0.
+    pub(crate) fn has_wgmma(&self) -> bool {
+        self.has_wgmma
+    }
+
+    /// Shared memory that a block may have.
+    pub(crate) fn shared_bytes(&self) -> usize {
+        self.shared_bytes - STATIC_SHARED_BYTES
+    }
+
+    /// Streaming multiprocessors.
+    pub fn multiprocessors(&self) -> usize {
+        self.multiprocessors
+    }
+
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
     }
 
     /// Index in the driver's order.
@@ -238,9 +270,11 @@ impl Gpu {
         let function = function.map_err(|error| self.failed("finding a kernel", error))?;
         let wanted =
             sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        let mut allowed = SHARED_BYTES.iter();
-        // Kernels that need no more than the usual 48 KB work where both are refused.
-        let _ = allowed.find(|bytes| function.set_attribute(wanted, **bytes as i32).is_ok());
+        // Kernels have less than the rest in static shared memory, or none.
+        let dynamic = self.shared_bytes.saturating_sub(STATIC_SHARED_BYTES);
+        function
+            .set_attribute(wanted, dynamic as i32)
+            .map_err(|error| self.failed("giving a kernel shared memory", error))?;
         functions.insert(kernel.to_owned(), function.clone());
         Ok(function)
     }
@@ -251,7 +285,11 @@ impl Gpu {
         context.bind_to_thread().map_err(|error| self.failed("entering its context", error))
     }
 
-    fn failed(&self, what: &'static str, error: cudarc::driver::DriverError) -> GpuError {
+    pub(crate) fn failed(
+        &self,
+        what: &'static str,
+        error: cudarc::driver::DriverError,
+    ) -> GpuError {
         failure(self.ordinal(), what, error)
     }
 }

@@ -1,6 +1,24 @@
 // Weights from the order of their file into the device layout, after they have been copied there:
-// one thread per group of 32 elements.
+// one thread per lane of a chunk.
 #include "quants.cuh"
+
+// Blocks of a file: `low` and `high` are the bits of element e of group `index` of a block.
+template <class T> struct File;
+
+// Blocks of 32 elements: scales, high bits, then quants.
+template <class T> struct PlainFile {
+    static constexpr int HIGHS = T::SCALE_BYTES, QUANTS = HIGHS + 4 * T::HIGH_BITS, BLOCK_BYTES = QUANTS + 4 * T::LOW_BITS, SCALES = 0;
+    static __device__ int low(const uint8_t* block, int, int e) {
+        return T::LOW_BITS == 8 ? block[QUANTS + e] : block[QUANTS + e % 16] >> e / 16 * 4 & 15;
+    }
+    static __device__ int high(const uint8_t* block, int, int e) { return block[HIGHS + e / 8] >> e % 8 & 1; }
+};
+template <> struct File<Q4_0> : PlainFile<Q4_0> {};
+template <> struct File<Q4_1> : PlainFile<Q4_1> {};
+template <> struct File<Q5_0> : PlainFile<Q5_0> {};
+template <> struct File<Q5_1> : PlainFile<Q5_1> {};
+template <> struct File<Q8_0> : PlainFile<Q8_0> {};
+template <> struct File<Iq4Nl> : PlainFile<Iq4Nl> {};
 
 // Nibble of element `e` in group `index` of a K block: two groups share 32 bytes.
 __device__ __forceinline__ int paired_nibble(const uint8_t* bytes, int index, int e) {
@@ -12,129 +30,96 @@ __device__ __forceinline__ int shared_crumb(const uint8_t* bytes, int index, int
     return bytes[32 * (index / 4) + e] >> 2 * (index % 4) & 3;
 }
 
-__device__ void copy_bytes(uint8_t* to, const uint8_t* from, int bytes) {
-    for (int i = 0; i < bytes; i++) to[i] = from[i];
-}
-
-template <class Get> __device__ void write_nibbles(uint8_t* to, Get get) {
-    for (int j = 0; j < 16; j++) to[j] = static_cast<uint8_t>(get(j) | get(j + 16) << 4);
-}
-
-template <class Get> __device__ void write_crumbs(uint8_t* to, Get get) {
-    for (int j = 0; j < 8; j++) {
-        to[j] = static_cast<uint8_t>(get(j) | get(j + 8) << 2 | get(j + 16) << 4 | get(j + 24) << 6);
-    }
-}
-
-template <class Get> __device__ void write_bits(uint8_t* to, Get get) {
-    uint32_t bits = 0;
-    for (int e = 0; e < 32; e++) bits |= static_cast<uint32_t>(get(e)) << e;
-    for (int j = 0; j < 4; j++) to[j] = static_cast<uint8_t>(bits >> 8 * j);
-}
-
-// What writes one group; `index` counts the groups of a block. The first group writes the scales.
-template <class T> struct Pack;
-
-// Types with blocks of 32: scale bytes, high bits, quants, as they lie in the file.
-template <class T> struct PackPlain {
-    static constexpr int BLOCK_BYTES = T::SCALE_BYTES + T::HIGH_BYTES + T::QUANT_BYTES;
-    static __device__ void group(const uint8_t* block, int, uint8_t* quants, uint8_t* highs, uint8_t* scales) {
-        copy_bytes(scales, block, T::SCALE_BYTES);
-        copy_bytes(highs, block + T::SCALE_BYTES, T::HIGH_BYTES);
-        copy_bytes(quants, block + T::SCALE_BYTES + T::HIGH_BYTES, T::QUANT_BYTES);
-    }
-};
-template <> struct Pack<Q4_0> : PackPlain<Q4_0> {};
-template <> struct Pack<Q4_1> : PackPlain<Q4_1> {};
-template <> struct Pack<Q5_0> : PackPlain<Q5_0> {};
-template <> struct Pack<Q5_1> : PackPlain<Q5_1> {};
-template <> struct Pack<Q8_0> : PackPlain<Q8_0> {};
-template <> struct Pack<Iq4Nl> : PackPlain<Iq4Nl> {};
-
-template <> struct Pack<Iq4Xs> {
-    static constexpr int BLOCK_BYTES = 136;
-    static __device__ void group(const uint8_t* block, int index, uint8_t* quants, uint8_t*, uint8_t* scales) {
-        if (index == 0) copy_bytes(scales, block, 8);
-        copy_bytes(quants, block + 8 + 16 * index, 16);
-    }
+template <> struct File<Iq4Xs> {
+    static constexpr int BLOCK_BYTES = 136, SCALES = 0;
+    static __device__ int low(const uint8_t* block, int index, int e) { return block[8 + 16 * index + e % 16] >> e / 16 * 4 & 15; }
 };
 
-template <> struct Pack<Q4K> {
-    static constexpr int BLOCK_BYTES = 144;
-    static __device__ void group(const uint8_t* block, int index, uint8_t* quants, uint8_t*, uint8_t* scales) {
-        if (index == 0) copy_bytes(scales, block, 16);
-        write_nibbles(quants, [&](int e) { return paired_nibble(block + 16, index, e); });
-    }
+template <> struct File<Q4K> {
+    static constexpr int BLOCK_BYTES = 144, SCALES = 0;
+    static __device__ int low(const uint8_t* block, int index, int e) { return paired_nibble(block + 16, index, e); }
 };
 
-template <> struct Pack<Q5K> {
-    static constexpr int BLOCK_BYTES = 176;
-    static __device__ void group(const uint8_t* block, int index, uint8_t* quants, uint8_t* highs, uint8_t* scales) {
-        if (index == 0) copy_bytes(scales, block, 16);
-        write_nibbles(quants, [&](int e) { return paired_nibble(block + 48, index, e); });
-        write_bits(highs, [&](int e) { return block[16 + e] >> index & 1; });
-    }
+template <> struct File<Q5K> {
+    static constexpr int BLOCK_BYTES = 176, SCALES = 0;
+    static __device__ int low(const uint8_t* block, int index, int e) { return paired_nibble(block + 48, index, e); }
+    static __device__ int high(const uint8_t* block, int index, int e) { return block[16 + e] >> index & 1; }
 };
 
-template <> struct Pack<Q6K> {
-    static constexpr int BLOCK_BYTES = 210;
-    static __device__ void group(const uint8_t* block, int index, uint8_t* quants, uint8_t* highs, uint8_t* scales) {
-        const int half = index / 4, quarter = index % 4;
-        if (index == 0) copy_bytes(scales, block + 192, 18);
-        write_nibbles(quants, [&](int e) {
-            return block[64 * half + 32 * (quarter % 2) + e] >> 4 * (quarter / 2) & 15;
-        });
-        write_crumbs(highs, [&](int e) { return shared_crumb(block + 128, index, e); });
+template <> struct File<Q6K> {
+    static constexpr int BLOCK_BYTES = 210, SCALES = 192;
+    static __device__ int low(const uint8_t* block, int index, int e) {
+        return block[64 * (index / 4) + 32 * (index % 2) + e] >> 4 * (index % 4 / 2) & 15;
     }
+    static __device__ int high(const uint8_t* block, int index, int e) { return shared_crumb(block + 128, index, e); }
 };
 
-template <> struct Pack<Q3K> {
-    static constexpr int BLOCK_BYTES = 110;
-    static __device__ void group(const uint8_t* block, int index, uint8_t* quants, uint8_t* highs, uint8_t* scales) {
-        if (index == 0) copy_bytes(scales, block + 96, 14);
-        write_crumbs(quants, [&](int e) { return shared_crumb(block + 32, index, e); });
-        write_bits(highs, [&](int e) { return block[e] >> index & 1; });
-    }
+template <> struct File<Q3K> {
+    static constexpr int BLOCK_BYTES = 110, SCALES = 96;
+    static __device__ int low(const uint8_t* block, int index, int e) { return shared_crumb(block + 32, index, e); }
+    static __device__ int high(const uint8_t* block, int index, int e) { return block[e] >> index & 1; }
 };
 
-template <> struct Pack<Q2K> {
-    static constexpr int BLOCK_BYTES = 84;
-    static __device__ void group(const uint8_t* block, int index, uint8_t* quants, uint8_t*, uint8_t* scales) {
-        if (index == 0) {
-            copy_bytes(scales, block, 16);
-            copy_bytes(scales + 16, block + 80, 4);
-        }
-        write_crumbs(quants, [&](int e) { return shared_crumb(block + 16, index, e); });
-    }
+template <> struct File<Q2K> {
+    static constexpr int BLOCK_BYTES = 84, SCALES = 0;
+    static __device__ int low(const uint8_t* block, int index, int e) { return shared_crumb(block + 16, index, e); }
 };
 
 struct PackArgs {
-    const uint8_t* file; // the blocks of groups `first` on
-    uint64_t first, count;
+    const uint8_t* file; // rows `first_row` on
     uint8_t *quants, *highs, *scales;
+    uint64_t first_row, rows;
+    uint32_t groups; // of a row in the file
+    uint32_t unused;
 };
 
-// Groups `first .. first + count` of a matrix, one per thread.
-template <class T> __device__ void pack(const PackArgs& args) {
-    const uint64_t own = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (own >= args.count) return;
-    const uint64_t group = args.first + own;
-    const uint8_t* block = args.file + own / T::SCALE_GROUPS * Pack<T>::BLOCK_BYTES;
-    Pack<T>::group(block, static_cast<int>(own % T::SCALE_GROUPS), args.quants + group * T::QUANT_BYTES,
-                   args.highs + group * T::HIGH_BYTES, args.scales + group / T::SCALE_GROUPS * T::SCALE_BYTES);
+// Packs what a lane has of a chunk: BITS bits of each element, in the order of `decode`.
+template <int BITS, class Get> __device__ void pack_lane(uint8_t* to, uint32_t t, Get get) {
+    uint32_t words[BITS] = {};
+    for (int j = 0; j < CHUNK; j++) {
+        for (int i = 0; i < 8; i++) {
+            const uint32_t value = get(j, 16 * (i / 4) + 4 * t + i % 4);
+            // Bytes are those of four elements; fields of a byte count lower and upper of each group.
+            const uint32_t field = 2 * j + i / 4, fields = 8 / BITS;
+            words[field / fields] |= value << (8 * (i % 4) + field % fields * BITS);
+        }
+    }
+    for (int k = 0; k < BITS; k++) reinterpret_cast<uint32_t*>(to)[k] = words[k];
 }
 
-#define PACK(name, T) \
-    extern "C" __global__ void pack_##name(const __grid_constant__ PackArgs args) { pack<T>(args); }
-PACK(q4_0, Q4_0)
-PACK(q4_1, Q4_1)
-PACK(q5_0, Q5_0)
-PACK(q5_1, Q5_1)
-PACK(q8_0, Q8_0)
-PACK(iq4_nl, Iq4Nl)
-PACK(iq4_xs, Iq4Xs)
-PACK(q2_k, Q2K)
-PACK(q3_k, Q3K)
-PACK(q4_k, Q4K)
-PACK(q5_k, Q5K)
-PACK(q6_k, Q6K)
+// Lane t of a chunk of a row, and the scales of its group t; scales of blocks of eight go along with
+// the first group.
+template <class T> __device__ void pack(const PackArgs& args) {
+    const uint64_t index = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const uint32_t chunks = (args.groups + CHUNK - 1) / CHUNK, t = index % 4;
+    const uint64_t row = index / 4 / chunks;
+    const uint32_t chunk = index / 4 % chunks;
+    if (row >= args.rows) return;
+    const uint8_t* blocks = args.file + row * (args.groups / T::SCALE_GROUPS) * File<T>::BLOCK_BYTES;
+    const uint64_t lane = ((args.first_row + row) * chunks + chunk) * 4 + t;
+    const auto block_of = [&](int j) { return blocks + (CHUNK * chunk + j) / T::SCALE_GROUPS * File<T>::BLOCK_BYTES; };
+    const auto is_there = [&](int j) { return CHUNK * chunk + j < args.groups; };
+    pack_lane<T::LOW_BITS>(args.quants + lane * LANE_QUANTS<T>, t, [&](int j, int e) -> uint32_t {
+        return is_there(j) ? File<T>::low(block_of(j), (CHUNK * chunk + j) % T::SCALE_GROUPS, e) : 0;
+    });
+    if constexpr (T::HIGH_BITS > 0) {
+        pack_lane<T::HIGH_BITS>(args.highs + lane * LANE_HIGHS<T>, t, [&](int j, int e) -> uint32_t {
+            return is_there(j) ? File<T>::high(block_of(j), (CHUNK * chunk + j) % T::SCALE_GROUPS, e) : 0;
+        });
+    }
+    const uint32_t group = CHUNK * chunk + t;
+    if (group % T::SCALE_GROUPS != 0) return;
+    const uint64_t block = (args.first_row + row) * (chunks * CHUNK / T::SCALE_GROUPS) + group / T::SCALE_GROUPS;
+    const uint8_t* from = blocks + group / T::SCALE_GROUPS * File<T>::BLOCK_BYTES;
+    for (int i = 0; i < T::SCALE_BYTES; i++) {
+        // Q2_K has d and m behind its 64 bytes of quants.
+        const int place = T::MIN == Min::Pair && i >= 16 ? i + 64 : i;
+        args.scales[block * T::SCALE_BYTES + i] = is_there(t) ? from[File<T>::SCALES + place] : 0;
+    }
+}
+
+#define PACK(name, T)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(256) pack_##name(const __grid_constant__ PackArgs args) { \
+        pack<T>(args);                                                                                     \
+    }
+FOR_QUANTIZED(PACK)

@@ -1,22 +1,26 @@
-//! Weights in a GPU's memory. Quantised ones are taken apart into planes, each of which is read in
-//! whole 128-byte lines by neighbouring threads; not a bit is added or lost.
+//! Weights in a GPU's memory. Quantised ones are taken apart into planes of chunks: a chunk is four
+//! groups of 32 elements of a row, shared by four neighbouring threads as tensor cores want it.
+//! Thread t has elements 4t .. 4t + 4 and 16 + 4t .. 16 + 4t + 4 of each group, in words in which a
+//! byte belongs to one of four elements; fields of a byte count the two parts of the four groups.
 //!
-//! | type | quants of a group of 32 | highs | scales |
+//! | type | quants of a thread, per chunk | highs | scales |
 //! |---|---|---|---|
-//! | Q4_0, IQ4_NL | 16 bytes of nibbles | | d |
+//! | Q4_0, IQ4_NL | 16 bytes: 4-bit fields | | d of each group |
 //! | Q4_1 | 16 | | d, m |
 //! | Q5_0, Q5_1 | 16 | 4: fifth bits | d (, m) |
 //! | Q8_0 | 32 | | d |
-//! | Q2_K | 8 bytes of crumbs | | of 8 groups: 16 × (s, t), d, m |
+//! | Q2_K | 8: 2-bit fields | | of 8 groups: 16 × (s, t), d, m |
 //! | Q3_K | 8 | 4: third bits | of 8 groups: 12 bytes, d |
 //! | Q4_K | 16 | | of 8 groups: d, m, 12 bytes |
 //! | Q5_K | 16 | 4: fifth bits | of 8 groups: d, m, 12 bytes |
-//! | Q6_K | 16 | 8: crumbs | of 8 groups: 16 × i8, d |
+//! | Q6_K | 16 | 8: 2-bit fields | of 8 groups: 16 × i8, d |
 //! | IQ4_XS | 16 | | of 8 groups: d, 6 bytes |
 //!
-//! Nibbles: byte j has elements j and j + 16. Crumbs: byte j has j, j + 8, j + 16, j + 24.
+//! Not a bit is added or lost, but that rows whose length is no multiple of 128 elements are filled
+//! up to one with zeros.
 
 use crate::gpu::{DeviceMemory, Gpu, GpuError, Span};
+use crate::products::CHUNK;
 use cudarc::driver::DeviceRepr;
 use tandem_cpu_kernels::DType;
 use tandem_cpu_kernels::blocks::GROUP;
@@ -76,9 +80,11 @@ impl Staging {
 #[derive(Clone, Copy)]
 struct PackArgs {
     file: u64,
-    first: u64,
-    count: u64,
     planes: Planes,
+    first_row: u64,
+    rows: u64,
+    groups: u32,
+    unused: u32,
 }
 
 // SAFETY: plain numbers in the order of `PackArgs` in pack.cu.
@@ -107,7 +113,7 @@ fn places(dtype: DType, rows: usize, cols: usize) -> ([usize; 3], usize) {
     let Some(bytes) = plane_bytes(dtype) else {
         return ([0; 3], rows * dtype.row_bytes(cols).unwrap_or(0));
     };
-    let groups = rows * cols / GROUP;
+    let groups = rows * cols.div_ceil(GROUP).next_multiple_of(CHUNK);
     let highs = (groups * bytes.quants).next_multiple_of(PLANE_ALIGNMENT);
     let scales = highs + (groups * bytes.highs).next_multiple_of(PLANE_ALIGNMENT);
     let end = scales + (groups / bytes.scale_groups * bytes.scales);
@@ -115,7 +121,7 @@ fn places(dtype: DType, rows: usize, cols: usize) -> ([usize; 3], usize) {
 }
 
 impl DeviceMatrix {
-    /// Bytes that a matrix takes: those of its file, and less than a KiB.
+    /// Bytes that a matrix takes: those of its file, less than a KiB, and what fills up its rows.
     pub fn bytes_of(dtype: DType, rows: usize, cols: usize) -> usize {
         places(dtype, rows, cols).1
     }
@@ -143,25 +149,28 @@ impl DeviceMatrix {
             gpu.upload(file, matrix.memory.span())?;
             return Ok(matrix);
         };
-        let block_groups = dtype.block_elements() / GROUP;
-        debug_assert_eq!(block_groups, bytes.scale_groups);
+        debug_assert_eq!(dtype.block_elements() / GROUP, bytes.scale_groups);
         let kernel = format!("pack_{}", dtype.name().to_ascii_lowercase());
         let span = staging.memory.span();
-        let chunk = span.bytes() / dtype.block_bytes() * dtype.block_bytes();
-        let mut first = 0;
-        for part in file.chunks(chunk) {
+        let rows_at_once = span.bytes() / row_bytes;
+        assert!(rows_at_once > 0, "rows of {row_bytes} bytes");
+        let lanes = 4 * (cols / GROUP).div_ceil(CHUNK);
+        let mut first_row = 0;
+        for part in file.chunks(rows_at_once * row_bytes) {
             gpu.upload(part, span)?;
-            let count = part.len() / dtype.block_bytes() * block_groups;
+            let rows = part.len() / row_bytes;
             let arguments = PackArgs {
                 file: span.pointer,
-                first: first as u64,
-                count: count as u64,
                 planes: matrix.planes(),
+                first_row: first_row as u64,
+                rows: rows as u64,
+                groups: (cols / GROUP) as u32,
+                unused: 0,
             };
-            let grid = [count.div_ceil(PACK_THREADS), 1, 1];
-            // SAFETY: the part is in the staging memory, and the planes have room for all groups.
+            let grid = [(rows * lanes).div_ceil(PACK_THREADS), 1, 1];
+            // SAFETY: the part is in the staging memory, and the planes have room for all rows.
             unsafe { gpu.launch(&kernel, (grid, PACK_THREADS, 0), &arguments)? };
-            first += count;
+            first_row += rows;
         }
         Ok(matrix)
     }

@@ -1,5 +1,5 @@
-// Decoding of quantised weights from the device layout: 32 elements at a time, as bytes that dp4a
-// multiplies, with their scales. The layout of each type is told in layout.rs.
+// Decoding of quantised weights from the device layout: 32 elements at a time, as signed bytes that
+// tensor cores multiply, with their scales. The layout of each type is told in pack.rs.
 #pragma once
 #include <cuda_fp16.h>
 #include <stdint.h>
@@ -13,7 +13,8 @@ struct GroupScale {
     int16_t sums[2]; // of the integers of elements 0..16 and 16..32
 };
 
-// A matrix in the device layout. Planes hold all groups of all rows, row after row.
+// A matrix in the device layout. Planes hold all chunks of all rows, row after row; the last chunk of
+// a row is filled up with zeros.
 struct Planes {
     const uint8_t* quants;
     const uint8_t* highs;
@@ -22,208 +23,243 @@ struct Planes {
 
 enum class Min { None, One, Pair };
 
-__device__ __forceinline__ float half_at(const uint8_t* at) {
-    return __half2float(*reinterpret_cast<const __half*>(at));
+// A chunk is four groups of a row. Four lanes next to each other share it, as tensor cores want it:
+// lane t has elements 4t .. 4t + 4 ("lower") and 16 + 4t .. 16 + 4t + 4 ("upper") of each group.
+constexpr int CHUNK = 4;
+
+// What a lane has of a chunk: its quants and their high bits.
+struct Raw {
+    uint32_t quants[8], highs[2];
+};
+
+__device__ __forceinline__ float half_of(uint32_t bits) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
-// 32 nibbles: low ones are elements 0..16, high ones 16..32.
-__device__ __forceinline__ void nibbles(const uint8_t* quants, size_t group, int w[8]) {
-    const int4 q = __ldg(reinterpret_cast<const int4*>(quants) + group);
-    const int words[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        w[i] = words[i] & 0x0f0f0f0f;
-        w[i + 4] = words[i] >> 4 & 0x0f0f0f0f;
+__device__ __forceinline__ uint32_t short_at(const uint8_t* at) {
+    return __ldg(reinterpret_cast<const unsigned short*>(at));
+}
+
+// BYTES bytes at a multiple of BYTES, as words.
+template <int BYTES> __device__ __forceinline__ void load_words(const uint8_t* at, uint32_t* words) {
+    if constexpr (BYTES == 2) words[0] = short_at(at);
+    if constexpr (BYTES == 4) words[0] = __ldg(reinterpret_cast<const uint32_t*>(at));
+    if constexpr (BYTES == 8) {
+        const uint2 v = __ldg(reinterpret_cast<const uint2*>(at));
+        words[0] = v.x, words[1] = v.y;
     }
-}
-
-// 32 crumbs of 2 bits: byte j has elements j, j + 8, j + 16, j + 24.
-__device__ __forceinline__ void crumbs(const uint8_t* plane, size_t group, int w[8]) {
-    const int2 q = __ldg(reinterpret_cast<const int2*>(plane) + group);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        w[2 * i] = q.x >> 2 * i & 0x03030303;
-        w[2 * i + 1] = q.y >> 2 * i & 0x03030303;
+    if constexpr (BYTES >= 16) {
+        const uint4 v = __ldg(reinterpret_cast<const uint4*>(at));
+        words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
     }
+    if constexpr (BYTES == 32) load_words<16>(at + 16, words + 4);
 }
 
-// Adds bit `element` of a word to each element, as bit `BIT`.
-template <int BIT> __device__ __forceinline__ void add_bits(const uint8_t* plane, size_t group, int w[8]) {
-    const uint32_t bits = __ldg(reinterpret_cast<const uint32_t*>(plane) + group);
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const uint32_t four = bits >> 4 * i & 15;
-        w[i] |= static_cast<int>((four * 0x00204081u & 0x01010101u) << BIT);
-    }
-}
+// Two bits of four elements: `field` counts lower and upper of a pair of groups.
+__device__ __forceinline__ uint32_t crumbs(uint32_t word, int field) { return word >> 2 * field & 0x03030303u; }
 
-// Replaces nibbles by the values that they select of IQ4's codebook.
-__device__ __forceinline__ void codebook(int w[8]) {
+// One bit of four elements: `field` counts lower and upper of four groups.
+__device__ __forceinline__ uint32_t bits(uint32_t word, int field) { return word >> field & 0x01010101u; }
+
+// The values that four nibbles select of IQ4's codebook.
+__device__ __forceinline__ uint32_t codebook(uint32_t v) {
     // -127 -104 -83 -65 | -49 -35 -22 -10 | 1 13 25 38 | 53 69 89 113
     constexpr uint32_t T0 = 0xbfad9881u, T1 = 0xf6eaddcfu, T2 = 0x26190d01u, T3 = 0x71594535u;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const uint32_t v = static_cast<uint32_t>(w[i]);
-        const uint32_t selector = (v & 7) | (v >> 4 & 0x70) | (v >> 8 & 0x700) | (v >> 12 & 0x7000);
-        const uint32_t low = __byte_perm(T0, T1, selector), high = __byte_perm(T2, T3, selector);
-        const uint32_t upper = (v >> 3 & 0x01010101u) * 0xffu;
-        w[i] = static_cast<int>((low & ~upper) | (high & upper));
-    }
+    const uint32_t selector = (v & 7) | (v >> 4 & 0x70) | (v >> 8 & 0x700) | (v >> 12 & 0x7000);
+    const uint32_t low = __byte_perm(T0, T1, selector), high = __byte_perm(T2, T3, selector);
+    const uint32_t upper = (v >> 3 & 0x01010101u) * 0xffu;
+    return (low & ~upper) | (high & upper);
 }
 
 // 6-bit scale and min `i` of 8, packed in 12 bytes.
-__device__ __forceinline__ void six_bits(const uint8_t* packed, int i, int& scale, int& min) {
-    if (i < 4) {
-        scale = packed[i] & 63;
-        min = packed[i + 4] & 63;
-        return;
-    }
-    const int low = packed[i + 4];
-    scale = (low & 15) | packed[i - 4] >> 6 << 4;
-    min = low >> 4 | packed[i] >> 6 << 4;
+__device__ __forceinline__ void six_bits(const uint32_t packed[3], int i, uint32_t& scale, uint32_t& min) {
+    const int shift = 8 * (i % 4);
+    const uint32_t a = packed[0] >> shift & 255, b = packed[1] >> shift & 255, c = packed[2] >> shift & 255;
+    scale = i < 4 ? a & 63 : (c & 15) | a >> 6 << 4;
+    min = i < 4 ? b & 63 : c >> 4 | b >> 6 << 4;
 }
 
-// A type: the bytes of a group in each plane, how its scales are shared, and how it is decoded.
-struct Facts {
-    static constexpr int QUANT_BYTES = 16, HIGH_BYTES = 0, SCALE_BYTES = 2, SCALE_GROUPS = 1;
-    static constexpr int ZERO = 0;
-    static constexpr bool HALVES = false;
-    static constexpr Min MIN = Min::None;
-};
-
-// What decodes besides its integers. `min` is the offset, or the scale of the pair's.
+// What decodes besides its integers: the scale, or one per half; and what is added per unit of the
+// sum of the activations, or of each half's.
 struct Scales {
     float scale[2];
-    float min;
-    int pair[2];
+    float min[2];
 };
 
+// A type: bits of an element in each plane, how its scales are shared, and how it is decoded.
+// `decode` gives four elements of group j of a chunk, upper or lower, as signed bytes; they are UNIT
+// times too large, so that a sign is one operation, and the scales make up for it.
+struct Facts {
+    static constexpr int LOW_BITS = 4, HIGH_BITS = 0, SCALE_BYTES = 2, SCALE_GROUPS = 1;
+    static constexpr bool HALVES = false;
+    static constexpr Min MIN = Min::None;
+    // The words of the scales of group `i` of the block at `block`.
+    static __device__ __forceinline__ void load_scales(const uint8_t* block, int, uint32_t s[4]) { load_words<2>(block, s); }
+};
+
+constexpr uint32_t SIGNS = 0x80808080u;
+
+// Bytes of a lane of a chunk: it has 32 elements.
+template <class T> constexpr int LANE_QUANTS = 4 * T::LOW_BITS;
+template <class T> constexpr int LANE_HIGHS = 4 * T::HIGH_BITS;
+
+// This lane's part of chunk `chunk` of all.
+template <class T> __device__ __forceinline__ void load_raw(const Planes& p, size_t chunk, uint32_t t, Raw& raw) {
+    load_words<LANE_QUANTS<T>>(p.quants + (chunk * 4 + t) * LANE_QUANTS<T>, raw.quants);
+    if constexpr (T::HIGH_BITS > 0) load_words<LANE_HIGHS<T>>(p.highs + (chunk * 4 + t) * LANE_HIGHS<T>, raw.highs);
+}
+
+// The words of the scales of a group; `row_groups` is a multiple of a chunk.
+template <class T>
+__device__ __forceinline__ void load_scales(const Planes& p, size_t row, uint32_t row_groups, uint32_t group, uint32_t s[4]) {
+    const size_t block = row * (row_groups / T::SCALE_GROUPS) + group / T::SCALE_GROUPS;
+    T::load_scales(p.scales + block * T::SCALE_BYTES, group % T::SCALE_GROUPS, s);
+}
+
 struct Q4_0 : Facts {
-    static constexpr int ZERO = 8;
-    static __device__ __forceinline__ void quants(const Planes& p, size_t g, int w[8]) { nibbles(p.quants, g, w); }
-    static __device__ __forceinline__ void scales(const Planes& p, size_t b, int, Scales& s) { s.scale[0] = half_at(p.scales + 2 * b); }
+    static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) {
+        return ((upper ? raw.quants[j] : raw.quants[j] << 4) & 0xf0f0f0f0u) ^ SIGNS;
+    }
+    static __device__ __forceinline__ void scales(const uint32_t w[4], int, Scales& s) { s.scale[0] = half_of(w[0]) * (1.0f / 16); }
 };
 
 struct Q4_1 : Facts {
     static constexpr int SCALE_BYTES = 4;
     static constexpr Min MIN = Min::One;
-    static __device__ __forceinline__ void quants(const Planes& p, size_t g, int w[8]) { nibbles(p.quants, g, w); }
-    static __device__ __forceinline__ void scales(const Planes& p, size_t b, int, Scales& s) {
-        s.scale[0] = half_at(p.scales + 4 * b);
-        s.min = half_at(p.scales + 4 * b + 2);
+    static __device__ __forceinline__ void load_scales(const uint8_t* block, int, uint32_t s[4]) { load_words<4>(block, s); }
+    static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) {
+        return (upper ? raw.quants[j] >> 4 : raw.quants[j]) & 0x0f0f0f0fu;
+    }
+    static __device__ __forceinline__ void scales(const uint32_t w[4], int, Scales& s) {
+        s.scale[0] = half_of(w[0]);
+        s.min[0] = half_of(w[0] >> 16);
     }
 };
 
 struct Q5_0 : Facts {
-    static constexpr int HIGH_BYTES = 4, ZERO = 16;
-    static __device__ __forceinline__ void quants(const Planes& p, size_t g, int w[8]) {
-        nibbles(p.quants, g, w);
-        add_bits<4>(p.highs, g, w);
+    static constexpr int HIGH_BITS = 1;
+    static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) {
+        const uint32_t low = (upper ? raw.quants[j] >> 1 : raw.quants[j] << 3) & 0x78787878u;
+        return (low | bits(raw.highs[0], 2 * j + upper) << 7) ^ SIGNS;
     }
-    static __device__ __forceinline__ void scales(const Planes& p, size_t b, int, Scales& s) { s.scale[0] = half_at(p.scales + 2 * b); }
+    static __device__ __forceinline__ void scales(const uint32_t w[4], int, Scales& s) { s.scale[0] = half_of(w[0]) * (1.0f / 8); }
 };
 
 struct Q5_1 : Q4_1 {
-    static constexpr int HIGH_BYTES = 4;
-    static __device__ __forceinline__ void quants(const Planes& p, size_t g, int w[8]) { Q5_0::quants(p, g, w); }
+    static constexpr int HIGH_BITS = 1;
+    static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) {
+        return Q4_1::decode(raw, j, upper) | bits(raw.highs[0], 2 * j + upper) << 4;
+    }
 };
 
 struct Q8_0 : Facts {
-    static constexpr int QUANT_BYTES = 32;
-    static __device__ __forceinline__ void quants(const Planes& p, size_t g, int w[8]) {
-        const int4* q = reinterpret_cast<const int4*>(p.quants) + 2 * g;
-        const int4 a = __ldg(q), b = __ldg(q + 1);
-        w[0] = a.x, w[1] = a.y, w[2] = a.z, w[3] = a.w, w[4] = b.x, w[5] = b.y, w[6] = b.z, w[7] = b.w;
-    }
-    static __device__ __forceinline__ void scales(const Planes& p, size_t b, int, Scales& s) { s.scale[0] = half_at(p.scales + 2 * b); }
+    static constexpr int LOW_BITS = 8;
+    static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) { return raw.quants[2 * j + upper]; }
+    static __device__ __forceinline__ void scales(const uint32_t w[4], int, Scales& s) { s.scale[0] = half_of(w[0]); }
 };
 
-struct Iq4Nl : Q4_0 {
-    static constexpr int ZERO = 0;
-    static __device__ __forceinline__ void quants(const Planes& p, size_t g, int w[8]) {
-        nibbles(p.quants, g, w);
-        codebook(w);
-    }
+struct Iq4Nl : Facts {
+    static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) { return codebook(Q4_1::decode(raw, j, upper)); }
+    static __device__ __forceinline__ void scales(const uint32_t w[4], int, Scales& s) { s.scale[0] = half_of(w[0]); }
 };
 
-struct Iq4Xs : Facts {
+struct Iq4Xs : Iq4Nl {
     static constexpr int SCALE_BYTES = 8, SCALE_GROUPS = 8;
-    static __device__ __forceinline__ void quants(const Planes& p, size_t g, int w[8]) { Iq4Nl::quants(p, g, w); }
-    static __device__ __forceinline__ void scales(const Planes& p, size_t b, int i, Scales& s) {
-        const uint2 packed = __ldg(reinterpret_cast<const uint2*>(p.scales) + b);
-        const int high = packed.x >> (16 + 2 * i) & 3, low = packed.y >> 4 * i & 15;
-        const float d = __half2float(__ushort_as_half(static_cast<unsigned short>(packed.x)));
-        s.scale[0] = d * static_cast<float>((low | high << 4) - 32);
+    static __device__ __forceinline__ void load_scales(const uint8_t* block, int, uint32_t s[4]) { load_words<8>(block, s); }
+    static __device__ __forceinline__ void scales(const uint32_t w[4], int i, Scales& s) {
+        const int high = w[0] >> (16 + 2 * i) & 3, low = w[1] >> 4 * i & 15;
+        s.scale[0] = half_of(w[0]) * static_cast<float>((low | high << 4) - 32);
     }
 };
 
 struct Q4K : Facts {
     static constexpr int SCALE_BYTES = 16, SCALE_GROUPS = 8;
     static constexpr Min MIN = Min::One;
-    static __device__ __forceinline__ void quants(const Planes& p, size_t g, int w[8]) { nibbles(p.quants, g, w); }
-    static __device__ __forceinline__ void scales(const Planes& p, size_t b, int i, Scales& s) {
-        const uint8_t* block = p.scales + 16 * b;
-        int scale, min;
-        six_bits(block + 4, i, scale, min);
-        s.scale[0] = half_at(block) * static_cast<float>(scale);
-        s.min = -(half_at(block + 2) * static_cast<float>(min));
+    static __device__ __forceinline__ void load_scales(const uint8_t* block, int, uint32_t s[4]) { load_words<16>(block, s); }
+    static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) { return Q4_1::decode(raw, j, upper); }
+    static __device__ __forceinline__ void scales(const uint32_t w[4], int i, Scales& s) {
+        uint32_t scale, min;
+        six_bits(w + 1, i, scale, min);
+        s.scale[0] = half_of(w[0]) * static_cast<float>(scale);
+        s.min[0] = -(half_of(w[0] >> 16) * static_cast<float>(min));
     }
 };
 
 struct Q5K : Q4K {
-    static constexpr int HIGH_BYTES = 4;
-    static __device__ __forceinline__ void quants(const Planes& p, size_t g, int w[8]) { Q5_0::quants(p, g, w); }
+    static constexpr int HIGH_BITS = 1;
+    static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) { return Q5_1::decode(raw, j, upper); }
 };
 
 struct Q6K : Facts {
-    static constexpr int HIGH_BYTES = 8, SCALE_BYTES = 18, SCALE_GROUPS = 8, ZERO = 32;
+    static constexpr int HIGH_BITS = 2, SCALE_BYTES = 18, SCALE_GROUPS = 8;
     static constexpr bool HALVES = true;
-    static __device__ __forceinline__ void quants(const Planes& p, size_t g, int w[8]) {
-        int high[8];
-        nibbles(p.quants, g, w);
-        crumbs(p.highs, g, high);
-#pragma unroll
-        for (int i = 0; i < 8; i++) w[i] |= high[i] << 4;
+    static __device__ __forceinline__ void load_scales(const uint8_t* block, int i, uint32_t s[4]) {
+        s[0] = short_at(block + 2 * i);
+        s[1] = short_at(block + 16);
     }
-    static __device__ __forceinline__ void scales(const Planes& p, size_t b, int i, Scales& s) {
-        const uint8_t* block = p.scales + 18 * b;
-        const float d = half_at(block + 16);
-        s.scale[0] = d * static_cast<float>(static_cast<int8_t>(block[2 * i]));
-        s.scale[1] = d * static_cast<float>(static_cast<int8_t>(block[2 * i + 1]));
+    static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) {
+        const uint32_t low = (upper ? raw.quants[j] >> 2 : raw.quants[j] << 2) & 0x3c3c3c3cu;
+        return (low | crumbs(raw.highs[j / 2], j % 2 * 2 + upper) << 6) ^ SIGNS;
+    }
+    static __device__ __forceinline__ void scales(const uint32_t w[4], int, Scales& s) {
+        const float d = half_of(w[1]) * (1.0f / 4);
+        s.scale[0] = d * static_cast<float>(static_cast<int8_t>(w[0]));
+        s.scale[1] = d * static_cast<float>(static_cast<int8_t>(w[0] >> 8));
     }
 };
 
 struct Q3K : Facts {
-    static constexpr int QUANT_BYTES = 8, HIGH_BYTES = 4, SCALE_BYTES = 14, SCALE_GROUPS = 8, ZERO = 4;
+    static constexpr int LOW_BITS = 2, HIGH_BITS = 1, SCALE_BYTES = 14, SCALE_GROUPS = 8;
     static constexpr bool HALVES = true;
-    static __device__ __forceinline__ void quants(const Planes& p, size_t g, int w[8]) {
-        crumbs(p.quants, g, w);
-        add_bits<2>(p.highs, g, w);
+    static __device__ __forceinline__ void load_scales(const uint8_t* block, int i, uint32_t s[4]) {
+        s[0] = short_at(block + 2 * i % 8);
+        s[1] = short_at(block + 8 + 2 * i % 4);
+        s[2] = short_at(block + 12);
     }
-    static __device__ __forceinline__ float scale(const uint8_t* block, int i) {
-        const int low = block[i % 8] >> 4 * (i / 8) & 15, high = block[8 + i % 4] >> 2 * (i / 4) & 3;
-        return half_at(block + 12) * static_cast<float>((low | high << 4) - 32);
+    static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) {
+        return (crumbs(raw.quants[j / 2], j % 2 * 2 + upper) << 5 | bits(raw.highs[0], 2 * j + upper) << 7) ^ SIGNS;
     }
-    static __device__ __forceinline__ void scales(const Planes& p, size_t b, int i, Scales& s) {
-        s.scale[0] = scale(p.scales + 14 * b, 2 * i);
-        s.scale[1] = scale(p.scales + 14 * b, 2 * i + 1);
+    static __device__ __forceinline__ void scales(const uint32_t w[4], int i, Scales& s) {
+        const float d = half_of(w[2]) * (1.0f / 32);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int low = w[0] >> (8 * half + i / 4 * 4) & 15, high = w[1] >> (8 * half + i / 2 * 2) & 3;
+            s.scale[half] = d * static_cast<float>((low | high << 4) - 32);
+        }
     }
 };
 
 struct Q2K : Facts {
-    static constexpr int QUANT_BYTES = 8, SCALE_BYTES = 20, SCALE_GROUPS = 8;
+    static constexpr int LOW_BITS = 2, SCALE_BYTES = 20, SCALE_GROUPS = 8;
     static constexpr bool HALVES = true;
     static constexpr Min MIN = Min::Pair;
-    static __device__ __forceinline__ void quants(const Planes& p, size_t g, int w[8]) { crumbs(p.quants, g, w); }
-    static __device__ __forceinline__ void scales(const Planes& p, size_t b, int i, Scales& s) {
-        const uint8_t* block = p.scales + 20 * b;
-        const float d = half_at(block + 16);
+    static __device__ __forceinline__ void load_scales(const uint8_t* block, int i, uint32_t s[4]) {
+        s[0] = short_at(block + 2 * i);
+        load_words<4>(block + 16, s + 1);
+    }
+    static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) {
+        return crumbs(raw.quants[j / 2], j % 2 * 2 + upper);
+    }
+    static __device__ __forceinline__ void scales(const uint32_t w[4], int, Scales& s) {
+        const float d = half_of(w[1]), m = -half_of(w[1] >> 16);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int packed = block[2 * i + half];
-            s.scale[half] = d * static_cast<float>(packed & 15);
-            s.pair[half] = packed >> 4;
+            s.scale[half] = d * static_cast<float>(w[0] >> 8 * half & 15);
+            s.min[half] = m * static_cast<float>(w[0] >> (8 * half + 4) & 15);
         }
-        s.min = -half_at(block + 18);
     }
 };
+
+#define FOR_QUANTIZED(DEFINE) \
+    DEFINE(q4_0, Q4_0)        \
+    DEFINE(q4_1, Q4_1)        \
+    DEFINE(q5_0, Q5_0)        \
+    DEFINE(q5_1, Q5_1)        \
+    DEFINE(q8_0, Q8_0)        \
+    DEFINE(iq4_nl, Iq4Nl)     \
+    DEFINE(iq4_xs, Iq4Xs)     \
+    DEFINE(q2_k, Q2K)         \
+    DEFINE(q3_k, Q3K)         \
+    DEFINE(q4_k, Q4K)         \
+    DEFINE(q5_k, Q5K)         \
+    DEFINE(q6_k, Q6K)

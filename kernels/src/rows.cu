@@ -5,11 +5,15 @@
 constexpr int ROW_THREADS = 256;
 
 // The 8-bit form of rows: values in rows 0..n, what they miss in rows `second` .. if that is wanted.
+// A row has whole chunks of groups, the last of them zeros where need be; how a pair of groups lies is
+// told in products.rs.
 struct EightBits {
-    int8_t* quants;     // [rows][cols]
-    GroupScale* scales; // [rows][cols / 32]
+    int8_t* quants;     // [rows][groups · 32]
+    GroupScale* scales; // [rows][groups]
     uint32_t second;
 };
+
+__device__ __forceinline__ uint32_t padded_groups(uint32_t cols) { return (cols + CHUNK * GROUP - 1) / (CHUNK * GROUP) * CHUNK; }
 
 __device__ __forceinline__ float sum_over_warp(float value) {
 #pragma unroll
@@ -28,40 +32,68 @@ __device__ __forceinline__ float sum_over_block(float value) {
     return sum_over_warp(value);
 }
 
-// Rounds one group of 32 values, of which this lane has one; returns what the 8 bits miss of it.
-__device__ __forceinline__ float round_group(float value, int8_t* quant, GroupScale* scale) {
-    const uint32_t lane = threadIdx.x % 32;
-    float amax = fabsf(value);
-    bool is_finite = isfinite(value);
-    is_finite = __all_sync(~0u, is_finite);
+// Four elements in a row of `cols`, zeros beyond it; `cols` is a multiple of four.
+__device__ __forceinline__ float4 quad_at(const float* row, uint32_t i, uint32_t cols) {
+    return i < cols ? *reinterpret_cast<const float4*>(row + i) : make_float4(0, 0, 0, 0);
+}
+
+__device__ __forceinline__ float quad_squares(float4 v, float sum) {
+    return __fmaf_rn(v.w, v.w, __fmaf_rn(v.z, v.z, __fmaf_rn(v.y, v.y, __fmaf_rn(v.x, v.x, sum))));
+}
+
+// Rounds one group of 32 values, of which eight lanes have four each, into its place in a pair of
+// groups; returns what the 8 bits miss of them.
+__device__ __forceinline__ float4 round_group(float4 v, int8_t* pair, uint32_t index, GroupScale* scale) {
+    const uint32_t lane = threadIdx.x % 32, own = lane % 8;
+    const float values[4] = {v.x, v.y, v.z, v.w};
+    float amax = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+    const bool own_finite = isfinite(v.x) && isfinite(v.y) && isfinite(v.z) && isfinite(v.w);
+    const bool is_finite = (__ballot_sync(~0u, !own_finite) >> (lane & ~7u) & 255u) == 0;
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, distance));
+    for (int distance = 4; distance > 0; distance /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, distance));
     constexpr float AMAX_MIN = 127.0f * 1.17549435e-38f;
     const bool is_zero = !is_finite || amax < AMAX_MIN;
     const float step = !is_finite ? __int_as_float(0x7fc00000) : is_zero ? 0.0f : __fdiv_rn(amax, 127.0f);
-    const int q = is_zero ? 0 : __float2int_rn(__fmul_rn(value, __fdiv_rn(127.0f, amax)));
-    quant[lane] = static_cast<int8_t>(q);
-    int sum = q;
+    const float factor = is_zero ? 0.0f : __fdiv_rn(127.0f, amax);
+    int q[4];
+    float rest[4];
+    uint32_t packed = 0;
 #pragma unroll
-    for (int distance = 8; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-    const int upper = __shfl_sync(~0u, sum, 16);
-    if (lane == 0) {
-        scale->scale = step;
-        scale->sums[0] = static_cast<int16_t>(sum);
-        scale->sums[1] = static_cast<int16_t>(upper);
+    for (int i = 0; i < 4; i++) {
+        q[i] = is_zero ? 0 : __float2int_rn(__fmul_rn(values[i], factor));
+        packed |= static_cast<uint32_t>(q[i] & 255) << 8 * i;
+        rest[i] = __fmaf_rn(-step, static_cast<float>(q[i]), values[i]);
     }
-    return __fmaf_rn(-step, static_cast<float>(q), value);
+    *reinterpret_cast<uint32_t*>(pair + own % 4 * 16 + index * 8 + own / 4 * 4) = packed;
+    int sum = q[0] + q[1] + q[2] + q[3];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    const int upper = __shfl_xor_sync(~0u, sum, 4);
+    if (own == 0) {
+        const uint32_t sums = static_cast<uint32_t>(sum & 0xffff) | static_cast<uint32_t>(upper) << 16;
+        *reinterpret_cast<uint2*>(scale) = make_uint2(__float_as_uint(step), sums);
+    }
+    return make_float4(rest[0], rest[1], rest[2], rest[3]);
 }
 
-// Rounds group `group` of row `row`, and what is missing then as a row of its own.
-__device__ __forceinline__ void round_row_group(float value, const EightBits& to, uint32_t row, uint32_t cols, uint32_t group) {
-    const size_t groups = cols / GROUP;
-    size_t at = row * groups + group;
-    const float rest = round_group(value, to.quants + at * GROUP, to.scales + at);
+// Rounds the group that has element i of row `row`, and what is missing then as a row of its own.
+__device__ __forceinline__ void round_row_group(float4 v, const EightBits& to, uint32_t row, uint32_t cols, uint32_t i) {
+    const size_t groups = padded_groups(cols);
+    size_t at = row * groups + i / GROUP;
+    const float4 rest = round_group(v, to.quants + at / 2 * 2 * GROUP, at % 2, to.scales + at);
     if (to.second) {
         at += to.second * groups;
-        round_group(rest, to.quants + at * GROUP, to.scales + at);
+        round_group(rest, to.quants + at / 2 * 2 * GROUP, at % 2, to.scales + at);
     }
+}
+
+// A sixteenth of four elements as f16, in the order of a group that wide products read: 4 of its first
+// half, then 4 of its second.
+__device__ __forceinline__ void store_halves(float4 v, __half* halves, uint32_t row, uint32_t cols, uint32_t i) {
+    constexpr float UNIT = 1.0f / 16;
+    __half2 pairs[2] = {__floats2half2_rn(v.x * UNIT, v.y * UNIT), __floats2half2_rn(v.z * UNIT, v.w * UNIT)};
+    const uint32_t own = i / 4 % 8, place = i / GROUP * GROUP + own % 4 * 8 + own / 4 * 4;
+    *reinterpret_cast<uint2*>(halves + static_cast<size_t>(row) * padded_groups(cols) * GROUP + place) = *reinterpret_cast<uint2*>(pairs);
 }
 
 struct NormArgs {
@@ -72,41 +104,59 @@ struct NormArgs {
     const uint32_t* gather;  // [n]: rows of residual and added; or null for all. Residual stays then.
     float* values;           // [n][cols], or null
     EightBits eight_bits;
+    __half* halves; // [rows][padded cols], or null
     float added_eps, eps;
     uint32_t cols;
 };
+
+// Loads that a thread has in flight.
+constexpr int QUADS = 4;
 
 // One block per row; shared memory holds a row.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) norm_rows(const __grid_constant__ NormArgs args) {
     extern __shared__ float row_values[];
     const uint32_t cols = args.cols, own = blockIdx.x;
     const size_t source = static_cast<size_t>(args.gather ? args.gather[own] : own) * cols;
+    float* residual = args.residual + source;
+    const float* added = args.added ? args.added + source : nullptr;
     float scale = 1.0f;
     if (args.added_norm) {
         float squares = 0;
-        for (uint32_t i = threadIdx.x; i < cols; i += ROW_THREADS) {
-            const float value = args.added[source + i];
-            squares = __fmaf_rn(value, value, squares);
-        }
+        for (uint32_t i = 4 * threadIdx.x; i < cols; i += 4 * ROW_THREADS) squares = quad_squares(quad_at(added, i, cols), squares);
         scale = 1.0f / sqrtf(sum_over_block(squares) / static_cast<float>(cols) + args.added_eps);
     }
     float squares = 0;
-    for (uint32_t i = threadIdx.x; i < cols; i += ROW_THREADS) {
-        float value = args.residual[source + i];
-        if (args.added) {
-            const float added = args.added[source + i];
-            value += args.added_norm ? added * scale * args.added_norm[i] : added;
-            if (!args.gather) args.residual[source + i] = value;
+    for (uint32_t base = 0; base < cols; base += 4 * ROW_THREADS * QUADS) {
+        float4 v[QUADS], a[QUADS];
+#pragma unroll
+        for (int k = 0; k < QUADS; k++) {
+            const uint32_t i = base + 4 * (k * ROW_THREADS + threadIdx.x);
+            v[k] = quad_at(residual, i, cols);
+            a[k] = added ? quad_at(added, i, cols) : make_float4(0, 0, 0, 0);
         }
-        row_values[i] = value;
-        squares = __fmaf_rn(value, value, squares);
+#pragma unroll
+        for (int k = 0; k < QUADS; k++) {
+            const uint32_t i = base + 4 * (k * ROW_THREADS + threadIdx.x);
+            if (i >= cols) break;
+            if (args.added_norm) {
+                const float4 weight = *reinterpret_cast<const float4*>(args.added_norm + i);
+                a[k] = make_float4(a[k].x * scale * weight.x, a[k].y * scale * weight.y, a[k].z * scale * weight.z, a[k].w * scale * weight.w);
+            }
+            v[k] = make_float4(v[k].x + a[k].x, v[k].y + a[k].y, v[k].z + a[k].z, v[k].w + a[k].w);
+            if (added && !args.gather) *reinterpret_cast<float4*>(residual + i) = v[k];
+            *reinterpret_cast<float4*>(row_values + i) = v[k];
+            squares = quad_squares(v[k], squares);
+        }
     }
     scale = 1.0f / sqrtf(sum_over_block(squares) / static_cast<float>(cols) + args.eps);
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < (cols + 31) / 32 * 32; i += ROW_THREADS) {
-        const float value = i < cols ? row_values[i] * scale * args.weight[i] : 0.0f;
-        if (args.values && i < cols) args.values[static_cast<size_t>(own) * cols + i] = value;
-        if (args.eight_bits.quants) round_row_group(value, args.eight_bits, own, cols, i / GROUP);
+    for (uint32_t i = 4 * threadIdx.x; i < padded_groups(cols) * GROUP; i += 4 * ROW_THREADS) {
+        float4 v = quad_at(row_values, i, cols);
+        const float4 weight = quad_at(args.weight, i, cols);
+        v = make_float4(v.x * scale * weight.x, v.y * scale * weight.y, v.z * scale * weight.z, v.w * scale * weight.w);
+        if (args.values && i < cols) *reinterpret_cast<float4*>(args.values + static_cast<size_t>(own) * cols + i) = v;
+        if (args.halves) store_halves(v, args.halves, own, cols, i);
+        if (args.eight_bits.quants) round_row_group(v, args.eight_bits, own, cols, i);
     }
 }
 
@@ -115,6 +165,7 @@ struct RoundArgs {
     const float* up;     // [rows][cols], or null
     float* out;          // [rows][cols], or null
     EightBits eight_bits;
+    __half* halves; // [rows][padded cols], or null
     uint32_t rows, cols;
     uint32_t activation; // of `values`, where `up` is given: 0 silu, 1 gelu's tanh form
 };
@@ -125,15 +176,18 @@ __device__ __forceinline__ float activated(float x, uint32_t activation) {
     return 0.5f * x * (1.0f + tanhf(inner));
 }
 
-// Rounds values, or activation(values) · up: one warp per group of 32.
+// Rounds values, or activation(values) · up: four elements per thread.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) round_rows(const __grid_constant__ RoundArgs args) {
-    const uint32_t groups = (args.cols + GROUP - 1) / GROUP;
-    const uint32_t index = blockIdx.x * (ROW_THREADS / 32) + threadIdx.x / 32;
-    const uint32_t row = blockIdx.y, group = index, i = group * GROUP + threadIdx.x % 32;
-    if (group >= groups) return;
-    const size_t at = static_cast<size_t>(row) * args.cols + i;
-    float value = i < args.cols ? args.values[at] : 0.0f;
-    if (args.up && i < args.cols) value = activated(value, args.activation) * args.up[at];
-    if (args.out && i < args.cols) args.out[at] = value;
-    if (args.eight_bits.quants) round_row_group(value, args.eight_bits, row, args.cols, group);
+    const uint32_t i = 4 * (blockIdx.x * ROW_THREADS + threadIdx.x), cols = args.cols, row = blockIdx.y;
+    if (i >= padded_groups(cols) * GROUP) return;
+    const size_t start = static_cast<size_t>(row) * cols;
+    float4 v = quad_at(args.values + start, i, cols);
+    if (args.up) {
+        const float4 up = quad_at(args.up + start, i, cols);
+        v = make_float4(activated(v.x, args.activation) * up.x, activated(v.y, args.activation) * up.y,
+                        activated(v.z, args.activation) * up.z, activated(v.w, args.activation) * up.w);
+    }
+    if (args.out && i < cols) *reinterpret_cast<float4*>(args.out + start + i) = v;
+    if (args.halves) store_halves(v, args.halves, row, cols, i);
+    if (args.eight_bits.quants) round_row_group(v, args.eight_bits, row, cols, i);
 }

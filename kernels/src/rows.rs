@@ -2,7 +2,7 @@
 //! gated activations, and rounding to 8 bits (as `tandem_cpu_kernels::activations`), fused.
 
 use crate::gpu::{Gpu, GpuError, Span};
-use crate::matvec::EightBits;
+use crate::products::{CHUNK, EightBits, half_bytes};
 use cudarc::driver::DeviceRepr;
 use tandem_cpu_kernels::blocks::GROUP;
 
@@ -42,6 +42,8 @@ pub struct NormRows<'a> {
     pub values: Option<Span<'a>>,
     /// The result in 8 bits.
     pub eight_bits: Option<EightBits<'a>>,
+    /// The result as [`Columns::halves`](crate::Columns::halves).
+    pub halves: Option<Span<'a>>,
     /// Rows of `residual` and of what is added.
     pub rows: usize,
     /// Elements of a row.
@@ -68,6 +70,8 @@ pub struct RoundRows<'a> {
     pub out: Option<Span<'a>>,
     /// The result in 8 bits.
     pub eight_bits: Option<EightBits<'a>>,
+    /// The result as [`Columns::halves`](crate::Columns::halves).
+    pub halves: Option<Span<'a>>,
     /// Rows.
     pub rows: usize,
     /// Elements of a row.
@@ -92,6 +96,7 @@ struct NormArgs {
     gather: u64,
     values: u64,
     eight_bits: EightBitsArg,
+    halves: u64,
     added_eps: f32,
     eps: f32,
     cols: u32,
@@ -104,6 +109,7 @@ struct RoundArgs {
     up: u64,
     out: u64,
     eight_bits: EightBitsArg,
+    halves: u64,
     rows: u32,
     cols: u32,
     activation: u32,
@@ -131,11 +137,12 @@ impl Gpu {
     /// What the driver refuses.
     ///
     /// # Panics
-    /// When a span is too short or a row longer than [`Gpu::NORM_COLS_MAX`]. Gathered indices are
+    /// When a span is too short, or a row no multiple of 4 or longer than [`Gpu::NORM_COLS_MAX`]. Gathered indices are
     /// the caller's promise.
     pub fn norm_rows(&self, pass: &NormRows<'_>, n: usize) -> Result<(), GpuError> {
         let (elements, cols) = (pass.rows * pass.cols, pass.cols);
         assert!(cols <= Self::NORM_COLS_MAX, "rows of {cols} elements");
+        assert!(cols.is_multiple_of(4), "rows are read in fours, got {cols}");
         assert!(pass.gather.is_some() || n <= pass.rows, "{n} of {} rows", pass.rows);
         let added_norm = pass.added.and_then(|added| added.norm);
         let arguments = NormArgs {
@@ -146,6 +153,7 @@ impl Gpu {
             gather: pass.gather.map_or(0, |gather| gather.of(n, size_of::<u32>())),
             values: pass.values.map_or(0, |values| values.of(n * cols, F32)),
             eight_bits: eight_bits(pass.eight_bits, n, cols),
+            halves: pass.halves.map_or(0, |halves| halves.of(half_bytes(n, cols), 1)),
             added_eps: added_norm.map_or(0.0, |norm| norm.eps),
             eps: pass.norm.eps,
             cols: cols as u32,
@@ -161,19 +169,21 @@ impl Gpu {
     /// What the driver refuses.
     ///
     /// # Panics
-    /// When a span is too short.
+    /// When a span is too short or a row no multiple of 4.
     pub fn round_rows(&self, pass: &RoundRows<'_>) -> Result<(), GpuError> {
         let (elements, cols) = (pass.rows * pass.cols, pass.cols);
+        assert!(cols.is_multiple_of(4), "rows are read in fours, got {cols}");
         let arguments = RoundArgs {
             values: pass.values.of(elements, F32),
             up: pass.up.map_or(0, |(up, _)| up.of(elements, F32)),
             out: pass.out.map_or(0, |out| out.of(elements, F32)),
             eight_bits: eight_bits(pass.eight_bits, pass.rows, cols),
+            halves: pass.halves.map_or(0, |halves| halves.of(half_bytes(pass.rows, cols), 1)),
             rows: pass.rows as u32,
             cols: cols as u32,
             activation: pass.up.map_or(0, |(_, gate)| gate as u32),
         };
-        let blocks = cols.div_ceil(GROUP).div_ceil(ROW_THREADS / 32);
+        let blocks = cols.next_multiple_of(CHUNK * GROUP).div_ceil(4 * ROW_THREADS);
         let shape = ([blocks, pass.rows, 1], ROW_THREADS, 0);
         // SAFETY: all spans were checked against the shapes.
         unsafe { self.launch("round_rows", shape, &arguments) }

@@ -27,8 +27,15 @@ fn rounding_has_the_bits_of_the_specification() {
         let memory = on_gpu(&gpu, &values);
         let eight_bits = EightBitMemory::new(&gpu, rows, cols, false);
         let (values_span, view) = (memory.span(), Some(eight_bits.view()));
-        let pass =
-            RoundRows { values: values_span, up: None, out: None, eight_bits: view, rows, cols };
+        let pass = RoundRows {
+            values: values_span,
+            up: None,
+            out: None,
+            eight_bits: view,
+            halves: None,
+            rows,
+            cols,
+        };
         gpu.round_rows(&pass).expect("rounding");
         let (off, largest) =
             distance(&decoded(&gpu, &eight_bits, rows, cols), &rounded(&values, cols));
@@ -53,7 +60,15 @@ fn a_group_that_is_not_finite_poisons_its_products_and_no_others() {
     let memory = on_gpu(&gpu, &values);
     let eight_bits = EightBitMemory::new(&gpu, 1, 96, false);
     let (values, view) = (memory.span(), Some(eight_bits.view()));
-    let pass = RoundRows { values, up: None, out: None, eight_bits: view, rows: 1, cols: 96 };
+    let pass = RoundRows {
+        values,
+        up: None,
+        out: None,
+        eight_bits: view,
+        halves: None,
+        rows: 1,
+        cols: 96,
+    };
     gpu.round_rows(&pass).expect("rounding");
     let decoded = decoded(&gpu, &eight_bits, 1, 96);
     assert!(decoded[32..64].iter().all(|value| value.is_nan()));
@@ -80,6 +95,7 @@ fn gates_are_activated_and_multiplied() {
             up: Some((up_span, activation)),
             out: Some(values_span),
             eight_bits: None,
+            halves: None,
             rows,
             cols,
         };
@@ -129,6 +145,7 @@ fn norms_add_what_is_pending_first() {
                 gather: None,
                 values: Some(values.span()),
                 eight_bits: Some(eight_bits.view()),
+                halves: None,
                 rows,
                 cols,
             };
@@ -165,6 +182,7 @@ fn gathered_rows_are_normed_and_leave_the_residual_as_it_is() {
         gather: Some(gather.span()),
         values: Some(values.span()),
         eight_bits: None,
+        halves: None,
         rows,
         cols,
     };

@@ -7,6 +7,7 @@
 //! the order of sums. A token's bits do not depend on what else is in its step here either.
 
 mod buffers;
+mod graphs;
 mod kv;
 mod ops;
 mod weights;
@@ -16,16 +17,27 @@ pub use weights::GpuWeights;
 use super::ExecutorError;
 use super::batch::{Batch, PlanLimits};
 use super::kv_store::KvOptions;
+use super::program::{Linear, Norm, Op, Pending};
 use super::sample::RowSamplers;
 use super::stage::StageMemory;
 use crate::step::{StepOutput, StepPlan};
 use buffers::GpuBuffers;
+use graphs::Graphs;
 use kv::GpuKv;
 use std::sync::Arc;
 use std::time::Instant;
 
 /// Rows of logits that exist at once.
-const LOGITS_TILE_ROWS: usize = 64;
+const LOGITS_TILE_ROWS: usize = 128;
+
+/// How the program ends.
+#[derive(Clone, Copy)]
+struct LastOps {
+    pending: Pending,
+    norm: Norm,
+    output: Linear,
+    softcap: Option<f32>,
+}
 
 /// How a stage on a GPU is to be made.
 #[derive(Clone, Copy, Debug)]
@@ -43,6 +55,9 @@ pub struct GpuStage {
     kv: GpuKv,
     buffers: GpuBuffers,
     samplers: RowSamplers,
+    last: LastOps,
+    // Before the memory that they use.
+    graphs: Graphs,
     failure: Option<String>,
     weights: Arc<GpuWeights>,
 }
@@ -57,6 +72,7 @@ impl GpuStage {
         options: &GpuStageOptions,
     ) -> Result<Self, ExecutorError> {
         let (program, tokens) = (weights.program(), options.step_tokens_max);
+        let store = (options.kv.device_blocks, options.kv.block_tokens);
         let limits = PlanLimits {
             tokens_max: tokens,
             vocab_size: weights.vocab_size(),
@@ -67,8 +83,10 @@ impl GpuStage {
         Ok(Self {
             limits,
             batch: Batch::new(tokens, options.kv.device_blocks, Vec::new()),
+            last: last_ops(&program.ops),
+            graphs: Graphs::default(),
             kv: GpuKv::new(weights.gpu(), &program.kv_layers, options.kv)?,
-            buffers: GpuBuffers::new(&weights, tokens, options.kv.device_blocks)?,
+            buffers: GpuBuffers::new(&weights, tokens, store)?,
             samplers: RowSamplers::new(1, program.dims.vocab, tokens),
             failure: None,
             weights,
@@ -111,4 +129,18 @@ impl GpuStage {
         output.duration_us = started.elapsed().as_micros() as u64;
         Ok(())
     }
+}
+
+fn last_ops(ops: &[Op]) -> LastOps {
+    let selected = ops.iter().find_map(|op| match op {
+        Op::Select { pending, norm } => Some((*pending, *norm)),
+        _ => None,
+    });
+    let logits = ops.iter().find_map(|op| match op {
+        Op::Logits { output, softcap } => Some((*output, *softcap)),
+        _ => None,
+    });
+    let (pending, norm) = selected.expect("a whole model selects rows");
+    let (output, softcap) = logits.expect("a whole model has logits");
+    LastOps { pending, norm, output, softcap }
 }

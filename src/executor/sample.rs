@@ -2,8 +2,12 @@
 //! finite becomes a failure of its sequence alone.
 
 use crate::sampling::{SampledToken, Sampler};
-use crate::step::{LogitsTask, RowFailure, RowOutput, StepOutput, StepPlan};
+use crate::step::{
+    LogitsRow, LogitsTask, RowFailure, RowOutput, StepOutput, StepPlan, TokenLogprob,
+};
+use crate::units::TokenId;
 use std::sync::{Mutex, PoisonError};
+use tandem_kernels::RowMeasure;
 
 /// A row's number in the plan and what came of it.
 type Outcome = (usize, Result<RowOutput, RowFailure>);
@@ -50,6 +54,20 @@ impl RowSamplers {
             Err(_) => Err(RowFailure { sequence, position }),
         };
         worker.outcomes.push((index, outcome));
+    }
+
+    /// Takes the best token of the plan's `index`-th row of logits, as a GPU measured it: its id and
+    /// log-probability, or none if a logit was not finite.
+    pub fn take_best(&mut self, plan: &StepPlan, index: usize, measure: Option<RowMeasure>) {
+        let LogitsRow { sequence, position, .. } = plan.logits[index];
+        let outcome = match measure {
+            Some(RowMeasure { best, best_logprob, .. }) => {
+                let token = TokenLogprob { id: TokenId(best), logprob: best_logprob };
+                Ok(RowOutput { sequence, position, token, top: Vec::new() })
+            }
+            None => Err(RowFailure { sequence, position }),
+        };
+        self.gathered.push((index, outcome));
     }
 
     /// Moves all outcomes into the output, in the plan's order.

@@ -11,7 +11,7 @@ use crate::tensor::KvDType;
 const HEAD_DIM_MAX: usize = 256;
 const EMBEDDING_DIM_MAX: usize = 16 << 10;
 /// Rows of logits that exist at once, and bytes of unmerged attention.
-const LOGITS_ROWS: u64 = 64;
+const LOGITS_ROWS: u64 = 128;
 const PARTIAL_BYTES: u64 = 64 << 20;
 /// Memory through which weights travel.
 const STAGING_BYTES: u64 = 32 << 20;
@@ -68,7 +68,10 @@ fn unsupported(spec: &ModelSpec, config: &Config) -> Option<String> {
     (dim > EMBEDDING_DIM_MAX).then(|| format!("embeddings of {dim} run on the CPU only"))
 }
 
-/// Bytes of a step's buffers on a GPU: f32 rows, and 8-bit copies where a product follows.
+/// Tokens of a step up to which products read activations in 8 bits, and above which in f16.
+const NARROW_MAX: u64 = 128;
+
+/// Bytes of a step's buffers on a GPU: f32 rows, and rounded copies where a product follows.
 pub(super) fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
     let widest = |width: &dyn Fn(&crate::model::LayerSpec) -> usize| {
         spec.layers.iter().map(width).max().unwrap_or(0) as u64
@@ -80,7 +83,9 @@ pub(super) fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
     let embedding = spec.embedding_dim as u64;
     // residual, normed, projected; angles of up to two rotations.
     let plain = 3 * embedding + heads + attended + 2 * hidden + 2 * angles + 4;
-    let rounded = (2 * embedding + attended + hidden) * 5 / 4;
+    let rounded = 2 * embedding + attended + hidden;
+    let narrow = tokens.min(NARROW_MAX) * rounded * 5 / 4;
+    let wide = if tokens > NARROW_MAX { tokens * 2 * (rounded + 4 * 128) } else { 0 };
     let logits = LOGITS_ROWS * (4 * spec.vocab_size as u64 + 6 * embedding);
-    tokens * (4 * plain + rounded) + logits + PARTIAL_BYTES + STAGING_BYTES
+    tokens * 4 * plain + narrow + wide + logits + PARTIAL_BYTES + STAGING_BYTES
 }

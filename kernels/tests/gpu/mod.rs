@@ -64,6 +64,7 @@ pub struct EightBitMemory {
     quants: DeviceMemory,
     scales: DeviceMemory,
     second: Option<usize>,
+    cols: usize,
 }
 
 impl EightBitMemory {
@@ -73,6 +74,7 @@ impl EightBitMemory {
             quants: gpu.alloc(EightBits::quant_bytes(all, cols)).expect("memory"),
             scales: gpu.alloc(EightBits::scale_bytes(all, cols)).expect("memory"),
             second: second.then_some(rows),
+            cols,
         }
     }
 
@@ -80,13 +82,22 @@ impl EightBitMemory {
         EightBits { quants: self.quants.span(), scales: self.scales.span(), second: self.second }
     }
 
-    /// All integers and the scales, as they lie in memory.
+    /// The integers of all rows in the order of their elements, and the 8 bytes of each group's
+    /// scale and sums.
     pub fn bytes(&self, gpu: &Gpu) -> (Vec<i8>, Vec<u8>) {
         let (mut quants, mut scales) =
             (vec![0i8; self.quants.bytes()], vec![0u8; self.scales.bytes()]);
         gpu.download(self.quants.span(), &mut quants).expect("a download");
         gpu.download(self.scales.span(), &mut scales).expect("a download");
-        (quants, scales)
+        let padded = self.cols.next_multiple_of(128);
+        let place = |e: usize| {
+            let (group, e) = (e / 32 % 2, e % 32);
+            e % 16 / 4 * 16 + group * 8 + e / 16 * 4 + e % 4
+        };
+        let of_row = |row: &[i8]| (0..self.cols).map(|e| row[e / 64 * 64 + place(e)]).collect();
+        let rows: Vec<Vec<i8>> = quants.chunks_exact(padded).map(of_row).collect();
+        let scales = scales.chunks_exact(padded / 4).flat_map(|row| row[..self.cols / 4].to_vec());
+        (rows.concat(), scales.collect())
     }
 }
 

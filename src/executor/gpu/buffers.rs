@@ -3,18 +3,22 @@
 use super::LOGITS_TILE_ROWS;
 use super::weights::{GpuWeights, width_of};
 use crate::executor::ExecutorError;
-use crate::executor::program::{Buffer, Op, Precision};
+use crate::executor::program::{Buffer, Op, Precision, Program};
 use tandem_cpu_kernels::blocks::GROUP;
-use tandem_kernels::{Attend, Columns, DeviceMemory, EightBits, Gpu, HeadCounts, Span};
+use tandem_kernels::{
+    Attend, Columns, DeviceMemory, EightBits, Gpu, HeadCounts, NARROW_MAX, RowMeasures, Span,
+    half_bytes,
+};
 
 /// Bytes of unmerged segments of attention that exist at once, if one token needs no more.
 const PARTIAL_BYTES: usize = 64 << 20;
 const F32: usize = size_of::<f32>();
 
-/// Rows in f32 and, where products read them, in 8 bits.
+/// Rows in f32 and, where products read them, in 8 bits for narrow steps and f16 for wide ones.
 pub(super) struct RowMemory {
     values: DeviceMemory,
     eight_bits: Option<(DeviceMemory, DeviceMemory)>,
+    halves: Option<DeviceMemory>,
     pub cols: usize,
 }
 
@@ -29,6 +33,7 @@ pub(super) struct GpuBuffers {
     pub up: RowMemory,
     pub selected: RowMemory,
     pub logits: RowMemory,
+    pub measures: RowMeasures,
     pub partials: DeviceMemory,
     pub angles: DeviceMemory,
     /// u32 each: positions and places of block tables `[tokens]`, and wanted rows.
@@ -60,13 +65,14 @@ pub(super) struct HostBuffers {
 enum Form {
     Plain,
     EightBits,
-    /// With a second row for what the first misses.
+    /// The same, with a second row for what the first misses.
     Twice,
 }
 
 impl RowMemory {
     fn new(gpu: &Gpu, rows: usize, cols: usize, form: Form) -> Result<Self, ExecutorError> {
-        let all = if form == Form::Twice { 2 * rows } else { rows };
+        let narrow = rows.min(NARROW_MAX);
+        let all = if form == Form::Twice { 2 * narrow } else { narrow };
         let eight_bits = match form {
             Form::EightBits | Form::Twice if cols.is_multiple_of(GROUP) => Some((
                 gpu.alloc(EightBits::quant_bytes(all, cols))?,
@@ -74,7 +80,13 @@ impl RowMemory {
             )),
             _ => None,
         };
-        Ok(Self { values: gpu.alloc(rows * cols * F32)?, eight_bits, cols })
+        let halves = match form {
+            Form::EightBits | Form::Twice if rows > NARROW_MAX => {
+                Some(gpu.alloc(half_bytes(rows, cols))?)
+            }
+            _ => None,
+        };
+        Ok(Self { values: gpu.alloc(rows * cols * F32)?, eight_bits, halves, cols })
     }
 
     /// f32 rows.
@@ -82,22 +94,34 @@ impl RowMemory {
         self.values.span()
     }
 
-    /// The 8-bit form of `rows` rows, if products of this width can be quantised ones.
+    /// The 8-bit form of `rows` rows, if there are few and products of this width can be quantised
+    /// ones.
     pub fn eight_bits(&self, rows: usize, precision: Precision) -> Option<EightBits<'_>> {
-        let (quants, scales) = self.eight_bits.as_ref()?;
+        let (quants, scales) = self.eight_bits.as_ref().filter(|_| rows <= NARROW_MAX)?;
         let second = (precision == Precision::Sixteen).then_some(rows);
         Some(EightBits { quants: quants.span(), scales: scales.span(), second })
     }
 
+    /// The f16 form of `rows` rows, if there are many.
+    pub fn halves(&self, rows: usize) -> Option<Span<'_>> {
+        self.halves.as_ref().filter(|_| rows > NARROW_MAX).map(DeviceMemory::span)
+    }
+
     /// The first `rows` rows as the input of products.
     pub fn columns(&self, rows: usize, precision: Precision) -> Columns<'_> {
-        let (values, eight_bits) = (Some(self.values()), self.eight_bits(rows, precision));
-        Columns { columns: rows, cols: self.cols, values, eight_bits }
+        Columns {
+            columns: rows,
+            cols: self.cols,
+            values: Some(self.values()),
+            eight_bits: self.eight_bits(rows, precision),
+            halves: self.halves(rows),
+        }
     }
 
     fn bytes(&self) -> usize {
         let eight_bits = self.eight_bits.as_ref();
         self.values.bytes()
+            + self.halves.as_ref().map_or(0, DeviceMemory::bytes)
             + eight_bits.map_or(0, |(quants, scales)| quants.bytes() + scales.bytes())
     }
 }
@@ -110,7 +134,7 @@ impl GpuBuffers {
     pub fn new(
         weights: &GpuWeights,
         tokens: usize,
-        device_blocks: usize,
+        (device_blocks, block_tokens): (usize, usize),
     ) -> Result<Self, ExecutorError> {
         let (gpu, program) = (weights.gpu(), weights.program());
         let rows = |buffer: Buffer, form: Form| {
@@ -133,7 +157,8 @@ impl GpuBuffers {
             up: rows(Buffer::Up, Form::Plain)?,
             selected: RowMemory::new(gpu, logits_rows, embedding, Form::EightBits)?,
             logits: RowMemory::new(gpu, logits_rows, program.dims.vocab, Form::Plain)?,
-            partials: gpu.alloc(PARTIAL_BYTES)?,
+            measures: RowMeasures::new(gpu, logits_rows)?,
+            partials: gpu.alloc(partial_bytes(program, block_tokens * device_blocks))?,
             angles: gpu.alloc(tokens * weights.rotations().width() * F32)?,
             positions: numbers(tokens)?,
             tables: numbers(tokens)?,
@@ -158,18 +183,10 @@ impl GpuBuffers {
         }
     }
 
-    /// Tokens whose attention over `positions_max` positions can run at once, at least `tokens` or
-    /// one; the memory grows where not even one can.
-    pub fn attended_at_once(
-        &mut self,
-        gpu: &Gpu,
-        (heads, positions_max): (HeadCounts, usize),
-    ) -> Result<usize, ExecutorError> {
+    /// Tokens whose attention over `positions_max` positions can run at once.
+    pub fn attended_at_once(&self, heads: HeadCounts, positions_max: usize) -> usize {
         let one = Attend::partial_bytes(heads, 1, positions_max);
-        if one > self.partials.bytes() {
-            self.partials = gpu.alloc(one)?;
-        }
-        Ok(self.partials.bytes().checked_div(one).unwrap_or(usize::MAX))
+        self.partials.bytes().checked_div(one).unwrap_or(usize::MAX)
     }
 
     /// Bytes held on the GPU.
@@ -194,6 +211,20 @@ impl GpuBuffers {
             &self.blocks,
         ];
         rows.iter().map(|rows| rows.bytes()).sum::<usize>()
+            + self.measures.bytes()
             + memory.iter().map(|memory| memory.bytes()).sum::<usize>()
     }
+}
+
+/// Room for unmerged segments of attention: at least those of one token that sees a full store.
+fn partial_bytes(program: &Program, positions_max: usize) -> usize {
+    let of = |op: &Op| match op {
+        Op::Attend { shape, .. } => {
+            let (n_heads, n_kv_heads) = (shape.n_heads, shape.n_kv_heads);
+            let heads = HeadCounts { n_heads, n_kv_heads, head_dim: shape.head_dim };
+            Attend::partial_bytes(heads, 1, positions_max)
+        }
+        _ => 0,
+    };
+    program.ops.iter().map(of).max().unwrap_or(0).max(PARTIAL_BYTES)
 }

@@ -1,5 +1,6 @@
 //! One match arm per op.
 
+use super::graphs::StepShape;
 use super::weights::width_of;
 use super::{GpuStage, LOGITS_TILE_ROWS};
 use crate::executor::ExecutorError;
@@ -16,6 +17,10 @@ use tandem_kernels::{
 
 const F32: usize = size_of::<f32>();
 const U32: usize = size_of::<u32>();
+/// Contexts are laid out by multiples of this: a segment of attention.
+const POSITIONS_UNIT: usize = 256;
+/// Widest step that is recorded: wider ones launch faster than they compute.
+const RECORDED_TOKENS_MAX: usize = 256;
 
 /// What is done to heads before attention.
 struct Rotation {
@@ -39,38 +44,53 @@ impl GpuStage {
     /// Performs the copies and runs the program on a plan that was checked.
     pub(super) fn compute(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         let weights = std::sync::Arc::clone(&self.weights);
-        self.kv.copy(weights.gpu(), &plan.copies)?;
+        let gpu = weights.gpu();
+        self.kv.copy(gpu, &plan.copies)?;
         if plan.tokens.is_empty() {
             return Ok(());
         }
         self.prepare(plan)?;
-        let mut pending = Pending::Nothing;
-        let mut last_norm = None;
-        for op in &weights.program().ops {
+        let shape = StepShape {
+            tokens: plan.tokens.len(),
+            rows: plan.logits.len().min(LOGITS_TILE_ROWS),
+            positions_max: self.positions_max().next_multiple_of(POSITIONS_UNIT),
+        };
+        let mut graphs = std::mem::take(&mut self.graphs);
+        let ran = if shape.tokens <= RECORDED_TOKENS_MAX {
+            // SAFETY: the stage's memory stays where it is until `prepare` forgets the records.
+            unsafe { graphs.run(gpu, shape, || self.launch(&shape)) }
+        } else {
+            self.launch(&shape)
+        };
+        self.graphs = graphs;
+        ran?;
+        self.sample(plan)
+    }
+
+    /// Starts all kernels of a step, up to the first tile of logits.
+    fn launch(&self, shape: &StepShape) -> Result<(), ExecutorError> {
+        let tokens = shape.tokens;
+        for op in &self.weights.program().ops {
             match op {
-                Op::Embed { scale, .. } => self.embed(plan, *scale)?,
+                // Embeddings come with what the host prepares.
+                Op::Embed { .. } | Op::Select { .. } => {}
                 Op::Norm { pending, norm, precision } => {
-                    self.norm(plan.tokens.len(), *pending, (*norm, *precision))?;
+                    self.norm(tokens, *pending, (*norm, *precision))?;
                 }
                 Op::Project { input, output, parts, precision } => {
-                    self.project(plan.tokens.len(), (*input, *precision), (*output, parts))?;
+                    self.project(tokens, (*input, *precision), (*output, parts))?;
                 }
                 &Op::Rotate { shape, query_norm, key_norm, rope, layer } => {
-                    self.rotate(&Rotation { shape, query_norm, key_norm, rope, layer })?;
+                    self.rotate(tokens, &Rotation { shape, query_norm, key_norm, rope, layer })?;
                 }
-                &Op::Attend { shape, layer, window, scale, softcap } => {
-                    self.attend(&Attention { shape, layer, window, scale, softcap })?;
+                &Op::Attend { shape: heads, layer, window, scale, softcap } => {
+                    let attention = Attention { shape: heads, layer, window, scale, softcap };
+                    self.attend(shape, &attention)?;
                 }
                 Op::Gate { gate, up, activation } => {
-                    self.gate(plan.tokens.len(), [*gate, *up], *activation)?;
+                    self.gate(tokens, [*gate, *up], *activation)?;
                 }
-                Op::Select { pending: before, norm } => {
-                    (pending, last_norm) = (*before, Some(*norm));
-                }
-                Op::Logits { output, softcap } => {
-                    let norm = last_norm.expect("rows are selected before their logits");
-                    self.logits(plan, (pending, norm), (*output, *softcap))?;
-                }
+                Op::Logits { .. } => self.logits_tile((0, shape.rows), tokens)?,
                 Op::Receive
                 | Op::Send { .. }
                 | Op::Route { .. }
@@ -81,7 +101,11 @@ impl GpuStage {
         Ok(())
     }
 
-    /// Brings positions, block tables and angles to the GPU.
+    fn positions_max(&self) -> usize {
+        self.batch.positions.iter().max().map_or(0, |last| last + 1)
+    }
+
+    /// Brings embeddings, positions, block tables, angles and wanted rows to the GPU.
     fn prepare(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         let (gpu, rotations) = (self.weights.gpu(), self.weights.rotations());
         let host = &mut self.buffers.host;
@@ -100,14 +124,22 @@ impl GpuStage {
             let rows = host.angles.chunks_exact_mut(width).zip(&self.batch.positions);
             rows.for_each(|(row, position)| rotations.fill(*position, row));
         }
+        host.wanted.clear();
+        host.wanted.extend(plan.logits.iter().map(|row| row.row as u32));
         if self.buffers.blocks.bytes() < host.blocks.len() * U32 {
+            self.graphs.forget();
             self.buffers.blocks = gpu.alloc(2 * host.blocks.len() * U32)?;
         }
         gpu.upload(&host.positions, self.buffers.positions.span())?;
         gpu.upload(&host.tables, self.buffers.tables.span())?;
         gpu.upload(&host.blocks, self.buffers.blocks.span())?;
         gpu.upload(&host.angles, self.buffers.angles.span())?;
-        Ok(())
+        gpu.upload(&host.wanted, self.buffers.wanted.span())?;
+        let scale = self.weights.program().ops.iter().find_map(|op| match op {
+            Op::Embed { scale, .. } => Some(*scale),
+            _ => None,
+        });
+        self.embed(plan, scale.unwrap_or(1.0))
     }
 
     fn embed(&mut self, plan: &StepPlan, scale: f32) -> Result<(), ExecutorError> {
@@ -149,8 +181,9 @@ impl GpuStage {
             added: self.added(pending),
             norm: self.row_norm(norm),
             gather: None,
-            values: Some(normed.values()),
+            values: self.weights.has_floats().then(|| normed.values()),
             eight_bits: normed.eight_bits(tokens, precision),
+            halves: normed.halves(tokens),
             rows: tokens,
             cols: normed.cols,
         };
@@ -201,7 +234,7 @@ impl GpuStage {
         }
     }
 
-    fn rotate(&self, rotation: &Rotation) -> Result<(), ExecutorError> {
+    fn rotate(&self, tokens: usize, rotation: &Rotation) -> Result<(), ExecutorError> {
         let (pairs, style, offset) = self.weights.rotations().shape(rotation.rope);
         let width = self.weights.rotations().width();
         let angles = self.buffers.angles.span();
@@ -216,18 +249,16 @@ impl GpuStage {
             query_norm: norm(rotation.query_norm),
             key_norm: norm(rotation.key_norm),
         };
-        let tokens = self.tokens(0, self.batch.positions.len());
+        let tokens = self.tokens(0, tokens);
         let store = self.kv.layer(rotation.layer);
         let heads = counts(rotation.shape);
         Ok(self.weights.gpu().rotate_heads(&pass, heads, (&tokens, &store))?)
     }
 
-    fn attend(&mut self, attention: &Attention) -> Result<(), ExecutorError> {
-        let weights = std::sync::Arc::clone(&self.weights);
-        let (gpu, heads) = (weights.gpu(), counts(attention.shape));
-        let positions_max = self.batch.positions.iter().max().map_or(0, |last| last + 1);
-        let at_once = self.buffers.attended_at_once(gpu, (heads, positions_max))?;
-        let all = self.batch.positions.len();
+    fn attend(&self, shape: &StepShape, attention: &Attention) -> Result<(), ExecutorError> {
+        let (gpu, heads) = (self.weights.gpu(), counts(attention.shape));
+        let (all, positions_max) = (shape.tokens, shape.positions_max);
+        let at_once = self.buffers.attended_at_once(heads, positions_max);
         let (rows, attended) = (self.buffers.heads.values(), &self.buffers.attended);
         let (width, out_width) = (self.buffers.heads.cols * F32, attended.cols * F32);
         let store = self.kv.layer(attention.layer);
@@ -251,6 +282,7 @@ impl GpuStage {
             up: None,
             out: None,
             eight_bits: attended.eight_bits(all, Precision::Eight),
+            halves: attended.halves(all),
             rows: all,
             cols: attended.cols,
         };
@@ -277,69 +309,71 @@ impl GpuStage {
         let pass = RoundRows {
             values: hidden.values(),
             up: Some((self.buffers.up.values(), gate)),
-            out: Some(hidden.values()),
+            out: self.weights.has_floats().then(|| hidden.values()),
             eight_bits: hidden.eight_bits(tokens, Precision::Eight),
+            halves: hidden.halves(tokens),
             rows: tokens,
             cols: hidden.cols,
         };
         Ok(gpu.round_rows(&pass)?)
     }
 
-    /// Norms, products and samples of the wanted rows, some at a time.
-    fn logits(
-        &mut self,
-        plan: &StepPlan,
-        (pending, norm): (Pending, Norm),
-        (output, softcap): (Linear, Option<f32>),
-    ) -> Result<(), ExecutorError> {
-        let host = &mut self.buffers.host;
-        host.wanted.clear();
-        host.wanted.extend(plan.logits.iter().map(|row| row.row as u32));
-        let mut logits = std::mem::take(&mut host.logits);
-        let mut first = 0;
-        while first < plan.logits.len() {
-            let rows = LOGITS_TILE_ROWS.min(plan.logits.len() - first);
-            self.logits_tile((first, rows), (pending, norm), &output, &mut logits)?;
-            let vocab = self.buffers.logits.cols;
-            for (index, row) in logits.chunks_exact_mut(vocab).take(rows).enumerate() {
-                if let Some(cap) = softcap {
-                    row.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
-                }
-                self.samplers.take(0, plan, first + index, row);
-            }
-            first += rows;
-        }
-        self.buffers.host.logits = logits;
-        Ok(())
-    }
-
+    /// Norms and products of some wanted rows, and their measures.
     fn logits_tile(
         &self,
         (first, rows): (usize, usize),
-        (pending, norm): (Pending, Norm),
-        output: &Linear,
-        logits: &mut Vec<f32>,
+        tokens: usize,
     ) -> Result<(), ExecutorError> {
-        let (gpu, buffers) = (self.weights.gpu(), &self.buffers);
+        let (gpu, buffers, last) = (self.weights.gpu(), &self.buffers, &self.last);
         let wanted = buffers.wanted.span();
-        gpu.upload(&buffers.host.wanted[first..first + rows], wanted)?;
         let selected = &buffers.selected;
         let pass = NormRows {
             residual: buffers.residual.values(),
-            added: self.added(pending),
-            norm: self.row_norm(norm),
-            gather: Some(wanted),
+            added: self.added(last.pending),
+            norm: self.row_norm(last.norm),
+            gather: Some(wanted.part(first * U32, rows * U32)),
             values: Some(selected.values()),
             eight_bits: selected.eight_bits(rows, Precision::Eight),
-            rows: self.batch.positions.len(),
+            halves: None,
+            rows: tokens,
             cols: selected.cols,
         };
         gpu.norm_rows(&pass, rows)?;
-        let vocab = buffers.logits.cols;
-        let product = self.product(output, buffers.logits.values(), (0, vocab));
+        let (logits, vocab) = (buffers.logits.values(), buffers.logits.cols);
+        let product = self.product(&last.output, logits, (0, vocab));
         gpu.multiply(&[product], &selected.columns(rows, Precision::Eight))?;
-        logits.resize(rows * vocab, 0.0);
-        Ok(gpu.download(buffers.logits.values(), logits)?)
+        Ok(gpu.measure_rows(logits, (rows, vocab), last.softcap, &buffers.measures)?)
+    }
+
+    /// Samples the wanted rows, a tile at a time. A row leaves the GPU only if more than its best
+    /// token is asked for.
+    fn sample(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+        let weights = std::sync::Arc::clone(&self.weights);
+        let (gpu, vocab) = (weights.gpu(), self.buffers.logits.cols);
+        let mut logits = std::mem::take(&mut self.buffers.host.logits);
+        logits.resize(vocab, 0.0);
+        for first in (0..plan.logits.len()).step_by(LOGITS_TILE_ROWS) {
+            let rows = LOGITS_TILE_ROWS.min(plan.logits.len() - first);
+            if first > 0 {
+                self.logits_tile((first, rows), plan.tokens.len())?;
+            }
+            for (index, measure) in self.buffers.measures.wait(gpu, rows)?.into_iter().enumerate() {
+                let row = &plan.logits[first + index];
+                if row.wants_best_only() || measure.is_none() {
+                    self.samplers.take_best(plan, first + index, measure);
+                    continue;
+                }
+                let bytes = vocab * F32;
+                let span = self.buffers.logits.values().part(index * bytes, bytes);
+                gpu.download(span, &mut logits)?;
+                if let Some(cap) = self.last.softcap {
+                    logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
+                }
+                self.samplers.take(0, plan, first + index, &mut logits);
+            }
+        }
+        self.buffers.host.logits = logits;
+        Ok(())
     }
 }
 

@@ -179,6 +179,11 @@ impl GpuWeights {
         self.matrices.iter().flatten().map(DeviceMatrix::bytes).sum()
     }
 
+    /// Whether some products are of float weights, which read activations in f32.
+    pub(super) fn has_floats(&self) -> bool {
+        self.matrices.iter().flatten().any(|matrix| !matrix.dtype().is_quantized())
+    }
+
     pub(super) fn rotations(&self) -> &Rotations {
         &self.rotations
     }

@@ -1,0 +1,50 @@
+// Float weights in memory.
+#pragma once
+#include <stdint.h>
+
+// 8, or 4, elements in a row as f32.
+struct F32 {
+    static constexpr int BYTES = 4;
+    static __device__ __forceinline__ void load4(const uint8_t* at, float w[4]) {
+        const float4 v = __ldg(reinterpret_cast<const float4*>(at));
+        w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+    }
+    static __device__ __forceinline__ void load(const uint8_t* at, float w[8]) {
+        load4(at, w);
+        load4(at + 16, w + 4);
+    }
+};
+
+// Floats of two bytes, two to a word.
+template <class Pair> struct ShortFloat {
+    static constexpr int BYTES = 2;
+    static __device__ __forceinline__ void load4(const uint8_t* at, float w[4]) {
+        const uint2 q = __ldg(reinterpret_cast<const uint2*>(at));
+        Pair::split(q.x, w);
+        Pair::split(q.y, w + 2);
+    }
+    static __device__ __forceinline__ void load(const uint8_t* at, float w[8]) {
+        const uint4 q = __ldg(reinterpret_cast<const uint4*>(at));
+        Pair::split(q.x, w);
+        Pair::split(q.y, w + 2);
+        Pair::split(q.z, w + 4);
+        Pair::split(q.w, w + 6);
+    }
+};
+
+struct HalfPair {
+    static __device__ __forceinline__ void split(uint32_t word, float w[2]) {
+        const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
+        w[0] = pair.x, w[1] = pair.y;
+    }
+};
+
+struct BfloatPair {
+    static __device__ __forceinline__ void split(uint32_t word, float w[2]) {
+        w[0] = __uint_as_float(word << 16);
+        w[1] = __uint_as_float(word & 0xffff0000u);
+    }
+};
+
+using F16 = ShortFloat<HalfPair>;
+using Bf16 = ShortFloat<BfloatPair>;

@@ -1,0 +1,47 @@
+//! Launches that are recorded once and then started all at once.
+
+use crate::gpu::{Gpu, GpuError};
+use cudarc::driver::{CudaGraph, sys};
+
+/// Recorded launches. They read and write the memory that they were recorded with, which has to live
+/// as long: whoever records keeps both.
+pub struct LaunchGraph {
+    graph: CudaGraph,
+}
+
+impl Gpu {
+    /// Records what `launch` starts instead of doing it. Nothing in it may allocate, copy from or to
+    /// the host, or wait.
+    ///
+    /// # Errors
+    /// What the driver refuses, or `launch` fails with.
+    pub fn record<E: From<GpuError>>(
+        &self,
+        launch: impl FnOnce() -> Result<(), E>,
+    ) -> Result<LaunchGraph, E> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        let stream = self.stream();
+        stream.begin_capture(mode).map_err(|error| self.failed("recording", error))?;
+        let launched = launch();
+        let ended = stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        launched?;
+        let graph = ended.map_err(|error| self.failed("recording", error))?;
+        let graph = graph.ok_or_else(|| GpuError::Failed {
+            ordinal: self.ordinal(),
+            what: "recording",
+            reason: "nothing was recorded".into(),
+        })?;
+        Ok(LaunchGraph { graph })
+    }
+
+    /// Starts recorded launches.
+    ///
+    /// # Safety
+    /// All memory that was spanned when they were recorded is still there, and used for nothing else.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub unsafe fn replay(&self, graph: &LaunchGraph) -> Result<(), GpuError> {
+        graph.graph.launch().map_err(|error| self.failed("starting recorded launches", error))
+    }
+}

@@ -1,0 +1,308 @@
+//! Products of weights with the activations of some tokens.
+//!
+//! Up to [`NARROW_MAX`] tokens reading the weights takes longest (`narrow.cu`): quantised weights meet
+//! activations in 8 bits with a scale per 32 elements, as on the CPU. The integer sums are the same,
+//! and only the order in which groups are added up differs; floats meet floats (`floats.cu`). For more
+//! tokens the arithmetic takes longest (`wide.cu`): weights of any type and activations meet as f16,
+//! with sums in f32. On either side a token's product has the same bits in any batch.
+//!
+//! Activations have their groups of 32 elements in orders that tensor cores take without a shuffle.
+//! In 8 bits byte `16 t + 8 g + 4 h + e` of a pair of groups is element `16 h + 4 t + e` of group g;
+//! as f16 number `8 t + 4 h + e` of a group is element `16 h + 4 t + e`.
+
+use crate::gpu::{Gpu, GpuError, Span};
+use crate::pack::{DeviceMatrix, Planes};
+use cudarc::driver::DeviceRepr;
+use tandem_cpu_kernels::DType;
+use tandem_cpu_kernels::blocks::GROUP;
+
+/// Most tokens of a product whose order of sums is that of one token.
+pub const NARROW_MAX: usize = 128;
+const NARROW_WARPS: usize = 8;
+/// Groups that rows and columns are filled up to multiples of.
+pub(crate) const CHUNK: usize = 4;
+/// Rows from which on a matrix has enough of them to give a block 32, not 16.
+const NARROW_ROWS_MANY: usize = 8192;
+const WIDE_THREADS: usize = 256;
+const WIDE_ROWS: usize = 128;
+/// Bytes of a row of a tile of the wide kernel.
+const WIDE_ROW_BYTES: usize = 128;
+/// What a tile's start may be moved by.
+const WIDE_ALIGNMENT: usize = 1024;
+const FLOAT_WARPS: usize = 4;
+/// Matrices that one launch can multiply.
+const PARTS: usize = 3;
+/// Bytes of a group's scale and sums.
+const SCALE_BYTES: usize = 8;
+
+/// Activations of some tokens, `[columns, cols]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Columns<'a> {
+    /// Tokens.
+    pub columns: usize,
+    /// Elements of a token.
+    pub cols: usize,
+    /// `[columns, cols]` f32, for float weights.
+    pub values: Option<Span<'a>>,
+    /// The 8-bit form, for quantised weights.
+    pub eight_bits: Option<EightBits<'a>>,
+    /// `[columns, cols]` f16, rows filled up to multiples of 128: a sixteenth of the values. Where it
+    /// is given, weights of all types are multiplied with it, by the wide kernel.
+    pub halves: Option<Span<'a>>,
+}
+
+/// Bytes of [`Columns::halves`].
+pub fn half_bytes(columns: usize, cols: usize) -> usize {
+    columns * cols.next_multiple_of(CHUNK * GROUP) * size_of::<u16>()
+}
+
+/// The 8-bit form of `[rows, cols]` activations.
+#[derive(Clone, Copy, Debug)]
+pub struct EightBits<'a> {
+    /// `[rows, groups · 32]` i8, where groups is cols / 32 or the next multiple of 4. Twice as many
+    /// rows where there is a `second`.
+    pub quants: Span<'a>,
+    /// `[rows, groups]` of 8 bytes: f32 scale, i16 sums of the halves.
+    pub scales: Span<'a>,
+    /// From the row of a token's values to that of what their 8 bits miss, which is rounded and
+    /// multiplied in turn; `None` if that is not wanted.
+    pub second: Option<usize>,
+}
+
+/// `out = matrix · x (+ bias)`
+#[derive(Clone, Copy)]
+pub struct Product<'a> {
+    /// `[rows, cols]`
+    pub matrix: &'a DeviceMatrix,
+    /// `[rows]` f32
+    pub bias: Option<Span<'a>>,
+    /// f32; token t's product starts at element `t · stride`.
+    pub out: Span<'a>,
+    /// Elements from one token's product to the next's.
+    pub stride: usize,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Part {
+    planes: Planes,
+    bias: u64,
+    out: u64,
+    rows: u32,
+    stride: u32,
+    first_block: u32,
+    unused: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ProductArgs {
+    parts: [Part; PARTS],
+    quants: u64,
+    scales: u64,
+    n_parts: u32,
+    groups: u32,
+    padded: u32,
+    columns: u32,
+    second: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct WideArgs {
+    parts: [Part; PARTS],
+    x: u64,
+    n_parts: u32,
+    groups: u32,
+    padded: u32,
+    columns: u32,
+    cols: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct FloatArgs {
+    weights: u64,
+    x: u64,
+    bias: u64,
+    out: u64,
+    rows: u32,
+    cols: u32,
+    columns: u32,
+    stride: u32,
+}
+
+// SAFETY: plain numbers in the order of `ProductArgs` in products.cuh.
+unsafe impl DeviceRepr for ProductArgs {}
+// SAFETY: plain numbers in the order of `WideArgs` in wide.cu.
+unsafe impl DeviceRepr for WideArgs {}
+// SAFETY: plain numbers in the order of `FloatArgs` in floats.cu.
+unsafe impl DeviceRepr for FloatArgs {}
+
+impl EightBits<'_> {
+    /// Bytes of the integers of `[rows, cols]`.
+    pub fn quant_bytes(rows: usize, cols: usize) -> usize {
+        rows * cols.next_multiple_of(CHUNK * GROUP)
+    }
+
+    /// Bytes of the scales of `[rows, cols]`.
+    pub fn scale_bytes(rows: usize, cols: usize) -> usize {
+        rows * cols.next_multiple_of(CHUNK * GROUP) / GROUP * SCALE_BYTES
+    }
+
+    /// Pointers, where `rows` rows of `cols` are there.
+    pub(crate) fn pointers(&self, rows: usize, cols: usize) -> (u64, u64) {
+        let rows = rows + self.second.unwrap_or(0);
+        let groups = rows * cols.next_multiple_of(CHUNK * GROUP) / GROUP;
+        (self.quants.of(groups, GROUP), self.scales.of(groups, SCALE_BYTES))
+    }
+}
+
+impl Gpu {
+    /// Several products over the same activations: one launch for each run of matrices of one type.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Panics
+    /// When a span is too short, a matrix has other columns, or the activations lack the form that
+    /// a matrix's type needs.
+    pub fn multiply(&self, products: &[Product<'_>], x: &Columns<'_>) -> Result<(), GpuError> {
+        for run in products.chunk_by(|a, b| a.matrix.dtype() == b.matrix.dtype()) {
+            for run in run.chunks(PARTS) {
+                if let Some(halves) = x.halves {
+                    self.multiply_wide(run, x, halves)?;
+                } else if run[0].matrix.dtype().is_quantized() {
+                    self.multiply_narrow(run, x)?;
+                } else {
+                    run.iter().try_for_each(|product| self.multiply_floats(product, x))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn multiply_narrow(&self, run: &[Product<'_>], x: &Columns<'_>) -> Result<(), GpuError> {
+        let eight_bits = x.eight_bits.expect("quantised weights need activations in 8 bits");
+        let (quants, scales) = eight_bits.pointers(x.columns, x.cols);
+        let rows: usize = run.iter().map(|product| product.matrix.rows()).sum();
+        let block_rows = if rows < NARROW_ROWS_MANY { 16 } else { 32 };
+        let (parts, blocks) = parts(run, x, block_rows);
+        let groups = x.cols / GROUP;
+        let arguments = ProductArgs {
+            parts,
+            quants,
+            scales,
+            n_parts: run.len() as u32,
+            groups: groups as u32,
+            padded: groups.next_multiple_of(CHUNK) as u32,
+            columns: x.columns as u32,
+            second: eight_bits.second.unwrap_or(0) as u32,
+        };
+        let tiles = x.columns.div_ceil(8).next_power_of_two().min(8);
+        let kernel = format!("narrow_{}_{block_rows}_{tiles}", lower_name(run[0].matrix.dtype()));
+        let grid = [blocks, x.columns.div_ceil(8 * tiles), 1];
+        // SAFETY: all spans were checked against the shapes.
+        unsafe { self.launch(&kernel, (grid, 32 * NARROW_WARPS, 0), &arguments) }
+    }
+
+    fn multiply_wide(
+        &self,
+        run: &[Product<'_>],
+        x: &Columns<'_>,
+        halves: Span<'_>,
+    ) -> Result<(), GpuError> {
+        let (parts, blocks) = parts(run, x, WIDE_ROWS);
+        let groups = x.cols.div_ceil(GROUP);
+        let arguments = WideArgs {
+            parts,
+            x: halves.of(half_bytes(x.columns, x.cols), 1),
+            n_parts: run.len() as u32,
+            groups: groups as u32,
+            padded: groups.next_multiple_of(CHUNK) as u32,
+            columns: x.columns as u32,
+            cols: x.cols as u32,
+        };
+        let (width, shared) = self.wide_tile(blocks, x.columns);
+        let kernel = format!("wide_{}_{width}", lower_name(run[0].matrix.dtype()));
+        let grid = [x.columns.div_ceil(width), blocks, 1];
+        // SAFETY: all spans were checked against the shapes.
+        unsafe { self.launch(&kernel, (grid, WIDE_THREADS, shared), &arguments) }
+    }
+
+    /// Columns of a tile, and the shared memory of a block: the widest that leaves no multiprocessor
+    /// without work and fits.
+    fn wide_tile(&self, row_blocks: usize, columns: usize) -> (usize, usize) {
+        let stages = if self.has_wgmma() { 3 } else { 2 };
+        let shared = |width: usize| stages * (WIDE_ROWS + width) * WIDE_ROW_BYTES + WIDE_ALIGNMENT;
+        let fills = |width: usize, blocks: usize| {
+            row_blocks * columns.div_ceil(width) * 10 >= blocks * self.multiprocessors() * 9
+                && shared(width) <= self.shared_bytes()
+        };
+        let width = if self.has_wgmma() && fills(256, 1) {
+            256
+        } else if fills(128, 1) {
+            128
+        } else {
+            64
+        };
+        (width, shared(width))
+    }
+
+    fn multiply_floats(&self, product: &Product<'_>, x: &Columns<'_>) -> Result<(), GpuError> {
+        let values = x.values.expect("float weights need activations in f32");
+        let (bias, out) = product.pointers(x);
+        let (rows, cols) = (product.matrix.rows(), product.matrix.cols());
+        let arguments = FloatArgs {
+            weights: product.matrix.span().pointer,
+            x: values.of(x.columns * x.cols, size_of::<f32>()),
+            bias,
+            out,
+            rows: rows as u32,
+            cols: cols as u32,
+            columns: x.columns as u32,
+            stride: product.stride as u32,
+        };
+        let kernel = format!("matvec_{}", lower_name(product.matrix.dtype()));
+        let grid = [rows.div_ceil(FLOAT_WARPS), x.columns, 1];
+        // SAFETY: all spans were checked against the shapes.
+        unsafe { self.launch(&kernel, (grid, 32 * FLOAT_WARPS, 0), &arguments) }
+    }
+}
+
+impl Product<'_> {
+    /// Of the bias, or null, and of the output.
+    fn pointers(&self, x: &Columns<'_>) -> (u64, u64) {
+        let (rows, f32s) = (self.matrix.rows(), size_of::<f32>());
+        assert_eq!(self.matrix.cols(), x.cols, "elements of a row and of a token");
+        assert!(self.stride >= rows, "products of {rows} rows, {} apart", self.stride);
+        let elements = x.columns.saturating_sub(1) * self.stride + rows;
+        let out = self.out.unaligned(elements, f32s);
+        (self.bias.map_or(0, |bias| bias.of(rows, f32s)), out)
+    }
+}
+
+/// The matrices of a run as kernels take them, and how many blocks of rows they have.
+fn parts(run: &[Product<'_>], x: &Columns<'_>, block_rows: usize) -> ([Part; PARTS], usize) {
+    let mut parts = [Part::default(); PARTS];
+    let mut blocks = 0;
+    for (part, product) in parts.iter_mut().zip(run) {
+        let (bias, out) = product.pointers(x);
+        let rows = product.matrix.rows();
+        *part = Part {
+            planes: product.matrix.planes(),
+            bias,
+            out,
+            rows: rows as u32,
+            stride: product.stride as u32,
+            first_block: blocks as u32,
+            unused: 0,
+        };
+        blocks += rows.div_ceil(block_rows);
+    }
+    (parts, blocks)
+}
+
+fn lower_name(dtype: DType) -> String {
+    dtype.name().to_ascii_lowercase()
+}
