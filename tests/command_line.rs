@@ -150,6 +150,43 @@ fn plan_says_what_would_lie_where() {
 }
 
 #[test]
+fn a_limit_of_a_gpu_is_a_flag_of_all_that_place_a_model() {
+    let desk = Desk::new();
+    for arguments in [
+        &["plan", "tiny.gguf", "--vram-limit", "24GiB"][..],
+        &["bench", "tiny.gguf", "-p", "1", "-n", "0", "--no-roof", "--vram-limit", "24GiB"],
+        &["generate", "the rain", "-m", "tiny.gguf", "-n", "1", "--vram-limit", "1_000"],
+    ] {
+        desk.ok(arguments);
+    }
+    for command in ["plan", "bench", "serve", "chat", "generate"] {
+        let (code, message) = desk.fails(&[command, "--vram-limit", "12 parsecs"]);
+        assert_eq!(code, 2, "{message}");
+        assert!(message.contains("--vram-limit <BYTES>"), "{message}");
+        assert!(message.contains("\"12 parsecs\"") && message.contains("24GiB"), "{message}");
+    }
+}
+
+#[test]
+fn a_wrong_setting_of_a_gpu_is_named_with_what_is_allowed() {
+    let desk = Desk::new();
+    for (setting, parts) in [
+        ("gpu.device=first", ["gpu.device is first", "off, auto, or the index of a GPU"]),
+        ("gpu.device=4096", ["gpu.device is 4096", "off or auto"]),
+        ("gpu.vram_limit=12 parsecs", ["gpu.vram_limit", "\"12 parsecs\" is no size"]),
+        ("gpu.vram_limit=-1", ["gpu.vram_limit", "\"-1\" is no size"]),
+        ("gpu.vram_limit=true", ["gpu.vram_limit", "such as 24GiB"]),
+    ] {
+        let (code, message) = desk.fails(&["plan", "tiny.gguf", "--set", setting]);
+        assert_eq!(code, 78, "{message}");
+        assert!(parts.iter().all(|part| message.contains(part)), "{message}");
+    }
+    let told = desk.ok(&["plan", "tiny.gguf", "--json", "--set", "gpu.device=auto"]);
+    let shown: Value = serde_json::from_str(&told).unwrap();
+    assert!(shown["placement"]["margin_bytes"].as_u64() > Some(0), "{shown}");
+}
+
+#[test]
 fn plan_says_how_many_threads_and_why() {
     let desk = Desk::new();
     let shown = desk.json(&["plan", "tiny.gguf", "--json", "--threads", "1"]);

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
+#[path = "placement/gpu.rs"]
+mod gpu;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
 #[path = "placement/workers.rs"]
@@ -151,7 +153,7 @@ proptest! {
         config.kv.swap_bytes = ByteSize(swap);
         let spec = spec();
         if let Ok(placement) = Placement::plan(&spec, &machine(available), &config) {
-            prop_assert!(placement.total_bytes() <= available);
+            prop_assert!(placement.device_bytes() <= available);
             let tokens = placement.device_blocks * placement.block_tokens;
             prop_assert!(tokens >= placement.context_tokens);
         }

@@ -3,6 +3,7 @@
 use super::bench::BenchArguments;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
+use tandem::units::ByteSize;
 
 /// Runs large language models across a GPU's memory and the host's memory at once.
 #[derive(Debug, Parser)]
@@ -48,6 +49,16 @@ pub struct EngineArguments {
     /// Keep keys and values as f16 or q8_0 (both alike)
     #[arg(long, value_name = "TYPE", visible_aliases = ["cache-type-k", "cache-type-v"])]
     pub kv_dtype: Vec<String>,
+    #[command(flatten)]
+    pub gpu: GpuArguments,
+}
+
+/// What a GPU may be used for, for commands that place a model.
+#[derive(Clone, Debug, Default, Args)]
+pub struct GpuArguments {
+    /// Use at most so much of a GPU's memory, such as 24GiB (gpu.vram_limit)
+    #[arg(long, value_name = "BYTES")]
+    pub vram_limit: Option<ByteSize>,
 }
 
 /// Where the service listens.

@@ -82,16 +82,24 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
             return UNAVAILABLE;
         }
         if let Some(EngineError::Model(error)) = cause.downcast_ref::<EngineError>() {
-            return of_kind(error.kind().name(), error.kind().retryable());
+            return of_request(error);
         }
         if let Some(error) = cause.downcast_ref::<RequestError>() {
-            return of_kind(error.kind().name(), error.kind().retryable());
+            return of_request(error);
         }
         if let Some(error) = cause.downcast_ref::<ServiceError>() {
             return of_kind(&error.kind, error.retryable);
         }
     }
     1
+}
+
+fn of_request(error: &RequestError) -> u8 {
+    match error {
+        // Whether a GPU can run a model is known only with the model.
+        RequestError::InvalidParams { field, .. } if field.starts_with("gpu.") => CONFIG,
+        other => of_kind(other.kind().name(), other.kind().retryable()),
+    }
 }
 
 fn of_kind(kind: &str, retryable: bool) -> u8 {

@@ -23,6 +23,7 @@ mod tokenize;
 
 use anyhow::{Context, Result};
 use arguments::{Arguments, Command, ConfigCommand, EngineArguments, SocketArguments};
+use bench::BenchArguments;
 use chat::ChatOptions;
 use clap::{CommandFactory, Parser};
 use connection::Place;
@@ -205,6 +206,7 @@ fn flags(sets: &[String], command: &Command) -> Result<Vec<(String, String)>> {
         return Err(Exit { code: CONFIG, message }.into());
     }
     put("kv.dtype", engine.kv_dtype.first().cloned());
+    put("gpu.vram_limit", engine.gpu.vram_limit.map(|limit| limit.0.to_string()));
     put("server.socket", socket.socket.as_ref().map(path));
     if let Command::Bench(arguments) = command {
         let tokens = arguments.ubatch_size.map(|tokens| tokens.to_string());
@@ -225,6 +227,9 @@ fn engine_and_socket(command: &Command) -> (EngineArguments, SocketArguments) {
         Command::Tokenize { model, socket, .. } => {
             let engine = EngineArguments { model: model.clone(), ..EngineArguments::default() };
             (engine, socket.clone())
+        }
+        Command::Bench(BenchArguments { gpu, .. }) => {
+            (EngineArguments { gpu: gpu.clone(), ..EngineArguments::default() }, none())
         }
         Command::Ps { socket } | Command::Stop { socket } => {
             (EngineArguments::default(), socket.clone())

@@ -40,14 +40,15 @@ pub fn run(file: &Path, config: &Config, output: Output) -> Result<()> {
         .map(|row| vec![row.what, row.device, ByteSize(row.bytes).to_string(), row.why])
         .collect();
     output.table(&["what", "where", "bytes", "why"], &rows)?;
-    output.line(&placement.workers.to_string())?;
-    let devices = hardware.gpus.devices.len();
-    match (&hardware.gpus.absence, placement.device()) {
-        (Some(absence), _) => output.line(&format!("no GPU is used: {absence}"))?,
-        (None, Device::Cpu) if config.gpu.device == "off" => {
-            output.line(&format!("{devices} GPU here; gpu.device = \"auto\" uses one"))?;
-        }
-        _ => {}
+    if *placement.device() == Device::Cpu {
+        output.line(&placement.workers.to_string())?;
+    }
+    if config.gpu.device == "off" {
+        output.line(&match (&hardware.gpus.absence, hardware.gpus.devices.len()) {
+            (Some(absence), _) => format!("no GPU is used: {absence}"),
+            (None, 1) => "there is a GPU; gpu.device = \"auto\" uses it".to_owned(),
+            (None, gpus) => format!("there are {gpus} GPUs; gpu.device = \"auto\" uses one"),
+        })?;
     }
     for note in &placement.notes {
         output.line(&format!("note: {note}"))?;

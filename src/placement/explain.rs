@@ -41,23 +41,40 @@ impl Placement {
             row("KV cache", stage.kv_bytes, why);
             row("activations", stage.activation_bytes, "of the widest step".into());
         }
-        rows.push(ExplainRow {
+        let (device, is_cpu) = (self.device().to_string(), *self.device() == Device::Cpu);
+        let swap = ExplainRow {
             what: "KV swap".into(),
             device: "host".into(),
             bytes: self.host_kv_bytes,
             why: format!("{} blocks for preempted sequences", self.host_blocks),
+        };
+        // The rows above the total add up to it; on a GPU, the host's memory is not among them.
+        let (above, below) = if is_cpu { (Some(swap), None) } else { (None, Some(swap)) };
+        rows.extend(above);
+        rows.push(ExplainRow {
+            what: "margin".into(),
+            device: if is_cpu { "host".into() } else { device.clone() },
+            bytes: self.margin_bytes,
+            why: "left to others".into(),
         });
         rows.push(ExplainRow {
             what: "total".into(),
-            device: if *self.device() == Device::Cpu { "host".into() } else { "both".into() },
-            bytes: self.total_bytes(),
-            why: match self.device() {
-                Device::Cpu => format!("of {} available", ByteSize(self.memory_available_bytes)),
-                gpu => {
-                    format!("{gpu} has {} available", ByteSize(self.memory_available_bytes))
-                }
-            },
+            device: if is_cpu { "host".into() } else { device },
+            bytes: self.device_bytes() + self.margin_bytes,
+            why: self.memory(),
         });
+        rows.extend(below);
         rows
+    }
+
+    /// What the total is a part of.
+    fn memory(&self) -> String {
+        let (free, available) =
+            (ByteSize(self.memory_free_bytes), ByteSize(self.memory_available_bytes));
+        if available < free {
+            format!("of {available} that gpu.vram_limit allows; {free} are free")
+        } else {
+            format!("of {free} free")
+        }
     }
 }

@@ -1,15 +1,20 @@
 //! Whether a model is run on a GPU, and what it takes there.
 
-use super::heads_width;
+use super::{Device, Room, heads_width};
 use crate::config::{Config, ConfigError, GpuChoice};
 use crate::hardware::{Gpu, HardwareProfile};
-use crate::model::ModelSpec;
+use crate::model::{ModelSpec, TensorRef};
 use crate::request::RequestError;
 use crate::tensor::KvDType;
+use crate::units::ByteSize;
 
 /// Largest head and longest residual stream of a GPU's kernels.
 const HEAD_DIM_MAX: usize = 256;
 const EMBEDDING_DIM_MAX: usize = 16 << 10;
+/// Oldest compute capability in `kernels/nvcc-flags.txt`.
+const CAPABILITY_MIN: (u32, u32) = (7, 5);
+/// Elements of weights that a GPU's kernels read at once.
+const ROW_MULTIPLE: usize = 8;
 /// Rows of logits that exist at once, and bytes of unmerged attention.
 const LOGITS_ROWS: u64 = 128;
 const PARTIAL_BYTES: u64 = 64 << 20;
@@ -28,28 +33,86 @@ pub(super) fn choose<'h>(
         RequestError::InvalidParams { field, got, allowed }
     })?;
     let devices = &hardware.gpus.devices;
-    let absence = hardware.gpus.absence.as_deref().unwrap_or("there is no such GPU");
-    let index = match choice {
+    let asked = match choice {
         GpuChoice::Off => return Ok(None),
-        GpuChoice::Auto => 0,
-        GpuChoice::Index(index) => index,
+        GpuChoice::Auto => devices.first(),
+        GpuChoice::Index(index) => devices.iter().find(|gpu| gpu.ordinal == index),
     };
-    let found = match devices.iter().find(|gpu| gpu.ordinal == index) {
-        Some(gpu) => unsupported(spec, config).map_or(Ok(gpu), Err),
-        None => Err(absence.to_owned()),
+    let found = match asked {
+        Some(gpu) => too_old(gpu).or_else(|| unsupported(spec, config)).map_or(Ok(gpu), Err),
+        None => Err(absence(hardware)),
     };
     match (found, choice) {
         (Ok(gpu), _) => Ok(Some(gpu)),
-        (Err(reason), GpuChoice::Auto) => {
+        (Err(reason), GpuChoice::Index(index)) => Err(RequestError::InvalidParams {
+            field: "gpu.device".into(),
+            got: index.to_string(),
+            allowed: format!("off or auto ({reason}), or another GPU that can run this model"),
+        }),
+        (Err(reason), _) => {
             notes.push(format!("no GPU is used: {reason}"));
             Ok(None)
         }
-        (Err(reason), _) => Err(RequestError::InvalidParams {
-            field: "gpu.device".into(),
-            got: index.to_string(),
-            allowed: format!("off, or a GPU that can run this model ({reason})"),
-        }),
     }
+}
+
+/// Why a GPU is not there.
+fn absence(hardware: &HardwareProfile) -> String {
+    let here: Vec<_> = hardware.gpus.devices.iter().map(|gpu| gpu.ordinal.to_string()).collect();
+    match &hardware.gpus.absence {
+        Some(absence) => absence.clone(),
+        None if here.is_empty() => "the driver shows none".into(),
+        None => format!("the driver shows {}", here.join(", ")),
+    }
+}
+
+/// What a GPU has for a model; `notes` say where that is less than was allowed.
+pub(super) fn room(
+    spec: &ModelSpec,
+    (hardware, gpu): (&HardwareProfile, &Gpu),
+    config: &Config,
+    notes: &mut Vec<String>,
+) -> Room {
+    let (limit, free) = (config.gpu.vram_limit, ByteSize(gpu.memory_free_bytes));
+    let is_limited = limit.0 > 0 && limit < free;
+    if limit > free {
+        let index = gpu.ordinal;
+        notes.push(format!("gpu.vram_limit is {limit}, GPU {index} has {free} free"));
+    }
+    let raise = if is_limited { "a larger gpu.vram_limit, " } else { "" };
+    Room {
+        device: Device::Gpu(gpu.ordinal),
+        name: format!("GPU {} ({})", gpu.ordinal, gpu.name),
+        free: free.0,
+        available: if is_limited { limit.0 } else { free.0 },
+        weight_bytes: spec.weight_bytes() - looked_up_bytes(spec),
+        activation_bytes: activation_bytes(spec, config.scheduler.step_tokens_max as u64),
+        swap_room: Some(hardware.memory_available_bytes / 2),
+        suggest: format!(
+            "use {raise}a smaller or more quantised model, a shorter context, or the CPU \
+             (gpu.device = \"off\")"
+        ),
+    }
+}
+
+/// Bytes of weights that a GPU does not hold: the host looks up the rows of an embedding that is
+/// not the output as well.
+fn looked_up_bytes(spec: &ModelSpec) -> u64 {
+    if spec.is_output_tied() { 0 } else { spec.embedding.bytes() }
+}
+
+/// Whether no kernels were compiled for a GPU.
+fn too_old(gpu: &Gpu) -> Option<String> {
+    let Gpu { ordinal, name, compute_capability, .. } = gpu;
+    let (major, minor) = compute_capability.split_once('.')?;
+    let capability: (u32, u32) = (major.parse().ok()?, minor.parse().ok()?);
+    let (least_major, least_minor) = CAPABILITY_MIN;
+    (capability < CAPABILITY_MIN).then(|| {
+        format!(
+            "GPU {ordinal} ({name}) has compute capability {compute_capability}, the kernels need \
+             {least_major}.{least_minor}"
+        )
+    })
 }
 
 /// What of the model has no kernels on a GPU.
@@ -60,19 +123,30 @@ fn unsupported(spec: &ModelSpec, config: &Config) -> Option<String> {
     if config.kv.dtype != KvDType::F16 {
         return Some(format!("a KV cache of {} is kept on the CPU only", config.kv.dtype));
     }
-    let odd = |dim: &usize| !dim.is_multiple_of(8) || *dim > HEAD_DIM_MAX;
+    let odd = |dim: &usize| !dim.is_multiple_of(8) || !(8..=HEAD_DIM_MAX).contains(dim);
     if let Some(dim) = spec.layers.iter().map(|layer| layer.attention.head_dim).find(odd) {
         return Some(format!("heads of {dim} elements run on the CPU only"));
     }
     let dim = spec.embedding_dim;
-    (dim > EMBEDDING_DIM_MAX).then(|| format!("embeddings of {dim} run on the CPU only"))
+    if dim > EMBEDDING_DIM_MAX {
+        return Some(format!("embeddings of {dim} run on the CPU only"));
+    }
+    let mut odd_row = None;
+    spec.for_each_tensor(&mut |tensor| {
+        if tensor.rows > 1 && !tensor.cols.is_multiple_of(ROW_MULTIPLE) {
+            odd_row.get_or_insert(tensor);
+        }
+    });
+    odd_row.map(|TensorRef { name, cols, .. }| {
+        format!("{name} with rows of {cols} elements runs on the CPU only")
+    })
 }
 
 /// Tokens of a step up to which products read activations in 8 bits, and above which in f16.
 const NARROW_MAX: u64 = 128;
 
 /// Bytes of a step's buffers on a GPU: f32 rows, and rounded copies where a product follows.
-pub(super) fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
+fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
     let widest = |width: &dyn Fn(&crate::model::LayerSpec) -> usize| {
         spec.layers.iter().map(width).max().unwrap_or(0) as u64
     };

@@ -66,11 +66,17 @@ struct Room {
     /// As errors call it.
     name: String,
     /// Bytes that are free.
+    free: u64,
+    /// Of them, those that may be used.
     available: u64,
+    /// Bytes of weights there.
+    weight_bytes: u64,
     /// Bytes of a step's activations there.
     activation_bytes: u64,
     /// Bytes of host memory for KV blocks that wait; `None` where they share the device's.
     swap_room: Option<u64>,
+    /// What to do where it is too small.
+    suggest: String,
 }
 
 /// A run of layers on one device.
@@ -116,8 +122,12 @@ pub struct Placement {
     pub host_kv_bytes: u64,
     /// CPU worker threads and their processors.
     pub workers: Workers,
-    /// Memory of the device that the placement was made for.
+    /// Memory that is free on the device.
+    pub memory_free_bytes: u64,
+    /// Of it, what the placement may use: all, or what `gpu.vram_limit` allows.
     pub memory_available_bytes: u64,
+    /// Of that, what is left to others.
+    pub margin_bytes: u64,
     /// Everything that is not as asked or as the model was trained, in words.
     pub notes: Vec<String>,
 }
@@ -141,16 +151,9 @@ impl Placement {
         let step_tokens = config.scheduler.step_tokens_max as u64;
         let mut notes = Vec::new();
         if let Some(gpu) = gpu::choose(spec, hardware, config, &mut notes)? {
-            let limit = config.gpu.vram_limit.0;
-            let free = gpu.memory_free_bytes;
-            let room = Room {
-                device: Device::Gpu(gpu.ordinal),
-                name: format!("GPU {} ({})", gpu.ordinal, gpu.name),
-                available: if limit > 0 { limit.min(free) } else { free },
-                activation_bytes: gpu::activation_bytes(spec, step_tokens),
-                swap_room: Some(hardware.memory_available_bytes / 2),
-            };
-            match Self::within(spec, config, (&workers, &room), notes.clone()) {
+            let mut gpu_notes = notes.clone();
+            let room = gpu::room(spec, (hardware, gpu), config, &mut gpu_notes);
+            match Self::within(spec, config, (&workers, &room), gpu_notes) {
                 Err(error) if config.gpu.choice() == Ok(GpuChoice::Auto) => {
                     notes.push(format!("no GPU is used: {error}"));
                 }
@@ -160,11 +163,14 @@ impl Placement {
         let room = Room {
             device: Device::Cpu,
             name: "host memory".into(),
+            free: hardware.memory_available_bytes,
             available: hardware.memory_available_bytes,
+            weight_bytes: spec.weight_bytes(),
             activation_bytes: activation_bytes(spec, step_tokens)
                 + own_bytes(spec, workers.threads, step_tokens)
                 + expert_scratch_bytes(spec, workers.threads),
             swap_room: None,
+            suggest: "use a smaller or more quantised model, or a shorter context".into(),
         };
         Self::within(spec, config, (&workers, &room), notes)
     }
@@ -176,9 +182,9 @@ impl Placement {
         (workers, on): (&Workers, &Room),
         mut notes: Vec<String>,
     ) -> Result<Self, RequestError> {
-        let usable = on.available - on.available / MARGIN_DIVISOR;
-        let weight_bytes = spec.weight_bytes();
-        let fixed = weight_bytes + on.activation_bytes;
+        let margin_bytes = on.available / MARGIN_DIVISOR;
+        let usable = on.available - margin_bytes;
+        let fixed = on.weight_bytes + on.activation_bytes;
         let block_tokens = config.kv.block_tokens;
         let block_bytes = spec.kv_bytes_per_token(config.kv.dtype) * block_tokens as u64;
         let room = usable.saturating_sub(fixed);
@@ -188,7 +194,7 @@ impl Placement {
                 device: on.name.clone(),
                 need: fixed.saturating_add(need),
                 free: usable,
-                suggest: "use a smaller or more quantised model, or a shorter context".into(),
+                suggest: on.suggest.clone(),
             }
         })?;
         let device_blocks = kv.blocks(context_tokens, config.kv.cache_bytes, &mut notes);
@@ -200,7 +206,7 @@ impl Placement {
             stages: vec![StagePlacement {
                 device: on.device.clone(),
                 layers: 0..spec.layers.len(),
-                weight_bytes,
+                weight_bytes: on.weight_bytes,
                 expert_bytes: spec.expert_bytes(),
                 active_expert_bytes: spec.active_expert_bytes(),
                 kv_bytes,
@@ -214,7 +220,9 @@ impl Placement {
             host_blocks,
             host_kv_bytes: host_blocks as u64 * block_bytes,
             workers: workers.clone(),
+            memory_free_bytes: on.free,
             memory_available_bytes: on.available,
+            margin_bytes,
             notes,
         })
     }
@@ -230,11 +238,14 @@ impl Placement {
         kv_bytes.checked_div(self.device_blocks as u64).unwrap_or(0)
     }
 
-    /// All bytes that the placement takes.
-    pub fn total_bytes(&self) -> u64 {
+    /// Bytes that the placement takes of its device's memory. The host's KV blocks are among them
+    /// where the CPU computes.
+    pub fn device_bytes(&self) -> u64 {
         let stages = self.stages.iter();
-        stages.map(|s| s.weight_bytes + s.kv_bytes + s.activation_bytes).sum::<u64>()
-            + self.host_kv_bytes
+        let stage_bytes: u64 =
+            stages.map(|s| s.weight_bytes + s.kv_bytes + s.activation_bytes).sum();
+        let is_shared = *self.device() == Device::Cpu;
+        stage_bytes + if is_shared { self.host_kv_bytes } else { 0 }
     }
 }
 

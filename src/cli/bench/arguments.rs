@@ -1,5 +1,6 @@
 //! What is to be measured: the grammar of `tandem bench`, and its lists made into tests.
 
+use crate::cli::arguments::GpuArguments;
 use clap::{ArgGroup, Args, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -43,6 +44,8 @@ pub struct BenchArguments {
     /// Tokens of the widest step (scheduler.step_tokens_max)
     #[arg(long, visible_alias = "ub", value_name = "TOKENS")]
     pub ubatch_size: Option<usize>,
+    #[command(flatten)]
+    pub gpu: GpuArguments,
     /// How often each test is measured
     #[arg(long, short, value_name = "N", default_value_t = 5,
           value_parser = clap::value_parser!(u32).range(1..=1000))]
