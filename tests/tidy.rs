@@ -22,7 +22,7 @@ const LAYERS: [&[&str]; 7] = [
 const SIDEWAYS: [(&str, &str); 2] = [("blocking", "actors"), ("cli", "server")];
 
 /// The only files of the root package that may hold unsafe code.
-const UNSAFE_FILES: [&str; 11] = [
+const UNSAFE_FILES: [&str; 13] = [
     "src/executor/cpu.rs",
     "src/executor/cpu/attend.rs",
     "src/executor/cpu/experts.rs",
@@ -30,6 +30,8 @@ const UNSAFE_FILES: [&str; 11] = [
     "src/executor/cpu/rotate.rs",
     "src/executor/cpu/stream.rs",
     "src/executor/cpu_pool.rs",
+    "src/executor/gpu/graphs.rs",
+    "src/executor/gpu/ops.rs",
     "src/executor/kv_store.rs",
     "src/executor/buffers.rs",
     "src/formats/mapped_file.rs",

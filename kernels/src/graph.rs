@@ -3,15 +3,15 @@
 use crate::gpu::{Gpu, GpuError};
 use cudarc::driver::{CudaGraph, sys};
 
-/// Recorded launches. They read and write the memory that they were recorded with, which has to live
-/// as long: whoever records keeps both.
+/// Recorded launches. They read and write the memory that they were recorded with, which has to
+/// live as long: whoever records keeps both.
 pub struct LaunchGraph {
     graph: CudaGraph,
 }
 
 impl Gpu {
-    /// Records what `launch` starts instead of doing it. Nothing in it may allocate, copy from or to
-    /// the host, or wait.
+    /// Records what `launch` starts instead of doing it. Nothing in it may allocate, copy from or
+    /// to the host, or wait.
     ///
     /// # Errors
     /// What the driver refuses, or `launch` fails with.
@@ -37,7 +37,8 @@ impl Gpu {
     /// Starts recorded launches.
     ///
     /// # Safety
-    /// All memory that was spanned when they were recorded is still there, and used for nothing else.
+    /// All memory that was spanned when they were recorded is still there, and used for nothing
+    /// else.
     ///
     /// # Errors
     /// What the driver refuses.

@@ -1,14 +1,14 @@
 //! Products of weights with the activations of some tokens.
 //!
-//! Up to [`NARROW_MAX`] tokens reading the weights takes longest (`narrow.cu`): quantised weights meet
-//! activations in 8 bits with a scale per 32 elements, as on the CPU. The integer sums are the same,
-//! and only the order in which groups are added up differs; floats meet floats (`floats.cu`). For more
-//! tokens the arithmetic takes longest (`wide.cu`): weights of any type and activations meet as f16,
-//! with sums in f32. On either side a token's product has the same bits in any batch.
+//! Up to [`NARROW_MAX`] tokens reading the weights takes longest (`narrow.cu`): quantised weights
+//! meet activations in 8 bits with a scale per 32 elements, as on the CPU. The integer sums are the
+//! same, and only the order in which groups are added up differs; floats meet floats (`floats.cu`).
+//! For more tokens the arithmetic takes longest (`wide.cu`): weights of any type and activations
+//! meet as f16, with sums in f32. On either side a token's product has the same bits in any batch.
 //!
 //! Activations have their groups of 32 elements in orders that tensor cores take without a shuffle.
-//! In 8 bits byte `16 t + 8 g + 4 h + e` of a pair of groups is element `16 h + 4 t + e` of group g;
-//! as f16 number `8 t + 4 h + e` of a group is element `16 h + 4 t + e`.
+//! In 8 bits byte `16 t + 8 g + 4 h + e` of a pair of groups is element `16 h + 4 t + e` of group
+//! g; as f16 number `8 t + 4 h + e` of a group is element `16 h + 4 t + e`.
 
 use crate::gpu::{Gpu, GpuError, Span};
 use crate::pack::{DeviceMatrix, Planes};
@@ -46,8 +46,8 @@ pub struct Columns<'a> {
     pub values: Option<Span<'a>>,
     /// The 8-bit form, for quantised weights.
     pub eight_bits: Option<EightBits<'a>>,
-    /// `[columns, cols]` f16, rows filled up to multiples of 128: a sixteenth of the values. Where it
-    /// is given, weights of all types are multiplied with it, by the wide kernel.
+    /// `[columns, cols]` f16, rows filled up to multiples of 128: a sixteenth of the values. Where
+    /// it is given, weights of all types are multiplied with it, by the wide kernel.
     pub halves: Option<Span<'a>>,
 }
 
@@ -230,8 +230,8 @@ impl Gpu {
         unsafe { self.launch(&kernel, (grid, WIDE_THREADS, shared), &arguments) }
     }
 
-    /// Columns of a tile, and the shared memory of a block: the widest that leaves no multiprocessor
-    /// without work and fits.
+    /// Columns of a tile, and the shared memory of a block: the widest that leaves no
+    /// multiprocessor without work and fits.
     fn wide_tile(&self, row_blocks: usize, columns: usize) -> (usize, usize) {
         let stages = if self.has_wgmma() { 3 } else { 2 };
         let shared = |width: usize| stages * (WIDE_ROWS + width) * WIDE_ROW_BYTES + WIDE_ALIGNMENT;

@@ -137,8 +137,8 @@ impl Gpu {
     /// What the driver refuses.
     ///
     /// # Panics
-    /// When a span is too short, or a row no multiple of 4 or longer than [`Gpu::NORM_COLS_MAX`]. Gathered indices are
-    /// the caller's promise.
+    /// When a span is too short, or a row no multiple of 4 or longer than [`Gpu::NORM_COLS_MAX`].
+    /// Gathered indices are the caller's promise.
     pub fn norm_rows(&self, pass: &NormRows<'_>, n: usize) -> Result<(), GpuError> {
         let (elements, cols) = (pass.rows * pass.cols, pass.cols);
         assert!(cols <= Self::NORM_COLS_MAX, "rows of {cols} elements");

@@ -56,8 +56,8 @@ impl RowSamplers {
         worker.outcomes.push((index, outcome));
     }
 
-    /// Takes the best token of the plan's `index`-th row of logits, as a GPU measured it: its id and
-    /// log-probability, or none if a logit was not finite.
+    /// Takes the best token of the plan's `index`-th row of logits, as a GPU measured it: its id
+    /// and log-probability, or none if a logit was not finite.
     pub fn take_best(&mut self, plan: &StepPlan, index: usize, measure: Option<RowMeasure>) {
         let LogitsRow { sequence, position, .. } = plan.logits[index];
         let outcome = match measure {
