@@ -35,6 +35,7 @@ template <class T> __device__ __forceinline__ void float_matvec(const FloatArgs&
 
 #define FLOAT_MATVEC(name, T)                                                                                          \
     extern "C" __global__ void __launch_bounds__(FLOAT_WARPS * 32) matvec_##name(const __grid_constant__ FloatArgs args) { \
+        begin();                                                                                                       \
         float_matvec<T>(args);                                                                                         \
     }
 FLOAT_MATVEC(f32, F32)

@@ -6,8 +6,8 @@
 
 use crate::driver::{Driver, DriverError};
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr,
-    LaunchConfig, PushKernelArg, result, sys,
+    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr, result,
+    sys,
 };
 use cudarc::nvrtc::Ptx;
 use std::collections::HashMap;
@@ -17,8 +17,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// The compiled kernels of all architectures (`build.rs`).
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
 
-/// Most static shared memory of our kernels.
-const STATIC_SHARED_BYTES: usize = 20 << 10;
+/// First `__CUDA_ARCH__`, over ten, whose kernels can wait for the one before them.
+const OVERLAPS_SINCE: i32 = 90;
 
 /// What went wrong on a GPU.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -66,7 +66,7 @@ pub enum GpuError {
 pub struct Gpu {
     stream: Arc<CudaStream>,
     module: Arc<CudaModule>,
-    functions: Mutex<HashMap<String, CudaFunction>>,
+    functions: Mutex<HashMap<String, (CudaFunction, bool)>>,
     multiprocessors: usize,
     shared_bytes: usize,
     has_wgmma: bool,
@@ -125,9 +125,9 @@ impl Gpu {
         self.has_wgmma
     }
 
-    /// Shared memory that a block may have.
+    /// Shared memory that a block may have, with what its kernel always has.
     pub(crate) fn shared_bytes(&self) -> usize {
-        self.shared_bytes - STATIC_SHARED_BYTES
+        self.shared_bytes
     }
 
     /// Streaming multiprocessors.
@@ -245,23 +245,38 @@ impl Gpu {
         if grid.contains(&0) {
             return Ok(());
         }
-        let function = self.function(kernel)?;
+        let (function, overlaps) = self.function(kernel)?;
         let [x, y, z] = grid.map(|size| u32::try_from(size).unwrap_or(u32::MAX));
-        let config = LaunchConfig {
-            grid_dim: (x, y, z),
-            block_dim: (threads as u32, 1, 1),
-            shared_mem_bytes: shared_bytes as u32,
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes as u32,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(overlaps),
         };
         self.bound()?;
-        let mut builder = self.stream.launch_builder(&function);
-        builder.arg(arguments);
-        // SAFETY: passed on.
-        unsafe { builder.launch(config) }
-            .map(|_| ())
-            .map_err(|error| self.failed("starting a kernel", error))
+        let mut pointers = [std::ptr::from_ref(arguments).cast_mut().cast::<std::ffi::c_void>()];
+        // SAFETY: the kernel takes one argument, which the driver copies; the rest is passed on.
+        let started = unsafe {
+            let (function, none) = (function.cu_function(), std::ptr::null_mut());
+            sys::cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), none)
+        };
+        started.result().map_err(|error| self.failed("starting a kernel", error))
     }
 
-    fn function(&self, kernel: &str) -> Result<CudaFunction, GpuError> {
+    /// A kernel, and whether it may start while the one before it works: whether what the driver
+    /// runs was compiled for a GPU that can wait for that (`launch.cuh`).
+    fn function(&self, kernel: &str) -> Result<(CudaFunction, bool), GpuError> {
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(function) = functions.get(kernel) {
             return Ok(function.clone());
@@ -270,17 +285,21 @@ impl Gpu {
         let function = function.map_err(|error| self.failed("finding a kernel", error))?;
         let wanted =
             sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        // Kernels have less than the rest in static shared memory, or none.
-        let dynamic = self.shared_bytes.saturating_sub(STATIC_SHARED_BYTES);
+        let attribute = |which| {
+            function.get_attribute(which).map_err(|error| self.failed("what a kernel has", error))
+        };
+        use sys::CUfunction_attribute_enum as Attribute;
+        let fixed = attribute(Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
+        let overlaps = attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)? >= OVERLAPS_SINCE;
         function
-            .set_attribute(wanted, dynamic as i32)
+            .set_attribute(wanted, self.shared_bytes as i32 - fixed)
             .map_err(|error| self.failed("giving a kernel shared memory", error))?;
-        functions.insert(kernel.to_owned(), function.clone());
-        Ok(function)
+        functions.insert(kernel.to_owned(), (function.clone(), overlaps));
+        Ok((function, overlaps))
     }
 
     /// Makes the context this thread's.
-    fn bound(&self) -> Result<(), GpuError> {
+    pub(crate) fn bound(&self) -> Result<(), GpuError> {
         let context = self.stream.context();
         context.bind_to_thread().map_err(|error| self.failed("entering its context", error))
     }
@@ -305,6 +324,7 @@ impl Plain for i8 {}
 impl Plain for u16 {}
 impl Plain for u32 {}
 impl Plain for f32 {}
+impl Plain for [u32; 2] {}
 
 impl DeviceMemory {
     /// All of it.

@@ -13,6 +13,7 @@
 // rows share a bank, as ldmatrix and wgmma want it.
 #include "floats.cuh"
 #include "products.cuh"
+#include "tensor_cores.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define HAS_WGMMA 1
@@ -39,24 +40,6 @@ struct WideArgs {
     uint32_t columns;
     uint32_t cols; // elements of a row of floats
 };
-
-__device__ __forceinline__ uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
-
-__device__ __forceinline__ void copy_16_bytes(void* to, const void* from) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from));
-#else
-    *static_cast<uint4*>(to) = __ldg(static_cast<const uint4*>(from));
-#endif
-}
-
-__device__ __forceinline__ void wait_for_copies() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ uint32_t bits_of(__half2 pair) { return *reinterpret_cast<uint32_t*>(&pair); }
 
 // scale · w + min of four signed bytes, as f16.
 __device__ __forceinline__ uint2 decoded(uint32_t w, __half2 scale, __half2 min) {
@@ -239,33 +222,46 @@ template <int TILES> __device__ __forceinline__ void hold(float (&d)[TILES][4]) 
 }
 
 template <class Loads, int COLUMNS> __device__ __forceinline__ void wide_loop(const Walk& walk, uint8_t* shared) {
-    constexpr int STAGES = 3, STAGE = WIDE_TILE + COLUMNS * ROW_BYTES, WIDTH = COLUMNS < 128 ? COLUMNS : 128, PARTS_N = COLUMNS / WIDTH;
+    // Activations are asked for AHEAD steps before they are used. A tile is free again two steps after it
+    // was: then all warps have seen its products done.
+    constexpr int AHEAD = COLUMNS == 128 ? 2 : 3, COLUMN_TILES = AHEAD + 2, WEIGHT_TILES = 3;
+    constexpr int COLUMN_TILE = COLUMNS * ROW_BYTES, WIDTH = COLUMNS < 128 ? COLUMNS : 128, PARTS_N = COLUMNS / WIDTH;
+    uint8_t* const column_tiles = shared + WEIGHT_TILES * WIDE_TILE;
     const uint32_t steps = walk.args.padded / STEP_GROUPS, group = threadIdx.x / 128;
     float acc[PARTS_N][WIDTH / 8][4] = {};
     Loads loads[BROUGHT];
-    start_columns<COLUMNS>(walk, 0, shared + WIDE_TILE);
+    let_next_start();
     start_weights(walk, 0, loads);
+    wait_for_earlier();
+#pragma unroll
+    for (uint32_t step = 0; step < AHEAD; step++) {
+        if (step < steps) start_columns<COLUMNS>(walk, step, column_tiles + step * COLUMN_TILE);
+        commit_copies();
+    }
     finish_weights(0, shared, loads);
     start_weights(walk, min(1u, steps - 1), loads);
-    uint32_t stage = 0;
+    uint32_t weight_tile = 0, column_tile = 0, coming_tile = AHEAD;
     for (uint32_t step = 0; step < steps; step++) {
-        uint8_t* tile = shared + stage * STAGE;
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
-        uint8_t* next = shared + stage * STAGE;
-        wait_for_copies();
+        const uint8_t* tile = shared + weight_tile * WIDE_TILE;
+        const uint8_t* columns = column_tiles + column_tile * COLUMN_TILE;
+        weight_tile = weight_tile + 1 == WEIGHT_TILES ? 0 : weight_tile + 1;
+        column_tile = column_tile + 1 == COLUMN_TILES ? 0 : column_tile + 1;
+        wait_for_copies<AHEAD - 1>();
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncthreads();
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-        const uint64_t a = tile_descriptor(tile + group * 64 * ROW_BYTES), b = tile_descriptor(tile + WIDE_TILE);
+        const uint64_t a = tile_descriptor(tile + group * 64 * ROW_BYTES), b = tile_descriptor(columns);
 #pragma unroll
         for (int k = 0; k < 4; k++)
 #pragma unroll
             for (int n = 0; n < PARTS_N; n++) multiply_async(acc[n], a + 2 * k, b + 2 * k + n * (WIDTH * ROW_BYTES / 16));
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         // All warps have come past the barrier, so the step before the last is done: its tile is free.
+        if (step + AHEAD < steps) start_columns<COLUMNS>(walk, step + AHEAD, column_tiles + coming_tile * COLUMN_TILE);
+        commit_copies();
+        coming_tile = coming_tile + 1 == COLUMN_TILES ? 0 : coming_tile + 1;
         if (step + 1 < steps) {
-            start_columns<COLUMNS>(walk, step + 1, next + WIDE_TILE);
-            finish_weights(step + 1, next, loads);
+            finish_weights(step + 1, shared + weight_tile * WIDE_TILE, loads);
             start_weights(walk, min(step + 2, steps - 1), loads);
         }
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
@@ -282,25 +278,9 @@ template <class Loads, int COLUMNS> __device__ __forceinline__ void wide_loop(co
             for (int i = 0; i < 4; i++) store_sum(walk, row + i / 2 * 8, n * WIDTH + 8 * j + lane % 4 * 2 + i % 2, acc[n][j][i]);
 }
 #else
-// d += a · b for 16 rows, 8 columns and 16 elements.
-__device__ __forceinline__ void multiply_halves(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
-#endif
-}
-
-// Four 8×8 matrices of f16: this lane points to one of the rows.
+// Four 8×8 matrices of a tile.
 __device__ __forceinline__ void load_matrices(uint32_t words[4], const uint8_t* tile, uint32_t row, uint32_t piece) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(shared_address(tile + row * ROW_BYTES + (piece ^ row % 8) * 16)));
+    load_matrices_at(words, tile + row * ROW_BYTES + (piece ^ row % 8) * 16);
 }
 
 template <class Loads, int COLUMNS> __device__ __forceinline__ void wide_loop(const Walk& walk, uint8_t* shared) {
@@ -309,16 +289,20 @@ template <class Loads, int COLUMNS> __device__ __forceinline__ void wide_loop(co
     const uint32_t row = warp / WARPS_N * TILES_M * 16, column = warp % WARPS_N * 32;
     float acc[TILES_M][TILES_N][4] = {};
     Loads loads[BROUGHT];
-    start_columns<COLUMNS>(walk, 0, shared + WIDE_TILE);
+    let_next_start();
     start_weights(walk, 0, loads);
+    wait_for_earlier();
+    start_columns<COLUMNS>(walk, 0, shared + WIDE_TILE);
+    commit_copies();
     finish_weights(0, shared, loads);
     for (uint32_t step = 0; step < steps; step++) {
         const uint8_t* tile = shared + step % 2 * STAGE;
         uint8_t* next = shared + (step + 1) % 2 * STAGE;
-        wait_for_copies();
+        wait_for_copies<0>();
         __syncthreads();
         if (step + 1 < steps) {
             start_columns<COLUMNS>(walk, step + 1, next + WIDE_TILE);
+            commit_copies();
             start_weights(walk, step + 1, loads);
         }
 #pragma unroll
