@@ -1,38 +1,12 @@
-// Rotary embedding, the KV store, and attention over it.
-//
-// Store of one layer, in f16, with head_dim a multiple of 8:
-//   keys    [block][kv_head][head_dim / 8][block_tokens][8]
-//   values  [block][kv_head][block_tokens][head_dim]
-// so that 32 lanes with a token each read keys in 512 bytes in a row, and 32 lanes with a part of a
-// head each read a token's value in a row.
-#include <cuda_fp16.h>
-#include <stdint.h>
+// Rotary embedding, storing keys and values, and attention of single tokens over them.
+#include "attention.cuh"
+#include "launch.cuh"
 
 constexpr int ATTEND_WARPS = 4;
 // Positions that one block attends to; several blocks' parts are merged in ascending order. Fixed,
 // so that a token's bits do not depend on what else is in the batch.
 constexpr int SEGMENT = 256;
 constexpr int HEAD_DIM_MAX = 256;
-
-struct KvStore {
-    __half* keys;
-    __half* values;
-    uint32_t block_tokens;
-    uint32_t n_kv_heads;
-    uint32_t head_dim;
-    uint32_t unused;
-
-    __device__ size_t head(uint32_t block, uint32_t kv_head) const {
-        return (static_cast<size_t>(block) * n_kv_heads + kv_head) * head_dim * block_tokens;
-    }
-};
-
-// Where each token of a step stands.
-struct TokenTable {
-    const uint32_t* positions; // [tokens]
-    const uint32_t* tables;    // [tokens]: where its sequence's block table starts in `blocks`
-    const uint32_t* blocks;
-};
 
 struct RotateArgs {
     float* heads; // [tokens][(n_heads + 2 n_kv_heads) · head_dim]
@@ -57,6 +31,7 @@ __device__ __forceinline__ float warp_total(float value) {
 // before anything is waited for.
 extern "C" __global__ void __launch_bounds__(32) rotate_heads(const __grid_constant__ RotateArgs args) {
     __shared__ float head_values[HEAD_DIM_MAX];
+    let_next_start();
     constexpr int PER_LANE = HEAD_DIM_MAX / 32;
     const KvStore& store = args.store;
     const uint32_t head = blockIdx.x, token = blockIdx.y, lane = threadIdx.x, dim = store.head_dim;
@@ -65,12 +40,12 @@ extern "C" __global__ void __launch_bounds__(32) rotate_heads(const __grid_const
     const bool is_query = head < n_heads, is_value = head >= n_heads + n_kv;
     const float* norm = is_query ? args.query_norm : is_value ? nullptr : args.key_norm;
     const float* angles = args.angles + static_cast<size_t>(token) * args.angle_stride;
+    // No kernel writes what is read up to where the earlier ones are waited for.
     const uint32_t position = args.tokens.positions[token], table = args.tokens.tables[token];
     float own[PER_LANE], weights[PER_LANE], cos[PER_LANE / 2], sin[PER_LANE / 2];
 #pragma unroll
     for (int k = 0; k < PER_LANE; k++) {
         const uint32_t i = lane + 32 * k;
-        own[k] = i < dim ? values[i] : 0.0f;
         weights[k] = norm && i < dim ? norm[i] : 1.0f;
         if (k >= PER_LANE / 2) continue;
         const bool turns = !is_value && i < args.pairs;
@@ -79,6 +54,9 @@ extern "C" __global__ void __launch_bounds__(32) rotate_heads(const __grid_const
     }
     const uint32_t tokens = store.block_tokens, slot = position % tokens;
     const uint32_t block = args.tokens.blocks[table + position / tokens];
+    wait_for_earlier();
+#pragma unroll
+    for (int k = 0; k < PER_LANE; k++) own[k] = lane + 32 * k < dim ? values[lane + 32 * k] : 0.0f;
     float scale = 1.0f;
     if (norm) {
         float squares = 0;
@@ -116,22 +94,6 @@ extern "C" __global__ void __launch_bounds__(32) rotate_heads(const __grid_const
             store.keys[base + (static_cast<size_t>(i / 8) * tokens + slot) * 8 + i % 8] = __float2half_rn(head_values[i]);
         }
     }
-}
-
-struct AttendArgs {
-    const float* heads; // [tokens][head_stride]: queries come first
-    float* out;         // [tokens][n_heads · head_dim]
-    float* partials;    // [tokens][n_heads][segments][head_dim + 2], where there are several segments
-    TokenTable tokens;
-    KvStore store;
-    float scale, softcap; // softcap 0: none
-    uint32_t window;      // 0: none
-    uint32_t n_heads, head_stride, segments;
-};
-
-// The positions that a token sees: from the window's start to itself.
-__device__ __forceinline__ uint32_t seen_from(uint32_t position, uint32_t window) {
-    return window && position + 1 > window ? position + 1 - window : 0;
 }
 
 // The running state of query heads: sums are kept relative to the largest score so far. A lane has
@@ -230,22 +192,27 @@ __device__ __forceinline__ void add_positions(Running<DIM, HEADS>& state, float 
 // 32 positions in turn.
 template <int DIM, int HEADS> __device__ __forceinline__ void attend(const AttendArgs& args) {
     extern __shared__ float shared[];
+    let_next_start();
     const KvStore& store = args.store;
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, dim = store.head_dim, tokens = store.block_tokens;
-    const uint32_t token = blockIdx.y, segment = blockIdx.z, group = args.n_heads / store.n_kv_heads;
+    const uint32_t token = args.chosen ? args.chosen[blockIdx.y] : blockIdx.y, segment = blockIdx.z, group = args.n_heads / store.n_kv_heads;
     const uint32_t chunks = (group + HEADS - 1) / HEADS;
     const uint32_t kv_head = blockIdx.x / chunks, first_head = kv_head * group + blockIdx.x % chunks * HEADS;
     const uint32_t heads = min(static_cast<uint32_t>(HEADS), (kv_head + 1) * group - first_head);
     const uint32_t position = args.tokens.positions[token];
     const uint32_t from = seen_from(position, args.window);
     const uint32_t start = max(from, segment * SEGMENT), end = min(position + 1, (segment + 1) * SEGMENT);
+    // No kernel writes tables: they are on their way while the queries are.
+    const uint32_t* table = args.tokens.blocks + args.tokens.tables[token];
+    const auto block_of = [&](uint32_t run) { return table[min(run * 32 + lane, position) / tokens]; };
+    uint32_t block = block_of(start / 32 + warp);
+    wait_for_earlier();
     if (args.segments > 1 && start >= end) return;
     // Queries, with zeros for heads that do not exist.
     for (uint32_t i = threadIdx.x; i < HEADS * dim; i += ATTEND_WARPS * 32) {
         const uint32_t h = i / dim;
         shared[i] = h < heads ? args.heads[static_cast<size_t>(token) * args.head_stride + first_head * dim + i] : 0.0f;
     }
-    const uint32_t* table = args.tokens.blocks + args.tokens.tables[token];
     __syncthreads();
     Running<DIM, HEADS> state;
 #pragma unroll
@@ -258,7 +225,8 @@ template <int DIM, int HEADS> __device__ __forceinline__ void attend(const Atten
         const uint32_t first = run * 32, own = first + lane;
         const bool visible = own >= start && own < end;
         const uint32_t slot = min(own, position);
-        const size_t base = store.head(table[slot / tokens], kv_head);
+        const size_t base = store.head(block, kv_head);
+        block = block_of(run + ATTEND_WARPS);
         float scores[HEADS];
         score<DIM, HEADS>(store.keys + base + static_cast<size_t>(slot % tokens) * 8, tokens, dim, shared, scores);
 #pragma unroll
@@ -293,7 +261,8 @@ template <int DIM, int HEADS> __device__ __forceinline__ void attend(const Atten
             weight = __fmaf_rn(of[dim + 1], factors[w], weight);
         }
         const size_t head = static_cast<size_t>(token) * args.n_heads + first_head + h;
-        float* partial = args.partials + (head * args.segments + segment) * width;
+        const size_t row = static_cast<size_t>(blockIdx.y) * args.n_heads + first_head + h;
+        float* partial = args.partials + (row * args.segments + segment) * width;
         for (uint32_t i = lane; i < dim; i += 32) {
             float sum = 0;
             for (int w = 0; w < ATTEND_WARPS; w++) sum = __fmaf_rn(shared[(w * HEADS + h) * width + i], factors[w], sum);
@@ -321,9 +290,11 @@ ATTEND(256, 4)
 
 // Merges the segments of one head of one token: grid (heads, tokens), one warp.
 extern "C" __global__ void __launch_bounds__(32) merge_segments(const __grid_constant__ AttendArgs args) {
-    const uint32_t head = blockIdx.x, token = blockIdx.y, lane = threadIdx.x, dim = args.store.head_dim, width = dim + 2;
+    begin();
+    const uint32_t head = blockIdx.x, lane = threadIdx.x, dim = args.store.head_dim, width = dim + 2;
+    const uint32_t token = args.chosen ? args.chosen[blockIdx.y] : blockIdx.y;
     const size_t index = static_cast<size_t>(token) * args.n_heads + head;
-    const float* partials = args.partials + index * args.segments * width;
+    const float* partials = args.partials + (static_cast<size_t>(blockIdx.y) * args.n_heads + head) * args.segments * width;
     const uint32_t position = args.tokens.positions[token];
     const uint32_t first = seen_from(position, args.window) / SEGMENT, last = position / SEGMENT;
     float max = -INFINITY, weight = 0;

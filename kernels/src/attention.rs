@@ -81,6 +81,8 @@ pub struct RotateHeads<'a> {
 pub struct Attend<'a> {
     /// As [`RotateHeads::heads`], rotated.
     pub heads: Span<'a>,
+    /// u32 numbers of the tokens that attend, and how many there are; `None` for all.
+    pub chosen: Option<(Span<'a>, usize)>,
     /// `[tokens, n_heads · head_dim]` f32
     pub out: Span<'a>,
     /// Room for the segments of [`Attend::partial_bytes`].
@@ -133,10 +135,11 @@ struct RotateArgs {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct AttendArgs {
+pub(crate) struct AttendArgs {
     heads: u64,
     out: u64,
     partials: u64,
+    chosen: u64,
     tokens: TokensArg,
     store: StoreArg,
     scale: f32,
@@ -205,6 +208,32 @@ impl Attend<'_> {
     }
 }
 
+impl Attend<'_> {
+    /// As kernels take it, for `n_tokens` tokens with partial sums.
+    pub(crate) fn arguments(
+        &self,
+        heads: HeadCounts,
+        n_tokens: usize,
+        (tokens, store): (&TokenTables<'_>, &KvSpans<'_>),
+    ) -> AttendArgs {
+        let partials = Attend::partial_bytes(heads, n_tokens, self.positions_max);
+        AttendArgs {
+            heads: self.heads.of(tokens.tokens * heads.width(), F32),
+            out: self.out.of(tokens.tokens * heads.n_heads * heads.head_dim, F32),
+            partials: self.partials.of(partials, 1),
+            chosen: self.chosen.map_or(0, |(list, n)| list.unaligned(n, size_of::<u32>())),
+            tokens: tokens.argument(),
+            store: store.argument(heads),
+            scale: self.scale,
+            softcap: self.softcap.unwrap_or(0.0),
+            window: self.window.unwrap_or(0) as u32,
+            n_heads: heads.n_heads as u32,
+            head_stride: heads.width() as u32,
+            segments: self.positions_max.div_ceil(SEGMENT).max(1) as u32,
+        }
+    }
+}
+
 impl Gpu {
     /// Norms and rotates queries and keys, and stores keys and values of all tokens.
     ///
@@ -260,22 +289,9 @@ impl Gpu {
         heads: HeadCounts,
         (tokens, store): (&TokenTables<'_>, &KvSpans<'_>),
     ) -> Result<(), GpuError> {
-        let segments = pass.positions_max.div_ceil(SEGMENT).max(1);
-        let (n_tokens, dim) = (tokens.tokens, heads.head_dim);
-        let partials = Attend::partial_bytes(heads, n_tokens, pass.positions_max);
-        let arguments = AttendArgs {
-            heads: pass.heads.of(n_tokens * heads.width(), F32),
-            out: pass.out.of(n_tokens * heads.n_heads * dim, F32),
-            partials: pass.partials.of(partials, 1),
-            tokens: tokens.argument(),
-            store: store.argument(heads),
-            scale: pass.scale,
-            softcap: pass.softcap.unwrap_or(0.0),
-            window: pass.window.unwrap_or(0) as u32,
-            n_heads: heads.n_heads as u32,
-            head_stride: heads.width() as u32,
-            segments: segments as u32,
-        };
+        let n_tokens = pass.chosen.map_or(tokens.tokens, |(_, count)| count);
+        let arguments = pass.arguments(heads, n_tokens, (tokens, store));
+        let (segments, dim) = (arguments.segments as usize, heads.head_dim);
         let group = heads.n_heads / heads.n_kv_heads;
         let shared = if group == 1 { 1 } else { HEADS };
         let width = dim.next_power_of_two().max(64);

@@ -6,7 +6,7 @@ mod gpu;
 
 use gpu::{Random, distance, from_gpu, gpu, on_gpu};
 use half::f16;
-use tandem_kernels::{Attend, Gpu, HeadCounts, KvSpans, RotateHeads, TokenTables};
+use tandem_kernels::{Attend, Gpu, HeadCounts, KvSpans, RotateHeads, Runs, Span, TokenTables};
 
 #[derive(Clone, Copy, Debug)]
 struct Shape {
@@ -103,6 +103,11 @@ impl World {
 
     /// The attention of tokens from `first` on.
     fn naive(&self, first: usize) -> Vec<f32> {
+        self.naive_of(first, f64::from)
+    }
+
+    /// The same with queries that `rounded` changes.
+    fn naive_of(&self, first: usize, rounded: impl Fn(f32) -> f64) -> Vec<f32> {
         let HeadCounts { n_heads, n_kv_heads, head_dim } = self.shape.heads;
         let (keys, values) = self.store();
         let mut out = Vec::new();
@@ -116,7 +121,7 @@ impl World {
                 let q = self.rotated(token, head);
                 let score = |key: usize| {
                     let pairs = q.iter().zip(&keys[at(key)]);
-                    let score = 0.3 * pairs.map(|(q, k)| f64::from(*q) * k).sum::<f64>();
+                    let score = 0.3 * pairs.map(|(q, k)| rounded(*q) * k).sum::<f64>();
                     let cap = self.shape.softcap.map(f64::from);
                     cap.map_or(score, |cap| cap * (score / cap).tanh())
                 };
@@ -137,21 +142,92 @@ impl World {
     /// On the GPU: all tokens rotated and stored in one step, then the attention of those from
     /// `first` on.
     fn on_gpu(&self, gpu: &Gpu, first: usize) -> Vec<f32> {
+        self.with_store(gpu, |pass, heads, (tokens, store)| {
+            let n = tokens.tokens - first;
+            let width = self.width();
+            fn part(span: Span<'_>, first: usize, n: usize) -> Span<'_> {
+                span.part(4 * first, 4 * n)
+            }
+            let positions = part(tokens.positions, first, n);
+            let tables = part(tokens.tables, first, n);
+            let table = TokenTables { tokens: n, positions, tables, ..*tokens };
+            let positions_max = self.positions[first..].iter().max().map_or(0, |p| *p as usize + 1);
+            let out = on_gpu(gpu, &vec![f32::NAN; n * heads.n_heads * heads.head_dim]);
+            let partials = Attend::partial_bytes(heads, n, positions_max);
+            let partials = gpu.alloc(partials).expect("room");
+            let pass = Attend {
+                heads: pass.heads.part(4 * first * width, 4 * n * width),
+                out: out.span(),
+                partials: partials.span(),
+                positions_max,
+                ..*pass
+            };
+            gpu.attend(&pass, heads, (&table, store)).expect("an attention");
+            from_gpu(gpu, &out, n * heads.n_heads * heads.head_dim)
+        })
+    }
+
+    /// The same for runs of tokens on tensor cores; others stay NaN.
+    fn runs_on_gpu(&self, gpu: &Gpu, runs: &[[u32; 2]]) -> Vec<f32> {
+        self.with_store(gpu, |pass, heads, (tokens, store)| {
+            let count = tokens.tokens * heads.n_heads * heads.head_dim;
+            let out = on_gpu(gpu, &vec![f32::NAN; count]);
+            let lengths = on_gpu(gpu, runs);
+            let runs = Runs { lengths: runs, on_gpu: lengths.span() };
+            let pass = Attend { out: out.span(), ..*pass };
+            gpu.attend_runs(&pass, heads, (tokens, store), &runs).expect("an attention");
+            from_gpu(gpu, &out, count)
+        })
+    }
+
+    /// The same for some tokens, one by one.
+    fn chosen_on_gpu(&self, gpu: &Gpu, chosen: &[u32]) -> Vec<f32> {
+        self.with_store(gpu, |pass, heads, (tokens, store)| {
+            let count = tokens.tokens * heads.n_heads * heads.head_dim;
+            let out = on_gpu(gpu, &vec![f32::NAN; count]);
+            let positions_max = self.positions.iter().max().map_or(0, |p| *p as usize + 1);
+            let partials = Attend::partial_bytes(heads, chosen.len(), positions_max);
+            let partials = gpu.alloc(partials).expect("room");
+            let list = on_gpu(gpu, chosen);
+            let pass = Attend {
+                chosen: Some((list.span(), chosen.len())),
+                out: out.span(),
+                partials: partials.span(),
+                positions_max,
+                ..*pass
+            };
+            gpu.attend(&pass, heads, (tokens, store)).expect("an attention");
+            from_gpu(gpu, &out, count)
+        })
+    }
+
+    /// Elements of a token's heads.
+    fn width(&self) -> usize {
+        let HeadCounts { n_heads, n_kv_heads, head_dim } = self.shape.heads;
+        (n_heads + 2 * n_kv_heads) * head_dim
+    }
+
+    /// Rotates and stores all tokens in one step; `then` gets an attention without an output.
+    fn with_store<T>(
+        &self,
+        gpu: &Gpu,
+        then: impl FnOnce(&Attend<'_>, HeadCounts, (&TokenTables<'_>, &KvSpans<'_>)) -> T,
+    ) -> T {
         let Shape { heads, block_tokens, window, softcap, interleaved } = self.shape;
-        let tokens = self.positions.len();
-        let width = (heads.n_heads + 2 * heads.n_kv_heads) * heads.head_dim;
         let bytes = self.n_blocks * KvSpans::block_bytes(heads, block_tokens);
-        let (keys, values) = (gpu.alloc(bytes).expect("keys"), gpu.alloc(bytes).expect("values"));
+        // What nobody wrote must not be read as numbers.
+        let nothing = vec![u16::MAX; bytes / 2];
+        let (keys, values) = (on_gpu(gpu, &nothing), on_gpu(gpu, &nothing));
         let (keys, values, blocks) = (keys.span(), values.span(), self.n_blocks);
         let store = KvSpans { keys, values, blocks, block_tokens };
         let (rows, angles) = (on_gpu(gpu, &self.heads), on_gpu(gpu, &self.angles));
         let (positions, tables) = (on_gpu(gpu, &self.positions), on_gpu(gpu, &self.tables));
-        let block_numbers = on_gpu(gpu, &self.blocks);
+        let blocks = on_gpu(gpu, &self.blocks);
         let table = TokenTables {
-            tokens,
+            tokens: self.positions.len(),
             positions: positions.span(),
             tables: tables.span(),
-            blocks: block_numbers.span(),
+            blocks: blocks.span(),
         };
         let pass = RotateHeads {
             heads: rows.span(),
@@ -163,26 +239,19 @@ impl World {
             key_norm: None,
         };
         gpu.rotate_heads(&pass, heads, (&table, &store)).expect("a rotation");
-        let n = tokens - first;
-        let (positions, tables) =
-            (on_gpu(gpu, &self.positions[first..]), on_gpu(gpu, &self.tables[first..]));
-        let table =
-            TokenTables { tokens: n, positions: positions.span(), tables: tables.span(), ..table };
-        let positions_max = self.positions[first..].iter().max().map_or(0, |p| *p as usize + 1);
-        let out = on_gpu(gpu, &vec![f32::NAN; n * heads.n_heads * heads.head_dim]);
-        let partials = gpu.alloc(Attend::partial_bytes(heads, n, positions_max)).expect("room");
-        let rows = rows.span();
+        let none = rows.span().part(0, 0);
+        let (heads_span, chosen, scale) = (rows.span(), None, 0.3);
         let pass = Attend {
-            heads: rows.part(4 * first * width, rows.bytes() - 4 * first * width),
-            out: out.span(),
-            partials: partials.span(),
-            scale: 0.3,
+            heads: heads_span,
+            chosen,
+            out: none,
+            partials: none,
+            scale,
             softcap,
             window,
-            positions_max,
+            positions_max: 0,
         };
-        gpu.attend(&pass, heads, (&table, &store)).expect("an attention");
-        from_gpu(gpu, &out, n * heads.n_heads * heads.head_dim)
+        then(&pass, heads, (&table, &store))
     }
 }
 
@@ -237,5 +306,73 @@ fn a_token_has_the_same_bits_alone_and_in_any_batch() {
         let (all, last) = (world.on_gpu(&gpu, 0), world.on_gpu(&gpu, 739));
         let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(&all[739 * width..]), bits(&last), "{shape:?}");
+    }
+}
+
+/// Queries, and weights of at most 1, are rounded to f16 there: what a sum is off by then, at most,
+/// of its largest term.
+const HALF: f32 = 1.0 / 2048.0;
+
+#[test]
+fn attention_of_runs_matches_a_naive_f64_softmax() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random(12);
+    for shape in shapes() {
+        let world = World::new(shape, &[3, 40, 1, 700, 129], &mut random);
+        assert!(gpu.has_flash(shape.heads), "{shape:?}");
+        // The last 10 tokens of the second sequence, the fourth from an odd one on, the last whole.
+        let runs = [[33, 10], [44 + 37, 663], [744, 129]];
+        let (got, wanted) = (
+            world.runs_on_gpu(&gpu, &runs),
+            world.naive_of(0, |query| f16::from_f32(query).to_f64()),
+        );
+        let width = shape.heads.n_heads * shape.heads.head_dim;
+        for (token, (got, wanted)) in got.chunks(width).zip(wanted.chunks(width)).enumerate() {
+            let is_asked =
+                runs.iter().any(|[first, n]| (*first..first + n).contains(&(token as u32)));
+            if !is_asked {
+                assert!(got.iter().all(|x| x.is_nan()), "{shape:?}: token {token} was written");
+                continue;
+            }
+            let (off, largest) = distance(got, wanted);
+            assert!(off <= HALF * largest.max(1.0), "{shape:?}, token {token}: {off} off");
+        }
+    }
+}
+
+#[test]
+fn a_token_has_the_same_bits_in_any_run() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random(13);
+    for shape in shapes() {
+        let world = World::new(shape, &[700, 30], &mut random);
+        let width = shape.heads.n_heads * shape.heads.head_dim;
+        let bits = |values: Vec<f32>, token: usize| -> Vec<u32> {
+            values[token * width..][..width].iter().map(|v| v.to_bits()).collect()
+        };
+        let all = bits(world.runs_on_gpu(&gpu, &[[0, 700], [700, 30]]), 650);
+        for first in [650, 649, 601, 333] {
+            let run = bits(world.runs_on_gpu(&gpu, &[[first, 660 - first]]), 650);
+            assert_eq!(all, run, "{shape:?} from {first}");
+        }
+    }
+}
+
+#[test]
+fn chosen_tokens_attend_as_they_do_among_all() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random(14);
+    for shape in shapes() {
+        let world = World::new(shape, &[5, 300, 20], &mut random);
+        let width = shape.heads.n_heads * shape.heads.head_dim;
+        let chosen = [2, 304, 17, 324];
+        let (all, some) = (world.on_gpu(&gpu, 0), world.chosen_on_gpu(&gpu, &chosen));
+        for (token, (all, some)) in all.chunks(width).zip(some.chunks(width)).enumerate() {
+            if chosen.contains(&(token as u32)) {
+                assert_eq!(all, some, "{shape:?}, token {token}");
+            } else {
+                assert!(some.iter().all(|x| x.is_nan()), "{shape:?}: token {token} was written");
+            }
+        }
     }
 }

@@ -1,0 +1,240 @@
+// Attention of many tokens of one sequence on tensor cores (FlashAttention-2, arXiv 2307.08691). A block
+// has a tile of WARPS · 16 rows, which are the query heads over one KV head of some consecutive tokens,
+// and walks along the positions that they see by KEYS at a time:
+//
+//   the next keys and values are on their way to shared memory
+//   S = scale · Q · Kᵀ
+//   M = max(M, rows of S), P = exp(S − M), the sums so far shrink to the new M
+//   O += P · V
+//
+// Queries, keys, values and P are f16, sums f32. Positions are taken from multiples of KEYS on, so a
+// token's bits do not depend on which tokens it shares a tile with.
+//
+// Queries and values have rows of 2 · DIM bytes in shared memory, whose 16-byte piece p lies at p ^ row % 8;
+// keys lie as in the store, [DIM / 8][KEYS][8]: no two of the eight pieces that ldmatrix takes share a bank.
+#include "attention.cuh"
+#include "launch.cuh"
+#include "tensor_cores.cuh"
+
+struct FlashArgs {
+    AttendArgs attend;
+    const uint2* runs; // first token and number of tokens of each sequence
+    uint32_t tile_tokens; // tokens of a tile: as many as have all their heads in its rows
+    uint32_t unused;
+};
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// What a block works on.
+struct FlashTile {
+    uint32_t first_token, tokens, kv_head, group;
+
+    // Blocks of the grid take tiles in descending order: the last ones of a sequence see most.
+    __device__ __forceinline__ FlashTile(const FlashArgs& args) {
+        uint32_t tile = gridDim.y - 1 - blockIdx.y;
+        const uint2* run = args.runs;
+        for (uint32_t tiles; tile >= (tiles = (run->y + args.tile_tokens - 1) / args.tile_tokens); run++) tile -= tiles;
+        first_token = run->x + tile * args.tile_tokens;
+        tokens = min(args.tile_tokens, run->y - tile * args.tile_tokens);
+        kv_head = blockIdx.x;
+        group = args.attend.n_heads / args.attend.store.n_kv_heads;
+    }
+};
+
+template <int DIM> __device__ __forceinline__ uint8_t* piece_at(uint8_t* tile, uint32_t row, uint32_t piece) {
+    return tile + row * (2 * DIM) + (piece ^ row % 8) * 16;
+}
+
+// Queries of a tile as f16; zeros for rows and elements that there are not.
+template <int DIM, int ROWS> __device__ __forceinline__ void load_queries(const FlashArgs& args, const FlashTile& tile, uint8_t* to) {
+    const uint32_t dim = args.attend.store.head_dim;
+    for (uint32_t index = threadIdx.x; index < ROWS * (DIM / 8); index += blockDim.x) {
+        const uint32_t row = index / (DIM / 8), piece = index % (DIM / 8), token = row / tile.group;
+        uint4 packed = make_uint4(0, 0, 0, 0);
+        if (token < tile.tokens && 8 * piece < dim) {
+            const size_t head = tile.kv_head * tile.group + row % tile.group;
+            const float4* from = reinterpret_cast<const float4*>(
+                args.attend.heads + static_cast<size_t>(tile.first_token + token) * args.attend.head_stride + head * dim + 8 * piece);
+            const float4 a = from[0], b = from[1];
+            packed = make_uint4(bits_of(__floats2half2_rn(a.x, a.y)), bits_of(__floats2half2_rn(a.z, a.w)),
+                                bits_of(__floats2half2_rn(b.x, b.y)), bits_of(__floats2half2_rn(b.z, b.w)));
+        }
+        *reinterpret_cast<uint4*>(piece_at<DIM>(to, row, piece)) = packed;
+    }
+}
+
+// Starts copies of KEYS keys and values from position `first` on; past `end` the last one again.
+template <int DIM, int KEYS>
+__device__ __forceinline__ void start_keys(const AttendArgs& args, const uint32_t* table, uint32_t kv_head, uint32_t first, uint32_t end, uint8_t* keys, uint8_t* values) {
+    const KvStore& store = args.store;
+    const uint32_t dim = store.head_dim, tokens = store.block_tokens, pieces = dim / 8;
+    const uint32_t key = threadIdx.x % KEYS, position = min(first + key, end - 1), slot = position % tokens;
+    const __half* from = store.keys + store.head(table[position / tokens], kv_head) + static_cast<size_t>(slot) * 8;
+    for (uint32_t piece = threadIdx.x / KEYS; piece < pieces; piece += blockDim.x / KEYS) {
+        copy_16_bytes(keys + (piece * KEYS + key) * 16, from + static_cast<size_t>(piece) * tokens * 8);
+    }
+    for (uint32_t index = threadIdx.x; index < KEYS * (DIM / 8); index += blockDim.x) {
+        const uint32_t row = index / (DIM / 8), piece = index % (DIM / 8);
+        if (piece >= pieces) continue;
+        const uint32_t at = min(first + row, end - 1), in_block = at % tokens;
+        const __half* value = store.values + store.head(table[at / tokens], kv_head) + static_cast<size_t>(in_block) * dim + 8 * piece;
+        copy_16_bytes(piece_at<DIM>(values, row, piece), value);
+    }
+}
+
+// s[16 rows, KEYS] = Q · Kᵀ
+template <int DIM, int KEYS> __device__ __forceinline__ void multiply_keys(uint8_t* queries, uint32_t first_row, const uint8_t* keys, float s[KEYS / 8][4]) {
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < KEYS / 8; j++) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0;
+#pragma unroll
+    for (int k = 0; k < DIM / 16; k++) {
+        uint32_t a[4];
+        load_matrices_at(a, piece_at<DIM>(queries, first_row + lane % 16, 2 * k + lane / 16));
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j += 2) {
+            uint32_t b[4];
+            load_matrices_at(b, keys + ((2 * k + lane / 8 % 2) * KEYS + 8 * (j + lane / 16) + lane % 8) * 16);
+            multiply_halves(s[j], a, b[0], b[1]);
+            multiply_halves(s[j + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+// o[16 rows, DIM] += P · V
+template <int DIM, int KEYS> __device__ __forceinline__ void add_values(const float p[KEYS / 8][4], uint8_t* values, float o[DIM / 8][4]) {
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < KEYS / 16; k++) {
+        uint32_t a[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[i] = bits_of(__floats2half2_rn(p[2 * k + i / 2][i % 2 * 2], p[2 * k + i / 2][i % 2 * 2 + 1]));
+#pragma unroll
+        for (int d = 0; d < DIM / 8; d += 2) {
+            uint32_t b[4];
+            load_transposed_at(b, piece_at<DIM>(values, 16 * k + lane % 16, d + lane / 16));
+            multiply_halves(o[d], a, b[0], b[1]);
+            multiply_halves(o[d + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+// The two rows of a lane: g and g + 8 of its warp's.
+struct FlashRows {
+    uint32_t from[2], position[2]; // what they see: both ends included
+    float max[2], weight[2];       // in units of log 2; the weight is this lane's part
+};
+
+// Scores to weights: p = 2^(score − max), with what no row sees at 0; sums so far shrink.
+template <int DIM, int KEYS>
+__device__ __forceinline__ void weigh(const AttendArgs& args, uint32_t first_key, bool all_seen, FlashRows& rows, float p[KEYS / 8][4], float o[DIM / 8][4]) {
+    const uint32_t lane = threadIdx.x % 32;
+    const float scale = args.softcap > 0 ? args.scale / args.softcap : args.scale * LOG2_E;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float max = rows.max[r];
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++)
+#pragma unroll
+            for (int i = 2 * r; i < 2 * r + 2; i++) {
+                float score = p[j][i] * scale;
+                if (args.softcap > 0) score = args.softcap * LOG2_E * tanhf(score);
+                const uint32_t key = first_key + 8 * j + lane % 4 * 2 + i % 2;
+                if (!all_seen && (key < rows.from[r] || key > rows.position[r])) score = -INFINITY;
+                p[j][i] = score;
+                max = fmaxf(max, score);
+            }
+        max = fmaxf(max, __shfl_xor_sync(~0u, max, 1));
+        max = fmaxf(max, __shfl_xor_sync(~0u, max, 2));
+        // A row that has seen nothing yet has no largest score.
+        const float base = max == -INFINITY ? 0.0f : max, shrink = exp2f(rows.max[r] - base);
+        rows.max[r] = max;
+        float weight = rows.weight[r] * shrink;
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++)
+#pragma unroll
+            for (int i = 2 * r; i < 2 * r + 2; i++) {
+                p[j][i] = exp2f(p[j][i] - base);
+                weight += p[j][i];
+            }
+        rows.weight[r] = weight;
+        if (__all_sync(~0u, shrink == 1.0f)) continue;
+#pragma unroll
+        for (int d = 0; d < DIM / 8; d++) o[d][2 * r] *= shrink, o[d][2 * r + 1] *= shrink;
+    }
+}
+
+template <int DIM, int WARPS, int KEYS> __device__ __forceinline__ void flash(const FlashArgs& args) {
+    constexpr int ROWS = 16 * WARPS, TILE = KEYS * DIM * 2;
+    extern __shared__ __align__(128) uint8_t flash_shared[];
+    uint8_t *const queries = flash_shared, *const keys = queries + ROWS * DIM * 2, *const values = keys + 2 * TILE;
+    begin();
+    const AttendArgs& attend = args.attend;
+    const FlashTile tile(args);
+    const uint32_t lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16, dim = attend.store.head_dim;
+    const uint32_t base = attend.tokens.positions[tile.first_token], end = base + tile.tokens;
+    const uint32_t* table = attend.tokens.blocks + attend.tokens.tables[tile.first_token];
+    const uint32_t first = seen_from(base, attend.window) / KEYS * KEYS;
+    start_keys<DIM, KEYS>(attend, table, tile.kv_head, first, end, keys, values);
+    commit_copies();
+    load_queries<DIM, ROWS>(args, tile, queries);
+    // Keys beyond a head's elements meet queries of zeros: they must be numbers.
+    for (uint32_t i = dim / 8 * KEYS + threadIdx.x; i < DIM / 8 * KEYS; i += blockDim.x) {
+        reinterpret_cast<uint4*>(keys)[i] = reinterpret_cast<uint4*>(keys + TILE)[i] = make_uint4(0, 0, 0, 0);
+    }
+    FlashRows rows;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        rows.position[r] = base + (first_row + lane / 4 + 8 * r) / tile.group;
+        rows.from[r] = seen_from(rows.position[r], attend.window);
+        rows.max[r] = -INFINITY, rows.weight[r] = 0;
+    }
+    // What all rows of this warp see, and what any does.
+    const uint32_t lowest = base + first_row / tile.group, highest = min(base + (first_row + 15) / tile.group, end - 1);
+    const uint32_t seen_by_any = seen_from(lowest, attend.window), seen_by_all = seen_from(highest, attend.window);
+    const bool has_rows = lowest < end;
+    float o[DIM / 8][4] = {};
+    uint32_t stage = 0;
+    for (uint32_t at = first; at < end; at += KEYS, stage ^= 1) {
+        if (at + KEYS < end) {
+            start_keys<DIM, KEYS>(attend, table, tile.kv_head, at + KEYS, end, keys + (stage ^ 1) * TILE, values + (stage ^ 1) * TILE);
+        }
+        commit_copies();
+        wait_for_copies<1>();
+        __syncthreads();
+        if (has_rows && at <= highest && at + KEYS > seen_by_any) {
+            float p[KEYS / 8][4];
+            multiply_keys<DIM, KEYS>(queries, first_row, keys + stage * TILE, p);
+            const bool all_seen = at >= seen_by_all && at + KEYS - 1 <= lowest;
+            weigh<DIM, KEYS>(attend, at, all_seen, rows, p, o);
+            add_values<DIM, KEYS>(p, values + stage * TILE, o);
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float weight = rows.weight[r];
+        weight += __shfl_xor_sync(~0u, weight, 1);
+        weight += __shfl_xor_sync(~0u, weight, 2);
+        const uint32_t row = first_row + lane / 4 + 8 * r, token = row / tile.group;
+        if (token >= tile.tokens) continue;
+        const size_t head = static_cast<size_t>(tile.first_token + token) * attend.n_heads + tile.kv_head * tile.group + row % tile.group;
+#pragma unroll
+        for (int d = 0; d < DIM / 8; d++) {
+            const uint32_t i = 8 * d + lane % 4 * 2;
+            if (i < dim) *reinterpret_cast<float2*>(attend.out + head * dim + i) = make_float2(o[d][2 * r] / weight, o[d][2 * r + 1] / weight);
+        }
+    }
+}
+
+#define FLASH(dims, warps, keys)                                                  \
+    extern "C" __global__ void __launch_bounds__(32 * warps)                      \
+        flash_##dims##_##warps(const __grid_constant__ FlashArgs args) {          \
+        flash<dims, warps, keys>(args);                                           \
+    }
+#define FLASH_DIM(dims)  \
+    FLASH(dims, 4, 32)   \
+    FLASH(dims, 8, 64)
+FLASH_DIM(64)
+FLASH_DIM(128)
+FLASH_DIM(256)

@@ -1,0 +1,96 @@
+//! Attention of many tokens of one sequence, on tensor cores: what prompts take (FlashAttention-2,
+//! arXiv 2307.08691). Queries, keys, values and weights meet as f16, with sums in f32; a token's
+//! bits do not depend on which tokens it shares a tile with.
+
+use crate::attention::{Attend, AttendArgs, HeadCounts, KvSpans, TokenTables};
+use crate::gpu::{Gpu, GpuError, Span};
+use cudarc::driver::DeviceRepr;
+
+/// Rows of a warp.
+const WARP_ROWS: usize = 16;
+/// Warps of a block and keys of a step, as in flash.cu: the larger where it fits.
+const TILES: [(usize, usize); 2] = [(8, 64), (4, 32)];
+
+/// Sequences whose tokens follow each other in a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Runs<'a> {
+    /// First token in the step and number of tokens, at least one, of each.
+    pub lengths: &'a [[u32; 2]],
+    /// The same on the GPU.
+    pub on_gpu: Span<'a>,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct FlashArgs {
+    attend: AttendArgs,
+    runs: u64,
+    tile_tokens: u32,
+    unused: u32,
+}
+
+// SAFETY: plain numbers in the order of `FlashArgs` in flash.cu.
+unsafe impl DeviceRepr for FlashArgs {}
+
+/// What the kernel for heads of some size is called, the warps of its blocks, and their shared
+/// memory.
+struct Tile {
+    name: String,
+    warps: usize,
+    bytes: usize,
+}
+
+impl Gpu {
+    fn flash_tile(&self, heads: HeadCounts) -> Option<Tile> {
+        let width = heads.head_dim.next_power_of_two().max(64);
+        let group = heads.n_heads / heads.n_kv_heads;
+        let tile = |(warps, keys): (usize, usize)| Tile {
+            name: format!("flash_{width}_{warps}"),
+            warps,
+            // Queries, and two tiles of keys and of values, f16.
+            bytes: (WARP_ROWS * warps + 4 * keys) * width * size_of::<u16>(),
+        };
+        let fits =
+            |tile: &Tile| group <= WARP_ROWS * tile.warps && tile.bytes <= self.shared_bytes();
+        TILES.into_iter().map(tile).find(fits)
+    }
+
+    /// Whether [`Gpu::attend_runs`] can attend with such heads.
+    pub fn has_flash(&self, heads: HeadCounts) -> bool {
+        heads.is_supported() && self.flash_tile(heads).is_some()
+    }
+
+    /// What [`Gpu::attend`] does, for all tokens of some sequences.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Panics
+    /// When a span is too short, a run is of tokens that the step does not have, or
+    /// [`Gpu::has_flash`] says no. That positions of a run ascend by one, and that block tables
+    /// name blocks of the store, is the caller's promise.
+    pub fn attend_runs(
+        &self,
+        pass: &Attend<'_>,
+        heads: HeadCounts,
+        (tokens, store): (&TokenTables<'_>, &KvSpans<'_>),
+        runs: &Runs<'_>,
+    ) -> Result<(), GpuError> {
+        let tile = self.flash_tile(heads).expect("heads that the kernels support");
+        let tile_tokens = WARP_ROWS * tile.warps / (heads.n_heads / heads.n_kv_heads);
+        let mut tiles = 0;
+        for [first, count] in runs.lengths.iter().map(|run| run.map(|n| n as usize)) {
+            assert!(count > 0 && first + count <= tokens.tokens, "{count} tokens from {first}");
+            tiles += count.div_ceil(tile_tokens);
+        }
+        let arguments = FlashArgs {
+            attend: pass.arguments(heads, 0, (tokens, store)),
+            runs: runs.on_gpu.of(runs.lengths.len(), size_of::<[u32; 2]>()),
+            tile_tokens: tile_tokens as u32,
+            unused: 0,
+        };
+        let grid = [heads.n_kv_heads, tiles, 1];
+        // SAFETY: all spans were checked against the shapes, and the runs against the tokens.
+        unsafe { self.launch(&tile.name, (grid, 32 * tile.warps, tile.bytes), &arguments) }
+    }
+}
