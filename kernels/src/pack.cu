@@ -1,5 +1,6 @@
 // Weights from the order of their file into the device layout, after they have been copied there:
 // one thread per lane of a chunk.
+#include "launch.cuh"
 #include "quants.cuh"
 
 // Blocks of a file: `low` and `high` are the bits of element e of group `index` of a block.
@@ -120,6 +121,7 @@ template <class T> __device__ void pack(const PackArgs& args) {
 
 #define PACK(name, T)                                                                                      \
     extern "C" __global__ void __launch_bounds__(256) pack_##name(const __grid_constant__ PackArgs args) { \
+        begin();                                                                                           \
         pack<T>(args);                                                                                     \
     }
 FOR_QUANTIZED(PACK)

@@ -22,6 +22,7 @@
 use crate::gpu::{DeviceMemory, Gpu, GpuError, Span};
 use crate::products::CHUNK;
 use cudarc::driver::DeviceRepr;
+use std::ops::Range;
 use tandem_cpu_kernels::DType;
 use tandem_cpu_kernels::blocks::GROUP;
 
@@ -108,6 +109,11 @@ fn plane_bytes(dtype: DType) -> Option<PlaneBytes> {
     Some(PlaneBytes { quants, highs, scales, scale_groups })
 }
 
+/// Bytes of quants and high bits that a lane has of a chunk.
+pub(crate) fn lane_bytes(dtype: DType) -> usize {
+    plane_bytes(dtype).map_or(0, |bytes| bytes.quants + bytes.highs)
+}
+
 /// Where the planes of a matrix start, and its bytes.
 fn places(dtype: DType, rows: usize, cols: usize) -> ([usize; 3], usize) {
     let Some(bytes) = plane_bytes(dtype) else {
@@ -143,36 +149,73 @@ impl DeviceMatrix {
         let row_bytes = dtype.row_bytes(cols).expect("whole blocks");
         assert_eq!(file.len(), rows * row_bytes, "bytes of a matrix [{rows}, {cols}] of {dtype}");
         assert!(cols.is_multiple_of(8), "rows of floats are read in eights, got {cols}");
-        let (planes, bytes) = places(dtype, rows, cols);
-        let matrix = DeviceMatrix { dtype, rows, cols, memory: gpu.alloc(bytes)?, planes };
-        let Some(bytes) = plane_bytes(dtype) else {
+        let matrix = DeviceMatrix::empty(gpu, dtype, (rows, cols))?;
+        if !dtype.is_quantized() {
             gpu.upload(file, matrix.memory.span())?;
             return Ok(matrix);
-        };
-        debug_assert_eq!(dtype.block_elements() / GROUP, bytes.scale_groups);
-        let kernel = format!("pack_{}", dtype.name().to_ascii_lowercase());
+        }
         let span = staging.memory.span();
         let rows_at_once = span.bytes() / row_bytes;
         assert!(rows_at_once > 0, "rows of {row_bytes} bytes");
-        let lanes = 4 * (cols / GROUP).div_ceil(CHUNK);
         let mut first_row = 0;
         for part in file.chunks(rows_at_once * row_bytes) {
             gpu.upload(part, span)?;
             let rows = part.len() / row_bytes;
-            let arguments = PackArgs {
-                file: span.pointer,
-                planes: matrix.planes(),
-                first_row: first_row as u64,
-                rows: rows as u64,
-                groups: (cols / GROUP) as u32,
-                unused: 0,
-            };
-            let grid = [(rows * lanes).div_ceil(PACK_THREADS), 1, 1];
-            // SAFETY: the part is in the staging memory, and the planes have room for all rows.
-            unsafe { gpu.launch(&kernel, (grid, PACK_THREADS, 0), &arguments)? };
+            matrix.pack(gpu, span, first_row..first_row + rows)?;
             first_row += rows;
         }
+        // Products ask for weights before the kernels ahead of them are done.
+        gpu.synchronize()?;
         Ok(matrix)
+    }
+
+    /// A matrix without contents, for [`DeviceMatrix::pack`].
+    ///
+    /// # Errors
+    /// No memory.
+    ///
+    /// # Panics
+    /// When a row is not of whole blocks.
+    pub fn empty(
+        gpu: &Gpu,
+        dtype: DType,
+        (rows, cols): (usize, usize),
+    ) -> Result<DeviceMatrix, GpuError> {
+        assert!(dtype.row_bytes(cols).is_some(), "rows of {cols} elements of {dtype}");
+        let (planes, bytes) = places(dtype, rows, cols);
+        Ok(DeviceMatrix { dtype, rows, cols, memory: gpu.alloc(bytes)?, planes })
+    }
+
+    /// Takes some rows from where they lie on the GPU as in a file. Products of the same matrix
+    /// may ask for weights before that is done: they are not for such a matrix.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Panics
+    /// When there are no such rows, or `file` is shorter.
+    pub fn pack(&self, gpu: &Gpu, file: Span<'_>, rows: Range<usize>) -> Result<(), GpuError> {
+        let row_bytes = self.dtype.row_bytes(self.cols).expect("whole blocks");
+        assert!(rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        let bytes = rows.len() * row_bytes;
+        let Some(plane_bytes) = plane_bytes(self.dtype) else {
+            let to = self.memory.span().part(rows.start * row_bytes, bytes);
+            return gpu.copy(file.part(0, bytes), to);
+        };
+        debug_assert_eq!(self.dtype.block_elements() / GROUP, plane_bytes.scale_groups);
+        let arguments = PackArgs {
+            file: file.of(bytes, 1),
+            planes: self.planes(),
+            first_row: rows.start as u64,
+            rows: rows.len() as u64,
+            groups: (self.cols / GROUP) as u32,
+            unused: 0,
+        };
+        let lanes = 4 * (self.cols / GROUP).div_ceil(CHUNK);
+        let kernel = format!("pack_{}", self.dtype.name().to_ascii_lowercase());
+        let grid = [(rows.len() * lanes).div_ceil(PACK_THREADS), 1, 1];
+        // SAFETY: the file has these rows (asserted), and the planes have room for all rows.
+        unsafe { gpu.launch(&kernel, (grid, PACK_THREADS, 0), &arguments) }
     }
 
     /// Element type.

@@ -1,5 +1,6 @@
 // What sampling the best token needs of rows of logits, so that rows need not leave the device: the
 // largest, the first of equals, and the sum of exponentials.
+#include "launch.cuh"
 #include <stdint.h>
 
 constexpr int MEASURE_THREADS = 256;
@@ -33,6 +34,7 @@ __device__ __forceinline__ RowPart joined(RowPart a, RowPart b) {
 // One part of one row per block: grid (parts, rows).
 extern "C" __global__ void __launch_bounds__(MEASURE_THREADS) measure_rows(const __grid_constant__ MeasureArgs args) {
     __shared__ RowPart warps[MEASURE_THREADS / 32];
+    begin();
     const uint32_t vocab = args.vocab, row = blockIdx.y;
     const float* logits = args.logits + static_cast<size_t>(row) * vocab;
     RowPart own{-INFINITY, 0xffffffffu, 0.0f, 0};

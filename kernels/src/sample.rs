@@ -1,6 +1,7 @@
 //! What sampling the best token needs of rows of logits: a few bytes instead of a row.
 
 use crate::gpu::{DeviceMemory, Gpu, GpuError, Span};
+use crate::pinned::PinnedMemory;
 use cudarc::driver::DeviceRepr;
 
 const THREADS: usize = 256;
@@ -23,6 +24,8 @@ pub struct RowMeasure {
 /// Room for the measures of some rows.
 pub struct RowMeasures {
     memory: DeviceMemory,
+    /// The same here.
+    found: PinnedMemory,
     rows: usize,
 }
 
@@ -44,7 +47,8 @@ impl RowMeasures {
     /// # Errors
     /// No memory.
     pub fn new(gpu: &Gpu, rows: usize) -> Result<Self, GpuError> {
-        Ok(Self { memory: gpu.alloc(rows * PARTS * PART_BYTES)?, rows })
+        let bytes = rows * PARTS * PART_BYTES;
+        Ok(Self { memory: gpu.alloc(bytes)?, found: gpu.alloc_pinned(bytes)?, rows })
     }
 
     /// Bytes held.
@@ -56,10 +60,19 @@ impl RowMeasures {
     ///
     /// # Errors
     /// What any kernel before has failed with.
-    pub fn wait(&self, gpu: &Gpu, rows: usize) -> Result<Vec<Option<RowMeasure>>, GpuError> {
-        let mut bytes = vec![0u8; rows * PARTS * PART_BYTES];
-        gpu.download(self.memory.span(), &mut bytes)?;
-        Ok(bytes.chunks_exact(PARTS * PART_BYTES).map(joined).collect())
+    ///
+    /// # Panics
+    /// When there is no room for so many.
+    pub fn wait(
+        &mut self,
+        gpu: &Gpu,
+        rows: usize,
+    ) -> Result<impl Iterator<Item = Option<RowMeasure>>, GpuError> {
+        let bytes = rows * PARTS * PART_BYTES;
+        // SAFETY: the copy is waited for before the memory is read.
+        unsafe { gpu.fetch(self.memory.span(), &mut self.found, bytes)? };
+        gpu.synchronize()?;
+        Ok(self.found[..bytes].chunks_exact(PARTS * PART_BYTES).map(joined))
     }
 }
 

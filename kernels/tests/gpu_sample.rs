@@ -20,9 +20,9 @@ fn rows_have_the_best_token_and_the_log_sum_of_exact_arithmetic() {
             row[vocab / 2] = 9.5;
         }
         let memory = on_gpu(&gpu, &logits);
-        let measures = RowMeasures::new(&gpu, rows).expect("memory");
+        let mut measures = RowMeasures::new(&gpu, rows).expect("memory");
         gpu.measure_rows(memory.span(), (rows, vocab), softcap, &measures).expect("a launch");
-        let got = measures.wait(&gpu, rows).expect("measures");
+        let got: Vec<_> = measures.wait(&gpu, rows).expect("measures").collect();
         for (row, got) in logits.chunks_exact(vocab).zip(got) {
             let got = got.expect("finite logits");
             let capped = |logit: f32| match softcap {
@@ -45,9 +45,9 @@ fn a_row_that_is_not_finite_has_no_measure_and_its_neighbours_have() {
     let mut logits = Random(9).floats(3 * vocab);
     logits[vocab + 77] = f32::NAN;
     let memory = on_gpu(&gpu, &logits);
-    let measures = RowMeasures::new(&gpu, 3).expect("memory");
+    let mut measures = RowMeasures::new(&gpu, 3).expect("memory");
     gpu.measure_rows(memory.span(), (3, vocab), None, &measures).expect("a launch");
     let got = measures.wait(&gpu, 3).expect("measures");
-    let finite: Vec<bool> = got.iter().map(Option::is_some).collect();
+    let finite: Vec<bool> = got.map(|measure| measure.is_some()).collect();
     assert_eq!(finite, [true, false, true]);
 }

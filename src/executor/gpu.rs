@@ -6,8 +6,10 @@
 //! Activations are rounded to 8 bits before quantised products, as on the CPU: the two agree up to
 //! the order of sums. A token's bits do not depend on what else is in its step here either.
 
+mod attend;
 mod buffers;
 mod graphs;
+mod inputs;
 mod kv;
 mod ops;
 mod weights;
@@ -55,6 +57,7 @@ pub struct GpuStage {
     kv: GpuKv,
     buffers: GpuBuffers,
     samplers: RowSamplers,
+    has_flash: bool,
     last: LastOps,
     // Before the memory that they use.
     graphs: Graphs,
@@ -83,6 +86,7 @@ impl GpuStage {
         Ok(Self {
             limits,
             batch: Batch::new(tokens, options.kv.device_blocks, Vec::new()),
+            has_flash: attend::has_flash(weights.gpu(), program),
             last: last_ops(&program.ops),
             graphs: Graphs::default(),
             kv: GpuKv::new(weights.gpu(), &program.kv_layers, options.kv)?,

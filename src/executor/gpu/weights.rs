@@ -10,8 +10,8 @@ use crate::executor::weights::{LoadProgress, WeightsRequest, load_rotations, sto
 use crate::model::{ModelSpec, TensorRef};
 use crate::tensor::DType;
 use std::ops::Range;
+use tandem_cpu_kernels::Layout;
 use tandem_cpu_kernels::blocks::GROUP;
-use tandem_cpu_kernels::{Layout, dequantize_row};
 use tandem_kernels::{DeviceMatrix, DeviceMemory, Gpu, HeadCounts, Span, Staging, driver};
 
 /// Rows that the host looks up.
@@ -196,9 +196,24 @@ impl GpuWeights {
         self.vectors[id.0 as usize].span()
     }
 
-    /// Row `row` of the embedding, in f32.
-    pub(super) fn look_up(&self, row: usize, out: &mut [f32]) {
-        let lookup = self.lookup.as_ref().expect("a program that embeds has a table");
+    /// The embedding where it lies on the GPU, because the model multiplies with it as well.
+    pub(super) fn embedding(&self) -> Option<&DeviceMatrix> {
+        let name = self.embedding_table()?;
+        let entries = self.program.matrices.iter().zip(&self.matrices);
+        entries
+            .filter(|(entry, _)| entry.tensor.name == name)
+            .find_map(|(_, matrix)| matrix.as_ref())
+    }
+
+    /// Type of the embedding, and elements of a row.
+    pub(super) fn embedding_shape(&self) -> (DType, usize) {
+        let lookup = self.lookup();
+        (lookup.dtype, lookup.cols)
+    }
+
+    /// Row `row` of the embedding as it lies in the file.
+    pub(super) fn file_row(&self, row: usize) -> &[u8] {
+        let lookup = self.lookup();
         let bytes = match (&lookup.bytes, &self.source) {
             (LookupBytes::Memory(bytes), _) => bytes.as_slice(),
             (LookupBytes::File { file, bytes }, WeightSource::Checkpoint(checkpoint)) => {
@@ -208,7 +223,11 @@ impl GpuWeights {
             (LookupBytes::File { .. }, _) => unreachable!("random weights lie in memory"),
         };
         let row_bytes = lookup.dtype.row_bytes(lookup.cols).expect("whole blocks");
-        dequantize_row(lookup.dtype, &bytes[row * row_bytes..][..row_bytes], out);
+        &bytes[row * row_bytes..][..row_bytes]
+    }
+
+    fn lookup(&self) -> &Lookup {
+        self.lookup.as_ref().expect("a program that embeds has a table")
     }
 }
 
@@ -231,8 +250,7 @@ fn check(program: &Program) -> Result<(), ExecutorError> {
             _ => {}
         }
     }
-    let multiplied = program.matrices.iter().filter(|entry| entry.used_for != MatrixUse::Lookup);
-    for TensorRef { name, dtype, cols, .. } in multiplied.map(|entry| &entry.tensor) {
+    for TensorRef { name, dtype, cols, .. } in program.matrices.iter().map(|entry| &entry.tensor) {
         let unit = if dtype.is_quantized() { GROUP } else { 8 };
         if !cols.is_multiple_of(unit) {
             return refuse(format!("{name} with rows of {cols} elements on a GPU"));

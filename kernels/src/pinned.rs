@@ -1,0 +1,112 @@
+//! Host memory that the GPU copies from and to by itself.
+
+use crate::gpu::{Gpu, GpuError, Span};
+use cudarc::driver::{CudaContext, result, sys};
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// Page-locked host memory; freed when dropped, after all copies from and to it.
+pub struct PinnedMemory {
+    start: NonNull<u8>,
+    bytes: usize,
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: it is plain memory that this value owns.
+unsafe impl Send for PinnedMemory {}
+
+impl Gpu {
+    /// `bytes` zeroed bytes of pinned host memory, aligned to a page.
+    ///
+    /// # Errors
+    /// The system has no memory to lock.
+    pub fn alloc_pinned(&self, bytes: usize) -> Result<PinnedMemory, GpuError> {
+        self.bound()?;
+        let bytes = bytes.max(1);
+        // SAFETY: the context is this thread's; the memory is initialised below.
+        let start = unsafe { result::malloc_host(bytes, 0) }
+            .map_err(|error| self.failed("locking host memory", error))?;
+        let start = NonNull::new(start.cast::<u8>()).ok_or_else(|| GpuError::Failed {
+            ordinal: self.ordinal(),
+            what: "locking host memory",
+            reason: "the driver gave none".into(),
+        })?;
+        // SAFETY: as many bytes were just allocated.
+        unsafe { start.write_bytes(0, bytes) };
+        Ok(PinnedMemory { start, bytes, context: Arc::clone(self.stream().context()) })
+    }
+
+    /// Starts a copy of the first `bytes` bytes to the start of a span.
+    ///
+    /// # Safety
+    /// The memory lives and is not written until the GPU has come past the copy.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Panics
+    /// When there are not so many bytes, here or there.
+    pub unsafe fn send(
+        &self,
+        from: &PinnedMemory,
+        bytes: usize,
+        to: Span<'_>,
+    ) -> Result<(), GpuError> {
+        let to = to.of(bytes, 1);
+        self.bound()?;
+        // SAFETY: both hold as many bytes; the caller keeps the memory as it is.
+        unsafe { result::memcpy_htod_async(to, &from[..bytes], self.stream().cu_stream()) }
+            .map_err(|error| self.failed("copying to it", error))
+    }
+
+    /// Starts a copy from the start of a span to the first `bytes` bytes.
+    ///
+    /// # Safety
+    /// The memory lives and is not used until the GPU has come past the copy.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Panics
+    /// When there are not so many bytes, here or there.
+    pub unsafe fn fetch(
+        &self,
+        from: Span<'_>,
+        to: &mut PinnedMemory,
+        bytes: usize,
+    ) -> Result<(), GpuError> {
+        let from = from.of(bytes, 1);
+        self.bound()?;
+        let stream = self.stream().cu_stream();
+        // SAFETY: both hold as many bytes; the caller leaves the memory alone.
+        unsafe { result::memcpy_dtoh_async(&mut to[..bytes], from, stream) }
+            .map_err(|error| self.failed("copying from it", error))
+    }
+}
+
+impl Deref for PinnedMemory {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: it owns as many initialised bytes.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.bytes) }
+    }
+}
+
+impl DerefMut for PinnedMemory {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: it owns as many initialised bytes, alone.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.bytes) }
+    }
+}
+
+impl Drop for PinnedMemory {
+    fn drop(&mut self) {
+        if self.context.synchronize().is_ok() {
+            // SAFETY: it came from `malloc_host`, and is freed once. A failure has no one to be
+            // told to.
+            let _ = unsafe { sys::cuMemFreeHost(self.start.as_ptr().cast()) };
+        }
+    }
+}
