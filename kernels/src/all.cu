@@ -1,5 +1,7 @@
 // One translation unit: all kernels in one module.
 #include "attention.cu"
+#include "embed.cu"
+#include "flash.cu"
 #include "floats.cu"
 #include "narrow.cu"
 #include "pack.cu"

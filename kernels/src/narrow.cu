@@ -1,182 +1,156 @@
-// Products of quantised weights with a few columns of 8-bit activations, at the speed of memory. A
-// block has ROWS rows; its warps share out what lies along them in bites of 16 rows times 8 groups, or
-// 32 rows times 4. For each bite of a warp:
+// Products of quantised weights with a few columns of 8-bit activations, at the speed of memory. What lies along
+// rows is divided into RANGES ranges of chunks; a block has RANGES warps for each MTILES · 16 rows. For each
+// chunk of a range:
 //
-//   the next bite's weights are loaded, and wait in registers
-//   for each group: tiles of 16 rows, decoded in registers, times 8 columns at a time on tensor cores
+//   later chunks of weights and activations are asked for
+//   for each group: 16 rows, decoded in registers, times 8 columns at a time on tensor cores
 //
-// and in the end the warps' sums are added in their order. The order of a sum does not depend on the
-// number of columns: neither do a column's bits.
-#include "products.cuh"
+// A single column stands in for all eight: each lane then adds up its own sum alone. Within a range, groups are
+// added up in their order; then the ranges' sums are, in theirs. Kernels for up to 32 columns have eight ranges,
+// that for more has four: among either a column's bits do not depend on how many columns there are.
+#include "stream.cuh"
 
-constexpr int NARROW_WARPS = 8;
-// Chunks of 16 rows in a bite.
-constexpr int BITE = 2;
-// Floats from a column to the next where the warps' sums meet: no two lanes share a bank.
-constexpr int SUM_STRIDE = 36;
+// Warps with the same range.
+template <int RANGES> constexpr int ROW_WARPS = NARROW_WARPS / RANGES;
 
-// A lane's part of a bite: of rows g and g + 8 of each tile, quants of four groups and the scales of
-// group t.
-template <class T> struct Bite {
-    Raw raw[BITE][2];
-    uint32_t scales[BITE][2][4];
-};
-
-// Tile i of a bite: where it lies along the rows, and which rows it has.
-template <int ROWS> struct Tiles {
-    static constexpr int DOWN = ROWS / 16, ALONG = BITE / DOWN;
-    static __device__ __forceinline__ uint32_t chunk(uint32_t bite, int i) { return bite * ALONG + i / DOWN; }
-};
-
-template <class T, int ROWS>
-__device__ __forceinline__ void load_bite(const ProductArgs& args, const Part& part, uint32_t first_row, uint32_t bite, Bite<T>& to) {
-    const uint32_t lane = threadIdx.x % 32, chunks = args.padded / CHUNK;
-#pragma unroll
-    for (int i = 0; i < BITE; i++) {
-        const uint32_t chunk = min(Tiles<ROWS>::chunk(bite, i), chunks - 1);
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            const uint32_t row = min(first_row + i % Tiles<ROWS>::DOWN * 16 + lane / 4 + 8 * k, part.rows - 1);
-            load_raw<T>(part.planes, static_cast<size_t>(row) * chunks + chunk, lane % 4, to.raw[i][k]);
-            load_scales<T>(part.planes, row, args.padded, CHUNK * chunk + lane % 4, to.scales[i][k]);
-        }
+// Until all lanes of the warps with range `range` are here.
+template <int RANGES> __device__ __forceinline__ void meet(uint32_t range) {
+    if constexpr (ROW_WARPS<RANGES> == 1) {
+        __syncwarp();
+    } else {
+        asm volatile("bar.sync %0, %1;" ::"r"(1 + range), "n"(32 * ROW_WARPS<RANGES>) : "memory");
     }
 }
 
-// A pair of groups of 8 columns: words for both, and scales of columns 2t and 2t + 1.
-template <class T> struct ColumnPair {
-    uint4 words;
-    int4 scales[2];
-
-    __device__ __forceinline__ void load(const ProductArgs& args, uint32_t first, uint32_t last, uint32_t pair) {
-        const uint32_t lane = threadIdx.x % 32, padded = args.padded;
-        const size_t own = min(first + lane / 4, last);
-        words = __ldg(reinterpret_cast<const uint4*>(args.quants + (own * padded + 2 * pair) * GROUP) + lane % 4);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const size_t column = min(first + lane % 4 * 2 + i, last);
-            scales[i] = __ldg(reinterpret_cast<const int4*>(args.scales + column * padded + 2 * pair));
-        }
-    }
-};
-
-// acc += a chunk of DOWN tiles, from tile `start` of the bite on, times TILES · 8 columns from `first`.
-template <class T, int ROWS, int TILES>
-__device__ __forceinline__ void multiply_chunk(const ProductArgs& args, const Bite<T>& bite, int start, uint32_t chunk,
-                                               uint32_t first, uint32_t last, float acc[ROWS / 16][TILES][4]) {
-    constexpr int DOWN = Tiles<ROWS>::DOWN, ALL = Counts<T>::ALL;
-    const uint32_t lane = threadIdx.x % 32;
-    float own[DOWN][ALL][2];
-#pragma unroll
-    for (int m = 0; m < DOWN; m++)
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            Scales s;
-            T::scales(bite.scales[start + m][k], (CHUNK * chunk + lane % 4) % T::SCALE_GROUPS, s);
-#pragma unroll
-            for (int i = 0; i < ALL; i++) own[m][i][k] = i < Counts<T>::SCALES ? s.scale[i] : s.min[i - Counts<T>::SCALES];
-        }
+// acc += a chunk of MTILES · 16 rows times the columns of a slot.
+template <class T, int MTILES, int TILES, bool SINGLE, class X>
+__device__ __forceinline__ void multiply_slot(const Raw raw[2 * MTILES], const float factors[2 * MTILES][CHUNK][Counts<T>::ALL],
+                                              const X& x, uint32_t slot, float acc[MTILES][TILES][4]) {
+    constexpr int ALL = Counts<T>::ALL, SUMS = SINGLE ? 1 : 2;
 #pragma unroll
     for (int pair = 0; pair < CHUNK / 2; pair++) {
-        uint32_t a[2][DOWN][4];
-        float scale[2][DOWN][ALL][2];
+        uint32_t a[2][MTILES][4];
 #pragma unroll
         for (int k = 0; k < 2; k++)
 #pragma unroll
-            for (int m = 0; m < DOWN; m++) {
-                const int group = 2 * pair + k;
+            for (int m = 0; m < MTILES; m++)
 #pragma unroll
-                for (int word = 0; word < 4; word++) a[k][m][word] = T::decode(bite.raw[start + m][word % 2], group, word / 2);
-#pragma unroll
-                for (int i = 0; i < 2 * ALL; i++) {
-                    scale[k][m][i / 2][i % 2] = __shfl_sync(~0u, own[m][i / 2][i % 2], (lane & ~3) + group);
-                }
-            }
+                for (int word = 0; word < 4; word++) a[k][m][word] = T::decode(raw[2 * m + word % 2], 2 * pair + k, word / 2);
 #pragma unroll
         for (int n = 0; n < TILES; n++) {
-            ColumnPair<T> columns;
-            columns.load(args, first + 8 * n, last, chunk * (CHUNK / 2) + pair);
+            const uint4 words = x.words_of(slot, pair, n);
+            int4 scales[SUMS];
+#pragma unroll
+            for (int i = 0; i < SUMS; i++) scales[i] = x.scales_of(slot, pair, n, i);
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                ColumnScale<T> x[2];
+                ColumnScale<T> of[SUMS];
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    x[i].set(k ? columns.scales[i].z : columns.scales[i].x, k ? columns.scales[i].w : columns.scales[i].y);
+                for (int i = 0; i < SUMS; i++) of[i].set(k ? scales[i].z : scales[i].x, k ? scales[i].w : scales[i].y);
+#pragma unroll
+                for (int m = 0; m < MTILES; m++) {
+                    float scale[ALL][2];
+#pragma unroll
+                    for (int i = 0; i < 2 * ALL; i++) scale[i / 2][i % 2] = factors[2 * m + i % 2][2 * pair + k][i / 2];
+                    add_group<T, SUMS>(acc[m][n], a[k][m], k ? words.z : words.x, k ? words.w : words.y, scale, of);
                 }
-                const uint32_t b0 = k ? columns.words.z : columns.words.x, b1 = k ? columns.words.w : columns.words.y;
-#pragma unroll
-                for (int m = 0; m < DOWN; m++) add_group<T>(acc[m][n], a[k][m], b0, b1, scale[k][m], x);
             }
         }
     }
 }
 
-// Adds up the warps' sums and stores them.
-template <int ROWS, int TILES>
-__device__ __forceinline__ void store_sums(const Part& part, uint32_t first_row, uint32_t first, uint32_t last,
-                                           const float acc[ROWS / 16][TILES][4]) {
-    constexpr int AT_ONCE = TILES < 2 ? TILES : 2, COLUMNS = AT_ONCE * 8;
-    __shared__ float sums[NARROW_WARPS][COLUMNS][SUM_STRIDE];
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+// Adds up the ranges' sums and stores them.
+template <int RANGES, int MTILES, int TILES, bool SINGLE>
+__device__ __forceinline__ void store_sums(const ProductArgs& args, const Part& part, uint32_t first_row, uint32_t first,
+                                           const float acc[MTILES][TILES][4], uint8_t* shared) {
+    // Floats from a column to the next: no two lanes share a bank.
+    constexpr int ROWS = 16 * MTILES * ROW_WARPS<RANGES>, COLUMNS = SINGLE ? 1 : TILES * 8, STRIDE = ROWS + 4;
+    // In place of weights.
+    float (*sums)[COLUMNS][STRIDE] = reinterpret_cast<float (*)[COLUMNS][STRIDE]>(shared);
+    const uint32_t lane = threadIdx.x % 32, range = threadIdx.x / 32 % RANGES, own = threadIdx.x / 32 / RANGES * (16 * MTILES);
+    __syncthreads();
 #pragma unroll
-    for (int start = 0; start < TILES; start += AT_ONCE) {
-        __syncthreads();
+    for (int m = 0; m < MTILES; m++)
 #pragma unroll
-        for (int n = 0; n < AT_ONCE; n++)
+        for (int n = 0; n < TILES; n++)
 #pragma unroll
-            for (int m = 0; m < ROWS / 16; m++)
+            for (int i = 0; i < 4; i++) {
+                if (SINGLE && (i % 2 || lane % 4)) continue;
+                sums[range][SINGLE ? 0 : 8 * n + lane % 4 * 2 + i % 2][own + 16 * m + i / 2 * 8 + lane / 4] = acc[m][n][i];
+            }
+    __syncthreads();
+    for (uint32_t index = threadIdx.x; index < COLUMNS * ROWS; index += NARROW_WARPS * 32) {
+        const uint32_t column = index / ROWS, row = index % ROWS, at = first + column;
+        float sum = sums[0][column][row];
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    sums[warp][8 * n + lane % 4 * 2 + i % 2][16 * m + i / 2 * 8 + lane / 4] = acc[m][start + n][i];
-                }
-        __syncthreads();
-        for (uint32_t index = threadIdx.x; index < COLUMNS * ROWS; index += NARROW_WARPS * 32) {
-            const uint32_t column = index / ROWS, row = index % ROWS, at = first + start * 8 + column;
-            float sum = sums[0][column][row];
-#pragma unroll
-            for (int w = 1; w < NARROW_WARPS; w++) sum += sums[w][column][row];
-            if (first_row + row >= part.rows || at > last) continue;
-            const float bias = part.bias ? part.bias[first_row + row] : 0.0f;
-            part.out[static_cast<size_t>(at) * part.stride + first_row + row] = sum + bias;
-        }
+        for (int r = 1; r < RANGES; r++) sum += sums[r][column][row];
+        if (first_row + row >= part.rows || at >= args.columns) continue;
+        const float bias = part.bias ? part.bias[first_row + row] : 0.0f;
+        part.out[static_cast<size_t>(at) * part.stride + first_row + row] = sum + bias;
     }
 }
 
-template <class T, int ROWS, int TILES> __device__ __forceinline__ void narrow(const ProductArgs& args) {
+template <class T, int RANGES, int MTILES, int TILES, int DEPTH, bool SINGLE> __device__ __forceinline__ void narrow(const ProductArgs& args) {
+    using Weights = Stream<T, RANGES, 2 * MTILES, DEPTH>;
+    using X = Columns<ROW_WARPS<RANGES>, TILES, SINGLE>;
+    extern __shared__ __align__(128) uint8_t narrow_ring[];
     const Part& part = part_of(args, blockIdx.x);
-    const uint32_t first_row = (blockIdx.x - part.first_block) * ROWS, warp = threadIdx.x / 32;
-    const uint32_t first = blockIdx.y * TILES * 8, last = args.columns - 1, chunks = args.padded / CHUNK;
-    constexpr int DOWN = Tiles<ROWS>::DOWN, ALONG = Tiles<ROWS>::ALONG;
-    const uint32_t bites = (chunks + ALONG - 1) / ALONG;
-    float acc[DOWN][TILES][4] = {};
-    Bite<T> bite, next;
-    if (warp < bites) load_bite<T, ROWS>(args, part, first_row, warp, bite);
-    for (uint32_t index = warp; index < bites; index += NARROW_WARPS) {
-        if (index + NARROW_WARPS < bites) load_bite<T, ROWS>(args, part, first_row, index + NARROW_WARPS, next);
+    const uint32_t lane = threadIdx.x % 32, range = threadIdx.x / 32 % RANGES, row_warp = threadIdx.x / 32 / RANGES;
+    const uint32_t first_row = (blockIdx.x - part.first_block) * (16 * MTILES * ROW_WARPS<RANGES>), first = blockIdx.y * (SINGLE ? 1 : TILES * 8);
+    Weights stream(args, part, narrow_ring, range, first_row + row_warp * (16 * MTILES) + lane / 4, 8);
+    let_next_start();
+    stream.start();
+    wait_for_earlier();
+    const X x(args, narrow_ring + Weights::BYTES + range * DEPTH * X::SLOT, first, row_warp * 32 + lane);
+    const uint32_t chunks = args.padded / CHUNK, passes = args.passes, steps = stream.count * passes;
+    // Chunks of activations: of both passes in turn.
+    const auto ask = [&](uint32_t slot, uint32_t step) { x.copy(slot, passes == 1 ? stream.first + step : step % 2 * chunks + stream.first + step / 2); };
 #pragma unroll
-        for (int i = 0; i < BITE; i += DOWN) {
-            const uint32_t chunk = Tiles<ROWS>::chunk(index, i);
-            if (chunk >= chunks) break;
-            multiply_chunk<T, ROWS, TILES>(args, bite, i, chunk, first, last, acc);
-            if (args.second) multiply_chunk<T, ROWS, TILES>(args, bite, i, chunk, first + args.second, last + args.second, acc);
-        }
-        bite = next;
+    for (uint32_t step = 0; step < DEPTH; step++) {
+        if (step < steps) ask(step, step);
+        commit_copies();
     }
-    store_sums<ROWS, TILES>(part, first_row, first, last, acc);
+    float acc[MTILES][TILES][4] = {};
+    Raw raw[2 * MTILES];
+    float factors[2 * MTILES][CHUNK][Counts<T>::ALL];
+    uint32_t slot = 0, weights_slot = 0;
+    for (uint32_t step = 0; step < steps; step++) {
+        wait_for_copies<DEPTH - 1>();
+        meet<RANGES>(range);
+        const uint32_t index = passes == 1 ? step : step / 2;
+        const bool is_last_pass = passes == 1 || step % 2;
+        if (passes == 1 || step % 2 == 0) {
+            stream.take(weights_slot, raw);
+#pragma unroll
+            for (int k = 0; k < 2 * MTILES; k++) stream.scales[k].factors(stream.first + index, factors[k]);
+            stream.load_scales_of(index + 1);
+        }
+        multiply_slot<T, MTILES, TILES, SINGLE>(raw, factors, x, slot, acc);
+        meet<RANGES>(range);
+        if (step + DEPTH < steps) ask(slot, step + DEPTH);
+        if (is_last_pass) {
+            if (index + DEPTH < stream.count) stream.copy(weights_slot, index + DEPTH);
+            weights_slot = weights_slot + 1 == DEPTH ? 0 : weights_slot + 1;
+        }
+        commit_copies();
+        slot = slot + 1 == DEPTH ? 0 : slot + 1;
+    }
+    store_sums<RANGES, MTILES, TILES, SINGLE>(args, part, first_row, first, acc, narrow_ring);
 }
 
-#define NARROW_TILES(name, T, rows, tiles)                                                     \
-    extern "C" __global__ void __launch_bounds__(NARROW_WARPS * 32)                            \
-        narrow_##name##_##rows##_##tiles(const __grid_constant__ ProductArgs args) {           \
-        narrow<T, rows, tiles>(args);                                                          \
+// Blocks of a multiprocessor that leave registers enough.
+template <class T> constexpr int NARROW_BLOCKS = T::HALVES || T::MIN != Min::None ? 2 : 3;
+
+template <class T> constexpr int SINGLE_DEPTH = LANE_BYTES<T> > 16 ? 3 : 4;
+
+#define NARROW_KERNEL(name, blocks, ...)                                                                    \
+    extern "C" __global__ void __launch_bounds__(NARROW_WARPS * 32, blocks) name(const __grid_constant__ ProductArgs args) { \
+        narrow<__VA_ARGS__>(args);                                                                          \
     }
-#define NARROW(name, T)           \
-    NARROW_TILES(name, T, 16, 1)  \
-    NARROW_TILES(name, T, 16, 2)  \
-    NARROW_TILES(name, T, 16, 4)  \
-    NARROW_TILES(name, T, 16, 8)  \
-    NARROW_TILES(name, T, 32, 1)  \
-    NARROW_TILES(name, T, 32, 2)  \
-    NARROW_TILES(name, T, 32, 4)  \
-    NARROW_TILES(name, T, 32, 8)
+#define NARROW(name, T)                                                              \
+    NARROW_KERNEL(narrow_##name##_0, NARROW_BLOCKS<T>, T, 8, 1, 1, SINGLE_DEPTH<T>, true) \
+    NARROW_KERNEL(narrow_##name##_1, (T::HALVES ? 1 : 2), T, 8, 2, 1, 3, false)      \
+    NARROW_KERNEL(narrow_##name##_2, 1, T, 8, 2, 2, 3, false)                        \
+    NARROW_KERNEL(narrow_##name##_4, 1, T, 8, 2, 4, 3, false)                        \
+    NARROW_KERNEL(narrow_##name##_8, 1, T, 4, 2, 8, 3, false)
 FOR_QUANTIZED(NARROW)

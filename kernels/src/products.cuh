@@ -1,6 +1,7 @@
 // What the kernels for products of quantised weights share: their arguments, and the multiplication
 // of a tile of weights with 8 columns of activations on tensor cores.
 #pragma once
+#include "launch.cuh"
 #include "quants.cuh"
 
 constexpr int PARTS = 3;
@@ -18,13 +19,15 @@ struct Part {
 
 struct ProductArgs {
     Part parts[PARTS];
-    const int8_t* quants;     // [columns][padded · 32], see EightBits
-    const GroupScale* scales; // [columns][padded]
+    const int8_t* quants;     // [passes][padded / 4][stride][128], see EightBits
+    const GroupScale* scales; // [passes][padded / 4][stride][4]
     uint32_t n_parts;
     uint32_t groups;
     uint32_t padded; // the same as whole chunks: what weights and activations have in memory
     uint32_t columns;
-    uint32_t second; // columns from a value's to what its 8 bits miss; 0 if that is not wanted
+    uint32_t stride; // columns that there is room for
+    uint32_t passes; // 2 where what 8 bits miss of values is multiplied, too
+    uint32_t unused;
 };
 
 // The matrix that a block works on.
@@ -45,11 +48,8 @@ __device__ __forceinline__ float warp_sum(float value) {
 constexpr int MAGIC = 0x4b400000;
 constexpr float MAGIC_VALUE = 12582912.0f;
 
-// A step of activations that is exact when multiplied with MAGIC_VALUE, and minus that product.
-__device__ __forceinline__ float2 step_and_offset(float step) {
-    const float cut = __int_as_float(__float_as_int(step) & ~3);
-    return make_float2(cut, -MAGIC_VALUE * cut);
-}
+// A step of activations, whose last two bits are zero, and minus its exact product with MAGIC_VALUE.
+__device__ __forceinline__ float2 step_and_offset(float step) { return make_float2(step, -MAGIC_VALUE * step); }
 
 // d = a · b + MAGIC for 16 rows, 8 columns and 32 elements: lane 4g + t has of a, in words of four
 // elements, (row g, word t), (g + 8, t), (g, t + 4), (g + 8, t + 4); of b words t and t + 4 of
@@ -113,11 +113,11 @@ template <class T> struct ColumnScale {
     }
 };
 
-// acc[16 rows, 8 columns] += weights · activations of one group. `scale` has, for rows g and g + 8,
-// the scales and then the offsets; x those of columns 2t and 2t + 1.
-template <class T>
+// acc[16 rows, 8 columns] += weights · activations of one group. `scale` has, for rows g and g + 8, the scales
+// and then the offsets; x those of columns 2t and 2t + 1, or, with one sum, of the only column.
+template <class T, int SUMS>
 __device__ __forceinline__ void add_group(float acc[4], const uint32_t a[4], uint32_t b0, uint32_t b1,
-                                          const float scale[Counts<T>::ALL][2], const ColumnScale<T> x[2]) {
+                                          const float scale[Counts<T>::ALL][2], const ColumnScale<T> x[SUMS]) {
     float d[Counts<T>::SCALES][4];
     if constexpr (T::HALVES) {
         multiply_half(d[0], a, b0);
@@ -126,7 +126,7 @@ __device__ __forceinline__ void add_group(float acc[4], const uint32_t a[4], uin
         multiply_group(d[0], a, b0, b1);
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 4; i += 3 - SUMS) {
         const ColumnScale<T>& of = x[i % 2];
 #pragma unroll
         for (int s = 0; s < Counts<T>::SCALES; s++) {

@@ -3,6 +3,7 @@
 //! Up to [`NARROW_MAX`] tokens reading the weights takes longest (`narrow.cu`): quantised weights
 //! meet activations in 8 bits with a scale per 32 elements, as on the CPU. The integer sums are the
 //! same, and only the order in which groups are added up differs; floats meet floats (`floats.cu`).
+//! A token's product has the same bits in any batch of up to [`SAME_SUMS_MAX`], and of more.
 //! For more tokens the arithmetic takes longest (`wide.cu`): weights of any type and activations
 //! meet as f16, with sums in f32. On either side a token's product has the same bits in any batch.
 //!
@@ -11,18 +12,19 @@
 //! g; as f16 number `8 t + 4 h + e` of a group is element `16 h + 4 t + e`.
 
 use crate::gpu::{Gpu, GpuError, Span};
-use crate::pack::{DeviceMatrix, Planes};
+use crate::pack::{DeviceMatrix, Planes, lane_bytes};
 use cudarc::driver::DeviceRepr;
 use tandem_cpu_kernels::DType;
 use tandem_cpu_kernels::blocks::GROUP;
 
-/// Most tokens of a product whose order of sums is that of one token.
+/// Most tokens of a product that meets activations in 8 bits.
 pub const NARROW_MAX: usize = 128;
+/// Most of them whose order of sums is that of one token.
+pub const SAME_SUMS_MAX: usize = 32;
+/// Warps of a block of the kernels for few tokens.
 const NARROW_WARPS: usize = 8;
 /// Groups that rows and columns are filled up to multiples of.
 pub(crate) const CHUNK: usize = 4;
-/// Rows from which on a matrix has enough of them to give a block 32, not 16.
-const NARROW_ROWS_MANY: usize = 8192;
 const WIDE_THREADS: usize = 256;
 const WIDE_ROWS: usize = 128;
 /// Bytes of a row of a tile of the wide kernel.
@@ -56,17 +58,16 @@ pub fn half_bytes(columns: usize, cols: usize) -> usize {
     columns * cols.next_multiple_of(CHUNK * GROUP) * size_of::<u16>()
 }
 
-/// The 8-bit form of `[rows, cols]` activations.
+/// The 8-bit form of `[rows, cols]` activations, in chunks of 128 elements: `[passes, chunks,
+/// stride]`, where stride is [`EightBits::stride`] of the rows.
 #[derive(Clone, Copy, Debug)]
 pub struct EightBits<'a> {
-    /// `[rows, groups · 32]` i8, where groups is cols / 32 or the next multiple of 4. Twice as many
-    /// rows where there is a `second`.
+    /// 128 i8 of a row's chunk.
     pub quants: Span<'a>,
-    /// `[rows, groups]` of 8 bytes: f32 scale, i16 sums of the halves.
+    /// Four times f32 scale, whose last two bits are zero, and i16 sums of the halves.
     pub scales: Span<'a>,
-    /// From the row of a token's values to that of what their 8 bits miss, which is rounded and
-    /// multiplied in turn; `None` if that is not wanted.
-    pub second: Option<usize>,
+    /// 2 where what 8 bits miss of values is rounded and multiplied in turn, else 1.
+    pub passes: usize,
 }
 
 /// `out = matrix · x (+ bias)`
@@ -104,7 +105,9 @@ struct ProductArgs {
     groups: u32,
     padded: u32,
     columns: u32,
-    second: u32,
+    stride: u32,
+    passes: u32,
+    unused: u32,
 }
 
 #[repr(C)]
@@ -139,22 +142,78 @@ unsafe impl DeviceRepr for WideArgs {}
 // SAFETY: plain numbers in the order of `FloatArgs` in floats.cu.
 unsafe impl DeviceRepr for FloatArgs {}
 
+/// A kernel for few tokens.
+struct NarrowKernel {
+    /// Tiles of eight columns; 0 for a single column.
+    tiles: usize,
+    /// Columns of a block.
+    columns: usize,
+    /// Rows of a block.
+    rows: usize,
+    /// Shared memory of a block.
+    shared: usize,
+}
+
+impl NarrowKernel {
+    /// The widest that products with some columns fill and whose blocks have the shared memory.
+    fn of(dtype: DType, columns: usize, shared_bytes: usize) -> NarrowKernel {
+        let wanted = match columns {
+            0 | 1 => 0,
+            2..=8 => 1,
+            9..=16 => 2,
+            17..=SAME_SUMS_MAX => 4,
+            _ => 8,
+        };
+        let all = [8, 4, 2, 1].into_iter().filter(|tiles| *tiles <= wanted);
+        let all = all.map(|tiles| NarrowKernel::with_tiles(dtype, tiles));
+        let fits = |kernel: &NarrowKernel| kernel.shared <= shared_bytes;
+        all.into_iter().find(fits).unwrap_or_else(|| NarrowKernel::with_tiles(dtype, 0))
+    }
+
+    /// Rows, ranges and depth as in narrow.cu.
+    fn with_tiles(dtype: DType, tiles: usize) -> NarrowKernel {
+        let lane = lane_bytes(dtype);
+        let (rows, ranges, depth) = match tiles {
+            0 => (16, 8, if lane > 16 { 3 } else { 4 }),
+            8 => (64, 4, 3),
+            _ => (32, 8, 3),
+        };
+        let columns = (8 * tiles).max(1);
+        // Of one chunk: each lane has some rows, each range all columns.
+        let weights = 32 * rows * ranges / 8 * lane;
+        let activations = ranges * columns * CHUNK * (GROUP + SCALE_BYTES);
+        NarrowKernel { tiles, columns, rows, shared: depth * (weights + activations) }
+    }
+}
+
 impl EightBits<'_> {
+    /// Rows that there is room for where there are `rows`: whole tiles of the kernels.
+    pub fn stride(rows: usize) -> usize {
+        rows.next_multiple_of(if rows <= 16 { 8 } else { 64 })
+    }
+
+    /// Chunks of all rows and passes.
+    fn chunks(rows: usize, cols: usize, passes: usize) -> usize {
+        passes * Self::stride(rows) * cols.div_ceil(CHUNK * GROUP)
+    }
+
     /// Bytes of the integers of `[rows, cols]`.
-    pub fn quant_bytes(rows: usize, cols: usize) -> usize {
-        rows * cols.next_multiple_of(CHUNK * GROUP)
+    pub fn quant_bytes(rows: usize, cols: usize, passes: usize) -> usize {
+        Self::chunks(rows, cols, passes) * CHUNK * GROUP
     }
 
     /// Bytes of the scales of `[rows, cols]`.
-    pub fn scale_bytes(rows: usize, cols: usize) -> usize {
-        rows * cols.next_multiple_of(CHUNK * GROUP) / GROUP * SCALE_BYTES
+    pub fn scale_bytes(rows: usize, cols: usize, passes: usize) -> usize {
+        Self::chunks(rows, cols, passes) * CHUNK * SCALE_BYTES
     }
 
     /// Pointers, where `rows` rows of `cols` are there.
     pub(crate) fn pointers(&self, rows: usize, cols: usize) -> (u64, u64) {
-        let rows = rows + self.second.unwrap_or(0);
-        let groups = rows * cols.next_multiple_of(CHUNK * GROUP) / GROUP;
-        (self.quants.of(groups, GROUP), self.scales.of(groups, SCALE_BYTES))
+        let (quants, scales) = (
+            Self::quant_bytes(rows, cols, self.passes),
+            Self::scale_bytes(rows, cols, self.passes),
+        );
+        (self.quants.of(quants, 1), self.scales.of(scales, 1))
     }
 }
 
@@ -185,9 +244,9 @@ impl Gpu {
     fn multiply_narrow(&self, run: &[Product<'_>], x: &Columns<'_>) -> Result<(), GpuError> {
         let eight_bits = x.eight_bits.expect("quantised weights need activations in 8 bits");
         let (quants, scales) = eight_bits.pointers(x.columns, x.cols);
-        let rows: usize = run.iter().map(|product| product.matrix.rows()).sum();
-        let block_rows = if rows < NARROW_ROWS_MANY { 16 } else { 32 };
-        let (parts, blocks) = parts(run, x, block_rows);
+        let dtype = run[0].matrix.dtype();
+        let kernel = NarrowKernel::of(dtype, x.columns, self.shared_bytes());
+        let (parts, blocks) = parts(run, x, kernel.rows);
         let groups = x.cols / GROUP;
         let arguments = ProductArgs {
             parts,
@@ -197,13 +256,14 @@ impl Gpu {
             groups: groups as u32,
             padded: groups.next_multiple_of(CHUNK) as u32,
             columns: x.columns as u32,
-            second: eight_bits.second.unwrap_or(0) as u32,
+            stride: EightBits::stride(x.columns) as u32,
+            passes: eight_bits.passes as u32,
+            unused: 0,
         };
-        let tiles = x.columns.div_ceil(8).next_power_of_two().min(8);
-        let kernel = format!("narrow_{}_{block_rows}_{tiles}", lower_name(run[0].matrix.dtype()));
-        let grid = [blocks, x.columns.div_ceil(8 * tiles), 1];
+        let grid = [blocks, x.columns.div_ceil(kernel.columns), 1];
+        let name = format!("narrow_{}_{}", lower_name(dtype), kernel.tiles);
         // SAFETY: all spans were checked against the shapes.
-        unsafe { self.launch(&kernel, (grid, 32 * NARROW_WARPS, 0), &arguments) }
+        unsafe { self.launch(&name, (grid, NARROW_WARPS * 32, kernel.shared), &arguments) }
     }
 
     fn multiply_wide(
@@ -233,8 +293,16 @@ impl Gpu {
     /// Columns of a tile, and the shared memory of a block: the widest that leaves no
     /// multiprocessor without work and fits.
     fn wide_tile(&self, row_blocks: usize, columns: usize) -> (usize, usize) {
-        let stages = if self.has_wgmma() { 3 } else { 2 };
-        let shared = |width: usize| stages * (WIDE_ROWS + width) * WIDE_ROW_BYTES + WIDE_ALIGNMENT;
+        // Tiles of weights and of activations, as `wide_loop` has them.
+        let tiles = |width: usize| match (self.has_wgmma(), width) {
+            (true, 128) => (3, 4),
+            (true, _) => (3, 5),
+            (false, _) => (2, 2),
+        };
+        let shared = |width: usize| {
+            let (weights, columns) = tiles(width);
+            (weights * WIDE_ROWS + columns * width) * WIDE_ROW_BYTES + WIDE_ALIGNMENT
+        };
         let fills = |width: usize, blocks: usize| {
             row_blocks * columns.div_ceil(width) * 10 >= blocks * self.multiprocessors() * 9
                 && shared(width) <= self.shared_bytes()

@@ -55,6 +55,20 @@ template <int BYTES> __device__ __forceinline__ void load_words(const uint8_t* a
     if constexpr (BYTES == 32) load_words<16>(at + 16, words + 4);
 }
 
+// The same from shared memory.
+template <int BYTES> __device__ __forceinline__ void copy_words(const uint8_t* at, uint32_t* words) {
+    if constexpr (BYTES == 4) words[0] = *reinterpret_cast<const uint32_t*>(at);
+    if constexpr (BYTES == 8) {
+        const uint2 v = *reinterpret_cast<const uint2*>(at);
+        words[0] = v.x, words[1] = v.y;
+    }
+    if constexpr (BYTES >= 16) {
+        const uint4 v = *reinterpret_cast<const uint4*>(at);
+        words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    }
+    if constexpr (BYTES == 32) copy_words<16>(at + 16, words + 4);
+}
+
 // Two bits of four elements: `field` counts lower and upper of a pair of groups.
 __device__ __forceinline__ uint32_t crumbs(uint32_t word, int field) { return word >> 2 * field & 0x03030303u; }
 

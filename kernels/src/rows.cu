@@ -1,16 +1,19 @@
 // Row-wise passes over the activations of a step, fused with their rounding to 8 bits: norms with
 // what is added to the residual stream before, gated activations, and rounding alone.
+#include "launch.cuh"
 #include "quants.cuh"
 
 constexpr int ROW_THREADS = 256;
+constexpr int NORM_THREADS = 512;
 
 // The 8-bit form of rows: values in rows 0..n, what they miss in rows `second` .. if that is wanted.
 // A row has whole chunks of groups, the last of them zeros where need be; how a pair of groups lies is
 // told in products.rs.
 struct EightBits {
-    int8_t* quants;     // [rows][groups · 32]
-    GroupScale* scales; // [rows][groups]
-    uint32_t second;
+    int8_t* quants;     // [passes][padded / 4][stride][128]
+    GroupScale* scales; // [passes][padded / 4][stride][4]
+    uint32_t stride;    // rows that there is room for
+    uint32_t passes;    // 2: what 8 bits miss of values is rounded in turn
 };
 
 __device__ __forceinline__ uint32_t padded_groups(uint32_t cols) { return (cols + CHUNK * GROUP - 1) / (CHUNK * GROUP) * CHUNK; }
@@ -23,12 +26,12 @@ __device__ __forceinline__ float sum_over_warp(float value) {
 
 // The sum over the block, in every thread.
 __device__ __forceinline__ float sum_over_block(float value) {
-    __shared__ float parts[ROW_THREADS / 32];
+    __shared__ float parts[NORM_THREADS / 32];
     value = sum_over_warp(value);
     __syncthreads();
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
     __syncthreads();
-    value = threadIdx.x % 32 < ROW_THREADS / 32 ? parts[threadIdx.x % 32] : 0.0f;
+    value = threadIdx.x % 32 < NORM_THREADS / 32 ? parts[threadIdx.x % 32] : 0.0f;
     return sum_over_warp(value);
 }
 
@@ -40,6 +43,9 @@ __device__ __forceinline__ float4 quad_at(const float* row, uint32_t i, uint32_t
 __device__ __forceinline__ float quad_squares(float4 v, float sum) {
     return __fmaf_rn(v.w, v.w, __fmaf_rn(v.z, v.z, __fmaf_rn(v.y, v.y, __fmaf_rn(v.x, v.x, sum))));
 }
+
+// The step that products take: one whose product with MAGIC_VALUE is exact.
+__device__ __forceinline__ float short_step(float step) { return __int_as_float(__float_as_int(step) & ~3); }
 
 // Rounds one group of 32 values, of which eight lanes have four each, into its place in a pair of
 // groups; returns what the 8 bits miss of them.
@@ -53,7 +59,7 @@ __device__ __forceinline__ float4 round_group(float4 v, int8_t* pair, uint32_t i
     for (int distance = 4; distance > 0; distance /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, distance));
     constexpr float AMAX_MIN = 127.0f * 1.17549435e-38f;
     const bool is_zero = !is_finite || amax < AMAX_MIN;
-    const float step = !is_finite ? __int_as_float(0x7fc00000) : is_zero ? 0.0f : __fdiv_rn(amax, 127.0f);
+    const float step = !is_finite ? __int_as_float(0x7fc00000) : is_zero ? 0.0f : short_step(__fdiv_rn(amax, 127.0f));
     const float factor = is_zero ? 0.0f : __fdiv_rn(127.0f, amax);
     int q[4];
     float rest[4];
@@ -76,14 +82,12 @@ __device__ __forceinline__ float4 round_group(float4 v, int8_t* pair, uint32_t i
     return make_float4(rest[0], rest[1], rest[2], rest[3]);
 }
 
-// Rounds the group that has element i of row `row`, and what is missing then as a row of its own.
+// Rounds the group that has element i of row `row`, and what is missing then in a pass of its own.
 __device__ __forceinline__ void round_row_group(float4 v, const EightBits& to, uint32_t row, uint32_t cols, uint32_t i) {
-    const size_t groups = padded_groups(cols);
-    size_t at = row * groups + i / GROUP;
-    const float4 rest = round_group(v, to.quants + at / 2 * 2 * GROUP, at % 2, to.scales + at);
-    if (to.second) {
-        at += to.second * groups;
-        round_group(rest, to.quants + at / 2 * 2 * GROUP, at % 2, to.scales + at);
+    const uint32_t chunks = padded_groups(cols) / CHUNK, group = i / GROUP % CHUNK;
+    size_t at = static_cast<size_t>(i / GROUP / CHUNK) * to.stride + row;
+    for (uint32_t pass = 0; pass < to.passes; pass++, at += static_cast<size_t>(chunks) * to.stride) {
+        v = round_group(v, to.quants + (at * CHUNK + group / 2 * 2) * GROUP, group % 2, to.scales + at * CHUNK + group);
     }
 }
 
@@ -110,33 +114,37 @@ struct NormArgs {
 };
 
 // Loads that a thread has in flight.
-constexpr int QUADS = 4;
+constexpr int QUADS = 2;
 
 // One block per row; shared memory holds a row.
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) norm_rows(const __grid_constant__ NormArgs args) {
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) norm_rows(const __grid_constant__ NormArgs args) {
     extern __shared__ float row_values[];
     const uint32_t cols = args.cols, own = blockIdx.x;
+    let_next_start();
+    // A cache line each.
+    for (uint32_t i = 32 * threadIdx.x; i < cols; i += 32 * NORM_THREADS) asm volatile("prefetch.global.L2 [%0];" ::"l"(args.weight + i));
+    wait_for_earlier();
     const size_t source = static_cast<size_t>(args.gather ? args.gather[own] : own) * cols;
     float* residual = args.residual + source;
     const float* added = args.added ? args.added + source : nullptr;
     float scale = 1.0f;
     if (args.added_norm) {
         float squares = 0;
-        for (uint32_t i = 4 * threadIdx.x; i < cols; i += 4 * ROW_THREADS) squares = quad_squares(quad_at(added, i, cols), squares);
+        for (uint32_t i = 4 * threadIdx.x; i < cols; i += 4 * NORM_THREADS) squares = quad_squares(quad_at(added, i, cols), squares);
         scale = 1.0f / sqrtf(sum_over_block(squares) / static_cast<float>(cols) + args.added_eps);
     }
     float squares = 0;
-    for (uint32_t base = 0; base < cols; base += 4 * ROW_THREADS * QUADS) {
+    for (uint32_t base = 0; base < cols; base += 4 * NORM_THREADS * QUADS) {
         float4 v[QUADS], a[QUADS];
 #pragma unroll
         for (int k = 0; k < QUADS; k++) {
-            const uint32_t i = base + 4 * (k * ROW_THREADS + threadIdx.x);
+            const uint32_t i = base + 4 * (k * NORM_THREADS + threadIdx.x);
             v[k] = quad_at(residual, i, cols);
             a[k] = added ? quad_at(added, i, cols) : make_float4(0, 0, 0, 0);
         }
 #pragma unroll
         for (int k = 0; k < QUADS; k++) {
-            const uint32_t i = base + 4 * (k * ROW_THREADS + threadIdx.x);
+            const uint32_t i = base + 4 * (k * NORM_THREADS + threadIdx.x);
             if (i >= cols) break;
             if (args.added_norm) {
                 const float4 weight = *reinterpret_cast<const float4*>(args.added_norm + i);
@@ -150,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) norm_rows(const __grid
     }
     scale = 1.0f / sqrtf(sum_over_block(squares) / static_cast<float>(cols) + args.eps);
     __syncthreads();
-    for (uint32_t i = 4 * threadIdx.x; i < padded_groups(cols) * GROUP; i += 4 * ROW_THREADS) {
+    for (uint32_t i = 4 * threadIdx.x; i < padded_groups(cols) * GROUP; i += 4 * NORM_THREADS) {
         float4 v = quad_at(row_values, i, cols);
         const float4 weight = quad_at(args.weight, i, cols);
         v = make_float4(v.x * scale * weight.x, v.y * scale * weight.y, v.z * scale * weight.z, v.w * scale * weight.w);
@@ -179,6 +187,7 @@ __device__ __forceinline__ float activated(float x, uint32_t activation) {
 // Rounds values, or activation(values) · up: four elements per thread.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) round_rows(const __grid_constant__ RoundArgs args) {
     const uint32_t i = 4 * (blockIdx.x * ROW_THREADS + threadIdx.x), cols = args.cols, row = blockIdx.y;
+    begin();
     if (i >= padded_groups(cols) * GROUP) return;
     const size_t start = static_cast<size_t>(row) * cols;
     float4 v = quad_at(args.values + start, i, cols);

@@ -7,6 +7,7 @@ use cudarc::driver::DeviceRepr;
 use tandem_cpu_kernels::blocks::GROUP;
 
 const ROW_THREADS: usize = 256;
+const NORM_THREADS: usize = 512;
 const F32: usize = size_of::<f32>();
 
 /// Root-mean-square norm (arXiv 1910.07467): `x · weight / sqrt(mean(x²) + eps)`.
@@ -83,7 +84,8 @@ pub struct RoundRows<'a> {
 struct EightBitsArg {
     quants: u64,
     scales: u64,
-    second: u32,
+    stride: u32,
+    passes: u32,
 }
 
 #[repr(C)]
@@ -121,10 +123,11 @@ unsafe impl DeviceRepr for NormArgs {}
 unsafe impl DeviceRepr for RoundArgs {}
 
 fn eight_bits(of: Option<EightBits<'_>>, rows: usize, cols: usize) -> EightBitsArg {
-    let Some(of) = of else { return EightBitsArg { quants: 0, scales: 0, second: 0 } };
+    let Some(of) = of else { return EightBitsArg { quants: 0, scales: 0, stride: 0, passes: 0 } };
     assert!(cols.is_multiple_of(GROUP), "8-bit activations need cols % 32 == 0, got {cols}");
     let (quants, scales) = of.pointers(rows, cols);
-    EightBitsArg { quants, scales, second: of.second.unwrap_or(0) as u32 }
+    let (stride, passes) = (EightBits::stride(rows) as u32, of.passes as u32);
+    EightBitsArg { quants, scales, stride, passes }
 }
 
 impl Gpu {
@@ -158,7 +161,7 @@ impl Gpu {
             eps: pass.norm.eps,
             cols: cols as u32,
         };
-        let shape = ([n, 1, 1], ROW_THREADS, cols * F32);
+        let shape = ([n, 1, 1], NORM_THREADS, cols * F32);
         // SAFETY: all spans were checked against the shapes.
         unsafe { self.launch("norm_rows", shape, &arguments) }
     }

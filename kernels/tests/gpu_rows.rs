@@ -17,7 +17,7 @@ fn decoded(gpu: &Gpu, memory: &EightBitMemory, rows: usize, cols: usize) -> Vec<
 }
 
 #[test]
-fn rounding_has_the_bits_of_the_specification() {
+fn rounding_has_the_integers_of_the_specification() {
     let Some(gpu) = gpu() else { return };
     let mut random = Random(5);
     for (rows, cols) in [(1, 32), (3, 96), (7, 2048)] {
@@ -72,7 +72,9 @@ fn a_group_that_is_not_finite_poisons_its_products_and_no_others() {
     gpu.round_rows(&pass).expect("rounding");
     let decoded = decoded(&gpu, &eight_bits, 1, 96);
     assert!(decoded[32..64].iter().all(|value| value.is_nan()));
-    assert!(decoded[..32].iter().chain(&decoded[64..]).all(|value| *value == 1.0));
+    // Steps are cut by two bits.
+    let is_one = |value: &f32| (value - 1.0).abs() < 1e-6;
+    assert!(decoded[..32].iter().chain(&decoded[64..]).all(is_one));
 }
 
 #[test]

@@ -144,6 +144,8 @@ fn unsupported(spec: &ModelSpec, config: &Config) -> Option<String> {
 
 /// Tokens of a step up to which products read activations in 8 bits, and above which in f16.
 const NARROW_MAX: u64 = 128;
+/// Such a step has room for a multiple of so many.
+const NARROW_TILE: u64 = 64;
 
 /// Bytes of a step's buffers on a GPU: f32 rows, and rounded copies where a product follows.
 fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
@@ -158,8 +160,11 @@ fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
     // residual, normed, projected; angles of up to two rotations.
     let plain = 3 * embedding + heads + attended + 2 * hidden + 2 * angles + 4;
     let rounded = 2 * embedding + attended + hidden;
-    let narrow = tokens.min(NARROW_MAX) * rounded * 5 / 4;
+    let narrow = tokens.min(NARROW_MAX).next_multiple_of(NARROW_TILE) * rounded * 5 / 4;
     let wide = if tokens > NARROW_MAX { tokens * 2 * (rounded + 4 * 128) } else { 0 };
     let logits = LOGITS_ROWS * (4 * spec.vocab_size as u64 + 6 * embedding);
-    tokens * 4 * plain + narrow + wide + logits + PARTIAL_BYTES + STAGING_BYTES
+    // Rows of an embedding in host memory, as they come and as they are taken apart.
+    let row_bytes = spec.embedding.bytes() / spec.embedding.rows as u64;
+    let rows = if spec.is_output_tied() { 0 } else { 2 * tokens * (row_bytes + 128) };
+    tokens * 4 * plain + narrow + wide + rows + logits + PARTIAL_BYTES + STAGING_BYTES
 }

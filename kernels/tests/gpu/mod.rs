@@ -63,41 +63,52 @@ pub fn from_gpu(gpu: &Gpu, memory: &DeviceMemory, count: usize) -> Vec<f32> {
 pub struct EightBitMemory {
     quants: DeviceMemory,
     scales: DeviceMemory,
-    second: Option<usize>,
-    cols: usize,
+    passes: usize,
+    shape: (usize, usize),
 }
 
 impl EightBitMemory {
     pub fn new(gpu: &Gpu, rows: usize, cols: usize, second: bool) -> Self {
-        let all = if second { 2 * rows } else { rows };
+        let passes = if second { 2 } else { 1 };
+        // What nobody wrote must not be taken for a number.
+        let poisoned = |bytes: usize| on_gpu(gpu, &vec![0xffu8; bytes]);
         Self {
-            quants: gpu.alloc(EightBits::quant_bytes(all, cols)).expect("memory"),
-            scales: gpu.alloc(EightBits::scale_bytes(all, cols)).expect("memory"),
-            second: second.then_some(rows),
-            cols,
+            quants: poisoned(EightBits::quant_bytes(rows, cols, passes)),
+            scales: poisoned(EightBits::scale_bytes(rows, cols, passes)),
+            passes,
+            shape: (rows, cols),
         }
     }
 
     pub fn view(&self) -> EightBits<'_> {
-        EightBits { quants: self.quants.span(), scales: self.scales.span(), second: self.second }
+        EightBits { quants: self.quants.span(), scales: self.scales.span(), passes: self.passes }
     }
 
-    /// The integers of all rows in the order of their elements, and the 8 bytes of each group's
-    /// scale and sums.
+    /// The integers of all rows, then of their second pass, in the order of their elements; and the
+    /// 8 bytes of each group's scale and sums.
     pub fn bytes(&self, gpu: &Gpu) -> (Vec<i8>, Vec<u8>) {
         let (mut quants, mut scales) =
             (vec![0i8; self.quants.bytes()], vec![0u8; self.scales.bytes()]);
         gpu.download(self.quants.span(), &mut quants).expect("a download");
         gpu.download(self.scales.span(), &mut scales).expect("a download");
-        let padded = self.cols.next_multiple_of(128);
-        let place = |e: usize| {
+        let ((rows, cols), stride) = (self.shape, EightBits::stride(self.shape.0));
+        let chunks = cols.div_ceil(128);
+        let in_pair = |e: usize| {
             let (group, e) = (e / 32 % 2, e % 32);
             e % 16 / 4 * 16 + group * 8 + e / 16 * 4 + e % 4
         };
-        let of_row = |row: &[i8]| (0..self.cols).map(|e| row[e / 64 * 64 + place(e)]).collect();
-        let rows: Vec<Vec<i8>> = quants.chunks_exact(padded).map(of_row).collect();
-        let scales = scales.chunks_exact(padded / 4).flat_map(|row| row[..self.cols / 4].to_vec());
-        (rows.concat(), scales.collect())
+        let (mut integers, mut of_groups) = (Vec::new(), Vec::new());
+        for (pass, row) in (0..self.passes).flat_map(|pass| (0..rows).map(move |row| (pass, row))) {
+            let chunk = |e: usize| (pass * chunks + e / 128) * stride + row;
+            integers.extend(
+                (0..cols).map(|e| quants[chunk(e) * 128 + e % 128 / 64 * 64 + in_pair(e % 64)]),
+            );
+            for group in 0..cols / 32 {
+                let at = (chunk(32 * group) * 4 + group % 4) * 8;
+                of_groups.extend_from_slice(&scales[at..at + 8]);
+            }
+        }
+        (integers, of_groups)
     }
 }
 

@@ -1,13 +1,14 @@
 //! The activations of a step in a GPU's memory, and what the host prepares for it.
 
 use super::LOGITS_TILE_ROWS;
+use super::inputs::Inputs;
 use super::weights::{GpuWeights, width_of};
 use crate::executor::ExecutorError;
 use crate::executor::program::{Buffer, Op, Precision, Program};
 use tandem_cpu_kernels::blocks::GROUP;
 use tandem_kernels::{
-    Attend, Columns, DeviceMemory, EightBits, Gpu, HeadCounts, NARROW_MAX, RowMeasures, Span,
-    half_bytes,
+    Attend, Columns, DeviceMatrix, DeviceMemory, EightBits, Gpu, HeadCounts, NARROW_MAX,
+    RowMeasures, Span, half_bytes,
 };
 
 /// Bytes of unmerged segments of attention that exist at once, if one token needs no more.
@@ -35,27 +36,22 @@ pub(super) struct GpuBuffers {
     pub logits: RowMemory,
     pub measures: RowMeasures,
     pub partials: DeviceMemory,
-    pub angles: DeviceMemory,
-    /// u32 each: positions and places of block tables `[tokens]`, and wanted rows.
-    pub positions: DeviceMemory,
-    pub tables: DeviceMemory,
-    pub wanted: DeviceMemory,
-    /// Block tables; grows when sequences share many blocks.
-    pub blocks: DeviceMemory,
+    pub inputs: Inputs,
+    /// Rows of the embedding, where it lies in host memory.
+    pub looked_up: Option<DeviceMatrix>,
     pub host: HostBuffers,
 }
 
 /// What the host prepares; reused from step to step.
 #[derive(Default)]
 pub(super) struct HostBuffers {
-    /// `[tokens, embedding_dim]`
-    pub embedded: Vec<f32>,
-    /// `[tokens, angles]`
-    pub angles: Vec<f32>,
     pub positions: Vec<u32>,
     pub tables: Vec<u32>,
     pub blocks: Vec<u32>,
     pub wanted: Vec<u32>,
+    pub runs: Vec<[u32; 2]>,
+    pub single: Vec<u32>,
+    pub rows: Vec<u32>,
     /// `[rows, vocab]`
     pub logits: Vec<f32>,
 }
@@ -72,11 +68,11 @@ enum Form {
 impl RowMemory {
     fn new(gpu: &Gpu, rows: usize, cols: usize, form: Form) -> Result<Self, ExecutorError> {
         let narrow = rows.min(NARROW_MAX);
-        let all = if form == Form::Twice { 2 * narrow } else { narrow };
+        let passes = if form == Form::Twice { 2 } else { 1 };
         let eight_bits = match form {
             Form::EightBits | Form::Twice if cols.is_multiple_of(GROUP) => Some((
-                gpu.alloc(EightBits::quant_bytes(all, cols))?,
-                gpu.alloc(EightBits::scale_bytes(all, cols))?,
+                gpu.alloc(EightBits::quant_bytes(narrow, cols, passes))?,
+                gpu.alloc(EightBits::scale_bytes(narrow, cols, passes))?,
             )),
             _ => None,
         };
@@ -98,8 +94,8 @@ impl RowMemory {
     /// ones.
     pub fn eight_bits(&self, rows: usize, precision: Precision) -> Option<EightBits<'_>> {
         let (quants, scales) = self.eight_bits.as_ref().filter(|_| rows <= NARROW_MAX)?;
-        let second = (precision == Precision::Sixteen).then_some(rows);
-        Some(EightBits { quants: quants.span(), scales: scales.span(), second })
+        let passes = if precision == Precision::Sixteen { 2 } else { 1 };
+        Some(EightBits { quants: quants.span(), scales: scales.span(), passes })
     }
 
     /// The f16 form of `rows` rows, if there are many.
@@ -146,7 +142,15 @@ impl GpuBuffers {
             .any(|op| matches!(op, Op::Norm { precision: Precision::Sixteen, .. }));
         let normed = if is_twice { Form::Twice } else { Form::EightBits };
         let (embedding, logits_rows) = (program.dims.embedding, LOGITS_TILE_ROWS.min(tokens));
-        let numbers = |count: usize| gpu.alloc(count * size_of::<u32>());
+        let angles = weights.rotations().width();
+        let (dtype, cols) = weights.embedding_shape();
+        let (looked_up, row_bytes) = match weights.embedding() {
+            Some(_) => (None, 0),
+            None => (
+                Some(DeviceMatrix::empty(gpu, dtype, (tokens, cols))?),
+                dtype.row_bytes(cols).expect("whole blocks"),
+            ),
+        };
         Ok(Self {
             residual: rows(Buffer::Residual, Form::Plain)?,
             normed: rows(Buffer::Normed, normed)?,
@@ -159,11 +163,8 @@ impl GpuBuffers {
             logits: RowMemory::new(gpu, logits_rows, program.dims.vocab, Form::Plain)?,
             measures: RowMeasures::new(gpu, logits_rows)?,
             partials: gpu.alloc(partial_bytes(program, block_tokens * device_blocks))?,
-            angles: gpu.alloc(tokens * weights.rotations().width() * F32)?,
-            positions: numbers(tokens)?,
-            tables: numbers(tokens)?,
-            wanted: numbers(tokens)?,
-            blocks: numbers(device_blocks)?,
+            inputs: Inputs::new(gpu, (tokens, device_blocks), (angles, row_bytes))?,
+            looked_up,
             host: HostBuffers::default(),
         })
     }
@@ -202,17 +203,11 @@ impl GpuBuffers {
             &self.selected,
             &self.logits,
         ];
-        let memory = [
-            &self.partials,
-            &self.angles,
-            &self.positions,
-            &self.tables,
-            &self.wanted,
-            &self.blocks,
-        ];
         rows.iter().map(|rows| rows.bytes()).sum::<usize>()
             + self.measures.bytes()
-            + memory.iter().map(|memory| memory.bytes()).sum::<usize>()
+            + self.partials.bytes()
+            + self.inputs.bytes()
+            + self.looked_up.as_ref().map_or(0, DeviceMatrix::bytes)
     }
 }
 

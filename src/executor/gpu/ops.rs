@@ -1,6 +1,8 @@
 //! One match arm per op.
 
+use super::attend::Attention;
 use super::graphs::StepShape;
+use super::inputs::Part;
 use super::weights::width_of;
 use super::{GpuStage, LOGITS_TILE_ROWS};
 use crate::executor::ExecutorError;
@@ -11,7 +13,7 @@ use crate::model::Activation;
 use crate::step::StepPlan;
 use tandem_cpu_kernels::RopeStyle;
 use tandem_kernels::{
-    Added, Attend, Gate, HeadCounts, NormRows, Product, RotateHeads, RoundRows, RowNorm, Span,
+    Added, EmbedRows, Gate, HeadCounts, NormRows, Product, RotateHeads, RoundRows, RowNorm, Span,
     TokenTables,
 };
 
@@ -19,7 +21,7 @@ const F32: usize = size_of::<f32>();
 const U32: usize = size_of::<u32>();
 /// Contexts are laid out by multiples of this: a segment of attention.
 const POSITIONS_UNIT: usize = 256;
-/// Widest step that is recorded: wider ones launch faster than they compute.
+/// Widest step that is recorded.
 const RECORDED_TOKENS_MAX: usize = 256;
 
 /// What is done to heads before attention.
@@ -29,15 +31,6 @@ struct Rotation {
     key_norm: Option<Norm>,
     rope: RopeId,
     layer: KvLayerId,
-}
-
-/// One attention.
-struct Attention {
-    shape: HeadShape,
-    layer: KvLayerId,
-    window: Option<usize>,
-    scale: f32,
-    softcap: Option<f32>,
 }
 
 impl GpuStage {
@@ -56,7 +49,9 @@ impl GpuStage {
             positions_max: self.positions_max().next_multiple_of(POSITIONS_UNIT),
         };
         let mut graphs = std::mem::take(&mut self.graphs);
-        let ran = if shape.tokens <= RECORDED_TOKENS_MAX {
+        // Prompts launch faster than they compute, and are divided anew each time.
+        let is_recorded = shape.tokens <= RECORDED_TOKENS_MAX && self.buffers.host.runs.is_empty();
+        let ran = if is_recorded {
             // SAFETY: the stage's memory stays where it is until `prepare` forgets the records.
             unsafe { graphs.run(gpu, shape, || self.launch(&shape)) }
         } else {
@@ -72,8 +67,8 @@ impl GpuStage {
         let tokens = shape.tokens;
         for op in &self.weights.program().ops {
             match op {
-                // Embeddings come with what the host prepares.
-                Op::Embed { .. } | Op::Select { .. } => {}
+                Op::Embed { scale, .. } => self.embed(tokens, *scale)?,
+                Op::Select { .. } => {}
                 Op::Norm { pending, norm, precision } => {
                     self.norm(tokens, *pending, (*norm, *precision))?;
                 }
@@ -105,7 +100,7 @@ impl GpuStage {
         self.batch.positions.iter().max().map_or(0, |last| last + 1)
     }
 
-    /// Brings embeddings, positions, block tables, angles and wanted rows to the GPU.
+    /// Brings tokens, positions, block tables, angles and wanted rows to the GPU.
     fn prepare(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         let (gpu, rotations) = (self.weights.gpu(), self.weights.rotations());
         let host = &mut self.buffers.host;
@@ -118,42 +113,55 @@ impl GpuStage {
         }
         host.blocks.clear();
         host.blocks.extend(plan.block_tables.iter().map(|block| block.0));
-        let width = rotations.width();
-        host.angles.resize(plan.tokens.len() * width, 0.0);
-        if width > 0 {
-            let rows = host.angles.chunks_exact_mut(width).zip(&self.batch.positions);
-            rows.for_each(|(row, position)| rotations.fill(*position, row));
-        }
+        host.find_runs(plan, self.has_flash);
         host.wanted.clear();
         host.wanted.extend(plan.logits.iter().map(|row| row.row as u32));
-        if self.buffers.blocks.bytes() < host.blocks.len() * U32 {
+        host.rows.clear();
+        host.rows.extend(plan.tokens.iter().map(|token| token.index() as u32));
+        let (host, inputs) = (&self.buffers.host, &mut self.buffers.inputs);
+        if inputs.begin(gpu, (plan.tokens.len(), host.blocks.len()))? {
             self.graphs.forget();
-            self.buffers.blocks = gpu.alloc(2 * host.blocks.len() * U32)?;
         }
-        gpu.upload(&host.positions, self.buffers.positions.span())?;
-        gpu.upload(&host.tables, self.buffers.tables.span())?;
-        gpu.upload(&host.blocks, self.buffers.blocks.span())?;
-        gpu.upload(&host.angles, self.buffers.angles.span())?;
-        gpu.upload(&host.wanted, self.buffers.wanted.span())?;
-        let scale = self.weights.program().ops.iter().find_map(|op| match op {
-            Op::Embed { scale, .. } => Some(*scale),
-            _ => None,
-        });
-        self.embed(plan, scale.unwrap_or(1.0))
-    }
-
-    fn embed(&mut self, plan: &StepPlan, scale: f32) -> Result<(), ExecutorError> {
-        let width = self.buffers.residual.cols;
-        let host = &mut self.buffers.host;
-        host.embedded.resize(plan.tokens.len() * width, 0.0);
-        for (row, token) in host.embedded.chunks_exact_mut(width).zip(&plan.tokens) {
-            self.weights.look_up(token.index(), row);
-            if scale != 1.0 {
-                row.iter_mut().for_each(|value| *value *= scale);
+        for (part, numbers) in [
+            (Part::Positions, &host.positions),
+            (Part::Tables, &host.tables),
+            (Part::Wanted, &host.wanted),
+            (Part::Single, &host.single),
+            (Part::Rows, &host.rows),
+            (Part::Blocks, &host.blocks),
+        ] {
+            inputs.put(part, numbers);
+        }
+        inputs.put(Part::Runs, host.runs.as_flattened());
+        let width = rotations.width();
+        if width > 0 {
+            let angles = bytemuck::cast_slice_mut(inputs.bytes_mut(Part::Angles));
+            let rows = angles.chunks_exact_mut(width).zip(&self.batch.positions);
+            rows.for_each(|(row, position)| rotations.fill(*position, row));
+        }
+        let file_rows = inputs.bytes_mut(Part::FileRows);
+        if !file_rows.is_empty() {
+            let bytes = file_rows.len() / plan.tokens.len();
+            for (row, token) in file_rows.chunks_exact_mut(bytes).zip(&plan.tokens) {
+                row.copy_from_slice(self.weights.file_row(token.index()));
             }
         }
-        let to = self.buffers.residual.values();
-        Ok(self.weights.gpu().upload(&self.buffers.host.embedded, to)?)
+        inputs.send(gpu)
+    }
+
+    /// Rows of the embedding, from the GPU's memory or from what came with the step.
+    fn embed(&self, tokens: usize, scale: f32) -> Result<(), ExecutorError> {
+        let (gpu, inputs) = (self.weights.gpu(), &self.buffers.inputs);
+        let out = self.buffers.residual.values();
+        let (table, rows) = match (self.weights.embedding(), &self.buffers.looked_up) {
+            (Some(table), _) => (table, Some(inputs.span(Part::Rows))),
+            (None, Some(table)) => {
+                table.pack(gpu, inputs.span(Part::FileRows), 0..tokens)?;
+                (table, None)
+            }
+            (None, None) => unreachable!("an embedding is here or there"),
+        };
+        Ok(gpu.embed_rows(&EmbedRows { table, rows, tokens, scale, out })?)
     }
 
     fn row_norm(&self, norm: Norm) -> RowNorm<'_> {
@@ -224,20 +232,20 @@ impl GpuStage {
     }
 
     /// Where some tokens of the step stand.
-    fn tokens<'a>(&'a self, first: usize, tokens: usize) -> TokenTables<'a> {
+    pub(super) fn tokens<'a>(&'a self, first: usize, tokens: usize) -> TokenTables<'a> {
         let part = |memory: Span<'a>| memory.part(first * U32, tokens * U32);
         TokenTables {
             tokens,
-            positions: part(self.buffers.positions.span()),
-            tables: part(self.buffers.tables.span()),
-            blocks: self.buffers.blocks.span(),
+            positions: part(self.buffers.inputs.span(Part::Positions)),
+            tables: part(self.buffers.inputs.span(Part::Tables)),
+            blocks: self.buffers.inputs.span(Part::Blocks),
         }
     }
 
     fn rotate(&self, tokens: usize, rotation: &Rotation) -> Result<(), ExecutorError> {
         let (pairs, style, offset) = self.weights.rotations().shape(rotation.rope);
         let width = self.weights.rotations().width();
-        let angles = self.buffers.angles.span();
+        let angles = self.buffers.inputs.span(Part::Angles);
         let norm =
             |norm: Option<Norm>| norm.map(|norm| (self.weights.vector(norm.weight), norm.eps));
         let pass = RotateHeads {
@@ -253,40 +261,6 @@ impl GpuStage {
         let store = self.kv.layer(rotation.layer);
         let heads = counts(rotation.shape);
         Ok(self.weights.gpu().rotate_heads(&pass, heads, (&tokens, &store))?)
-    }
-
-    fn attend(&self, shape: &StepShape, attention: &Attention) -> Result<(), ExecutorError> {
-        let (gpu, heads) = (self.weights.gpu(), counts(attention.shape));
-        let (all, positions_max) = (shape.tokens, shape.positions_max);
-        let at_once = self.buffers.attended_at_once(heads, positions_max);
-        let (rows, attended) = (self.buffers.heads.values(), &self.buffers.attended);
-        let (width, out_width) = (self.buffers.heads.cols * F32, attended.cols * F32);
-        let store = self.kv.layer(attention.layer);
-        let mut first = 0;
-        while first < all {
-            let tokens = at_once.min(all - first);
-            let pass = Attend {
-                heads: rows.part(first * width, tokens * width),
-                out: attended.values().part(first * out_width, tokens * out_width),
-                partials: self.buffers.partials.span(),
-                scale: attention.scale,
-                softcap: attention.softcap,
-                window: attention.window,
-                positions_max,
-            };
-            gpu.attend(&pass, heads, (&self.tokens(first, tokens), &store))?;
-            first += tokens;
-        }
-        let pass = RoundRows {
-            values: attended.values(),
-            up: None,
-            out: None,
-            eight_bits: attended.eight_bits(all, Precision::Eight),
-            halves: attended.halves(all),
-            rows: all,
-            cols: attended.cols,
-        };
-        Ok(gpu.round_rows(&pass)?)
     }
 
     fn gate(
@@ -325,7 +299,7 @@ impl GpuStage {
         tokens: usize,
     ) -> Result<(), ExecutorError> {
         let (gpu, buffers, last) = (self.weights.gpu(), &self.buffers, &self.last);
-        let wanted = buffers.wanted.span();
+        let wanted = buffers.inputs.span(Part::Wanted);
         let selected = &buffers.selected;
         let pass = NormRows {
             residual: buffers.residual.values(),
@@ -334,7 +308,7 @@ impl GpuStage {
             gather: Some(wanted.part(first * U32, rows * U32)),
             values: Some(selected.values()),
             eight_bits: selected.eight_bits(rows, Precision::Eight),
-            halves: None,
+            halves: selected.halves(rows),
             rows: tokens,
             cols: selected.cols,
         };
@@ -357,7 +331,9 @@ impl GpuStage {
             if first > 0 {
                 self.logits_tile((first, rows), plan.tokens.len())?;
             }
-            for (index, measure) in self.buffers.measures.wait(gpu, rows)?.into_iter().enumerate() {
+            let measures = self.buffers.measures.wait(gpu, rows)?;
+            self.buffers.inputs.arrived();
+            for (index, measure) in measures.enumerate() {
                 let row = &plan.logits[first + index];
                 if row.wants_best_only() || measure.is_none() {
                     self.samplers.take_best(plan, first + index, measure);
@@ -377,7 +353,7 @@ impl GpuStage {
     }
 }
 
-fn counts(shape: HeadShape) -> HeadCounts {
+pub(super) fn counts(shape: HeadShape) -> HeadCounts {
     let HeadShape { n_heads, n_kv_heads, head_dim } = shape;
     HeadCounts { n_heads, n_kv_heads, head_dim }
 }
