@@ -1,0 +1,299 @@
+//! What the kernels of a GPU reach, beside its copy roof measured in the same run.
+//!
+//! `cargo bench -p tandem-kernels --bench gpu_kernels -- [products] [attention] [--type Q4_0,…]
+//! [--columns 1,8,…] [--shape ROWSxCOLS,…]`: without words, all. Products take their weights from
+//! 400 MB or more of matrices in turn, so that no cache holds them.
+
+#![allow(clippy::print_stdout, reason = "a bench and its figures")]
+
+use half::f16;
+use std::hint::black_box;
+use tandem_cpu_kernels::{DType, quantize_row};
+use tandem_kernels::{
+    Attend, Columns, DeviceMatrix, DeviceMemory, EightBits, Gpu, GpuError, HeadCounts, KvSpans,
+    NARROW_MAX, Product, RoundRows, Runs, Span, Staging, TokenTables, driver, half_bytes,
+};
+
+const F32: usize = size_of::<f32>();
+const WEIGHT_BYTES: usize = 400 << 20;
+const REPEATS: usize = 5;
+
+type Outcome<T> = Result<T, GpuError>;
+
+fn main() -> Outcome<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let driver = match driver() {
+        Ok(driver) => driver,
+        Err(error) => {
+            println!("no GPU: {error}");
+            return Ok(());
+        }
+    };
+    let gpu = Gpu::open(&driver, 0)?;
+    let copy = copy_roof(&gpu)?;
+    println!("copy roof: {copy:.0} GB/s read and written");
+    let list = |name: &str, default: &str| -> Vec<String> {
+        let at = arguments.iter().position(|argument| argument == name);
+        let given = at.and_then(|at| arguments.get(at + 1)).map_or(default, String::as_str);
+        given.split(',').map(str::to_owned).collect()
+    };
+    let wants = |word: &str| {
+        let words = ["products", "attention"];
+        arguments.iter().all(|a| !words.contains(&a.as_str()))
+            || arguments.iter().any(|a| a == word)
+    };
+    let number =
+        |text: &String| text.parse::<usize>().unwrap_or_else(|_| panic!("no number: {text}"));
+    if wants("products") {
+        println!("| rows x cols | type | columns | us | GB/s | of the roof | T multiply-adds/s |");
+        println!("|---|---|---|---|---|---|---|");
+        for shape in list("--shape", "6144x4096,4096x4096,28672x4096,4096x14336") {
+            let (rows, cols) = shape.split_once('x').unwrap_or_else(|| panic!("no shape: {shape}"));
+            let shape = (number(&rows.to_owned()), number(&cols.to_owned()));
+            for name in list("--type", "Q4_0") {
+                let dtype = DType::ALL.into_iter().find(|dtype| dtype.name() == name);
+                let dtype = dtype.unwrap_or_else(|| panic!("no type: {name}"));
+                let matrices = Matrices::new(&gpu, dtype, shape)?;
+                for columns in list("--columns", "1,8,16,32,64,128,512,2048").iter().map(number) {
+                    matrices.measure(&gpu, columns, copy)?;
+                }
+            }
+        }
+    }
+    if wants("attention") {
+        println!("| heads, KV heads, elements | tokens | context | us | GB/s of KV | TFLOP/s |");
+        println!("|---|---|---|---|---|---|");
+        let heads = HeadCounts { n_heads: 32, n_kv_heads: 8, head_dim: 128 };
+        for (sequences, tokens, context) in [
+            (1, 1, 100),
+            (1, 1, 1000),
+            (1, 1, 8000),
+            (32, 1, 1000),
+            (128, 1, 100),
+            (1, 512, 512),
+            (1, 2048, 2048),
+            (4, 512, 512),
+        ] {
+            attention(&gpu, heads, (sequences, tokens, context))?;
+        }
+    }
+    Ok(())
+}
+
+/// Median microseconds of one of `count` runs of `work`, recorded once and replayed.
+fn time(gpu: &Gpu, count: usize, work: impl Fn() -> Outcome<()>) -> Outcome<f64> {
+    work()?;
+    gpu.synchronize()?;
+    let graph = gpu.record(&work)?;
+    let mut times = Vec::new();
+    for _ in 0..REPEATS {
+        let start = gpu.mark()?;
+        // SAFETY: what was recorded is borrowed by `work`, which lives.
+        unsafe { gpu.replay(&graph)? };
+        times.push(start.us_until(&gpu.mark()?)? / count as f64);
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[REPEATS / 2])
+}
+
+/// GB/s that copies between two pieces of 1 GiB read and write.
+fn copy_roof(gpu: &Gpu) -> Outcome<f64> {
+    let (from, to) = (gpu.alloc(1 << 30)?, gpu.alloc(1 << 30)?);
+    let mut rates = Vec::new();
+    for _ in 0..REPEATS {
+        let start = gpu.mark()?;
+        gpu.copy(from.span(), to.span())?;
+        rates.push(2.0 * f64::from(1 << 30) / start.us_until(&gpu.mark()?)? / 1e3);
+    }
+    rates.sort_by(f64::total_cmp);
+    Ok(rates[REPEATS / 2])
+}
+
+/// Numbers in ±1 that look random.
+fn noise(count: usize, seed: u32) -> Vec<f32> {
+    let next = |state: &mut u32| {
+        *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        Some((*state >> 8) as f32 / (1 << 23) as f32 - 1.0)
+    };
+    std::iter::repeat_n((), count).scan(seed, |state, ()| next(state)).collect()
+}
+
+fn floats(gpu: &Gpu, count: usize) -> Outcome<DeviceMemory> {
+    let memory = gpu.alloc(count * F32)?;
+    gpu.upload(&noise(count, 7), memory.span())?;
+    Ok(memory)
+}
+
+struct Matrices {
+    shape: (usize, usize),
+    dtype: DType,
+    all: Vec<DeviceMatrix>,
+}
+
+impl Matrices {
+    fn new(gpu: &Gpu, dtype: DType, shape: (usize, usize)) -> Outcome<Self> {
+        let (rows, cols) = shape;
+        let row_bytes = dtype.row_bytes(cols).expect("whole blocks");
+        let mut row = vec![0; row_bytes];
+        let mut file = Vec::with_capacity(rows * row_bytes);
+        for index in 0..rows {
+            if index < 16 {
+                let values = noise(cols, index as u32);
+                match dtype {
+                    DType::F32 => row.copy_from_slice(bytemuck_bytes(&values)),
+                    DType::F16 => {
+                        let halves = values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes());
+                        row = halves.collect();
+                    }
+                    DType::BF16 => {
+                        let halves =
+                            values.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes());
+                        row = halves.collect();
+                    }
+                    _ => quantize_row(dtype, &values, &mut row),
+                }
+                file.extend_from_slice(&row);
+            } else {
+                file.extend_from_within((index % 16) * row_bytes..(index % 16 + 1) * row_bytes);
+            }
+        }
+        let staging = Staging::new(gpu)?;
+        let count = WEIGHT_BYTES.div_ceil(file.len()).max(2);
+        let all = (0..count).map(|_| DeviceMatrix::upload(gpu, &staging, dtype, shape, &file));
+        Ok(Self { shape, dtype, all: all.collect::<Result<_, _>>()? })
+    }
+
+    /// Prints the row of the products with some columns.
+    fn measure(&self, gpu: &Gpu, columns: usize, copy: f64) -> Outcome<()> {
+        let ((rows, cols), n) = (self.shape, self.all.len());
+        let (values, out) = (floats(gpu, columns * cols)?, gpu.alloc(columns * rows * F32)?);
+        let (quants, scales) = (
+            gpu.alloc(EightBits::quant_bytes(columns, cols, 1))?,
+            gpu.alloc(EightBits::scale_bytes(columns, cols, 1))?,
+        );
+        let halves = gpu.alloc(half_bytes(columns, cols))?;
+        let is_wide = columns > NARROW_MAX;
+        let eight_bits = EightBits { quants: quants.span(), scales: scales.span(), passes: 1 };
+        let pass = RoundRows {
+            values: values.span(),
+            up: None,
+            out: None,
+            eight_bits: Some(eight_bits),
+            halves: Some(halves.span()),
+            rows: columns,
+            cols,
+        };
+        gpu.round_rows(&pass)?;
+        let x = Columns {
+            columns,
+            cols,
+            values: Some(values.span()),
+            eight_bits: (!is_wide).then_some(eight_bits),
+            halves: is_wide.then_some(halves.span()),
+        };
+        let us = time(gpu, n, || {
+            self.all.iter().try_for_each(|matrix| {
+                let product = Product { matrix, bias: None, out: out.span(), stride: rows };
+                gpu.multiply(&[product], &x)
+            })
+        })?;
+        let bytes = self.all[0].bytes() as f64;
+        let rate = bytes / us / 1e3;
+        let macs = (rows * cols * columns) as f64 / us / 1e6;
+        println!(
+            "| {rows}x{cols} | {} | {columns} | {us:.1} | {rate:.0} | {:.0} % | {macs:.0} |",
+            self.dtype,
+            100.0 * rate / copy
+        );
+        Ok(())
+    }
+}
+
+fn bytemuck_bytes(values: &[f32]) -> &[u8] {
+    // SAFETY: any f32 is four bytes, and bytes need no alignment.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+/// Positions and block tables of all tokens of an attention, and its sequences' tokens.
+fn places(
+    (sequences, tokens, context): (usize, usize, usize),
+    blocks_each: usize,
+) -> (Vec<u32>, Vec<u32>, Vec<[u32; 2]>) {
+    let (mut positions, mut tables, mut runs) = (Vec::new(), Vec::new(), Vec::new());
+    for sequence in 0..sequences {
+        runs.push([positions.len() as u32, tokens as u32]);
+        positions.extend((context - tokens..context).map(|position| position as u32));
+        tables.extend(std::iter::repeat_n((sequence * blocks_each) as u32, tokens));
+    }
+    (positions, tables, runs)
+}
+
+/// Prints the row of an attention: `sequences` with `tokens` new tokens each, the last at
+/// `context - 1`. 32 layers of KV in turn.
+fn attention(
+    gpu: &Gpu,
+    heads: HeadCounts,
+    (sequences, tokens, context): (usize, usize, usize),
+) -> Outcome<()> {
+    const LAYERS: usize = 32;
+    let block_tokens = 32;
+    let each = context.div_ceil(block_tokens);
+    let blocks = sequences * each;
+    let bytes = blocks * KvSpans::block_bytes(heads, block_tokens);
+    let layers = (0..LAYERS).map(|_| Ok((floats(gpu, bytes / F32)?, floats(gpu, bytes / F32)?)));
+    let layers = layers.collect::<Outcome<Vec<_>>>()?;
+    let (positions, tables, runs) = places((sequences, tokens, context), each);
+    let numbers: Vec<u32> = (0..blocks as u32).rev().collect();
+    let upload = |numbers: &[u32]| {
+        let memory = gpu.alloc(size_of_val(numbers))?;
+        gpu.upload(numbers, memory.span())?;
+        Ok::<_, GpuError>(memory)
+    };
+    let (positions, tables, numbers) = (upload(&positions)?, upload(&tables)?, upload(&numbers)?);
+    let on_gpu = upload(runs.as_flattened())?;
+    let all = sequences * tokens;
+    let table = TokenTables {
+        tokens: all,
+        positions: positions.span(),
+        tables: tables.span(),
+        blocks: numbers.span(),
+    };
+    let width = (heads.n_heads + 2 * heads.n_kv_heads) * heads.head_dim;
+    let (rows, out) =
+        (floats(gpu, all * width)?, gpu.alloc(all * heads.n_heads * heads.head_dim * F32)?);
+    let partials = gpu.alloc(Attend::partial_bytes(heads, all, context))?;
+    let pass = Attend {
+        heads: rows.span(),
+        chosen: None,
+        out: out.span(),
+        partials: partials.span(),
+        scale: 0.1,
+        softcap: None,
+        window: None,
+        positions_max: context,
+    };
+    let us = time(gpu, LAYERS, || {
+        layers.iter().try_for_each(|(keys, values)| {
+            let (keys, values): (Span<'_>, Span<'_>) = (keys.span(), values.span());
+            let store = KvSpans { keys, values, blocks, block_tokens };
+            if tokens > 1 {
+                let runs = Runs { lengths: &runs, on_gpu: on_gpu.span() };
+                gpu.attend_runs(&pass, heads, (&table, &store), &runs)
+            } else {
+                gpu.attend(&pass, heads, (&table, &store))
+            }
+        })
+    })?;
+    let kv = (sequences * context * heads.n_kv_heads * heads.head_dim * 4) as f64;
+    let seen = (tokens * (2 * context - tokens + 1) / 2 * sequences) as f64;
+    let flops = 4.0 * seen * (heads.n_heads * heads.head_dim) as f64;
+    let HeadCounts { n_heads, n_kv_heads, head_dim } = heads;
+    println!(
+        "| {n_heads}, {n_kv_heads}, {head_dim} | {sequences} x {tokens} | {context} | \
+         {us:.1} | {:.0} | {:.0} |",
+        kv / us / 1e3,
+        flops / us / 1e6
+    );
+    black_box(&layers);
+    Ok(())
+}
