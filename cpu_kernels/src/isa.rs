@@ -17,8 +17,8 @@ pub enum Isa {
     Avx512,
     /// [`Isa::Avx512`] and the int8 dot product `vpdpbusd` (Cascade Lake, Zen 4 and later).
     Avx512Vnni,
-    /// [`Isa::Avx512Vnni`] and the int8 tiles of AMX (Sapphire Rapids and later), which the
-    /// operating system must grant.
+    /// [`Isa::Avx512Vnni`], VBMI, FP16 and BF16, and the bf16 tiles of AMX (Sapphire Rapids and
+    /// later), which the operating system must grant.
     Amx,
 }
 
@@ -67,7 +67,11 @@ impl Isa {
             Isa::AvxVnni => has_avx2() && has_avx_vnni(),
             Isa::Avx512 => has_avx2() && has_avx512(),
             Isa::Avx512Vnni => has_avx2() && has_avx512() && has_vnni(),
-            Isa::Amx => Isa::Avx512Vnni.is_available() && crate::amx_permission::granted(),
+            Isa::Amx => {
+                Isa::Avx512Vnni.is_available()
+                    && has_half_floats()
+                    && crate::amx_permission::granted()
+            }
         }
     }
 
@@ -137,6 +141,13 @@ fn has_vnni() -> bool {
     is_x86_feature_detected!("avx512vnni")
 }
 
+#[cfg(target_arch = "x86_64")]
+fn has_half_floats() -> bool {
+    is_x86_feature_detected!("avx512vbmi")
+        && is_x86_feature_detected!("avx512fp16")
+        && is_x86_feature_detected!("avx512bf16")
+}
+
 #[cfg(not(target_arch = "x86_64"))]
 fn has_avx2() -> bool {
     false
@@ -154,5 +165,10 @@ fn has_avx512() -> bool {
 
 #[cfg(not(target_arch = "x86_64"))]
 fn has_vnni() -> bool {
+    false
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn has_half_floats() -> bool {
     false
 }
