@@ -88,7 +88,7 @@ impl Step<'_> {
         }
         let n_tokens = self.plan.tokens.len();
         let matrix = self.weights.matrix(part.matrix);
-        let paired = precision == Precision::Sixteen && matrix.dtype().is_quantized();
+        let paired = self.has_second_rows(precision) && matrix.dtype().is_quantized();
         let rows = 0..if paired { 2 * n_tokens } else { n_tokens };
         // SAFETY: the input was finished before the last barrier, or by this worker for itself;
         // workers' `own` are disjoint.
