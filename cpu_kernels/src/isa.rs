@@ -46,9 +46,9 @@ impl Isa {
         [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Avx512Vnni, Isa::Amx];
 
     /// The fastest instruction set of this CPU that the operating system also saves on a context
-    /// switch (the standard library's detection reads XCR0). Never [`Isa::Amx`], which was measured
-    /// at 0.9 to 1.0 times the speed of [`Isa::Avx512Vnni`]: scales change every 32 elements, so
-    /// that products leave the tiles after half of their depth.
+    /// switch (the standard library's detection reads XCR0). Never [`Isa::Amx`]: it is faster from
+    /// 16 columns on, but decoding a weight to bf16 takes longer than two processors' memory does
+    /// to deliver it, and one stream ran at two thirds of the speed (docs/performance.md).
     pub fn detect() -> Isa {
         let fastest_first = Isa::ALL.into_iter().rev().filter(|isa| *isa != Isa::Amx);
         fastest_first.into_iter().find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)

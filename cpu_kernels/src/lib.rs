@@ -1,8 +1,8 @@
 //! SIMD kernels on quantised weights.
 //!
 //! This crate knows no model, no actor and no thread: a caller gives it bytes, row ranges and
-//! buffers. `scalar` files are the specification; every instruction set gives its bits. Only matmuls
-//! of quantised weights have two: that of bf16 tiles, which are AMX's, is `matmul/bf16.rs`.
+//! buffers. `scalar` files are the specification; every instruction set gives their bits.
+//! Matmuls of quantised weights have a second one, that of AMX's bf16 tiles: `matmul/bf16.rs`.
 
 pub mod activations;
 mod amx_permission;

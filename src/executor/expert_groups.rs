@@ -8,8 +8,8 @@ use std::sync::Mutex;
 use tandem_cpu_kernels::ActivationForm;
 use tandem_cpu_kernels::blocks::GROUP;
 
-/// Tokens of an expert that are multiplied at once: their copy, at 6 bytes per element at most, stays in
-/// the second-level cache for embeddings of 2048.
+/// Tokens of an expert that are multiplied at once: their copy, at up to 6 bytes per element,
+/// stays in the second-level cache for embeddings of 2048.
 pub(super) const TILE_TOKENS: usize = 128;
 /// Products that a worker holds at once, 64 KiB: they are still in the second-level cache when the
 /// next op on them runs.

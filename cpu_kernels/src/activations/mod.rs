@@ -3,7 +3,7 @@
 //! It must not know weight types, threads or models: buffers and ranges come from the caller.
 //! Called by the executor before each group of matmuls; read by `matmul`.
 //!
-//! **8 bits.** Per group of 32 elements: `scale = amax / 127`, `q = round_half_even(x · (127 / amax))`, so
+//! **8 bits.** Per group of 32: `scale = amax / 127`, `q = round_half_even(x · (127 / amax))`, so
 //! `|x − scale·q| ≤ amax/254 + rounding`. Scales stay f32, and groups stay at 32 elements for
 //! every weight type (llama.cpp: f16 scales, and groups of 256 for K types).
 //! A group with a NaN or infinity gets `scale = NaN`, `q = 0`, so that it poisons its outputs;
@@ -125,8 +125,8 @@ pub(crate) struct Quantized<'a> {
     pub groups_apart: usize,
 }
 
-/// Groups from one column of `groups` in 8 bits to the next: an odd number of cache lines, so that the same
-/// group of many columns lies in different sets of a cache (16 columns 4,096 bytes apart share one
+/// Groups from one 8-bit column to the next: an odd number of cache lines, so that the same group
+/// of many columns lies in different sets of a cache (16 columns 4,096 bytes apart share one
 /// set of the first level, which has room for 8 or 12).
 pub(crate) fn groups_apart(groups: usize) -> usize {
     const PER_LINE: usize = 64 / GROUP;

@@ -1,5 +1,5 @@
-//! Rounded activations with AVX2 and AVX-512: each operation of the scalar code on 8 or 16 elements,
-//! so the bits cannot differ. Groups do not depend on each other, and the processor works on
+//! Rounded activations with AVX2 and AVX-512: each operation of the scalar code on 8 elements or on
+//! 16, so the bits cannot differ. Groups do not depend on each other, and the processor works on
 //! several at a time: what counts is how many instructions a group takes.
 
 use super::{AMAX_MIN, ActivationTable, BF16_EXPONENT, GroupScale, Line, scalar};

@@ -15,8 +15,8 @@
 //! `r11` rounds to the 11 bits of an f16 significand, ties to even, `r8` to the 8 bits of bf16,
 //! ties away from zero, both with exponents of any size; products and sums are f32 without
 //! subnormal numbers. The sums are what `TDPBF16PS` does (Intel SDM, volume 2). A weight is off by
-//! up to 2⁻⁸ of itself, an activation too; on average over all of them that is a fifth of what 8 bits
-//! with a scale per group miss.
+//! up to 2⁻⁸ of itself, an activation too: on average a fifth of what 8 bits with a scale per group
+//! miss.
 //!
 //! **Why these roundings.** Small integers times a scale, in f16 vectors, are 32 weights at a time.
 //! Every weight of every type is a whole multiple of 2⁻²⁴ (a scale is an f16 times an integer), so

@@ -20,7 +20,8 @@ use std::arch::x86_64::*;
 
 type Vectors = Wide<true>;
 
-/// The largest magnitudes of steps and of offsets so far, per row, as bits of f16.
+/// The largest magnitudes of steps and of offsets so far, per row, as bits of f16; where the step
+/// is the block's scale, that, not yet times 2¹⁰.
 #[derive(Clone, Copy)]
 pub(super) struct Largest([__m256i; 2]);
 
@@ -59,8 +60,9 @@ const NIBBLE_LESS_EIGHT: [u8; 64] = {
     table
 };
 
-/// Bits of the power of two (of f16, times 2¹⁰) that steps stay below on the fast way. With offsets
-/// below 2¹⁵ all weights then are: `2¹⁵/m · m + 2¹⁵`, less what the first 11 bits leave.
+/// Bits of the power of two (of f16, times 2¹⁰ like them) that steps stay below on the fast way.
+/// With offsets below 2¹⁵ all weights then are below 2¹⁶: `2¹⁵/m · m + 2¹⁵`, less what 11 bits
+/// leave of either.
 const fn step_limit<P: Packed>() -> u16 {
     let integer_max = match P::DTYPE {
         DType::Q2_K => 2,
@@ -70,9 +72,15 @@ const fn step_limit<P: Packed>() -> u16 {
         DType::Q6_K => 32,
         _ => 128_u16,
     };
-    (15 + 15 - integer_max.ilog2() as u16) << 10
+    let times = if is_plain::<P>() { F16_EXPONENT as u16 } else { 0 };
+    (15 + 15 - times - integer_max.ilog2() as u16) << 10
 }
 const OFFSET_LIMIT: u16 = (15 + 15) << 10;
+
+/// Whether the scale of a block is all that its elements have.
+const fn is_plain<P: Packed>() -> bool {
+    matches!(P::MIN, MinKind::None) && P::DTYPE.block_elements() == GROUP
+}
 
 impl Largest {
     #[inline(always)]
@@ -187,14 +195,15 @@ unsafe fn factors<P: Packed>(
     const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     // SAFETY: the caller's block and group exist.
     unsafe {
+        if const { is_plain::<P>() } {
+            return plain_factors(block, largest);
+        }
         let factor = _mm512_set1_ps(const { (1 << F16_EXPONENT) as f32 });
         let mut to_f16 = |value: __m512, kind: usize| {
             let halves = _mm512_cvtps_ph::<NEAREST>(_mm512_mul_ps(value, factor));
             let magnitude = _mm256_and_si256(halves, _mm256_set1_epi16(0x7fff));
             largest.0[kind] = _mm256_max_epu16(largest.0[kind], magnitude);
-            let twice = _mm512_loadu_si512(TWICE.as_ptr().cast());
-            let pairs = _mm512_permutexvar_epi16(twice, _mm512_castsi256_si512(halves));
-            _mm512_castsi512_ph(pairs)
+            twice(halves)
         };
         let scale = P::scale::<Vectors>(block, group, half);
         let step = to_f16(scale, 0);
@@ -212,6 +221,31 @@ unsafe fn factors<P: Packed>(
         };
         let middle = _mm512_set1_ps(const { middle(P::DTYPE) as f32 });
         (step, to_f16(_mm512_fmadd_ps(scale, middle, min), 1))
+    }
+}
+
+/// [`factors`] of types whose scale is the f16 that a block begins with: not rounded, since a
+/// product with a power of two is exact. One that is no longer finite is beyond the limit.
+#[inline(always)]
+unsafe fn plain_factors(block: Block, largest: &mut Largest) -> (__m512h, __m512h) {
+    // SAFETY: the block begins with 16 scales.
+    unsafe {
+        let scales = _mm256_loadu_si256(block.bytes.cast());
+        let magnitude = _mm256_and_si256(scales, _mm256_set1_epi16(0x7fff));
+        largest.0[0] = _mm256_max_epu16(largest.0[0], magnitude);
+        let factor = _mm512_set1_epi16(const { (15 + F16_EXPONENT as i16) << 10 });
+        let step = _mm512_mul_ph(twice(scales), _mm512_castsi512_ph(factor));
+        (step, step)
+    }
+}
+
+#[inline(always)]
+unsafe fn twice(halves: __m256i) -> __m512h {
+    // SAFETY: the caller has AVX-512 BW.
+    unsafe {
+        let twice = _mm512_loadu_si512(TWICE.as_ptr().cast());
+        let pairs = _mm512_permutexvar_epi16(twice, _mm512_castsi256_si512(halves));
+        _mm512_castsi512_ph(pairs)
     }
 }
 

@@ -12,12 +12,13 @@
 //! Two loaded tiles of 1 KiB per 32 cycles come from the second-level cache, which delivers twice
 //! that, and columns are read once for 128 rows.
 
+use super::super::lanes::Lanes;
 use super::super::packed::{Block, Packed};
 use super::super::{MatrixView, OutputColumns};
 use super::decode::{Largest, decode, decode_any};
 use super::narrow::Columns;
 use super::unit::{self, Sums, TILE_COLUMNS, Weights};
-use super::write_sums;
+use super::{Vectors, write_sums};
 use crate::activations::{Bf16, Line};
 use crate::blocks::GROUP;
 use crate::repack::ROWS;
@@ -48,6 +49,8 @@ struct Chunk {
     blocks: usize,
     first_group: usize,
     height: usize,
+    /// The chunk that is decoded next: fetched while the first columns are multiplied.
+    next: *const u8,
 }
 
 /// Rows `rows` of all columns.
@@ -103,12 +106,16 @@ unsafe fn block<P: Packed>(
     let rows = weights.bytes().as_ptr().wrapping_add(first_row / ROWS * apart);
     let blocks = weights.cols() / P::DTYPE.block_elements();
     for start in (0..blocks).step_by(CHUNK_GROUPS / block_groups) {
+        let at = |block: usize| rows.wrapping_add(block * ROWS * P::DTYPE.block_bytes());
+        let count = (CHUNK_GROUPS / block_groups).min(blocks - start);
+        let is_last = start + count == blocks;
         let chunk = Chunk {
-            packed: rows.wrapping_add(start * ROWS * P::DTYPE.block_bytes()),
+            packed: at(start),
             apart,
-            blocks: (CHUNK_GROUPS / block_groups).min(blocks - start),
+            blocks: count,
             first_group: start * block_groups,
             height,
+            next: if is_last { rows.wrapping_add(height * apart) } else { at(start + count) },
         };
         // SAFETY: the blocks exist; the rest is our own contract.
         unsafe {
@@ -161,6 +168,9 @@ unsafe fn add_chunk<P: Packed>(chunk: Chunk, columns: Columns<'_>, scratch: &mut
                 configured = count;
             }
             for r in (0..chunk.height).step_by(2) {
+                if first == 0 {
+                    fetch::<P>(chunk, groups, r);
+                }
                 let (at, is_first) = ((first / TILE_COLUMNS, r), chunk.first_group == 0);
                 match (count > TILE_COLUMNS, r + 1 < chunk.height) {
                     (true, true) => add::<2, 2>(x, groups, at, is_first, scratch),
@@ -169,6 +179,19 @@ unsafe fn add_chunk<P: Packed>(chunk: Chunk, columns: Columns<'_>, scratch: &mut
                     (false, false) => add::<1, 1>(x, groups, at, is_first, scratch),
                 }
             }
+        }
+    }
+}
+
+/// Asks for what two groups of rows have in the chunk that is decoded next.
+#[inline(always)]
+unsafe fn fetch<P: Packed>(chunk: Chunk, groups: usize, row: usize) {
+    let bytes = const { ROWS * P::DTYPE.block_bytes() * GROUP / P::DTYPE.block_elements() };
+    for row in row..chunk.height.min(row + 2) {
+        let rows = chunk.next.wrapping_add(row * chunk.apart);
+        for line in (0..groups * bytes).step_by(64) {
+            // SAFETY: a prefetch of any address is harmless.
+            unsafe { Vectors::prefetch(rows.wrapping_add(line)) };
         }
     }
 }
