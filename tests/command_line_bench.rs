@@ -117,7 +117,7 @@ fn shares_of_the_roofs_follow_from_what_is_reported() {
         let seconds = number(record, "avg_ns") / 1e9;
         for (work, roof, percent) in [
             ("read_bytes", "roof_read_bytes_per_s", "roof_read_percent"),
-            ("int8_ops", "roof_int8_ops_per_s", "roof_int8_percent"),
+            ("matmul_ops", "roof_matmul_ops_per_s", "roof_matmul_percent"),
         ] {
             let wanted = 100.0 * number(record, work) / seconds / number(record, roof);
             let got = number(record, percent);

@@ -142,12 +142,12 @@ fn qwen2_with_a_kv_cache_in_8_bits_keeps_its_clear_answers() {
 const CHUNK_TOKENS: usize = 512;
 const CHUNKS: usize = 16;
 
-/// Ours may only be the smaller one: with exact arithmetic SmolLM2's is 108.79, so llama.cpp's own
-/// rounding is half a percent away from it, and ours lies between.
+/// Ours must be as near to the exact one, that of the same weights in F32, as llama.cpp's is, whose
+/// own rounding is half a percent away from it.
 ///
 /// llama.cpp's method: chunks of 512 tokens, each of its own, BOS in place of the first token if
 /// the model adds one, and only the second half of each chunk scored.
-fn check_perplexity(file: &str, wanted: f64) {
+fn check_perplexity(file: &str, exact: f64, peer: f64) {
     let Some(model) = Model::fetched(file) else { return };
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/shakespeare-120k.txt");
     let text = std::fs::read_to_string(path).unwrap();
@@ -171,16 +171,17 @@ fn check_perplexity(file: &str, wanted: f64) {
         }
     }
     let perplexity = (nats / f64::from(scored)).exp();
-    println!("{file}: perplexity {perplexity:.3} over {scored} tokens, llama.cpp {wanted}");
-    assert!((perplexity / wanted - 1.0).abs() < 0.005, "{file}: {perplexity}, wanted {wanted}");
+    println!("{file}: perplexity {perplexity:.3} over {scored}, exact {exact}, llama.cpp {peer}");
+    let off = (perplexity - exact).abs();
+    assert!(off <= (peer - exact).abs(), "{file}: {perplexity}, exact {exact}, llama.cpp {peer}");
 }
 
 #[test]
 fn smollm2_finds_shakespeare_as_surprising_as_its_peer() {
-    check_perplexity("SmolLM2-135M-Instruct.Q4_1.gguf", 109.40);
+    check_perplexity("SmolLM2-135M-Instruct.Q4_1.gguf", 108.789, 109.40);
 }
 
 #[test]
 fn gemma3_finds_shakespeare_as_surprising_as_its_peer() {
-    check_perplexity("gemma-3-270m-q4_k_m.gguf", 118.47);
+    check_perplexity("gemma-3-270m-q4_k_m.gguf", 117.976, 118.47);
 }

@@ -269,7 +269,7 @@ fn roofs_are_measured_on_any_team_and_memory() {
             let read = roofs::read_bytes_per_second(&team, kernels, &mut vec![0; words]);
             assert!(read.is_finite() && read > 0.0, "{team:?}: {read}");
         }
-        let macs = roofs::int8_macs_per_second(&team, kernels);
+        let macs = roofs::macs_per_second(&team, kernels);
         assert!(macs.is_finite() && macs > 0.0, "{team:?}: {macs}");
     }
 }

@@ -56,7 +56,7 @@ fn measure_type(
     let bytes = synthetic(dtype, layout, rows);
     let view = MatrixView::new(dtype, layout, rows, cols(), &bytes).expect("a valid view");
     let mut single = 0.0;
-    for columns in [1, 2, 4, 8, 16, 64, 256] {
+    for columns in [1, 2, 4, 8, 16, 32, 64, 256, 512] {
         let passes = if columns > 16 { 2 } else { PASSES };
         let seconds = multiply(kernels, &view, columns, (threads, passes));
         single = if columns == 1 { seconds } else { single };
@@ -97,7 +97,7 @@ fn multiply(
     let start = x.as_ptr().align_offset(64);
     let x = &mut x[start..][..columns * cols()];
     x.iter_mut().enumerate().for_each(|(i, x)| *x = (i % 251) as f32 / 125.0 - 1.0);
-    let mut buffer = ActivationBuffer::new(columns, cols());
+    let mut buffer = ActivationBuffer::new(kernels.activation_form(), columns, cols());
     // SAFETY: one thread fills it before it is viewed.
     let target = unsafe { buffer.writer(columns, cols()) };
     for (column, values) in x.chunks_exact(cols()).enumerate() {

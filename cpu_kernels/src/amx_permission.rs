@@ -2,12 +2,12 @@
 //! on context switches only for processes that asked: `arch_prctl(ARCH_REQ_XCOMP_PERM)`, see the
 //! kernel's "Using XSTATE features in user space applications".
 
-/// Whether the CPU has AMX with int8, the system has granted it to this process, and it multiplies
+/// Whether the CPU has AMX with bf16, the system has granted it to this process, and it multiplies
 /// right: emulators and hypervisors have announced what they did not do. The first call asks.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(crate) fn granted() -> bool {
     static GRANTED: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    *GRANTED.get_or_init(|| has_int8_tiles() && request() && crate::matmul::amx::multiplies())
+    *GRANTED.get_or_init(|| has_bf16_tiles() && request() && crate::matmul::amx::multiplies())
 }
 
 /// No other system is known to need no permission.
@@ -16,12 +16,12 @@ pub(crate) fn granted() -> bool {
     false
 }
 
-/// CPUID leaf 7: AMX-TILE is bit 24 of EDX, AMX-INT8 bit 25. XCR0 has bits 17 (tile configuration)
+/// CPUID leaf 7: AMX-BF16 is bit 22 of EDX, AMX-TILE bit 24. XCR0 has bits 17 (tile configuration)
 /// and 18 (tile data) when the system can save them.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-fn has_int8_tiles() -> bool {
+fn has_bf16_tiles() -> bool {
     use std::arch::x86_64::{__cpuid, __cpuid_count};
-    const TILES: u32 = 1 << 24 | 1 << 25;
+    const TILES: u32 = 1 << 22 | 1 << 24;
     const OSXSAVE: u32 = 1 << 27;
     let leaves = __cpuid(0).eax;
     if leaves < 7 || __cpuid(1).ecx & OSXSAVE == 0 {

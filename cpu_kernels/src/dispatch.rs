@@ -31,6 +31,16 @@ static SCALAR: Kernels = Kernels {
     roof: roof::scalar::TABLE,
 };
 
+/// [`SCALAR`] with the arithmetic of bf16 tiles.
+static BF16: Kernels = Kernels {
+    isa: Isa::Scalar,
+    matmul: matmul::bf16::SPECIFICATION,
+    activations: activations::scalar::BF16,
+    vector: vector::SCALAR,
+    attention: attention::scalar::TABLE,
+    roof: roof::scalar::TABLE,
+};
+
 #[cfg(target_arch = "x86_64")]
 static AVX2: Kernels = Kernels {
     isa: Isa::Avx2,
@@ -75,7 +85,7 @@ static AVX512_VNNI: Kernels = Kernels {
 static AMX: Kernels = Kernels {
     isa: Isa::Amx,
     matmul: matmul::amx::TABLE,
-    activations: activations::x86::AVX512,
+    activations: activations::x86::BF16,
     vector: vector::avx512::TABLE,
     attention: attention::simd::avx512::TABLE,
     roof: roof::avx512::AMX,
@@ -91,6 +101,11 @@ impl Kernels {
     pub fn for_isa(isa: Isa) -> Result<&'static Kernels, UnsupportedIsa> {
         isa.require()?;
         Ok(table(isa))
+    }
+
+    /// The scalar kernels whose results those of `isa` have, bit for bit. They run everywhere.
+    pub fn specification(isa: Isa) -> &'static Kernels {
+        if isa == Isa::Amx { &BF16 } else { &SCALAR }
     }
 
     /// The kernels of the widest instruction set that this CPU has.

@@ -17,8 +17,8 @@ pub enum Isa {
     Avx512,
     /// [`Isa::Avx512`] and the int8 dot product `vpdpbusd` (Cascade Lake, Zen 4 and later).
     Avx512Vnni,
-    /// [`Isa::Avx512Vnni`] and the int8 tiles of AMX (Sapphire Rapids and later), which the
-    /// operating system must grant.
+    /// [`Isa::Avx512Vnni`], VBMI, FP16 and BF16, and the bf16 tiles of AMX (Sapphire Rapids and
+    /// later), which the operating system must grant.
     Amx,
 }
 
@@ -46,9 +46,9 @@ impl Isa {
         [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Avx512Vnni, Isa::Amx];
 
     /// The fastest instruction set of this CPU that the operating system also saves on a context
-    /// switch (the standard library's detection reads XCR0). Never [`Isa::Amx`], which was measured
-    /// at 0.9 to 1.0 times the speed of [`Isa::Avx512Vnni`]: scales change every 32 elements, so
-    /// that products leave the tiles after half of their depth.
+    /// switch (the standard library's detection reads XCR0). Never [`Isa::Amx`]: it is faster from
+    /// 16 columns on, but decoding a weight to bf16 takes longer than two processors' memory does
+    /// to deliver it, and one stream ran at two thirds of the speed (docs/performance.md).
     pub fn detect() -> Isa {
         let fastest_first = Isa::ALL.into_iter().rev().filter(|isa| *isa != Isa::Amx);
         fastest_first.into_iter().find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)
@@ -67,7 +67,11 @@ impl Isa {
             Isa::AvxVnni => has_avx2() && has_avx_vnni(),
             Isa::Avx512 => has_avx2() && has_avx512(),
             Isa::Avx512Vnni => has_avx2() && has_avx512() && has_vnni(),
-            Isa::Amx => Isa::Avx512Vnni.is_available() && crate::amx_permission::granted(),
+            Isa::Amx => {
+                Isa::Avx512Vnni.is_available()
+                    && has_half_floats()
+                    && crate::amx_permission::granted()
+            }
         }
     }
 
@@ -137,6 +141,13 @@ fn has_vnni() -> bool {
     is_x86_feature_detected!("avx512vnni")
 }
 
+#[cfg(target_arch = "x86_64")]
+fn has_half_floats() -> bool {
+    is_x86_feature_detected!("avx512vbmi")
+        && is_x86_feature_detected!("avx512fp16")
+        && is_x86_feature_detected!("avx512bf16")
+}
+
 #[cfg(not(target_arch = "x86_64"))]
 fn has_avx2() -> bool {
     false
@@ -154,5 +165,10 @@ fn has_avx512() -> bool {
 
 #[cfg(not(target_arch = "x86_64"))]
 fn has_vnni() -> bool {
+    false
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn has_half_floats() -> bool {
     false
 }

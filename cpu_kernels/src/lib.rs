@@ -1,7 +1,8 @@
 //! SIMD kernels on quantised weights.
 //!
 //! This crate knows no model, no actor and no thread: a caller gives it bytes, row ranges and
-//! buffers. `scalar` files are the specification; every instruction set gives the same bits.
+//! buffers. `scalar` files are the specification; every instruction set gives their bits.
+//! Matmuls of quantised weights have a second one, that of AMX's bf16 tiles: `matmul/bf16.rs`.
 
 pub mod activations;
 mod amx_permission;
@@ -23,7 +24,7 @@ pub mod rope;
 pub mod softmax;
 mod vector;
 
-pub use activations::{ActivationBuffer, Activations, ActivationsMut};
+pub use activations::{ActivationBuffer, ActivationForm, Activations, ActivationsMut};
 pub use blocks::DType;
 pub use dequantize::dequantize_row;
 pub use dispatch::Kernels;

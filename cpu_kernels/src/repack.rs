@@ -180,7 +180,11 @@ pub(crate) fn pack_block(dtype: DType, blocks: &[&[u8]; ROWS], packed: &mut [u8]
 pub(crate) fn unpack_block(view: &MatrixView<'_>, row: usize, index: usize, block: &mut [u8]) {
     let dtype = view.dtype();
     let group = row / ROWS * ROWS * view.row_bytes();
-    let packed = &view.bytes()[group + index * ROWS * dtype.block_bytes()..];
+    unpack_row(dtype, &view.bytes()[group + index * ROWS * dtype.block_bytes()..], row, block);
+}
+
+/// Copies the block of row `row` out of a packed one, back in file order.
+pub(crate) fn unpack_row(dtype: DType, packed: &[u8], row: usize, block: &mut [u8]) {
     for field in fields(dtype) {
         let packed = &packed[ROWS * field.offset..][..ROWS * field.bytes];
         let block = &mut block[field.offset..][..field.bytes];

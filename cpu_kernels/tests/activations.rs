@@ -1,5 +1,5 @@
-//! 8-bit activations, and the second 8 bits of 16-bit ones: error bounds, special values, and the
-//! same bits from every ISA.
+//! Rounded activations, and the second 8 bits of 16-bit ones: error bounds, special values, and the
+//! bits of the specification from every ISA.
 
 use proptest::prelude::*;
 use tandem_cpu_kernels::activations::AMAX_MIN;
@@ -15,7 +15,7 @@ fn read_back(kernels: &Kernels, x: &[f32]) -> Vec<f32> {
         block[2 + row % 32] = 1;
     }
     let view = MatrixView::new(DType::Q8_0, Layout::RowMajor, cols, cols, &identity);
-    let mut buffer = ActivationBuffer::new(1, cols);
+    let mut buffer = ActivationBuffer::new(kernels.activation_form(), 1, cols);
     // SAFETY: one thread; filled before it is viewed.
     let target = unsafe { buffer.writer(1, cols) };
     kernels.quantize_activations(&x[..32], target, 0, 0..32);
@@ -29,7 +29,7 @@ fn read_back(kernels: &Kernels, x: &[f32]) -> Vec<f32> {
 
 /// What the 8-bit form of `x` misses of it.
 fn missed(kernels: &Kernels, x: &[f32]) -> Vec<f32> {
-    let mut buffer = ActivationBuffer::new(1, x.len());
+    let mut buffer = ActivationBuffer::new(kernels.activation_form(), 1, x.len());
     // SAFETY: one thread.
     let target = unsafe { buffer.writer(1, x.len()) };
     kernels.quantize_activations(x, target, 0, 0..x.len());
@@ -37,6 +37,11 @@ fn missed(kernels: &Kernels, x: &[f32]) -> Vec<f32> {
     kernels.activation_residual(&x[..32], (target, 0), 0..32, &mut residual[..32]);
     kernels.activation_residual(&x[32..], (target, 0), 32..x.len(), &mut residual[32..]);
     residual
+}
+
+/// Those whose activations are `form`.
+fn kernels_with(form: ActivationForm) -> impl Iterator<Item = &'static Kernels> {
+    every_isa().filter(move |kernels| kernels.activation_form() == form)
 }
 
 fn every_isa() -> impl Iterator<Item = &'static Kernels> {
@@ -52,7 +57,7 @@ proptest! {
     fn activations_are_within_half_a_step(
         x in prop::collection::vec(-100.0f32..100.0, 96),
     ) {
-        for kernels in every_isa() {
+        for kernels in kernels_with(ActivationForm::Int8) {
             let back = read_back(kernels, &x);
             for (x, back) in x.chunks_exact(32).zip(back.chunks_exact(32)) {
                 let amax = x.iter().fold(0f32, |a, b| a.max(b.abs()));
@@ -71,7 +76,7 @@ proptest! {
         magnitude in -60i32..60,
     ) {
         let x: Vec<f32> = x.iter().map(|x| x * 2f32.powi(magnitude)).collect();
-        for kernels in every_isa() {
+        for kernels in kernels_with(ActivationForm::Int8) {
             let first = read_back(kernels, &x);
             let second = read_back(kernels, &missed(kernels, &x));
             for group in (0..3).map(|group| 32 * group..32 * (group + 1)) {
@@ -95,9 +100,13 @@ proptest! {
         for value in &mut x[..32 * ordinary] {
             *value = (value.to_bits() % 255) as f32 / 2.0 - 63.5;
         }
-        let scalar = Kernels::for_isa(Isa::Scalar).expect("scalar is everywhere");
+        for kernels in kernels_with(ActivationForm::Bf16) {
+            let wanted = read_back(Kernels::specification(kernels.isa()), &x);
+            prop_assert_eq!(bits(&read_back(kernels, &x)), bits(&wanted), "{}", kernels.isa());
+        }
+        let scalar = Kernels::specification(Isa::Scalar);
         let wanted = read_back(scalar, &x);
-        for kernels in every_isa() {
+        for kernels in kernels_with(ActivationForm::Int8) {
             prop_assert_eq!(bits(&read_back(kernels, &x)), bits(&wanted), "{}", kernels.isa());
             let rest = missed(kernels, &x);
             prop_assert_eq!(bits(&rest), bits(&missed(scalar, &x)), "{}", kernels.isa());
@@ -107,9 +116,35 @@ proptest! {
     }
 }
 
+/// An identity of bf16 tiles adds zeros to each element, and leaves it as it was rounded.
+#[test]
+fn bf16_keeps_eight_bits_of_each_element_however_small_its_neighbours_are() {
+    let x: Vec<f32> =
+        (0..96).map(|at| 1.37f32.powi(at - 60) * [1.0, -1.0][at as usize % 2]).collect();
+    let specification = [Kernels::specification(Isa::Amx)];
+    for kernels in specification.into_iter().chain(kernels_with(ActivationForm::Bf16)) {
+        for (x, back) in x.iter().zip(read_back(kernels, &x)) {
+            assert!((x - back).abs() <= x.abs() / 256.0, "{x} became {back} on {}", kernels.isa());
+        }
+    }
+}
+
+#[test]
+fn a_column_with_a_nan_or_infinity_in_bf16_has_no_finite_output() {
+    let specification = [Kernels::specification(Isa::Amx)];
+    for kernels in specification.into_iter().chain(kernels_with(ActivationForm::Bf16)) {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, -f32::NAN] {
+            let mut x = vec![1.0; 64];
+            x[40] = bad;
+            let back = read_back(kernels, &x);
+            assert!(back.iter().all(|value| !value.is_finite()), "{bad} on {}", kernels.isa());
+        }
+    }
+}
+
 #[test]
 fn a_group_with_a_nan_or_infinity_poisons_its_outputs() {
-    for kernels in every_isa() {
+    for kernels in kernels_with(ActivationForm::Int8) {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN] {
             let mut x = vec![1.0; 64];
             x[40] = bad;
@@ -124,7 +159,7 @@ fn a_group_with_a_nan_or_infinity_poisons_its_outputs() {
 
 #[test]
 fn groups_too_small_to_scale_become_zero_and_the_smallest_scale_works() {
-    for kernels in every_isa() {
+    for kernels in kernels_with(ActivationForm::Int8) {
         let mut x = vec![0.0; 64];
         x[3] = AMAX_MIN / 2.0;
         x[35] = -AMAX_MIN;
@@ -139,7 +174,7 @@ fn groups_too_small_to_scale_become_zero_and_the_smallest_scale_works() {
 #[test]
 #[should_panic(expected = "whole groups")]
 fn a_range_within_a_group_is_refused() {
-    let mut buffer = ActivationBuffer::new(1, 64);
+    let mut buffer = ActivationBuffer::new(Kernels::best().activation_form(), 1, 64);
     // SAFETY: one thread.
     let target = unsafe { buffer.writer(1, 64) };
     Kernels::best().quantize_activations(&[0.0; 16], target, 0, 0..16);

@@ -1,4 +1,4 @@
-//! Every matmul kernel against the scalar specification, bit for bit.
+//! Every matmul kernel against the scalar specification of its arithmetic, bit for bit.
 
 use proptest::prelude::*;
 use tandem_cpu_kernels::*;
@@ -8,7 +8,7 @@ mod case;
 #[path = "matmul/table.rs"]
 mod table;
 
-use case::{Random, Weights, bits, multiply, quantized_weights, scalar};
+use case::{Random, Weights, bits, multiply, quantized_weights};
 
 fn every_dtype() -> impl Strategy<Value = DType> {
     prop::sample::select(DType::ALL.to_vec())
@@ -36,14 +36,17 @@ proptest! {
         let weights = quantized_weights(dtype, rows, cols, &mut random);
         let x = random.floats(columns * cols);
         let whole = 0..rows;
-        let wanted =
-            multiply(scalar(), &weights.view(Layout::RowMajor), &x, std::slice::from_ref(&whole));
+        let wanted = [Isa::Scalar, Isa::Amx].map(|isa| {
+            let whole = std::slice::from_ref(&whole);
+            multiply(Kernels::specification(isa), &weights.view(Layout::RowMajor), &x, whole)
+        });
         for isa in Isa::available() {
             let kernels = Kernels::for_isa(isa).expect("available");
+            let wanted = &wanted[usize::from(isa == Isa::Amx)];
             for &layout in weights.layouts() {
                 let whole = std::slice::from_ref(&whole);
                 let got = multiply(kernels, &weights.view(layout), &x, whole);
-                prop_assert_eq!(bits(&got), bits(&wanted), "{} {:?} {}", isa, layout, dtype);
+                prop_assert_eq!(bits(&got), bits(wanted), "{} {:?} {}", isa, layout, dtype);
             }
         }
     }
@@ -110,17 +113,19 @@ proptest! {
     #[test]
     fn any_bytes_as_weights_give_the_same_bits_everywhere_without_a_panic(
         dtype in every_dtype(),
+        columns in prop::sample::select(vec![1usize, 3, 40]),
         seed in any::<u64>(),
     ) {
-        let (rows, cols, columns) = (17, 512, 3);
+        let (rows, cols) = (17, 512);
         let mut random = Random(seed);
         let bytes = random.bytes(rows * dtype.row_bytes(cols).expect("whole blocks"));
         let weights = Weights::new(dtype, rows, cols, bytes);
         let x = random.floats(columns * cols);
         let whole = std::slice::from_ref(&(0..rows)).to_vec();
-        let wanted = multiply(scalar(), &weights.view(Layout::RowMajor), &x, &whole);
         for isa in Isa::available() {
             let kernels = Kernels::for_isa(isa).expect("available");
+            let specification = Kernels::specification(isa);
+            let wanted = multiply(specification, &weights.view(Layout::RowMajor), &x, &whole);
             for &layout in weights.layouts() {
                 let got = multiply(kernels, &weights.view(layout), &x, &whole);
                 prop_assert_eq!(bits(&got), bits(&wanted), "{} {:?} {}", isa, layout, dtype);
@@ -138,17 +143,18 @@ proptest! {
         let mut random = Random(seed);
         let weights = quantized_weights(dtype, rows, cols, &mut random);
         let x = random.floats(columns * cols);
-        let got = multiply(
-            scalar(),
-            &weights.view(Layout::RowMajor),
-            &x,
-            std::slice::from_ref(&(0..rows)),
-        );
-        for column in 0..columns {
-            for row in 0..rows {
-                let (exact, bound) = exact_product(&weights, row, &x[column * cols..][..cols]);
-                let error = (f64::from(got[column * rows + row]) - exact).abs();
-                prop_assert!(error <= bound, "{dtype}: error {error}, bound {bound}");
+        for isa in [Isa::Scalar, Isa::Amx] {
+            let kernels = Kernels::specification(isa);
+            let whole = 0..rows;
+            let view = weights.view(Layout::RowMajor);
+            let got = multiply(kernels, &view, &x, std::slice::from_ref(&whole));
+            for column in 0..columns {
+                for row in 0..rows {
+                    let x = &x[column * cols..][..cols];
+                    let (exact, bound) = exact_product(&weights, row, x, kernels.activation_form());
+                    let error = (f64::from(got[column * rows + row]) - exact).abs();
+                    prop_assert!(error <= bound, "{isa} {dtype}: error {error}, bound {bound}");
+                }
             }
         }
     }
@@ -180,21 +186,32 @@ proptest! {
 /// be from it: half an activation step (amax/254 per group of 32) times |w| for quantised types,
 /// and for the arithmetic n·2⁻²⁴ of the sum of magnitudes, n being additions and products in a
 /// chain (each group adds at most 3; 32 partial sums of float types are shorter).
-fn exact_product(weights: &Weights, row: usize, x: &[f32]) -> (f64, f64) {
+///
+/// With bf16 a product is off by 2⁻⁸ of itself for the activation, and the weight by 2⁻⁸ and 2⁻¹¹
+/// of itself and by 2⁻¹¹ of each of `scale·(q − middle)` and its offset, neither of which is more
+/// than twice the largest weight of its group. The chain of a group has 16 pairs and 2 additions.
+fn exact_product(weights: &Weights, row: usize, x: &[f32], form: ActivationForm) -> (f64, f64) {
     let mut w = vec![0.0; weights.cols];
     dequantize_packed_row(&weights.view(Layout::RowMajor), row, &mut w);
     let (mut exact, mut magnitude, mut rounding) = (0.0, 0.0, 0.0);
     for (w, x) in w.chunks(32).zip(x.chunks(32)) {
         let amax = x.iter().fold(0f32, |a, b| a.max(b.abs()));
+        let wmax = w.iter().fold(0f32, |a, b| a.max(b.abs()));
         for (w, x) in w.iter().zip(x) {
             let product = f64::from(*w) * f64::from(*x);
             exact += product;
             // The terms of types with offsets are larger than the weight they add up to.
             magnitude += product.abs() + f64::from(amax);
-            rounding += f64::from(w.abs()) * f64::from(amax) / 254.0;
+            rounding += match form {
+                ActivationForm::Int8 => f64::from(w.abs()) * f64::from(amax) / 254.0,
+                ActivationForm::Bf16 => {
+                    product.abs() * 2.02 / 256.0 + f64::from(wmax * x.abs()) * 4.0 / 2048.0
+                }
+            };
         }
     }
-    let chain = 3.0 * weights.cols as f64 / 32.0 + 8.0;
+    let of_group = if form == ActivationForm::Bf16 { 18.0 } else { 3.0 };
+    let chain = of_group * weights.cols as f64 / 32.0 + 8.0;
     let arithmetic = chain * magnitude * 2f64.powi(-24);
     (exact, arithmetic + if weights.dtype.is_quantized() { 1.001 * rounding } else { 0.0 })
 }
@@ -207,7 +224,7 @@ fn a_part_of_a_fused_output_is_written_at_its_offset() {
     let view = weights.view(Layout::Rows16);
     let kernels = Kernels::best();
     let alone = multiply(kernels, &view, &x, std::slice::from_ref(&(0..20)));
-    let mut buffer = ActivationBuffer::new(2, 256);
+    let mut buffer = ActivationBuffer::new(kernels.activation_form(), 2, 256);
     // SAFETY: one thread; filled before it is viewed.
     let target = unsafe { buffer.writer(2, 256) };
     kernels.quantize_activations(&x[..256], target, 0, 0..256);
@@ -230,9 +247,13 @@ fn a_wide_prefill_has_the_bits_of_single_columns() {
         let weights = quantized_weights(dtype, rows, cols, &mut random);
         let view = weights.view(*weights.layouts().last().expect("a layout"));
         let whole = std::slice::from_ref(&(0..rows)).to_vec();
-        let together = multiply(Kernels::best(), &view, &x, &whole);
-        for (x, together) in x.chunks_exact(cols).zip(together.chunks_exact(rows)) {
-            assert_eq!(bits(&multiply(Kernels::best(), &view, x, &whole)), bits(together));
+        for isa in Isa::available().filter(|isa| *isa >= Isa::detect()) {
+            let kernels = Kernels::for_isa(isa).expect("available");
+            let together = multiply(kernels, &view, &x, &whole);
+            for (x, together) in x.chunks_exact(cols).zip(together.chunks_exact(rows)) {
+                let alone = multiply(kernels, &view, x, &whole);
+                assert_eq!(bits(&alone), bits(together), "{isa} {dtype}");
+            }
         }
     }
 }
@@ -246,7 +267,7 @@ fn threads_with_their_own_rows_give_the_bits_of_one_thread() {
     let view = weights.view(Layout::Rows16);
     let kernels = Kernels::best();
     let alone = multiply(kernels, &view, &x, std::slice::from_ref(&(0..rows)));
-    let mut buffer = ActivationBuffer::new(columns, cols);
+    let mut buffer = ActivationBuffer::new(kernels.activation_form(), columns, cols);
     // SAFETY: each thread fills its own half of every column, and all end before the view.
     let target = unsafe { buffer.writer(columns, cols) };
     std::thread::scope(|scope| {
@@ -272,8 +293,8 @@ fn threads_with_their_own_rows_give_the_bits_of_one_thread() {
 }
 
 #[test]
-#[should_panic(expected = "needs 8-bit input")]
-fn quantized_weights_refuse_activations_without_an_8_bit_form() {
+#[should_panic(expected = "needs rounded input")]
+fn quantized_weights_refuse_activations_without_a_rounded_form() {
     let view = MatrixView::new(DType::Q4_0, Layout::RowMajor, 1, 32, &[0; 18]).expect("valid");
     let mut out = [0.0];
     // SAFETY: the pointer is that of `out`, and only this thread writes.

@@ -24,7 +24,7 @@ fn wanted(dtype: DType, (rows, cols): (usize, usize), file: &[u8], x: &[f32]) ->
     let view = MatrixView::new(dtype, Layout::RowMajor, rows, cols, file).expect("a view");
     let columns = x.len() / cols;
     let mut out = vec![f32::NAN; columns * rows];
-    let mut buffer = ActivationBuffer::new(columns, cols);
+    let mut buffer = ActivationBuffer::new(scalar().activation_form(), columns, cols);
     let activations = if dtype.is_quantized() {
         // SAFETY: one thread, and all is filled before the view is made.
         let target = unsafe { buffer.writer(columns, cols) };

@@ -7,9 +7,9 @@
 //! the barriers are. Some of the buffers may be a worker's own (`own_buffers.rs`): nobody else uses
 //! those at all.
 //!
-//! Buffers that are read with 16-bit precision have two rows per token: rows `0 .. n` are the
-//! values, rows `n .. 2n` what their 8-bit form misses. So have the products of such rows, which
-//! are added up at once.
+//! Where activations are rounded to 8 bits, buffers that are read with 16-bit precision have two
+//! rows per token: rows `0 .. n` are the values, rows `n .. 2n` what their 8-bit form misses. So
+//! have the products of such rows, which are added up at once.
 //!
 //! [`Worker::deal`]: super::cpu_pool::Worker::deal
 //! [`Worker::share`]: super::cpu_pool::Worker::share
@@ -18,7 +18,9 @@ use super::program::ProgramDims;
 use std::marker::PhantomData;
 use std::ops::Range;
 use tandem_cpu_kernels::blocks::GROUP;
-use tandem_cpu_kernels::{ActivationBuffer, Activations, ActivationsMut, OutputColumns};
+use tandem_cpu_kernels::{
+    ActivationBuffer, ActivationForm, Activations, ActivationsMut, OutputColumns,
+};
 
 /// f32 memory, allocated once.
 pub(super) struct Memory {
@@ -142,43 +144,43 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// f32 memory with an 8-bit twin, for what is multiplied with quantised weights.
+/// f32 memory with a rounded twin, for what is multiplied with quantised weights.
 pub(super) struct QuantizedMemory {
     values: Memory,
-    eight_bit: ActivationBuffer,
+    rounded: ActivationBuffer,
 }
 
 impl QuantizedMemory {
-    pub fn new(rows_max: usize, width_max: usize) -> Self {
-        let eight_bit = ActivationBuffer::new(rows_max, width_max);
-        Self { values: Memory::new(rows_max * width_max), eight_bit }
+    pub fn new(form: ActivationForm, rows_max: usize, width_max: usize) -> Self {
+        let rounded = ActivationBuffer::new(form, rows_max, width_max);
+        Self { values: Memory::new(rows_max * width_max), rounded }
     }
 
     pub fn bytes(&self) -> usize {
-        self.values.bytes() + self.eight_bit.bytes()
+        self.values.bytes() + self.rounded.bytes()
     }
 
-    /// As [`Memory::as_bytes_mut`], the values and their twin's quants.
+    /// As [`Memory::as_bytes_mut`], the values and their twin.
     pub fn as_bytes_mut(&mut self) -> [&mut [u8]; 2] {
-        [self.values.as_bytes_mut(), bytemuck::cast_slice_mut(self.eight_bit.quants_mut())]
+        [self.values.as_bytes_mut(), self.rounded.as_bytes_mut()]
     }
 
-    /// A view as `[rows, width]`. Widths that are no multiple of the 8-bit group have no twin:
+    /// A view as `[rows, width]`. Widths that are no multiple of a group have no twin:
     /// quantised weights can't be so wide.
     pub fn rows(&mut self, rows: usize, width: usize) -> QuantizedRows<'_> {
-        let eight_bit = width.is_multiple_of(GROUP).then(|| {
+        let rounded = width.is_multiple_of(GROUP).then(|| {
             // SAFETY: users of the view keep the module's rule, which is the writer's condition.
-            unsafe { self.eight_bit.writer(rows, width) }
+            unsafe { self.rounded.writer(rows, width) }
         });
-        QuantizedRows { values: self.values.rows(rows, width), eight_bit }
+        QuantizedRows { values: self.values.rows(rows, width), rounded }
     }
 }
 
-/// `[rows, width]` f32 with its 8-bit form.
+/// `[rows, width]` f32 with its rounded form.
 #[derive(Clone, Copy)]
 pub(super) struct QuantizedRows<'a> {
     pub values: Rows<'a>,
-    pub eight_bit: Option<ActivationsMut<'a>>,
+    pub rounded: Option<ActivationsMut<'a>>,
 }
 
 impl<'a> QuantizedRows<'a> {
@@ -189,8 +191,8 @@ impl<'a> QuantizedRows<'a> {
     pub unsafe fn activations(&self, rows: Range<usize>) -> Activations<'a> {
         // SAFETY: passed on.
         let values = unsafe { self.values.all() };
-        let all = match &self.eight_bit {
-            Some(eight_bit) => eight_bit.view(values),
+        let all = match &self.rounded {
+            Some(rounded) => rounded.view(values),
             None => Activations::float(values, self.values.rows, self.values.width),
         };
         all.slice(rows)
@@ -246,9 +248,9 @@ pub(super) struct StepBuffers<'a> {
 
 impl Buffers {
     /// Buffers for steps of up to `tokens_max` tokens.
-    pub fn new(dims: ProgramDims, tokens_max: usize) -> Self {
+    pub fn new(form: ActivationForm, dims: ProgramDims, tokens_max: usize) -> Self {
         let rows = |width: usize| Memory::new(tokens_max * width);
-        let quantized = |rows: usize, width: usize| QuantizedMemory::new(rows, width);
+        let quantized = |rows: usize, width: usize| QuantizedMemory::new(form, rows, width);
         let selected_rows = if dims.vocab > 0 { tokens_max } else { 0 };
         Self {
             residual: rows(dims.embedding),

@@ -5,10 +5,11 @@ use super::buffers::{Memory, QuantizedMemory};
 use super::program::ProgramDims;
 use std::ops::Range;
 use std::sync::Mutex;
+use tandem_cpu_kernels::ActivationForm;
 use tandem_cpu_kernels::blocks::GROUP;
 
-/// Tokens of an expert that are multiplied at once: their copy, at 5.5 bytes per element, stays in
-/// the second-level cache for embeddings of 2048.
+/// Tokens of an expert that are multiplied at once: their copy, at up to 6 bytes per element,
+/// stays in the second-level cache for embeddings of 2048.
 pub(super) const TILE_TOKENS: usize = 128;
 /// Products that a worker holds at once, 64 KiB: they are still in the second-level cache when the
 /// next op on them runs.
@@ -104,7 +105,7 @@ impl ExpertGroups {
 /// What a worker needs to compute experts.
 pub(super) struct ExpertScratch {
     pub groups: ExpertGroups,
-    /// `[TILE_TOKENS, embedding_dim]`, also in 8 bits: tokens of one expert, side by side.
+    /// `[TILE_TOKENS, embedding_dim]`, also rounded: tokens of one expert, side by side.
     pub gathered: QuantizedMemory,
     /// `[TILE_PRODUCTS]`: products on their way, of few tokens and many rows or the reverse.
     pub products: Memory,
@@ -112,12 +113,17 @@ pub(super) struct ExpertScratch {
 
 impl ExpertScratch {
     /// One per worker, for steps of up to `tokens_max` tokens; none when layers are dense.
-    pub fn of_workers(dims: ProgramDims, tokens_max: usize, threads: usize) -> Vec<Mutex<Self>> {
+    pub fn of_workers(
+        form: ActivationForm,
+        dims: ProgramDims,
+        tokens_max: usize,
+        threads: usize,
+    ) -> Vec<Mutex<Self>> {
         let tokens = TILE_TOKENS.min(tokens_max);
         let scratch = |_| {
             Mutex::new(Self {
                 groups: ExpertGroups::with_capacity(dims.experts, tokens_max * dims.hidden_rows),
-                gathered: QuantizedMemory::new(tokens, dims.embedding),
+                gathered: QuantizedMemory::new(form, tokens, dims.embedding),
                 products: Memory::new(TILE_PRODUCTS),
             })
         };

@@ -5,6 +5,7 @@
 use super::buffers::{Memory, QuantizedMemory, StepBuffers};
 use super::program::ProgramDims;
 use std::sync::Mutex;
+use tandem_cpu_kernels::ActivationForm;
 
 /// How much a worker computes for itself.
 #[derive(Clone, Copy, Debug)]
@@ -30,17 +31,22 @@ pub(super) struct OwnBuffers {
 
 impl OwnBuffers {
     /// One per worker.
-    pub fn of_workers(dims: ProgramDims, rows: OwnRows, workers: usize) -> Vec<Mutex<Self>> {
-        (0..workers).map(|_| Mutex::new(Self::new(dims, rows))).collect()
+    pub fn of_workers(
+        form: ActivationForm,
+        dims: ProgramDims,
+        rows: OwnRows,
+        workers: usize,
+    ) -> Vec<Mutex<Self>> {
+        (0..workers).map(|_| Mutex::new(Self::new(form, dims, rows))).collect()
     }
 
-    fn new(dims: ProgramDims, rows: OwnRows) -> Self {
+    fn new(form: ActivationForm, dims: ProgramDims, rows: OwnRows) -> Self {
         let selected = if dims.vocab > 0 { rows.tokens } else { 0 };
         Self {
             residual: Memory::new(rows.tokens * dims.embedding),
-            normed: QuantizedMemory::new(2 * rows.tokens, dims.embedding),
+            normed: QuantizedMemory::new(form, 2 * rows.tokens, dims.embedding),
             routes: Memory::new(rows.tokens * dims.routes()),
-            selected: QuantizedMemory::new(selected, dims.embedding),
+            selected: QuantizedMemory::new(form, selected, dims.embedding),
             addend: Memory::new(dims.embedding),
             expert_logits: Memory::new(dims.experts),
             rotated: Memory::new(rows.rotated_tokens * dims.heads),

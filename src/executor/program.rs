@@ -18,7 +18,8 @@
 //! GateExperts  normed, routes → hidden     a row per pair of token and expert, 8-bit
 //! DownExperts  hidden, routes → projected  the weighted sum
 //! ```
-//! Queries, keys and values read 16-bit activations ([`Precision`]), all else 8-bit ones.
+//! Queries, keys and values read 16-bit activations ([`Precision`]), all else 8-bit ones, or on a
+//! device that rounds to bf16 all of them that.
 //! An interpreter on several workers needs a barrier where workers read what others have written:
 //! after each op, unless it repeats the op on every worker (`cpu.rs`).
 

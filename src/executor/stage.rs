@@ -127,6 +127,7 @@ impl Stage {
     ) -> Result<Self, ExecutorError> {
         let program = weights.program();
         let (tokens, threads) = (options.step_tokens_max, pool.threads());
+        let form = weights.kernels().activation_form();
         let limits = PlanLimits {
             tokens_max: tokens,
             vocab_size: weights.vocab_size(),
@@ -152,12 +153,12 @@ impl Stage {
             partials: Memory::new(batch.partials_max()),
             batch,
             kv: KvMemory::new(&program.kv_layers, options.kv, options.huge_pages())?,
-            buffers: Buffers::new(program.dims, tokens),
+            buffers: Buffers::new(form, program.dims, tokens),
             angles: Memory::new(tokens * weights.rotations().width()),
-            own: OwnBuffers::of_workers(program.dims, own, threads),
+            own: OwnBuffers::of_workers(form, program.dims, own, threads),
             rotated_tokens_max: own.rotated_tokens,
             scratch,
-            experts: ExpertScratch::of_workers(program.dims, tokens, threads),
+            experts: ExpertScratch::of_workers(form, program.dims, tokens, threads),
             samplers: RowSamplers::new(threads, program.dims.vocab, sampled_rows),
             inlet: None,
             outlet: None,

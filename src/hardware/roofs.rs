@@ -1,4 +1,4 @@
-//! What a set of threads can do at most, measured: bytes read from memory per second, and int8
+//! What a set of threads can do at most, measured: bytes read from memory per second, and
 //! multiply-accumulates per second. Each function starts its own threads, pins them, keeps the best
 //! of several passes and leaves nothing behind.
 
@@ -48,14 +48,14 @@ pub fn read_bytes_per_second(team: &Team, kernels: &Kernels, memory: &mut [u64])
     bytes / best.as_secs_f64().max(1e-9)
 }
 
-/// int8 multiply-accumulates per second of the team together, in registers, with the instructions
-/// of `kernels`. One multiply-accumulate is two operations.
-pub fn int8_macs_per_second(team: &Team, kernels: &Kernels) -> f64 {
+/// Multiply-accumulates per second of the team together, in registers, with the instructions and
+/// the numbers of `kernels` ([`Kernels::mac_numbers`]). One multiply-accumulate is two operations.
+pub fn macs_per_second(team: &Team, kernels: &Kernels) -> f64 {
     let rates = Mutex::new(vec![0.0; MAC_BURSTS]);
     in_step(team, MAC_BURSTS, |_, burst| {
         let (started, mut macs) = (Instant::now(), 0);
         while started.elapsed() < MAC_BURST {
-            macs += kernels.int8_macs(MAC_ROUNDS);
+            macs += kernels.macs(MAC_ROUNDS);
         }
         let rate = macs as f64 / started.elapsed().as_secs_f64();
         rates.lock().unwrap_or_else(PoisonError::into_inner)[burst] += rate;

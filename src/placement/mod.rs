@@ -330,8 +330,8 @@ fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
     // residual, projected, up; heads twice and normed twice for their second-order 8-bit form.
     let plain = 2 * embedding + 2 * heads + dense_up + routing;
     let quantized = 4 * embedding + attended + hidden;
-    tokens * (4 * plain + quantized * 4 + quantized * 3 / 2)
-        + LOGITS_ROWS * 4 * spec.vocab_size as u64
+    // Rounded to bf16, or to 8 bits with scales, which take less.
+    tokens * (4 * plain + quantized * (4 + 2)) + LOGITS_ROWS * 4 * spec.vocab_size as u64
 }
 
 /// Elements of a token's queries, keys and values.
@@ -348,8 +348,8 @@ fn own_bytes(spec: &ModelSpec, threads: usize, tokens: u64) -> u64 {
     }
     let repeated = threads * REPEATED_ELEMENTS / embedding.max(1) + 1;
     let rows = ((repeated * threads).div_ceil(threads - 1) - 1).min(tokens);
-    // residual; normed twice and selected, also in 8 bits.
-    let row = 4 * embedding + 3 * (4 * embedding + embedding * 3 / 2);
+    // residual; normed twice and selected, also rounded.
+    let row = 4 * embedding + 3 * (4 * embedding + 2 * embedding);
     let heads = spec.layers.iter().map(|layer| heads_width(&layer.attention)).max().unwrap_or(0);
     threads * (rows * row + ROTATED_TOKENS * 4 * heads as u64)
 }
@@ -360,6 +360,6 @@ fn expert_scratch_bytes(spec: &ModelSpec, threads: usize) -> u64 {
         return 0;
     }
     let embedding = spec.embedding_dim as u64;
-    let tile = 4 * embedding + embedding * 3 / 2 + 4 * EXPERT_TILE;
+    let tile = 4 * embedding + 2 * embedding + 4 * EXPERT_TILE;
     threads as u64 * EXPERT_TILE * tile
 }

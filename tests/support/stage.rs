@@ -12,6 +12,7 @@ use tandem::model::ModelSpec;
 use tandem::step::{LogitsRow, LogitsTask, PlannedSequence, StepOutput, StepPlan};
 use tandem::tensor::KvDType;
 use tandem::units::{BlockId, SequenceId, StepId, TokenId};
+use tandem_cpu_kernels::Isa;
 
 /// Tokens of a KV block in these tests.
 pub const BLOCK_TOKENS: usize = 32;
@@ -60,13 +61,18 @@ impl Model {
     }
 }
 
+/// The instruction set that `TANDEM_TEST_ISA` names; without it the best one.
+fn isa() -> Option<Isa> {
+    std::env::var("TANDEM_TEST_ISA").ok().map(|name| name.parse().expect("an instruction set"))
+}
+
 /// Options for a whole model on so many threads, with room for `context_tokens`.
 pub fn options(threads: usize, context_tokens: usize) -> StageOptions {
     let device_blocks = context_tokens.div_ceil(BLOCK_TOKENS);
     StageOptions {
         part: None::<StagePart>,
         pool: PoolOptions { threads, cores: Vec::new(), spin_us: 50 },
-        isa: None,
+        isa: isa(),
         huge_pages: false,
         kv: KvOptions {
             block_tokens: BLOCK_TOKENS,

@@ -1,17 +1,23 @@
-//! Memory of 8-bit activations: allocated once, viewed with the shape of each step.
+//! Memory of rounded activations: allocated once, viewed with the shape of each step.
 
-use super::{Activations, GroupScale, Quantized, groups_apart};
+use super::{
+    ActivationForm, Activations, Bf16, GroupScale, Line, Quantized, Rounded, groups_apart,
+    lines_apart,
+};
 use crate::blocks::GROUP;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Owns the 8-bit form of up to `columns_max · cols_max` activations; allocates nothing later.
+/// Owns the rounded form of up to `columns_max · cols_max` activations; allocates nothing later.
 pub struct ActivationBuffer {
+    form: ActivationForm,
+    /// Of bf16, and otherwise empty, like the others for it.
+    lines: Vec<Line>,
     quants: Vec<i8>,
     scales: Vec<GroupScale>,
 }
 
-/// A writable 8-bit form of `[columns, cols]` that several threads fill in disjoint parts.
+/// A writable rounded form of `[columns, cols]` that several threads fill in disjoint parts.
 ///
 /// It is a raw view, so that each worker can have a copy of it. Who makes one
 /// ([`ActivationBuffer::writer`]) promises that parts written at the same time are disjoint.
@@ -19,11 +25,22 @@ pub struct ActivationBuffer {
 pub struct ActivationsMut<'a> {
     columns: usize,
     cols: usize,
-    /// `[columns, groups_apart · 32]`
-    quants: *mut i8,
-    /// `[columns, groups_apart]`
-    scales: *mut GroupScale,
+    pointers: Pointers,
     lifetime: PhantomData<&'a mut ActivationBuffer>,
+}
+
+#[derive(Clone, Copy)]
+enum Pointers {
+    /// `[columns, groups_apart · 32]` and `[columns, groups_apart]`
+    Int8(*mut i8, *mut GroupScale),
+    /// `[columns, lines_apart]`
+    Bf16(*mut Line),
+}
+
+/// A stretch of a column, for writing.
+pub(super) enum Memory<'a> {
+    Int8(&'a mut [i8], &'a mut [GroupScale]),
+    Bf16(&'a mut [Line]),
 }
 
 // SAFETY: the promise made at `writer` is exactly that uses on several threads do not conflict.
@@ -32,24 +49,39 @@ unsafe impl Send for ActivationsMut<'_> {}
 unsafe impl Sync for ActivationsMut<'_> {}
 
 impl ActivationBuffer {
-    /// A buffer for every shape with `columns ≤ columns_max` and `cols ≤ cols_max`.
-    pub fn new(columns_max: usize, cols_max: usize) -> ActivationBuffer {
-        let groups = columns_max * groups_apart(cols_max.div_ceil(GROUP));
-        ActivationBuffer {
-            quants: vec![0; groups * GROUP],
-            scales: vec![GroupScale::default(); groups],
+    /// A buffer of `form` for every shape with `columns ≤ columns_max` and `cols ≤ cols_max`.
+    pub fn new(form: ActivationForm, columns_max: usize, cols_max: usize) -> ActivationBuffer {
+        let groups = cols_max.div_ceil(GROUP);
+        let (mut lines, mut quants, mut scales) = (Vec::new(), Vec::new(), Vec::new());
+        match form {
+            ActivationForm::Int8 => {
+                let groups = columns_max * groups_apart(groups);
+                quants = vec![0; groups * GROUP];
+                scales = vec![GroupScale::default(); groups];
+            }
+            ActivationForm::Bf16 => {
+                lines = vec![Line::default(); columns_max * lines_apart(groups)]
+            }
         }
+        ActivationBuffer { form, lines, quants, scales }
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.quants.len() + self.scales.len() * size_of::<GroupScale>()
+        size_of_val(&*self.lines) + size_of_val(&*self.quants) + size_of_val(&*self.scales)
     }
 
-    /// The memory of the integers, zero as long as nothing was written: for who wants its pages to
+    /// The memory of the elements, zero as long as nothing was written: for who wants its pages to
     /// exist before they are needed.
-    pub fn quants_mut(&mut self) -> &mut [i8] {
-        &mut self.quants
+    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
+        match self.form {
+            ActivationForm::Int8 => bytemuck::cast_slice_mut(&mut self.quants),
+            ActivationForm::Bf16 => {
+                let bytes = size_of_val(&*self.lines);
+                // SAFETY: lines are made of integers, without gaps, and any bytes are integers.
+                unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), bytes) }
+            }
+        }
     }
 
     /// A target of shape `[columns, cols]`. A later call reuses the memory.
@@ -62,17 +94,20 @@ impl ActivationBuffer {
     /// # Panics
     /// When the shape exceeds the buffer or `cols` is no multiple of 32.
     pub unsafe fn writer(&mut self, columns: usize, cols: usize) -> ActivationsMut<'_> {
-        assert!(cols.is_multiple_of(GROUP), "8-bit activations need cols % 32 == 0, got {cols}");
-        let need = columns.saturating_mul(groups_apart(cols / GROUP) * GROUP);
-        let have = self.quants.len();
-        assert!(need <= have, "activations [{columns}, {cols}] exceed a buffer of {have}");
-        ActivationsMut {
-            columns,
-            cols,
-            quants: self.quants.as_mut_ptr(),
-            scales: self.scales.as_mut_ptr(),
-            lifetime: PhantomData,
-        }
+        assert!(cols.is_multiple_of(GROUP), "rounded activations need cols % 32 == 0, got {cols}");
+        let (apart, have) = match self.form {
+            ActivationForm::Int8 => (groups_apart(cols / GROUP), self.scales.len()),
+            ActivationForm::Bf16 => (lines_apart(cols / GROUP), self.lines.len()),
+        };
+        let need = columns.saturating_mul(apart);
+        assert!(need <= have, "activations [{columns}, {cols}] exceed a buffer of {have} groups");
+        let pointers = match self.form {
+            ActivationForm::Int8 => {
+                Pointers::Int8(self.quants.as_mut_ptr(), self.scales.as_mut_ptr())
+            }
+            ActivationForm::Bf16 => Pointers::Bf16(self.lines.as_mut_ptr()),
+        };
+        ActivationsMut { columns, cols, pointers, lifetime: PhantomData }
     }
 }
 
@@ -87,6 +122,14 @@ impl<'a> ActivationsMut<'a> {
         self.cols
     }
 
+    /// How elements are rounded.
+    pub fn form(&self) -> ActivationForm {
+        match self.pointers {
+            Pointers::Int8(..) => ActivationForm::Int8,
+            Pointers::Bf16(_) => ActivationForm::Bf16,
+        }
+    }
+
     /// The filled activations with their f32 values `[columns, cols]`, for matmuls.
     ///
     /// # Panics
@@ -94,40 +137,51 @@ impl<'a> ActivationsMut<'a> {
     pub fn view(&self, values: &'a [f32]) -> Activations<'a> {
         let elements = self.columns * self.cols;
         assert_eq!(values.len(), elements, "activations [{}, {}]", self.columns, self.cols);
-        let groups_apart = groups_apart(self.cols / GROUP);
-        let groups = self.columns * groups_apart;
         // SAFETY: `writer` checked that the buffer holds this shape and borrowed it for 'a; its
         // caller promised that nothing is filled while this view is in use.
-        let quantized = unsafe {
-            Quantized {
-                quants: std::slice::from_raw_parts(self.quants, groups * GROUP),
-                scales: std::slice::from_raw_parts(self.scales, groups),
-                groups_apart,
+        let rounded = unsafe {
+            match self.pointers {
+                Pointers::Int8(quants, scales) => {
+                    let groups_apart = groups_apart(self.cols / GROUP);
+                    let groups = self.columns * groups_apart;
+                    Rounded::Int8(Quantized {
+                        quants: std::slice::from_raw_parts(quants, groups * GROUP),
+                        scales: std::slice::from_raw_parts(scales, groups),
+                        groups_apart,
+                    })
+                }
+                Pointers::Bf16(lines) => {
+                    let lines_apart = lines_apart(self.cols / GROUP);
+                    let lines = std::slice::from_raw_parts(lines, self.columns * lines_apart);
+                    Rounded::Bf16(Bf16 { lines, lines_apart })
+                }
             }
         };
-        Activations { columns: self.columns, cols: self.cols, values, quantized: Some(quantized) }
+        Activations { columns: self.columns, cols: self.cols, values, rounded: Some(rounded) }
     }
 
-    /// Copies the 8-bit form of token `from` of `source` to token `to`.
+    /// Copies the rounded form of token `from` of `source` to token `to`.
     ///
     /// # Panics
-    /// When `source` has none, or tokens of another length.
+    /// When `source` has another form or none, or tokens of another length.
     pub fn copy_column(&self, source: &Activations<'_>, from: usize, to: usize) {
         let cols = self.cols;
         assert_eq!(source.cols(), cols, "elements per token");
-        let source = source.quantized().expect("activations with an 8-bit form");
-        let (quants, scales) = self.groups_mut(to, 0..cols);
-        let first = from * source.groups_apart;
-        quants.copy_from_slice(&source.quants[first * GROUP..][..cols]);
-        scales.copy_from_slice(&source.scales[first..][..cols / GROUP]);
+        match (self.part(to, 0..cols), source.rounded) {
+            (Memory::Int8(quants, scales), Some(Rounded::Int8(source))) => {
+                let first = from * source.groups_apart;
+                quants.copy_from_slice(&source.quants[first * GROUP..][..cols]);
+                scales.copy_from_slice(&source.scales[first..][..cols / GROUP]);
+            }
+            (Memory::Bf16(lines), Some(Rounded::Bf16(source))) => {
+                lines.copy_from_slice(&source.lines[from * source.lines_apart..][..cols / GROUP]);
+            }
+            _ => panic!("{:?} to {:?} activations", source.form(), self.form()),
+        }
     }
 
-    /// The integers and scales of elements `range` of one column.
-    pub(super) fn groups_mut(
-        &self,
-        column: usize,
-        range: Range<usize>,
-    ) -> (&'a mut [i8], &'a mut [GroupScale]) {
+    /// Elements `range` of one column.
+    pub(super) fn part(&self, column: usize, range: Range<usize>) -> Memory<'a> {
         assert!(column < self.columns, "column {column} of {}", self.columns);
         assert!(
             range.start <= range.end
@@ -137,14 +191,23 @@ impl<'a> ActivationsMut<'a> {
             "range {range:?} is not made of whole groups of {} columns",
             self.cols
         );
-        let first = column * groups_apart(self.cols / GROUP) + range.start / GROUP;
+        let (group, groups) = (range.start / GROUP, range.len() / GROUP);
         // SAFETY: the range lies in the buffer (asserted above and in `writer`); the maker of
         // this view promised that no other thread uses the same part now.
         unsafe {
-            (
-                std::slice::from_raw_parts_mut(self.quants.add(first * GROUP), range.len()),
-                std::slice::from_raw_parts_mut(self.scales.add(first), range.len() / GROUP),
-            )
+            match self.pointers {
+                Pointers::Int8(quants, scales) => {
+                    let first = column * groups_apart(self.cols / GROUP) + group;
+                    Memory::Int8(
+                        std::slice::from_raw_parts_mut(quants.add(first * GROUP), range.len()),
+                        std::slice::from_raw_parts_mut(scales.add(first), groups),
+                    )
+                }
+                Pointers::Bf16(lines) => {
+                    let first = column * lines_apart(self.cols / GROUP) + group;
+                    Memory::Bf16(std::slice::from_raw_parts_mut(lines.add(first), groups))
+                }
+            }
         }
     }
 }

@@ -1,12 +1,17 @@
-//! Owns the 8-bit form of activations that all quantised weights are multiplied with.
+//! Owns the rounded form of activations that all quantised weights are multiplied with: 8 bits, or
+//! bf16 where the CPU has tiles for it ([`ActivationForm`]).
 //! It must not know weight types, threads or models: buffers and ranges come from the caller.
 //! Called by the executor before each group of matmuls; read by `matmul`.
 //!
-//! Per group of 32 elements: `scale = amax / 127`, `q = round_half_even(x · (127 / amax))`, so
+//! **8 bits.** Per group of 32: `scale = amax / 127`, `q = round_half_even(x · (127 / amax))`, so
 //! `|x − scale·q| ≤ amax/254 + rounding`. Scales stay f32, and groups stay at 32 elements for
 //! every weight type (llama.cpp: f16 scales, and groups of 256 for K types).
 //! A group with a NaN or infinity gets `scale = NaN`, `q = 0`, so that it poisons its outputs;
 //! one whose amax is below [`AMAX_MIN`] becomes zero.
+//!
+//! **bf16.** Each element is `bf16(x · 2⁶⁴)`, rounded to even; `matmul/bf16.rs` says what the power
+//! of two is for. Elements of 2⁶³ and more become infinite; NaN and infinity stay what they are.
+//! Within each four elements the order is 0, 2, 1, 3, which makes weights cheap to decode.
 
 mod buffer;
 pub(crate) mod scalar;
@@ -15,6 +20,7 @@ pub(crate) mod x86;
 
 use crate::blocks::GROUP;
 use crate::dispatch::Kernels;
+use buffer::Memory;
 pub use buffer::{ActivationBuffer, ActivationsMut};
 use std::ops::Range;
 
@@ -52,11 +58,34 @@ pub(crate) type QuantizeFn = unsafe fn(&[f32], &mut [i8], &mut [GroupScale]);
 /// `values − scale·quant` of whole groups: `(values, quants, scales, residual)`.
 pub(crate) type ResidualFn = unsafe fn(&[f32], &[i8], &[GroupScale], &mut [f32]);
 
-/// The activation kernels of one instruction set.
-pub(crate) struct ActivationTable {
-    pub quantize: QuantizeFn,
-    pub residual: ResidualFn,
+/// Rounds whole groups to bf16: `(values, lines)` of `n·32` and `n` elements.
+pub(crate) type RoundFn = unsafe fn(&[f32], &mut [Line]);
+
+/// The activation kernels of one instruction set, by what its matmuls read.
+pub(crate) enum ActivationTable {
+    Int8 { quantize: QuantizeFn, residual: ResidualFn },
+    Bf16 { round: RoundFn },
 }
+
+/// How activations are rounded for quantised weights; a matter of the instruction set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ActivationForm {
+    /// 8 bits, and a scale per 32 elements.
+    Int8,
+    /// bf16.
+    Bf16,
+}
+
+/// Power of two that activations are multiplied with before they become bf16.
+pub(crate) const BF16_EXPONENT: i32 = 64;
+
+/// Which element of four lies at each place of them.
+pub(crate) const BF16_ORDER: [usize; 4] = [0, 2, 1, 3];
+
+/// A group of 32 elements in bf16, in the order of [`BF16_ORDER`].
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(64))]
+pub(crate) struct Line(pub [u16; GROUP]);
 
 /// Activations of a step, `[columns, cols]`: one column per token.
 #[derive(Clone, Copy)]
@@ -65,8 +94,24 @@ pub struct Activations<'a> {
     cols: usize,
     /// `[columns, cols]` f32, row-major.
     values: &'a [f32],
-    /// The 8-bit form, absent where only float weights follow.
-    quantized: Option<Quantized<'a>>,
+    /// Absent where only float weights follow.
+    rounded: Option<Rounded<'a>>,
+}
+
+/// The form that quantised weights meet.
+#[derive(Clone, Copy)]
+enum Rounded<'a> {
+    Int8(Quantized<'a>),
+    Bf16(Bf16<'a>),
+}
+
+/// The bf16 form of `[columns, cols]` activations.
+#[derive(Clone, Copy)]
+pub(crate) struct Bf16<'a> {
+    /// `[columns, lines_apart]`; beyond a column's groups lies nothing of use.
+    pub lines: &'a [Line],
+    /// Lines from one column to the next.
+    pub lines_apart: usize,
 }
 
 /// The 8-bit form of `[columns, cols]` activations.
@@ -80,12 +125,17 @@ pub(crate) struct Quantized<'a> {
     pub groups_apart: usize,
 }
 
-/// Groups from one column of `groups` to the next: an odd number of cache lines, so that the same
-/// group of many columns lies in different sets of a cache (16 columns 4,096 bytes apart share one
+/// Groups from one 8-bit column to the next: an odd number of cache lines, so that the same group
+/// of many columns lies in different sets of a cache (16 columns 4,096 bytes apart share one
 /// set of the first level, which has room for 8 or 12).
 pub(crate) fn groups_apart(groups: usize) -> usize {
     const PER_LINE: usize = 64 / GROUP;
     (groups.div_ceil(PER_LINE) | 1) * PER_LINE
+}
+
+/// The same for bf16, where a group is a cache line.
+pub(crate) fn lines_apart(groups: usize) -> usize {
+    groups | 1
 }
 
 impl<'a> Activations<'a> {
@@ -97,7 +147,7 @@ impl<'a> Activations<'a> {
     /// When `values.len()` is not `columns · cols`.
     pub fn float(values: &'a [f32], columns: usize, cols: usize) -> Activations<'a> {
         assert_eq!(values.len(), columns * cols, "activations [{columns}, {cols}]");
-        Activations { columns, cols, values, quantized: None }
+        Activations { columns, cols, values, rounded: None }
     }
 
     /// The activations of tokens `columns` alone.
@@ -106,16 +156,22 @@ impl<'a> Activations<'a> {
     /// When there are no such tokens.
     pub fn slice(&self, columns: Range<usize>) -> Activations<'a> {
         let cols = self.cols;
-        let quantized = self.quantized.map(|all| {
-            let groups = columns.start * all.groups_apart..columns.end * all.groups_apart;
-            Quantized {
-                quants: &all.quants[groups.start * GROUP..groups.end * GROUP],
-                scales: &all.scales[groups],
-                groups_apart: all.groups_apart,
+        let rounded = self.rounded.map(|all| match all {
+            Rounded::Int8(all) => {
+                let groups = columns.start * all.groups_apart..columns.end * all.groups_apart;
+                Rounded::Int8(Quantized {
+                    quants: &all.quants[groups.start * GROUP..groups.end * GROUP],
+                    scales: &all.scales[groups],
+                    ..all
+                })
+            }
+            Rounded::Bf16(all) => {
+                let lines = columns.start * all.lines_apart..columns.end * all.lines_apart;
+                Rounded::Bf16(Bf16 { lines: &all.lines[lines], ..all })
             }
         });
         let values = &self.values[columns.start * cols..columns.end * cols];
-        Activations { columns: columns.len(), cols, values, quantized }
+        Activations { columns: columns.len(), cols, values, rounded }
     }
 
     /// Number of tokens.
@@ -133,8 +189,26 @@ impl<'a> Activations<'a> {
         &self.values[column * self.cols..][..self.cols]
     }
 
+    /// What quantised weights can meet: one form, or none.
+    pub fn form(&self) -> Option<ActivationForm> {
+        self.rounded.map(|rounded| match rounded {
+            Rounded::Int8(_) => ActivationForm::Int8,
+            Rounded::Bf16(_) => ActivationForm::Bf16,
+        })
+    }
+
     pub(crate) fn quantized(&self) -> Option<Quantized<'a>> {
-        self.quantized
+        match self.rounded {
+            Some(Rounded::Int8(quantized)) => Some(quantized),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn bf16(&self) -> Option<Bf16<'a>> {
+        match self.rounded {
+            Some(Rounded::Bf16(bf16)) => Some(bf16),
+            _ => None,
+        }
     }
 }
 
@@ -147,11 +221,20 @@ impl Quantized<'_> {
 }
 
 impl Kernels {
-    /// Fills the 8-bit form of elements `range` of token `column` from `values[column]`'s slice
+    /// What the matmuls of these kernels read beside quantised weights.
+    pub fn activation_form(&self) -> ActivationForm {
+        match self.activations {
+            ActivationTable::Int8 { .. } => ActivationForm::Int8,
+            ActivationTable::Bf16 { .. } => ActivationForm::Bf16,
+        }
+    }
+
+    /// Fills the rounded form of elements `range` of token `column` from `values[column]`'s slice
     /// `values` (`range.len()` elements). The result does not depend on how a column is split.
     ///
     /// # Panics
-    /// When `range` is not made of whole groups of 32, or does not fit `target` or `values`.
+    /// When `range` is not made of whole groups of 32, or does not fit `target` or `values`, or
+    /// `target` has the form of other kernels.
     pub fn quantize_activations(
         &self,
         values: &[f32],
@@ -160,9 +243,16 @@ impl Kernels {
         range: Range<usize>,
     ) {
         assert_eq!(values.len(), range.len(), "values of range {range:?}");
-        let (quants, scales) = target.groups_mut(column, range);
         // SAFETY: this table was reached through `for_isa`, so the CPU can run its functions.
-        unsafe { (self.activations.quantize)(values, quants, scales) }
+        unsafe {
+            match (&self.activations, target.part(column, range)) {
+                (ActivationTable::Int8 { quantize, .. }, Memory::Int8(quants, scales)) => {
+                    quantize(values, quants, scales);
+                }
+                (ActivationTable::Bf16 { round }, Memory::Bf16(lines)) => round(values, lines),
+                _ => panic!("a buffer of another form than {:?}", self.activation_form()),
+            }
+        }
     }
 
     /// What the 8-bit form of elements `range` of token `column` misses of `values`:
@@ -170,7 +260,8 @@ impl Kernels {
     /// product of both with a matrix as good as one with 16-bit activations.
     ///
     /// # Panics
-    /// When `range` is not made of whole groups of 32, or the lengths differ.
+    /// When `range` is not made of whole groups of 32, the lengths differ, or the form is not
+    /// [`ActivationForm::Int8`].
     pub fn activation_residual(
         &self,
         values: &[f32],
@@ -179,8 +270,12 @@ impl Kernels {
         residual: &mut [f32],
     ) {
         assert_eq!((values.len(), residual.len()), (range.len(), range.len()), "lengths");
-        let (quants, scales) = target.groups_mut(column, range);
+        let parts = (&self.activations, target.part(column, range));
+        let (ActivationTable::Int8 { residual: kernel, .. }, Memory::Int8(quants, scales)) = parts
+        else {
+            panic!("{:?} activations have no second row", self.activation_form());
+        };
         // SAFETY: this table was reached through `for_isa`, so the CPU can run its functions.
-        unsafe { (self.activations.residual)(values, quants, scales, residual) }
+        unsafe { kernel(values, quants, scales, residual) }
     }
 }

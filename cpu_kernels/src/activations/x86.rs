@@ -1,8 +1,8 @@
-//! 8-bit activations with AVX2 and AVX-512: each operation of the scalar code on 8 or 16 elements,
-//! so the bits cannot differ. Groups do not depend on each other, and the processor works on
+//! Rounded activations with AVX2 and AVX-512: each operation of the scalar code on 8 elements or on
+//! 16, so the bits cannot differ. Groups do not depend on each other, and the processor works on
 //! several at a time: what counts is how many instructions a group takes.
 
-use super::{AMAX_MIN, ActivationTable, GroupScale, scalar};
+use super::{AMAX_MIN, ActivationTable, BF16_EXPONENT, GroupScale, Line, scalar};
 use crate::blocks::GROUP;
 use crate::lanes::Lanes;
 use crate::lanes::avx2::Avx2;
@@ -10,9 +10,10 @@ use crate::lanes::avx512::Avx512;
 use std::arch::x86_64::*;
 
 pub(crate) const AVX2: ActivationTable =
-    ActivationTable { quantize: avx2, residual: residual_avx2 };
+    ActivationTable::Int8 { quantize: avx2, residual: residual_avx2 };
 pub(crate) const AVX512: ActivationTable =
-    ActivationTable { quantize: avx512, residual: residual_avx512 };
+    ActivationTable::Int8 { quantize: avx512, residual: residual_avx512 };
+pub(crate) const BF16: ActivationTable = ActivationTable::Bf16 { round };
 
 /// All bits of a float but the sign.
 const MAGNITUDE: i32 = 0x7fff_ffff;
@@ -114,6 +115,24 @@ unsafe fn avx512(values: &[f32], quants: &mut [i8], scales: &mut [GroupScale]) {
         // SAFETY: 32 bytes are a group.
         unsafe { _mm256_storeu_si256(quants.as_mut_ptr().cast(), packed) }
         *scale = group_scale(amax, packed);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn round(values: &[f32], lines: &mut [Line]) {
+    const { assert!(BF16_EXPONENT > 0 && BF16_EXPONENT < 127) };
+    let factor = _mm512_set1_ps(f32::from_bits((127 + BF16_EXPONENT as u32) << 23));
+    for (values, line) in values.as_chunks::<GROUP>().0.iter().zip(lines) {
+        // SAFETY: two vectors are a group, and one is a line.
+        unsafe {
+            let [low, high] =
+                [0, 16].map(|at| _mm512_mul_ps(_mm512_loadu_ps(values.as_ptr().add(at)), factor));
+            let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+            // Elements 0, 2, 1, 3 of each four.
+            let swapped = _mm512_shufflelo_epi16::<0b11_01_10_00>(rounded);
+            let swapped = _mm512_shufflehi_epi16::<0b11_01_10_00>(swapped);
+            _mm512_store_si512(line.0.as_mut_ptr().cast(), swapped);
+        }
     }
 }
 

@@ -2,7 +2,6 @@
 
 use super::lanes::{Lanes, lane_ops};
 use super::packed::Packed;
-use super::tiles::NoTiles;
 use super::{MatmulFn, MatmulTable, MatrixView, OutputColumns, float, interleaved};
 use crate::activations::Activations;
 use std::arch::x86_64::*;
@@ -13,8 +12,6 @@ use std::ops::Range;
 struct Narrow<const VNNI: bool>;
 
 impl<const VNNI: bool> Lanes for Narrow<VNNI> {
-    type Tiles = NoTiles;
-
     const LANES: usize = 8;
     const TILE: usize = 4;
     const WIDE_FROM: usize = 16;
@@ -46,7 +43,6 @@ impl<const VNNI: bool> Lanes for Narrow<VNNI> {
         fn and(a: __m256i, b: __m256i) -> __m256i { _mm256_and_si256(a, b) }
         fn or(a: __m256i, b: __m256i) -> __m256i { _mm256_or_si256(a, b) }
         fn sub(a: __m256i, b: __m256i) -> __m256i { _mm256_sub_epi32(a, b) }
-        fn sub_bytes(a: __m256i, b: __m256i) -> __m256i { _mm256_sub_epi8(a, b) }
         fn shl(a: __m256i, count: usize) -> __m256i {
             _mm256_sllv_epi32(a, _mm256_set1_epi32(count as i32))
         }

@@ -2,20 +2,16 @@
 
 use super::lanes::{Lanes, lane_ops};
 use super::packed::Packed;
-use super::tiles::{NoTiles, TileUnit};
 use super::{MatmulFn, MatmulTable, MatrixView, OutputColumns, float, interleaved};
 use crate::activations::Activations;
 use std::arch::x86_64::*;
-use std::marker::PhantomData;
 use std::ops::Range;
 
-/// 512-bit vectors, with or without the int8 dot product, and beside a unit for tiles or none.
+/// 512-bit vectors, with or without the int8 dot product.
 #[derive(Clone, Copy)]
-pub(super) struct Wide<const VNNI: bool, T = NoTiles>(PhantomData<T>);
+pub(super) struct Wide<const VNNI: bool>;
 
-impl<const VNNI: bool, T: TileUnit> Lanes for Wide<VNNI, T> {
-    type Tiles = T;
-
+impl<const VNNI: bool> Lanes for Wide<VNNI> {
     const LANES: usize = 16;
     const TILE: usize = 8;
     const WIDE_FROM: usize = 16;
@@ -49,7 +45,6 @@ impl<const VNNI: bool, T: TileUnit> Lanes for Wide<VNNI, T> {
         fn and(a: __m512i, b: __m512i) -> __m512i { _mm512_and_si512(a, b) }
         fn or(a: __m512i, b: __m512i) -> __m512i { _mm512_or_si512(a, b) }
         fn sub(a: __m512i, b: __m512i) -> __m512i { _mm512_sub_epi32(a, b) }
-        fn sub_bytes(a: __m512i, b: __m512i) -> __m512i { _mm512_sub_epi8(a, b) }
         fn shl(a: __m512i, count: usize) -> __m512i {
             _mm512_sllv_epi32(a, _mm512_set1_epi32(count as i32))
         }

@@ -27,9 +27,9 @@ use crate::repack::{ROWS, block_of_rows, pack_block};
 use std::ops::Range;
 
 /// Elements per row of a chunk of row-major weights.
-const CHUNK_ELEMENTS: usize = 1024;
+pub(super) const CHUNK_ELEMENTS: usize = 1024;
 /// Bytes of 16 rows of a chunk in the largest type, `Q8_0` with 34 bytes per 32 elements.
-const CHUNK_BYTES: usize = ROWS * CHUNK_ELEMENTS / 32 * 34;
+pub(super) const CHUNK_BYTES: usize = ROWS * CHUNK_ELEMENTS / 32 * 34;
 
 /// How far ahead of its use weights are fetched: hardware prefetchers stop at each page. With eight
 /// columns 4 KiB came too late from a busy memory (31 GB/s where 8 to 16 KiB gave 35).
@@ -125,7 +125,7 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
     }
 }
 
-fn pack_chunk<P: Packed>(
+pub(super) fn pack_chunk<P: Packed>(
     source: &[u8],
     row_bytes: usize,
     blocks: Range<usize>,

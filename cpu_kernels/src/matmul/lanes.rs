@@ -3,8 +3,6 @@
 //! A lane is a row of weights. Integer vectors have 32-bit lanes, often used as 4 bytes: four
 //! consecutive elements of that row.
 
-use super::tiles::TileUnit;
-
 /// Vector operations of one instruction set.
 ///
 /// All methods are inlined into an outermost function that carries `#[target_feature]`.
@@ -12,9 +10,6 @@ use super::tiles::TileUnit;
 /// # Safety
 /// The CPU must have the instruction set; pointers must be readable for the lanes named.
 pub(super) trait Lanes: Copy {
-    /// The unit that multiplies tiles.
-    type Tiles: TileUnit;
-
     /// Rows per vector: 8 or 16.
     const LANES: usize;
     /// Columns per tile: 4, or 8 where there are registers for 8 sums and 8 accumulators.
@@ -58,8 +53,6 @@ pub(super) trait Lanes: Copy {
     unsafe fn or(a: Self::Int, b: Self::Int) -> Self::Int;
     /// `a − b`
     unsafe fn sub(a: Self::Int, b: Self::Int) -> Self::Int;
-    /// `a − b` in each byte.
-    unsafe fn sub_bytes(a: Self::Int, b: Self::Int) -> Self::Int;
     /// `a << count` in each 32-bit lane.
     unsafe fn shl(a: Self::Int, count: usize) -> Self::Int;
     /// `a >> count` in each 32-bit lane, zeros shifted in.

@@ -3,15 +3,17 @@
 //! Called by the executor's workers, each with its own row range.
 //!
 //! `out[c][r] = Σ_k weights[r][k] · activations[c][k]`. For quantised weights the activations are
-//! the 8-bit ones and the arithmetic is fixed, group of 32 after group of 32, on every
-//! instruction set, in every layout and for any number of columns:
+//! the rounded ones and the arithmetic is fixed, group of 32 after group of 32, in every layout and
+//! for any number of columns. There are two: that of bf16 tiles is in `bf16.rs`, and that of 8-bit
+//! activations, on every other instruction set, is
 //! ```text
 //! acc = 0
 //! for each group:  isum = Σ quant·activation            (exact; per half where scales are)
 //!                  acc  = fma(isum, weight_scale · activation_scale, acc)
 //!                  acc  = fma(min, activation_scaled_sum, acc)         (types with offsets)
 //! ```
-//! So results are bit-identical whatever the batch, the tile or the ISA. Float weights keep 32
+//! So results are bit-identical whatever the batch, the tile or, with one kind of activations, the
+//! ISA. Float weights keep 32
 //! partial sums (element `k` goes to `k mod 32`) that are added in one fixed tree.
 
 #[cfg(target_arch = "x86_64")]
@@ -20,6 +22,7 @@ pub(crate) mod amx;
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+pub(crate) mod bf16;
 #[cfg(target_arch = "x86_64")]
 mod columns;
 #[cfg(target_arch = "x86_64")]
@@ -33,8 +36,6 @@ mod packed;
 pub(crate) mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod sums;
-#[cfg(target_arch = "x86_64")]
-mod tiles;
 mod view;
 #[cfg(target_arch = "x86_64")]
 mod wide;
@@ -62,7 +63,7 @@ impl Kernels {
     ///
     /// # Panics
     /// When shapes disagree, `rows` exceeds the matrix or the output, or quantised weights meet
-    /// activations that have no 8-bit form.
+    /// activations without the rounded form that these kernels read.
     pub fn matmul(
         &self,
         weights: &MatrixView<'_>,
@@ -76,7 +77,8 @@ impl Kernels {
         assert!(rows.end <= weights.rows(), "rows {rows:?} of {}", weights.rows());
         assert!(rows.end <= out.rows(), "rows {rows:?} of an output of {}", out.rows());
         if weights.dtype().is_quantized() {
-            assert!(activations.quantized().is_some(), "{} needs 8-bit input", weights.dtype());
+            let (wanted, got) = (self.activation_form(), activations.form());
+            assert_eq!(got, Some(wanted), "{} needs rounded input", weights.dtype());
         }
         if rows.is_empty() || columns == 0 {
             return;

@@ -25,7 +25,7 @@ impl Block {
 
     /// 4 bytes of each row.
     #[inline(always)]
-    unsafe fn words<L: Lanes>(self, offset: usize, index: usize) -> L::Int {
+    pub(super) unsafe fn words<L: Lanes>(self, offset: usize, index: usize) -> L::Int {
         // SAFETY: decoders ask only for units of their own block (contract of `Packed`).
         unsafe { L::load_words(self.at(offset, 4, index)) }
     }

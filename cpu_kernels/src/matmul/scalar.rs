@@ -18,7 +18,7 @@ pub(crate) const TABLE: MatmulTable = MatmulTable {
 };
 
 /// Bytes of the largest block, `Q6_K`.
-const BLOCK_BYTES_MAX: usize = 210;
+pub(super) const BLOCK_BYTES_MAX: usize = 210;
 
 /// Quantised weights in any layout.
 fn quantized(
@@ -51,7 +51,7 @@ fn quantized(
     }
 }
 
-fn read_block(weights: &MatrixView<'_>, row: usize, index: usize, block: &mut [u8]) {
+pub(super) fn read_block(weights: &MatrixView<'_>, row: usize, index: usize, block: &mut [u8]) {
     match weights.layout() {
         Layout::RowMajor => {
             let start = row * weights.row_bytes() + index * block.len();
@@ -86,7 +86,7 @@ fn accumulate(acc: f32, weights: &Group, quants: &[i8], x: &GroupScale) -> f32 {
 }
 
 /// F32, F16 and BF16 weights: 32 partial sums, then pairs at distance 16, 8, 4, 2, 1.
-fn float(
+pub(super) fn float(
     weights: &MatrixView<'_>,
     x: &Activations<'_>,
     rows: Range<usize>,
@@ -124,12 +124,12 @@ pub(super) fn tree_sum(mut partial: [f32; GROUP]) -> f32 {
     partial[0]
 }
 
-fn read(out: OutputColumns<'_>, column: usize, row: usize) -> f32 {
+pub(super) fn read(out: OutputColumns<'_>, column: usize, row: usize) -> f32 {
     // SAFETY: `at` points into the output, and this thread owns the row (see `OutputColumns`).
     unsafe { out.at(column, row).read() }
 }
 
-fn write(out: OutputColumns<'_>, column: usize, row: usize, value: f32) {
+pub(super) fn write(out: OutputColumns<'_>, column: usize, row: usize, value: f32) {
     // SAFETY: `at` points into the output, and this thread owns the row (see `OutputColumns`).
     unsafe { out.at(column, row).write(value) }
 }

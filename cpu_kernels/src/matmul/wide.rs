@@ -18,7 +18,6 @@ use super::interleaved::stream_lines;
 use super::lanes::Lanes;
 use super::packed::{Block, MinKind, Packed};
 use super::sums::{row_lanes, store_sums};
-use super::tiles::{self, TILE_COLUMNS, TileUnit, depth};
 use super::{Layout, MatrixView, OutputColumns};
 use crate::activations::Quantized;
 use crate::blocks::GROUP;
@@ -33,42 +32,40 @@ const VECTORS: usize = 2;
 /// A group of 32 elements of one vector of rows, decoded.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct Group<L: Lanes> {
-    /// 4 elements of each row per word; signed for a unit of tiles.
-    pub words: [L::Int; 8],
+struct Group<L: Lanes> {
+    /// 4 elements of each row per word.
+    words: [L::Int; 8],
     /// Of the group, or of its halves.
-    pub scales: [L::Float; 2],
+    scales: [L::Float; 2],
     /// Offset, or the scale of the offset pair.
-    pub min: L::Float,
+    min: L::Float,
     /// Integer offsets of the halves.
-    pub min_pair: L::Int,
+    min_pair: L::Int,
 }
 
 /// Columns whose sums wait together; in the output they may lie pages apart.
 const COLUMNS: usize = 128;
 
 /// What waits between tiles and between chunks.
-pub(super) struct Scratch<L: Lanes> {
+struct Scratch<L: Lanes> {
     /// The decoded chunk of each row vector.
-    pub chunk: [[MaybeUninit<Group<L>>; CHUNK_GROUPS]; VECTORS],
+    chunk: [[MaybeUninit<Group<L>>; CHUNK_GROUPS]; VECTORS],
     /// The sums of each column and row vector.
-    pub sums: [[MaybeUninit<L::Float>; VECTORS]; COLUMNS],
-    /// What a unit of tiles leaves for the vectors.
-    pub products: tiles::Slots,
+    sums: [[MaybeUninit<L::Float>; VECTORS]; COLUMNS],
 }
 
 /// What a tile of columns meets: groups `first_group ..` of a row of `groups`.
 #[derive(Clone, Copy)]
-pub(super) struct Panel<'a, const R: usize> {
-    pub x: Quantized<'a>,
+struct Panel<'a, const R: usize> {
+    x: Quantized<'a>,
     /// Whose sums are in the buffer.
-    pub columns: (usize, usize),
-    pub groups: usize,
-    pub first_group: usize,
-    pub count: usize,
+    columns: (usize, usize),
+    groups: usize,
+    first_group: usize,
+    count: usize,
     /// The chunk that is decoded next: fetched while the first tile computes, a little per group,
     /// since a burst would fill the queue of outstanding misses.
-    pub next: [*const u8; R],
+    next: [*const u8; R],
 }
 
 /// The kernel; see the module.
@@ -88,13 +85,7 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
     let mut scratch = Scratch::<L> {
         chunk: [[const { MaybeUninit::uninit() }; CHUNK_GROUPS]; VECTORS],
         sums: [[const { MaybeUninit::uninit() }; VECTORS]; COLUMNS],
-        products: tiles::no_products(),
     };
-    if L::Tiles::EXISTS {
-        tiles::clear(&mut scratch.products);
-    }
-    // SAFETY: the CPU has the unit, if it is one.
-    unsafe { L::Tiles::configure(const { depth::<P>() }, out.columns() % TILE_COLUMNS) };
     let mut first_row = rows.start / ROWS * ROWS;
     while first_row < rows.end {
         let vectors = (rows.end - first_row).div_ceil(L::LANES).min(VECTORS);
@@ -116,8 +107,6 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
         }
         first_row += vectors * L::LANES;
     }
-    // SAFETY: as above.
-    unsafe { L::Tiles::release() };
 }
 
 /// Some columns against `R` vectors of rows.
@@ -161,13 +150,7 @@ unsafe fn block<L: Lanes, P: Packed, const R: usize>(
             next,
         };
         // SAFETY: the first `count` groups of `R` vectors were just decoded.
-        unsafe {
-            if L::Tiles::EXISTS {
-                tiles::all_columns::<L, P, R>(&panel, scratch, (first_row, &covered), out);
-            } else {
-                all_columns::<L, P, R>(&panel, scratch, (first_row, &covered), out);
-            }
-        }
+        unsafe { all_columns::<L, P, R>(&panel, scratch, (first_row, &covered), out) };
         start += count;
     }
 }
@@ -198,11 +181,7 @@ unsafe fn decode_group<L: Lanes, P: Packed>(block: Block, group: usize, target: 
     unsafe {
         let words = (&raw mut (*target).words).cast::<L::Int>();
         for word in 0..8 {
-            let mut quants = P::quants::<L>(block, group, word);
-            if L::Tiles::EXISTS && P::ZERO != 0 {
-                quants = L::sub_bytes(quants, L::splat(i32::from(P::ZERO) * 0x0101_0101));
-            }
-            words.add(word).write(quants);
+            words.add(word).write(P::quants::<L>(block, group, word));
         }
         let scales = (&raw mut (*target).scales).cast::<L::Float>();
         for half in 0..if P::HALVES { 2 } else { 1 } {

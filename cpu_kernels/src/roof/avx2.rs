@@ -69,7 +69,8 @@ unsafe fn read(words: &[u64]) -> u64 {
 
 const MACS_PER_ROUND: usize = WEIGHTS * COLUMNS * 32;
 
-pub(crate) const PLAIN: RoofTable = RoofTable { macs_per_round: MACS_PER_ROUND, multiply, read };
+pub(crate) const PLAIN: RoofTable =
+    RoofTable { numbers: "int8", macs_per_round: MACS_PER_ROUND, multiply, read };
 
 pub(crate) const VNNI: RoofTable =
-    RoofTable { macs_per_round: MACS_PER_ROUND, multiply: multiply_vnni, read };
+    RoofTable { numbers: "int8", macs_per_round: MACS_PER_ROUND, multiply: multiply_vnni, read };

@@ -70,12 +70,12 @@ unsafe fn read(words: &[u64]) -> u64 {
 const MACS_PER_ROUND: usize = WEIGHTS * COLUMNS * 64;
 
 pub(crate) const PLAIN: RoofTable =
-    RoofTable { macs_per_round: MACS_PER_ROUND, multiply: multiply_plain, read };
+    RoofTable { numbers: "int8", macs_per_round: MACS_PER_ROUND, multiply: multiply_plain, read };
 
 pub(crate) const VNNI: RoofTable =
-    RoofTable { macs_per_round: MACS_PER_ROUND, multiply: multiply_vnni, read };
+    RoofTable { numbers: "int8", macs_per_round: MACS_PER_ROUND, multiply: multiply_vnni, read };
 
-/// Tiles of 16 × 64 bytes: two of columns with two of weights, so that products do not wait for
+/// Tiles of 16 × 32 bf16: two of columns with two of weights, so that products do not wait for
 /// each other. The arithmetic that the tile unit could do if products never left it.
 #[target_feature(enable = "avx512f")]
 unsafe fn multiply_tiles(rounds: usize) -> i32 {
@@ -87,8 +87,9 @@ unsafe fn multiply_tiles(rounds: usize) -> i32 {
     for register in 0..8 {
         (shapes.0[16 + 2 * register], shapes.0[48 + register]) = (64, 16);
     }
-    let mut tile = [3_i8; 1024];
-    // SAFETY: this table is reached only where the system has granted AMX; the tile is 1024 bytes,
+    // Ones, of which sums are exact for long, and never infinite.
+    let mut tile = [0x3f80_u16; 512];
+    // SAFETY: this table is reached only where the system has granted AMX; a tile is 1024 bytes,
     // and registers are given up at the end.
     unsafe {
         asm!(
@@ -98,10 +99,10 @@ unsafe fn multiply_tiles(rounds: usize) -> i32 {
             "tileloadd tmm6, [{tile} + {line}*1]",
             "tileloadd tmm7, [{tile} + {line}*1]",
             "2:",
-            "tdpbssd tmm0, tmm4, tmm6",
-            "tdpbssd tmm1, tmm4, tmm7",
-            "tdpbssd tmm2, tmm5, tmm6",
-            "tdpbssd tmm3, tmm5, tmm7",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
             "dec {rounds}",
             "jnz 2b",
             "tilestored [{tile} + {line}*1], tmm0",
@@ -117,4 +118,4 @@ unsafe fn multiply_tiles(rounds: usize) -> i32 {
 }
 
 pub(crate) const AMX: RoofTable =
-    RoofTable { macs_per_round: 4 * 16 * 16 * 64, multiply: multiply_tiles, read };
+    RoofTable { numbers: "bf16", macs_per_round: 4 * 16 * 16 * 32, multiply: multiply_tiles, read };

@@ -1,4 +1,4 @@
-//! Owns the two loops whose speed is a processor's roof: int8 multiply-accumulates in registers and
+//! Owns the two loops whose speed is a processor's roof: multiply-accumulates in registers and
 //! reads of memory, with the same instructions that the matmul kernels use. It must not know
 //! clocks, threads or what a rate is for. Whoever measures a machine calls it, once per thread.
 
@@ -12,6 +12,8 @@ use crate::dispatch::Kernels;
 
 /// The roof loops of one instruction set.
 pub(crate) struct RoofTable {
+    /// What is multiplied.
+    pub numbers: &'static str,
     /// Multiply-accumulates of one round.
     pub macs_per_round: usize,
     /// That many rounds; returns a sum of results.
@@ -21,10 +23,16 @@ pub(crate) struct RoofTable {
 }
 
 impl Kernels {
-    /// Multiplies u8 with i8 and accumulates in i32, in registers only, for `rounds` rounds of
-    /// about a hundred cycles or less. Returns how many multiply-accumulates that were; each is
-    /// two operations.
-    pub fn int8_macs(&self, rounds: usize) -> u64 {
+    /// The numbers that [`Kernels::macs`] multiplies, and matmuls of quantised weights: `int8`, or
+    /// `bf16`.
+    pub fn mac_numbers(&self) -> &'static str {
+        self.roof.numbers
+    }
+
+    /// Multiplies u8 with i8 and accumulates in i32, or bf16 in f32, in registers only, for
+    /// `rounds` rounds of about a hundred cycles or less. Returns how many multiply-accumulates
+    /// that were; each is two operations.
+    pub fn macs(&self, rounds: usize) -> u64 {
         // SAFETY: this table was reached through `for_isa`, so the CPU can run its functions.
         std::hint::black_box(unsafe { (self.roof.multiply)(rounds) });
         rounds as u64 * self.roof.macs_per_round as u64
@@ -66,9 +74,9 @@ mod tests {
     fn multiply_accumulates_are_counted_by_rounds() {
         for isa in Isa::available() {
             let kernels = Kernels::for_isa(isa).unwrap();
-            let one = kernels.int8_macs(1);
-            assert!(one > 0 && kernels.int8_macs(0) == 0, "{isa}");
-            assert_eq!(kernels.int8_macs(1000), 1000 * one, "{isa}");
+            let one = kernels.macs(1);
+            assert!(one > 0 && kernels.macs(0) == 0, "{isa}");
+            assert_eq!(kernels.macs(1000), 1000 * one, "{isa}");
         }
     }
 }

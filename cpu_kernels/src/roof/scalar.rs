@@ -23,4 +23,5 @@ fn read(words: &[u64]) -> u64 {
     all.iter().chain(rest).fold(0, |all, word| all ^ word)
 }
 
-pub(crate) const TABLE: RoofTable = RoofTable { macs_per_round: ELEMENTS, multiply, read };
+pub(crate) const TABLE: RoofTable =
+    RoofTable { numbers: "int8", macs_per_round: ELEMENTS, multiply, read };

@@ -82,7 +82,7 @@ pub fn multiply(
     let (rows, cols) = (view.rows(), view.cols());
     let columns = x.len() / cols;
     let mut out = vec![f32::NAN; columns * rows];
-    let mut buffer = ActivationBuffer::new(columns, cols);
+    let mut buffer = ActivationBuffer::new(kernels.activation_form(), columns, cols);
     let activations = if view.dtype().is_quantized() {
         // SAFETY: one thread, and all is filled before the view is made.
         let target = unsafe { buffer.writer(columns, cols) };
@@ -104,8 +104,4 @@ pub fn multiply(
 pub fn bits(values: &[f32]) -> Vec<u32> {
     // All NaNs are alike: their payload and sign follow the operand order of instructions.
     values.iter().map(|v| if v.is_nan() { f32::NAN.to_bits() } else { v.to_bits() }).collect()
-}
-
-pub fn scalar() -> &'static Kernels {
-    Kernels::for_isa(Isa::Scalar).expect("scalar is everywhere")
 }

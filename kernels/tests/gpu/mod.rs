@@ -114,7 +114,7 @@ impl EightBitMemory {
 
 /// What the specification makes of values in 8 bits: `values − residual` of each row.
 pub fn rounded(values: &[f32], cols: usize) -> Vec<f32> {
-    let mut buffer = ActivationBuffer::new(1, cols);
+    let mut buffer = ActivationBuffer::new(scalar().activation_form(), 1, cols);
     let mut all = Vec::with_capacity(values.len());
     for row in values.chunks_exact(cols) {
         // SAFETY: one thread.

@@ -274,13 +274,14 @@ impl<'a> Bench<'a> {
         let mut memory = AlignedBytes::zeroed(bytes, options.huge_pages())?;
         let words = bytemuck::cast_slice_mut(&mut memory[..]);
         let read_bytes_per_second = roofs::read_bytes_per_second(&team, kernels, words);
-        let macs_per_second = roofs::int8_macs_per_second(&team, kernels);
+        let macs_per_second = roofs::macs_per_second(&team, kernels);
         let (read, ops) = (read_bytes_per_second / 1e9, 2.0 * macs_per_second / 1e12);
+        let numbers = kernels.mac_numbers();
         let plural = if threads == 1 { "" } else { "s" };
         self.output.notice(&format!(
-            "roofs of {threads} thread{plural}: memory {read:.1} GB/s, int8 {ops:.2} Top/s"
+            "roofs of {threads} thread{plural}: memory {read:.1} GB/s, {numbers} {ops:.2} Top/s"
         ))?;
-        Ok(Some(Roofs { read_bytes_per_second, macs_per_second }))
+        Ok(Some(Roofs { read_bytes_per_second, macs_per_second, numbers }))
     }
 
     fn tests_on(

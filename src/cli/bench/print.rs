@@ -37,7 +37,7 @@ const COLUMNS: [(&str, usize); 10] = [
     ("test", 8),
     ("t/s", 20),
     ("% DRAM", 6),
-    ("% int8", 6),
+    ("% ops", 6),
 ];
 const LEFT_COLUMNS: [usize; 2] = [0, 3];
 const STREAMS_COLUMN: usize = 5;

@@ -38,8 +38,10 @@ pub struct Setting {
 pub struct Roofs {
     /// Bytes per second read from memory.
     pub read_bytes_per_second: f64,
-    /// int8 multiply-accumulates per second.
+    /// Multiply-accumulates per second.
     pub macs_per_second: f64,
+    /// Of which numbers.
+    pub numbers: &'static str,
 }
 
 /// A measured test.
@@ -120,9 +122,10 @@ impl Record {
             ("read_bytes", json!(self.work.read_bytes)),
             ("roof_read_bytes_per_s", json!(roofs.map(|roofs| roofs.read_bytes_per_second))),
             ("roof_read_percent", json!(percents.map(|[read, _]| read))),
-            ("int8_ops", json!(2.0 * self.work.macs)),
-            ("roof_int8_ops_per_s", json!(roofs.map(|roofs| 2.0 * roofs.macs_per_second))),
-            ("roof_int8_percent", json!(percents.map(|[_, int8]| int8))),
+            ("matmul_ops", json!(2.0 * self.work.macs)),
+            ("roof_matmul_ops_per_s", json!(roofs.map(|roofs| 2.0 * roofs.macs_per_second))),
+            ("roof_matmul_percent", json!(percents.map(|[_, matmul]| matmul))),
+            ("roof_matmul_numbers", json!(roofs.map(|roofs| roofs.numbers))),
         ]);
         fields
     }

@@ -143,8 +143,8 @@ impl Step<'_> {
                 (from, whole_row_mut(gathered.values, row))
             };
             to.copy_from_slice(from);
-            if let Some(eight_bit) = gathered.eight_bit {
-                eight_bit.copy_column(&all, token, row);
+            if let Some(rounded) = gathered.rounded {
+                rounded.copy_column(&all, token, row);
             }
         }
         // SAFETY: filled, and not written again while the result is borrowed.
@@ -170,7 +170,7 @@ impl Step<'_> {
         self.kernels.matmul(gate, input, 0..gate.rows(), out.skip_rows(rows.start));
     }
 
-    /// `hidden = activation(hidden) · up`, and its 8-bit form.
+    /// `hidden = activation(hidden) · up`, and its rounded form.
     fn activate(
         &self,
         (pairs, rows): (Range<usize>, Range<usize>),

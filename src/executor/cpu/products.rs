@@ -8,6 +8,7 @@ use crate::executor::expert_groups::tiles;
 use crate::executor::program::{Buffer, Linear, Precision};
 use crate::model::Activation;
 use std::ops::Range;
+use tandem_cpu_kernels::ActivationForm;
 use tandem_cpu_kernels::blocks::GROUP;
 
 /// Rows of a matmul are dealt out in groups that the interleaved layout keeps together.
@@ -20,6 +21,11 @@ const NARROW_TOKENS: usize = 4;
 const FREE_TOKENS: usize = 8;
 /// Weights that are worth a claim of their own: some microseconds of a thread's bandwidth.
 const CLAIM_BYTES: usize = 32 << 10;
+/// Beyond so many tokens, kernels on tiles read all activations once for 128 rows, from a cache
+/// that is shared: fewer rows would wait for it.
+const TILED_TOKENS: usize = 32;
+/// The units that these rows are.
+const TILED_UNITS: usize = 128 / PAIRED_MATMUL_ROWS;
 /// Hidden rows whose gate and up are computed before the activation runs over them: the products
 /// of a wide step are then still in the second-level cache.
 const GATE_ROWS: usize = 128;
@@ -45,7 +51,7 @@ impl Step<'_> {
         let unit = Self::matmul_rows(n_tokens);
         let layout = PartUnits { step: self, parts, unit };
         let grain =
-            Self::grain(parts.first().map_or(0, |part| self.row_bytes(part)) * unit, n_tokens);
+            self.grain(parts.first().map_or(0, |part| self.row_bytes(part)) * unit, n_tokens);
         let cut = |index| layout.unit_at(index, worker.count());
         for piece in worker.deal_from(grain, cut) {
             let (mut first_row, mut first_unit) = (0, 0);
@@ -71,8 +77,10 @@ impl Step<'_> {
     }
 
     /// How many units of `bytes` bytes of weights are worth a claim.
-    fn grain(bytes: usize, n_tokens: usize) -> usize {
-        CLAIM_BYTES / (bytes * n_tokens.div_ceil(FREE_TOKENS)).max(1)
+    fn grain(&self, bytes: usize, n_tokens: usize) -> usize {
+        let in_tiles = self.kernels.activation_form() == ActivationForm::Bf16;
+        let least = if in_tiles && n_tokens > TILED_TOKENS { TILED_UNITS } else { 0 };
+        least.max(CLAIM_BYTES / (bytes * n_tokens.div_ceil(FREE_TOKENS)).max(1))
     }
 
     /// Rows `own` of `part · input (+ bias)` into the output's columns from `first` on.
@@ -88,7 +96,7 @@ impl Step<'_> {
         }
         let n_tokens = self.plan.tokens.len();
         let matrix = self.weights.matrix(part.matrix);
-        let paired = precision == Precision::Sixteen && matrix.dtype().is_quantized();
+        let paired = self.has_second_rows(precision) && matrix.dtype().is_quantized();
         let rows = 0..if paired { 2 * n_tokens } else { n_tokens };
         // SAFETY: the input was finished before the last barrier, or by this worker for itself;
         // workers' `own` are disjoint.
@@ -131,8 +139,7 @@ impl Step<'_> {
     ) {
         let (normed, hidden) = ((self.buffers.normed, Precision::Eight), self.buffers.hidden);
         let bytes = [&gate, &up].map(|part| self.row_bytes(part)).iter().sum::<usize>() * GROUP;
-        let pieces =
-            worker.deal(hidden.values.width, GROUP, Self::grain(bytes, hidden.values.rows));
+        let pieces = worker.deal(hidden.values.width, GROUP, self.grain(bytes, hidden.values.rows));
         for rows in pieces.flat_map(|piece| tiles(piece, GATE_ROWS)) {
             self.multiply(&gate, normed, (hidden.values, 0), rows.clone());
             self.multiply(&up, normed, (self.buffers.up, 0), rows.clone());
@@ -159,7 +166,7 @@ impl Step<'_> {
         while first < wanted {
             let rows = LOGITS_TILE_ROWS.min(wanted - first);
             let unit = Self::matmul_rows(rows);
-            let grain = Self::grain(self.row_bytes(&output) * unit, rows);
+            let grain = self.grain(self.row_bytes(&output) * unit, rows);
             for own in worker.deal(self.weights.matrix(output.matrix).rows(), unit, grain) {
                 self.logits_tile(output, (first, rows), own, softcap);
             }

@@ -6,6 +6,7 @@ use crate::executor::buffers::QuantizedRows;
 use crate::executor::cpu_pool::Worker;
 use crate::executor::program::{Norm, Pending, Precision};
 use std::ops::Range;
+use tandem_cpu_kernels::ActivationForm;
 
 impl Step<'_> {
     /// Tokens that fall to this worker.
@@ -69,10 +70,16 @@ impl Step<'_> {
         for token in self.rows(worker, n_tokens) {
             let residual = self.settle(token, pending);
             self.norm_row(residual, norm, (self.buffers.normed, token));
-            if precision == Precision::Sixteen {
+            if self.has_second_rows(precision) {
                 self.refine(self.buffers.normed, token, token + n_tokens);
             }
         }
+    }
+
+    /// Whether what the rounding of activations misses is kept in rows of its own: bf16 misses too
+    /// little.
+    pub(super) fn has_second_rows(&self, precision: Precision) -> bool {
+        precision == Precision::Sixteen && self.kernels.activation_form() == ActivationForm::Int8
     }
 
     /// Normalises a row of the residual stream into row `row` of `target`, in both forms.
@@ -85,7 +92,7 @@ impl Step<'_> {
 
     /// Puts what the 8-bit form of row `row` misses into row `rest`, in both forms.
     fn refine(&self, target: QuantizedRows<'_>, row: usize, rest: usize) {
-        let Some(eight_bit) = target.eight_bit else { return };
+        let Some(eight_bit) = target.rounded else { return };
         let all = 0..target.values.width;
         // SAFETY: the caller owns both rows of the target in this op.
         let (values, residual) = unsafe {
@@ -95,12 +102,12 @@ impl Step<'_> {
         self.quantize(target, rest, all);
     }
 
-    /// Fills the 8-bit form of columns `part` of a row that this worker has written.
+    /// Fills the rounded form of columns `part` of a row that this worker has written.
     pub(super) fn quantize(&self, target: QuantizedRows<'_>, row: usize, part: Range<usize>) {
-        if let Some(eight_bit) = target.eight_bit {
+        if let Some(rounded) = target.rounded {
             // SAFETY: the caller owns this part of the row in this op.
             let values = unsafe { target.values.part(row, part.clone()) };
-            self.kernels.quantize_activations(values, eight_bit, row, part);
+            self.kernels.quantize_activations(values, rounded, row, part);
         }
     }
 

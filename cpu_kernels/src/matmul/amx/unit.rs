@@ -1,0 +1,183 @@
+//! The tile unit. The standard library's intrinsics are not stable, so the instructions are written
+//! out. Registers: sums of 16 columns × 16 rows in tmm0 to tmm3, columns in tmm4 and tmm5, weights
+//! in tmm6 and tmm7:
+//!
+//! | | weights tmm6 | tmm7 |
+//! |---|---|---|
+//! | **columns tmm4** | tmm0 | tmm1 |
+//! | **tmm5** | tmm2 | tmm3 |
+//!
+//! A product takes 16 cycles, and its sums can be added to 52 cycles after it began: up to four
+//! that do not wait for each other are in flight. `A` is the number of registers of columns in use,
+//! `R` that of weights.
+
+use crate::activations::Line;
+use crate::repack::ROWS;
+use std::arch::asm;
+
+/// Columns of a tile.
+pub(super) const TILE_COLUMNS: usize = 16;
+/// Bytes of a row of any tile: a cache line.
+const LINE: usize = 64;
+
+/// 16 rows × 32 elements of weights: in line `i` the elements 2i and 2i + 1 of each row, by the
+/// order of activations.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Weights(pub [[u16; 2 * ROWS]; 16]);
+
+/// Sums, `[columns][rows]`.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Sums(pub [[f32; ROWS]; TILE_COLUMNS]);
+
+/// What `ldtilecfg` reads: shapes of the tile registers, palette 1.
+#[repr(C, align(64))]
+struct TileShapes {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+/// Prepares the registers for up to 32 columns. Sums are zero after it.
+///
+/// # Safety
+/// The system has granted AMX.
+pub(super) unsafe fn configure(columns: usize) {
+    debug_assert!((1..=2 * TILE_COLUMNS).contains(&columns));
+    // A register without rows is invalid; nobody uses the second of none.
+    let first = columns.min(TILE_COLUMNS) as u8;
+    let second = columns.saturating_sub(TILE_COLUMNS).max(1) as u8;
+    let mut shapes = TileShapes {
+        palette: 1,
+        start_row: 0,
+        reserved: [0; 14],
+        row_bytes: [0; 16],
+        rows: [0; 16],
+    };
+    shapes.rows[..8].copy_from_slice(&[first, first, second, second, first, second, 16, 16]);
+    shapes.row_bytes[..8].fill(LINE as u16);
+    // SAFETY: granted, says the caller; the shapes are within palette 1 (16 × 64 bytes).
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const shapes, options(nostack, readonly)) };
+}
+
+/// Gives the registers up, so that the system needs not save them.
+///
+/// # Safety
+/// The system has granted AMX.
+pub(super) unsafe fn release() {
+    // SAFETY: granted, says the caller.
+    unsafe { asm!("tilerelease", options(nostack, nomem)) };
+}
+
+/// Sets all sums to zero.
+///
+/// # Safety
+/// Registers are configured.
+#[inline(always)]
+pub(super) unsafe fn clear() {
+    // SAFETY: configured, says the caller.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            options(nostack, nomem, preserves_flags),
+        );
+    }
+}
+
+/// Adds the products of a group of 32 elements: columns from `x` on, `stride` bytes apart.
+///
+/// # Safety
+/// Registers are configured for columns that exist.
+#[inline(always)]
+pub(super) unsafe fn multiply<const A: usize, const R: usize>(
+    x: *const Line,
+    stride: usize,
+    weights: [*const Weights; R],
+) {
+    let second = x.cast::<u8>().wrapping_add(TILE_COLUMNS * stride);
+    // SAFETY: configured, says the caller, and all that is loaded exists.
+    unsafe {
+        asm!(
+            "tileloadd tmm6, [{w} + {line}*1]",
+            "tileloadd tmm4, [{x} + {stride}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            w = in(reg) weights[0], x = in(reg) x, stride = in(reg) stride, line = in(reg) LINE,
+            options(nostack, readonly, preserves_flags),
+        );
+        if R == 2 {
+            asm!(
+                "tileloadd tmm7, [{w} + {line}*1]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                w = in(reg) weights[R - 1], line = in(reg) LINE,
+                options(nostack, readonly, preserves_flags),
+            );
+        }
+        if A == 2 {
+            asm!(
+                "tileloadd tmm5, [{x} + {stride}*1]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                x = in(reg) second, stride = in(reg) stride,
+                options(nostack, readonly, preserves_flags),
+            );
+            if R == 2 {
+                asm!("tdpbf16ps tmm3, tmm5, tmm7", options(nostack, nomem, preserves_flags));
+            }
+        }
+    }
+}
+
+/// The instruction that moves sums between a register and memory.
+macro_rules! move_sums {
+    ($before:literal, $after:literal, $at:expr) => {
+        asm!(concat!($before, "[{at} + {line}*1]", $after), at = in(reg) $at,
+            line = in(reg) LINE, options(nostack, preserves_flags))
+    };
+}
+
+/// Reads sums back that [`store`] has written.
+///
+/// # Safety
+/// Registers are configured; the sums were written with the same shapes.
+#[inline(always)]
+pub(super) unsafe fn load<const A: usize, const R: usize>(sums: [[*const Sums; R]; A]) {
+    // SAFETY: the caller's promises; tiles are no longer than `Sums`.
+    unsafe {
+        move_sums!("tileloadd tmm0, ", "", sums[0][0]);
+        if R == 2 {
+            move_sums!("tileloadd tmm1, ", "", sums[0][R - 1]);
+        }
+        if A == 2 {
+            move_sums!("tileloadd tmm2, ", "", sums[A - 1][0]);
+        }
+        if A == 2 && R == 2 {
+            move_sums!("tileloadd tmm3, ", "", sums[A - 1][R - 1]);
+        }
+    }
+}
+
+/// Writes the sums of the columns that exist.
+///
+/// # Safety
+/// Registers are configured; the sums may be written.
+#[inline(always)]
+pub(super) unsafe fn store<const A: usize, const R: usize>(sums: [[*mut Sums; R]; A]) {
+    // SAFETY: the caller's promises; tiles are no longer than `Sums`.
+    unsafe {
+        move_sums!("tilestored ", ", tmm0", sums[0][0]);
+        if R == 2 {
+            move_sums!("tilestored ", ", tmm1", sums[0][R - 1]);
+        }
+        if A == 2 {
+            move_sums!("tilestored ", ", tmm2", sums[A - 1][0]);
+        }
+        if A == 2 && R == 2 {
+            move_sums!("tilestored ", ", tmm3", sums[A - 1][R - 1]);
+        }
+    }
+}
