@@ -168,7 +168,7 @@ impl Checkpoint {
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, FormatError> {
         let (found, dtype, bytes) = self.usable(name)?;
         let (file, info) = found;
-        if info.recipe.is_some() {
+        if info.recipe().is_some() {
             let message = "is made of several tensors as its rows are read";
             return Err(self.refuse_tensor(&self.info(found), message));
         }
@@ -184,7 +184,7 @@ impl Checkpoint {
     pub fn place(&self, name: &str) -> Result<Option<(usize, Range<usize>)>, FormatError> {
         let ((file, info), _, bytes) = self.usable(name)?;
         let place = (*file, info.start..info.start + bytes);
-        Ok(info.recipe.is_none().then_some(place))
+        Ok(info.recipe().is_none().then_some(place))
     }
 
     /// The bytes of files that a tensor's rows are, or are made from.
@@ -193,7 +193,7 @@ impl Checkpoint {
     /// As [`Self::place`].
     pub fn pieces(&self, name: &str) -> Result<Vec<(usize, Range<usize>)>, FormatError> {
         let ((file, info), _, bytes) = self.usable(name)?;
-        Ok(match &info.recipe {
+        Ok(match info.recipe() {
             Some(recipe) => recipe.pieces().collect(),
             None => vec![(*file, info.start..info.start + bytes)],
         })
@@ -217,7 +217,7 @@ impl Checkpoint {
         let (file, info) = found;
         let all = info.shape.rows();
         assert!(rows.end <= all, "rows {rows:?} of {all}");
-        match &info.recipe {
+        match info.recipe() {
             Some(recipe) => recipe
                 .read_rows(&self.files, rows, out)
                 .map_err(|message| self.refuse_tensor(&self.info(found), message)),
@@ -266,7 +266,7 @@ impl Checkpoint {
     fn info<'a>(&'a self, (file, info): &'a (usize, Info)) -> TensorInfo<'a> {
         TensorInfo {
             name: &info.name,
-            file_name: info.file_name.as_deref(),
+            file_name: info.file_name(),
             stored: info.stored,
             shape: info.shape,
             bytes: info.bytes,

@@ -53,10 +53,29 @@ pub(super) struct Info {
     pub start: usize,
     /// Bytes of data, unless the type's block size is unknown.
     pub bytes: Option<usize>,
-    /// What the file calls it, where that is not its name.
+    /// Of a tensor that no GGUF file holds.
+    pub foreign: Option<Box<Foreign>>,
+}
+
+/// What another format's tensor has besides.
+#[derive(Debug)]
+pub(super) struct Foreign {
+    /// What its file calls it.
     pub file_name: Option<String>,
     /// How its rows are made, where they don't stand in the file.
     pub recipe: Option<Recipe>,
+}
+
+impl Info {
+    /// What its file calls it, where that is not its name.
+    pub fn file_name(&self) -> Option<&str> {
+        self.foreign.as_ref()?.file_name.as_deref()
+    }
+
+    /// How its rows are made, where they don't stand in the file.
+    pub fn recipe(&self) -> Option<&Recipe> {
+        self.foreign.as_ref()?.recipe.as_ref()
+    }
 }
 
 /// A file's header.
@@ -249,8 +268,7 @@ fn read_info(cursor: &mut Cursor<'_>, index: u64, alignment: usize) -> Result<In
     }
     let start = usize::try_from(offset)
         .map_err(|_| cursor.refuse(offset_at, offset_field, format!("{offset} is too large")))?;
-    let (name, file_name, recipe) = (name.to_owned(), None, None);
-    Ok(Info { name, shape, stored, info_at, start, bytes, file_name, recipe })
+    Ok(Info { name: name.to_owned(), shape, stored, info_at, start, bytes, foreign: None })
 }
 
 /// The only place where a tensor's size is computed: dims times block bytes, no step unchecked.

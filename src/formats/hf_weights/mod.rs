@@ -12,7 +12,7 @@ mod shards;
 pub(super) use names::file_name;
 pub(super) use recipe::Recipe;
 
-use super::gguf::Info;
+use super::gguf::{Foreign, Info};
 use super::hf_config::HfConfig;
 use super::safetensors::{Dtype, Stored};
 use super::{FormatError, MappedFile, StoredType};
@@ -136,8 +136,7 @@ impl<'a> Assembly<'a> {
             info_at: stored.info_at,
             start: stored.bytes.start,
             bytes: Some(stored.bytes.len()),
-            file_name: Some(stored.name.clone()),
-            recipe: None,
+            foreign: foreign(Some(stored), None),
         };
         self.tensors.push((file, info));
         Ok(())
@@ -165,8 +164,7 @@ impl<'a> Assembly<'a> {
             info_at: stored.info_at,
             start: stored.bytes.start,
             bytes: Some(row_bytes * shape.rows()),
-            file_name: Some(stored.name.clone()),
-            recipe: Some(Recipe { parts, rows, row_bytes }),
+            foreign: foreign(Some(stored), Some(Recipe { parts, rows, row_bytes })),
         };
         self.tensors.push((file, info));
         Ok(())
@@ -226,11 +224,15 @@ impl<'a> Assembly<'a> {
             info_at: 0,
             start: 0,
             bytes: Some(row_bytes),
-            file_name: None,
-            recipe: Some(Recipe { parts, rows: 1, row_bytes }),
+            foreign: foreign(None, Some(Recipe { parts, rows: 1, row_bytes })),
         };
         self.tensors.push((0, info));
     }
+}
+
+fn foreign(stored: Option<&Stored>, recipe: Option<Recipe>) -> Option<Box<Foreign>> {
+    let file_name = stored.map(|stored| stored.name.clone());
+    Some(Box::new(Foreign { file_name, recipe }))
 }
 
 /// The type of a tensor that is as its file has it.
