@@ -37,6 +37,23 @@ pub struct ModelConfig {
     pub alias: String,
 }
 
+impl ModelConfig {
+    /// The name that clients use: the alias, else the file's name without its ending, or the
+    /// folder's.
+    pub fn name(&self) -> String {
+        if !self.alias.is_empty() {
+            return self.alias.clone();
+        }
+        // Of `.` and the like only the whole path has a name.
+        let folder = self.path.is_dir().then(|| self.path.canonicalize().ok()).flatten();
+        let name = match &folder {
+            Some(folder) => folder.file_name(),
+            None => self.path.file_stem(),
+        };
+        name.unwrap_or_default().to_string_lossy().into_owned()
+    }
+}
+
 /// Section `[cpu]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -5,14 +5,15 @@
     python3 tests/convert_gguf_to_hf.py .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf \
         .cache/models/hf-smollm2-135m
 
-Folders: f16, bf16; fp8 (a scale per row, as compressed-tensors has it), fp8-block (DeepSeek's blocks);
-awq and gptq (4 bits, groups of 64), each quantised one with a twin NAME-floats in F16 of the numbers
-that its bits stand for. Files f16.gguf and bf16.gguf hold the weights of the folders of that name.
+Folders: f16, bf16; fp8 (a scale per row, as compressed-tensors has it), fp8-block (blocks like
+DeepSeek's); awq and gptq (4 bits, groups of 64); each quantised one with a twin NAME-floats in F32
+of the numbers that its bits stand for. Files f16.gguf and bf16.gguf hold the weights of the folders
+of that name.
 
-Published checkpoints of these kinds can't be fetched here. The layouts are those of AutoAWQ (version
-gemm), AutoGPTQ (checkpoint_format gptq: zero points less one) and safetensors; quants are rounded to
-nearest, without the calibration that those tools are for. tokenizer.json is written from the GGUF
-vocabulary: a GGUF file has no other.
+Published checkpoints of these kinds can't be fetched here. The layouts are those of AutoAWQ
+(version gemm), AutoGPTQ (checkpoint_format gptq: zero points less one) and safetensors; quants are
+rounded to nearest, without the calibration that those tools are for. tokenizer.json is written from
+the GGUF vocabulary: a GGUF file has no other.
 """
 
 import json
@@ -28,9 +29,14 @@ from safetensors.numpy import save_file
 GROUP = 64
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 LAYER = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
 
@@ -44,12 +50,16 @@ def module_of(name):
     if name.startswith("blk."):
         _, layer, part = name.split(".", 2)
         return f"model.layers.{layer}.{LAYER[part]}"
-    return {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}[name]
+    return {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}[
+        name
+    ]
 
 
 def read(reader):
     """Modules and their weights in f32, query and key rows in Hugging Face's order."""
-    heads, kv_heads = field(reader, "llama.attention.head_count"), field(reader, "llama.attention.head_count_kv")
+    heads, kv_heads = field(reader, "llama.attention.head_count"), field(
+        reader, "llama.attention.head_count_kv"
+    )
     weights = {}
     for tensor in reader.tensors:
         stem, suffix = tensor.name.rsplit(".", 1)
@@ -88,31 +98,58 @@ def config_of(reader, weights):
 def tokenizer_of(reader):
     """tokenizer.json and tokenizer_config.json of a byte-level vocabulary cut as SmolLM's."""
     assert field(reader, "tokenizer.ggml.pre") in ("smollm", "starcoder", "refact", "command-r")
-    tokens, kinds = field(reader, "tokenizer.ggml.tokens"), field(reader, "tokenizer.ggml.token_type")
+    tokens, kinds = field(reader, "tokenizer.ggml.tokens"), field(
+        reader, "tokenizer.ggml.token_type"
+    )
     control = [id for id, kind in enumerate(kinds) if kind in (3, 4)]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
         "added_tokens": [
-            {"id": id, "content": tokens[id], "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": False, "special": kinds[id] == 3} for id in control
+            {
+                "id": id,
+                "content": tokens[id],
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": kinds[id] == 3,
+            }
+            for id in control
         ],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Digits", "individual_digits": True}, byte_level,
-        ]},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                byte_level,
+            ],
+        },
         "post_processor": None,
         "decoder": byte_level,
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
             "vocab": {token: id for id, token in enumerate(tokens)},
             "merges": field(reader, "tokenizer.ggml.merges"),
         },
     }
     name = lambda role: tokens[field(reader, f"tokenizer.ggml.{role}_token_id")]
     settings = {
-        "bos_token": name("bos"), "eos_token": name("eos"),
+        "bos_token": name("bos"),
+        "eos_token": name("eos"),
         "add_bos_token": bool(field(reader, "tokenizer.ggml.add_bos_token", False)),
         "chat_template": field(reader, "tokenizer.chat_template"),
     }
@@ -181,19 +218,57 @@ def fp8_block(module, weight):
     scales = padded.reshape(row_blocks, 128, col_blocks, 32).max((1, 3)) / numpy.float32(448)
     wide = numpy.repeat(numpy.repeat(scales, 128, 0), 32, 1)[:rows, :cols]
     codes = numpy.clip(weight / wide, -448, 448).astype(ml_dtypes.float8_e4m3fn)
-    tensors = {f"{module}.weight": codes, f"{module}.weight_scale_inv": scales.astype(numpy.float32)}
+    tensors = {
+        f"{module}.weight": codes,
+        f"{module}.weight_scale_inv": scales.astype(numpy.float32),
+    }
     return tensors, codes.astype(numpy.float32) * wide
 
 
 QUANTISERS = {
-    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True,
-                  "version": "gemm"}),
-    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False,
-                    "sym": False, "checkpoint_format": "gptq"}),
-    "fp8": (fp8, {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {
-        "group_0": {"targets": ["Linear"], "weights": {
-            "num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}}}}),
-    "fp8-block": (fp8_block, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 32]}),
+    "awq": (
+        awq,
+        {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": GROUP,
+            "zero_point": True,
+            "version": "gemm",
+        },
+    ),
+    "gptq": (
+        gptq,
+        {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": GROUP,
+            "desc_act": False,
+            "sym": False,
+            "checkpoint_format": "gptq",
+        },
+    ),
+    "fp8": (
+        fp8,
+        {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {
+                        "num_bits": 8,
+                        "type": "float",
+                        "strategy": "channel",
+                        "symmetric": True,
+                    },
+                }
+            },
+        },
+    ),
+    "fp8-block": (
+        fp8_block,
+        {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 32]},
+    ),
 }
 
 
@@ -205,9 +280,15 @@ def save(tensors, path):
 def write_folder(folder, config, texts, tensors):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, settings = texts
-    for name, value in (("config", config), ("tokenizer", tokenizer), ("tokenizer_config", settings)):
+    for name, value in (
+        ("config", config),
+        ("tokenizer", tokenizer),
+        ("tokenizer_config", settings),
+    ):
         (folder / f"{name}.json").write_text(json.dumps(value, ensure_ascii=False))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": config["eos_token_id"]}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": config["eos_token_id"]})
+    )
     save(tensors, folder / "model.safetensors")
 
 
@@ -220,7 +301,9 @@ def write_gguf(reader, weights, dtype, path):
         kind = found.types[0]
         inner = found.types[1] if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(key, found.contents(), kind, inner)
-    heads, kv_heads = field(reader, "llama.attention.head_count"), field(reader, "llama.attention.head_count_kv")
+    heads, kv_heads = field(reader, "llama.attention.head_count"), field(
+        reader, "llama.attention.head_count_kv"
+    )
     for tensor in reader.tensors:
         stem = tensor.name.rsplit(".", 1)[0]
         values = weights[module_of(stem)]

@@ -97,14 +97,14 @@ fn the_tokens_of_tokenizer_json_are_those_of_the_gguf_vocabulary() {
     assert_eq!((ours.bos(), ours.eos()), (theirs.bos(), theirs.eos()));
 }
 
-/// Rounding to 8 or 4 bits costs what it costs; a wrong nibble order, zero point or scale would cost
-/// orders of magnitude more. Each quantised folder has a twin in f16 of the very numbers that its
-/// bits stand for, computed by the script: against that only activations are rounded.
+/// Each quantised folder has a twin in f32 of the very numbers that its bits stand for, computed by
+/// the script before it packs them: against that only activations are rounded, and of FP8 nothing.
+/// What the script's plain rounding costs the model is its own affair; a text must stay readable.
 #[test]
 fn quantised_folders_score_a_text_as_their_weights_do_in_floats() {
     let Some(floats) = open("f16") else { return };
     let exact = perplexity(&scores(&floats));
-    for (name, worse_max) in [("fp8", 1.03), ("fp8-block", 1.03), ("awq", 1.35), ("gptq", 1.35)] {
+    for (name, off_max) in [("fp8", 1e-4), ("fp8-block", 1e-4), ("awq", 0.04), ("gptq", 0.04)] {
         let (Some(folder), Some(twin)) = (open(name), open(&format!("{name}-floats"))) else {
             return;
         };
@@ -114,8 +114,8 @@ fn quantised_folders_score_a_text_as_their_weights_do_in_floats() {
         println!(
             "{name}: perplexity {perplexity:.3} (f16 {exact:.3}), {off:.4} nats from its twin"
         );
-        assert!(perplexity < exact * worse_max, "{name}: {perplexity}, {exact} in floats");
-        // The mean of what 8-bit activations cost this model: see `program/lowering.rs`.
-        assert!(off < 0.04, "{name}: {off} nats from its own weights in floats");
+        assert!(perplexity < exact * 2.0, "{name}: {perplexity}, {exact} in floats");
+        // 8-bit activations cost this model 0.033 nats: see `program/lowering.rs`.
+        assert!(off < off_max, "{name}: {off} nats from its own weights in floats");
     }
 }

@@ -165,6 +165,10 @@ fn tokens_beyond_the_model_are_left_out_or_refused() {
     refused(&|json| json["model"]["vocab"]["far"] = json!(900), "model.vocab", "900");
     refused(&|json| json["model"]["vocab"]["again"] = json!(7), "model.vocab", "twice");
     refused(&|json| json["model"]["type"] = json!("WordPiece"), "model.type", "BPE");
-    refused(&|json| json["model"]["merges"] = json!([["x", "nowhere"]]), "tokenizer.json", "x");
+    refused(
+        &|json| json["model"]["merges"] = json!([["x", "nowhere"]]),
+        "tokenizer.json",
+        "nowhere",
+    );
     refused(&|json| json["pre_tokenizer"] = json!({ "type": "Guess" }), "tokenizer.json", "");
 }
