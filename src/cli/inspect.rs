@@ -23,7 +23,8 @@ pub struct InspectOptions {
 /// Prints the summary and the wanted lists.
 ///
 /// # Errors
-/// The file is no readable GGUF, the folder no readable Hugging Face model. One that holds a model Tandem can't run is shown with the reason.
+/// The file is no readable GGUF, or the folder no readable Hugging Face model. One that holds a
+/// model Tandem can't run is shown with the reason.
 pub fn run(file: &Path, options: InspectOptions, output: Output) -> Result<()> {
     let checkpoint = Checkpoint::open(file).map_err(RequestError::from)?;
     let spec = ModelSpec::from_checkpoint(&checkpoint);

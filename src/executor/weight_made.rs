@@ -1,5 +1,5 @@
-//! Brings matrices into the arena whose rows a checkpoint makes from other tensors: those of AWQ, GPTQ
-//! and FP8 layers, and experts that have a tensor each.
+//! Brings matrices into the arena whose rows a checkpoint makes from other tensors: those of AWQ,
+//! GPTQ and FP8 layers, and experts that have a tensor each.
 
 use super::ExecutorError;
 use super::cpu_pool::CpuPool;
@@ -24,8 +24,8 @@ pub(super) struct MadeMatrix<'a> {
     pub cols: usize,
 }
 
-/// Fills `target`, shared out by groups of 16 rows; each worker touches its part first. `done` hears,
-/// on this thread, how many bytes are ready.
+/// Fills `target`, shared out by groups of 16 rows; each worker touches its part first. `done`
+/// hears, on this thread, how many bytes are ready.
 pub(super) fn make(
     pool: &mut CpuPool,
     matrix: &MadeMatrix<'_>,

@@ -1,5 +1,6 @@
-//! Metadata that no GGUF file holds: key-value pairs that stand for other formats' fields, written as
-//! GGUF would have them and read back as all metadata is. Errors name the field that a value is from.
+//! Metadata that no GGUF file holds: key-value pairs that stand for other formats' fields, written
+//! as GGUF would have them and read back as all metadata is. Errors name the field that a value is
+//! from.
 
 use super::hf_config::Fields;
 use super::metadata::{Entry, Kind, Metadata, Origin};

@@ -150,7 +150,8 @@ fn read_tensor(
     let data_bytes = file.bytes().len() - data_at;
     if end > data_bytes {
         let message = format!(
-            "[{start}, {end}], but the file has {data_bytes} bytes of data; is the download complete?"
+            "[{start}, {end}], but the file has {data_bytes} bytes of data; is the download \
+             complete?"
         );
         return Err(stored.refuse(file, "data_offsets", message));
     }

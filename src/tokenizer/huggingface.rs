@@ -1,5 +1,5 @@
-//! Vocabularies that come as a `tokenizer.json`: the `tokenizers` crate cuts and merges plain text as
-//! the file says. Special tokens, BOS and decoding are ours, as for every other kind, so that a
+//! Vocabularies that come as a `tokenizer.json`: the `tokenizers` crate cuts and merges plain text
+//! as the file says. Special tokens, BOS and decoding are ours, as for every other kind, so that a
 //! user's text never becomes a special token.
 
 use super::vocabulary::{RoleTokens, TokenKind, Vocabulary, byte_of};
@@ -77,7 +77,8 @@ pub(super) fn vocabulary(metadata: &Metadata) -> Result<Vocabulary, TokenizerErr
         let message = format!("{size} tokens; allowed: at most {}", Vocabulary::TOKENS_MAX);
         return Err(TokenizerError::invalid("vocab_size", message));
     }
-    let text = metadata.str(JSON)?;
+    let missing = || TokenizerError::invalid("tokenizer.json", "is missing beside config.json");
+    let text = metadata.str_opt(JSON)?.ok_or_else(missing)?;
     let file: File<'_> = serde_json::from_str(text)
         .map_err(|error| TokenizerError::invalid(field("file"), error.to_string()))?;
     let head: ModelHead = serde_json::from_str(file.model.get())

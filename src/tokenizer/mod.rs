@@ -354,6 +354,7 @@ fn segmenter(
 /// What every token adds to a text, one after the other, and where each starts.
 fn texts(vocabulary: &Vocabulary) -> (Vec<u8>, Vec<u32>) {
     let byte_level = vocabulary.is_byte_level();
+    let marks_spaces = vocabulary.huggingface.is_some() && !byte_level;
     let mut bytes = Vec::new();
     let mut starts = vec![0];
     for (token, kind) in vocabulary.tokens.iter().zip(&vocabulary.kinds) {
@@ -361,6 +362,10 @@ fn texts(vocabulary: &Vocabulary) -> (Vec<u8>, Vec<u32>) {
             TokenKind::Byte => bytes.extend(vocabulary::byte_of(token)),
             TokenKind::Normal if byte_level => bytes.extend(byte_level::bytes_of(token)),
             TokenKind::Normal => bytes.extend(token.replace(SPACE_MARK, " ").bytes()),
+            // GGUF files have spaces in what was added; Gemma's tokenizer.json has marks.
+            TokenKind::UserDefined if marks_spaces => {
+                bytes.extend(token.replace(SPACE_MARK, " ").bytes());
+            }
             _ => bytes.extend(token.bytes()),
         }
         // The vocabulary is bounded: 2^20 tokens of 2^16 bytes in a file; 4 GiB of text saturates.

@@ -91,14 +91,19 @@ fn sentence_pieces(prefix: Value) -> Folder {
     for (at, token) in ["▁", "h", "i", "▁h", "hi", "▁hi"].iter().enumerate() {
         vocab.insert((*token).to_owned(), json!(259 + at));
     }
-    let added = |id: usize, content: &str| json!({ "id": id, "content": content, "special": true });
-    folder.tokenizer["added_tokens"] =
-        json!([added(0, "<unk>"), added(1, "<s>"), added(2, "</s>")]);
+    let spaces = json!({ "id": 265, "content": "▁▁", "special": false });
+    let control = ["<unk>", "<s>", "</s>"]
+        .map(|content| json!({ "id": vocab[content], "content": content, "special": true }));
+    folder.tokenizer["added_tokens"] = json!(control);
+    folder.tokenizer["added_tokens"].as_array_mut().unwrap().push(spaces);
     folder.tokenizer["model"] = json!({
         "type": "BPE", "byte_fallback": true, "unk_token": "<unk>", "fuse_unk": true,
         "vocab": vocab, "merges": ["▁ h", "h i", "▁h i", "▁ hi"],
     });
-    let replace = |from: &str, to: &str| json!({ "type": "Replace", "pattern": { "String": from }, "content": to });
+    let replace = |from: &str, to: &str| {
+        let pattern = json!({ "String": from });
+        json!({ "type": "Replace", "pattern": pattern, "content": to })
+    };
     if prefix.is_null() {
         let prepend = json!({ "type": "Prepend", "prepend": "▁" });
         folder.tokenizer["normalizer"] =
@@ -133,6 +138,8 @@ fn sentence_pieces_get_their_prefix_and_their_bytes() {
     assert_eq!(ids(&everywhere, "hi</s>hi"), [1, 264, 2, 264]);
     assert_eq!(ids(&everywhere, "é"), [1, 259, 3 + 0xc3, 3 + 0xa9]);
     assert_eq!(everywhere.decode(&[264, 264].map(TokenId)), "hi hi");
+    // An added run of spaces, as Gemma has them.
+    assert_eq!(everywhere.decode_continuation(&[264, 265, 263].map(TokenId)), " hi  hi");
     assert_eq!(everywhere.decode(&[259, 3 + 0xc3, 3 + 0xa9].map(TokenId)), "é");
 
     let first = json!({ "type": "Metaspace", "replacement": "▁", "prepend_scheme": "first",

@@ -1,5 +1,5 @@
-//! Writes tiny models as Hugging Face folders: the same weights as their GGUF file has, in the layout
-//! of floats, FP8, AWQ or GPTQ.
+//! Writes tiny models as Hugging Face folders: the same weights as their GGUF file has, in the
+//! layout of floats, FP8, AWQ or GPTQ.
 //!
 //! In a test: `#[path = "support/hf_folder.rs"] mod hf_folder;` beside `tiny_model` and `tempfile`.
 
@@ -159,12 +159,20 @@ fn config(model: &TinyModel, format: Format) -> Value {
         }),
         _ => json!({}),
     };
+    for (name, value) in more.as_object().into_iter().flatten() {
+        config[name] = value.clone();
+    }
+    config["quantization_config"] = quantization(model, format);
+    config
+}
+
+fn quantization(model: &TinyModel, format: Format) -> Value {
     let group = match model.dtype {
         DType::INT4_64 => 64,
         DType::INT4_32 => 32,
         _ => 128,
     };
-    let quantization = match format {
+    match format {
         Format::Floats => Value::Null,
         Format::Fp8 => {
             let cols = model.dtype.block_elements();
@@ -182,12 +190,7 @@ fn config(model: &TinyModel, format: Format) -> Value {
             "quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": true,
             "checkpoint_format": "gptq_v2",
         }),
-    };
-    for (name, value) in more.as_object().into_iter().flatten() {
-        config[name] = value.clone();
     }
-    config["quantization_config"] = quantization;
-    config
 }
 
 /// The module of a tensor of GGUF's name; experts count on their own.

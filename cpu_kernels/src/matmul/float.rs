@@ -6,8 +6,8 @@
 //! out = tree sum of the 32 partial sums
 //! ```
 //! A pair of row and column has its own 32 sums, so blocking changes no bit. The last elements of
-//! a row that is no multiple of 32 are padded with zeros, as in `scalar.rs`. An E4M3 is widened to an
-//! f16 by moving its bits, to an f32 by the processor, and multiplied with its block's scale.
+//! a row that is no multiple of 32 are padded with zeros, as in `scalar.rs`. An E4M3 is widened to
+//! an f16 by moving its bits, to an f32 by the processor, and multiplied with its block's scale.
 
 use super::scalar::tree_sum;
 use super::{MatrixView, OutputColumns};

@@ -1,5 +1,5 @@
-//! Typed access to a JSON object of a checkpoint's folder: an error names file, place and field, what
-//! came, and what is allowed.
+//! Typed access to a JSON object of a checkpoint's folder: an error names file, place and field,
+//! what came, and what is allowed.
 
 use crate::formats::{FormatError, MappedFile};
 use serde_json::{Map, Value};

@@ -1,6 +1,6 @@
-//! Owns what the JSON files of a Hugging Face folder say: `config.json` and its companions, put into
-//! the words of GGUF's metadata, so that no layer above has to know which format a model came in. It
-//! must not know tensors' data. `Checkpoint::open` reads folders through it.
+//! Owns what the JSON files of a Hugging Face folder say: `config.json` and its companions, put
+//! into the words of GGUF's metadata, so that no layer above has to know which format a model came
+//! in. It must not know tensors' data. `Checkpoint::open` reads folders through it.
 
 mod family;
 mod fields;

@@ -33,10 +33,10 @@ pub(super) fn write(
         write_settings(settings, writer)?;
     }
     write_template(folder, (settings.as_ref(), config), writer)?;
+    writer.text("tokenizer.ggml.model", "huggingface", (config, "model_type"));
     let path = folder.join("tokenizer.json");
     if path.exists() {
         let text = read_text(&path, TOKENIZER_BYTES_MAX)?;
-        writer.text("tokenizer.ggml.model", "huggingface", (config, "model_type"));
         writer.text("tokenizer.huggingface.json", &text, (config, "model_type"));
     }
     Ok(())

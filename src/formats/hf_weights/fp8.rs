@@ -1,5 +1,5 @@
-//! Weights in e4m3 with scales beside them: one of the tensor, one per row, or one per block of rows
-//! and columns. DeepSeek's `weight_scale_inv` multiplies too, for all its name.
+//! Weights in e4m3 with scales beside them: one of the tensor, one per row, or one per block of
+//! rows and columns. DeepSeek's `weight_scale_inv` multiplies too, for all its name.
 
 use super::recipe::{Piece, float_at};
 use crate::formats::MappedFile;

@@ -1,13 +1,13 @@
-//! AWQ's and GPTQ's 4-bit weights: `scales[g][n] * (q[k][n] - zeros[g][n])` for output n and input k
-//! of group g, n being the fastest. Both pack eight quants in an int32:
+//! AWQ's and GPTQ's 4-bit weights: `scales[g][n] * (q[k][n] - zeros[g][n])` for output n and input
+//! k of group g, n being the fastest. Both pack eight quants in an int32:
 //!
 //! | | qweight | qzeros | scales |
 //! |---|---|---|---|
 //! | AWQ, `gemm` | `[K, N / 8]` | `[K / group, N / 8]` | `[K / group, N]` f16 |
 //! | GPTQ | `[K / 8, N]` | `[K / group, N / 8]` | `[K / group, N]` f16 |
 //!
-//! Nibble i of AWQ's words is output `8 j + [0, 2, 4, 6, 1, 3, 5, 7][i]`; GPTQ's count up. Version 1
-//! of GPTQ subtracts 0x11111111 from each word of zero points.
+//! Nibble i of AWQ's words is output `8 j + [0, 2, 4, 6, 1, 3, 5, 7][i]`; GPTQ's count up. Version
+//! 1 of GPTQ subtracts 0x11111111 from each word of zero points.
 
 use super::recipe::Piece;
 use crate::formats::MappedFile;

@@ -2,8 +2,8 @@
 //! experts Mixtral (arXiv 2401.04088).
 //!
 //! Query and key rows are permuted in GGUF files so that the rotation pairs neighbours; those of
-//! other formats, which say so in `rope.half_split`, are not. Llama 3.1 brings its frequency scaling
-//! as a tensor, `rope_freqs.weight`. A window is Mistral 7B v0.1's.
+//! other formats, which say so in `rope.half_split`, are not. Llama 3.1 brings its frequency
+//! scaling as a tensor, `rope_freqs.weight`. A window is Mistral 7B v0.1's.
 
 use super::decoder::{self, AttentionTraits, HeadNorms};
 use super::experts::{DefaultWidth, Experts};
