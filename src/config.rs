@@ -37,6 +37,29 @@ pub struct ModelConfig {
     pub alias: String,
 }
 
+impl ModelConfig {
+    /// The name that clients use: the alias, else the file's name without its ending. A Hugging
+    /// Face folder is its model's name: files of weights are all called alike.
+    pub fn name(&self) -> String {
+        if !self.alias.is_empty() {
+            return self.alias.clone();
+        }
+        let is_weights = self.path.extension().is_some_and(|ending| ending == "safetensors");
+        // Of `.` and the like only the whole path has a name.
+        let whole = self.path.canonicalize().ok();
+        let folder = match &whole {
+            Some(path) if path.is_dir() => Some(path.as_path()),
+            Some(path) if is_weights => path.parent(),
+            _ => None,
+        };
+        let name = match folder {
+            Some(folder) => folder.file_name(),
+            None => self.path.file_stem(),
+        };
+        name.unwrap_or_default().to_string_lossy().into_owned()
+    }
+}
+
 /// Section `[cpu]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -49,7 +49,7 @@ const fn field(offset: usize, bytes: usize, unit: Unit) -> Field {
 const fn fields(dtype: DType) -> &'static [Field] {
     use Unit::{Bits, Byte, Half, Word};
     match dtype {
-        DType::F32 | DType::F16 | DType::BF16 => &[],
+        DType::F32 | DType::F16 | DType::BF16 | DType::E4M3_128 | DType::E4M3_32 => &[],
         DType::Q4_0 | DType::IQ4_NL => &const { [field(0, 2, Half), field(2, 16, Word)] },
         DType::Q4_1 => &const { [field(0, 4, Half), field(4, 16, Word)] },
         DType::Q5_0 => &const { [field(0, 2, Half), field(2, 4, Bits), field(6, 16, Word)] },
@@ -61,6 +61,9 @@ const fn fields(dtype: DType) -> &'static [Field] {
         DType::Q5_K => &const { [field(0, 4, Half), field(4, 12, Byte), field(16, 160, Word)] },
         DType::Q6_K => &const { [field(0, 192, Word), field(192, 16, Byte), field(208, 2, Half)] },
         DType::IQ4_XS => &const { [field(0, 4, Half), field(4, 4, Byte), field(8, 128, Word)] },
+        DType::INT4_128 => &const { [field(0, 2, Half), field(2, 1, Byte), field(3, 64, Word)] },
+        DType::INT4_64 => &const { [field(0, 2, Half), field(2, 1, Byte), field(3, 32, Word)] },
+        DType::INT4_32 => &const { [field(0, 4, Half), field(4, 1, Byte), field(5, 32, Word)] },
     }
 }
 
@@ -289,8 +292,9 @@ mod tests {
             for field in fields(dtype) {
                 let step = match field.unit {
                     Unit::Word => 16,
-                    Unit::Byte | Unit::Bits => 4,
+                    Unit::Bits => 4,
                     Unit::Half => 2,
+                    Unit::Byte => 1,
                 };
                 assert_eq!((field.offset, field.bytes % step), (end, 0), "{dtype}");
                 end += field.bytes;

@@ -45,6 +45,10 @@ fn error_bound(dtype: DType) -> f32 {
         DType::Q6_K => 0.05,
         DType::Q5_0 | DType::Q5_1 | DType::Q5_K => 0.09,
         DType::Q4_0 | DType::Q4_1 | DType::Q4_K => 0.15,
+        // Half a step is 1/15 of the largest value where both signs are as large.
+        DType::INT4_128 | DType::INT4_64 | DType::INT4_32 => 0.15,
+        // Half of the last of 4 bits.
+        DType::E4M3_128 | DType::E4M3_32 => 1.0 / 16.0,
         DType::IQ4_NL | DType::IQ4_XS => 0.16,
         DType::Q3_K => 0.3,
         DType::Q2_K => 0.5,

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Writes tests/data/dequantize.bin: random blocks of every type and their values by gguf-py.
+"""Writes tests/data/dequantize.bin: random blocks of every type and their values by gguf-py. Types
+that GGUF has not get theirs from numpy and from ml_dtypes, whose float8_e4m3fn is the definition.
 
-    pip install gguf numpy && python3 cpu_kernels/tests/make_dequantize_data.py
+    pip install gguf numpy ml_dtypes && python3 cpu_kernels/tests/make_dequantize_data.py
 
 Record: u32 GGUF type id, u32 elements, u32 bytes, the bytes, the f32 values; little-endian.
 """
@@ -9,6 +10,7 @@ Record: u32 GGUF type id, u32 elements, u32 bytes, the bytes, the f32 values; li
 import pathlib
 import struct
 
+import ml_dtypes
 import numpy
 from gguf import GGMLQuantizationType as T
 from gguf import GGML_QUANT_SIZES
@@ -41,6 +43,47 @@ for dtype, fields in F16_FIELDS.items():
     assert values.size == ELEMENTS, (dtype, values.size)
     body = raw.tobytes()
     records.append(struct.pack("<III", int(dtype), ELEMENTS, len(body)) + body + values.tobytes())
+
+OWN_IDS = 0x54440000
+
+
+def nibbles(raw):
+    """[blocks, 16n] bytes -> [blocks, 32n]: low nibbles of 16 bytes, then their high ones."""
+    groups = raw.reshape(len(raw), -1, 16)
+    return numpy.concatenate([groups & 15, groups >> 4], axis=2).reshape(len(raw), -1)
+
+
+def int4(elements, groups, zeros_at, quants_at):
+    """Blocks with `groups` pairs of scale and zero point: one has a byte, two share it."""
+    blocks = ELEMENTS // elements
+    raw = rng.integers(0, 256, (blocks, quants_at + elements // 2), dtype=numpy.uint8)
+    scales = rng.normal(0, 0.02, (blocks, groups)).astype(numpy.float16)
+    raw[:, :2 * groups] = scales.view(numpy.uint8)
+    byte = raw[:, zeros_at:zeros_at + 1] & (15 if groups == 1 else 255)
+    raw[:, zeros_at:zeros_at + 1] = byte
+    zeros = byte if groups == 1 else numpy.concatenate([byte & 15, byte >> 4], axis=1)
+    each = elements // groups
+    less = nibbles(raw[:, quants_at:]).astype(numpy.float64)
+    less -= numpy.repeat(zeros, each, axis=1)
+    return raw, less * numpy.repeat(scales.astype(numpy.float64), each, axis=1)
+
+
+def e4m3(elements):
+    """Blocks with an f32 that is 256 times the scale."""
+    blocks = ELEMENTS // elements
+    codes = rng.integers(0, 256, (blocks, elements), dtype=numpy.uint8)
+    codes[codes & 127 == 127] = 126  # no NaN
+    scales = rng.normal(0, 0.02, (blocks, 1)).astype(numpy.float32)
+    stored = (scales * numpy.float32(256)).view(numpy.uint8)
+    values = codes.view(ml_dtypes.float8_e4m3fn).astype(numpy.float32) * scales
+    return numpy.concatenate([stored, codes], axis=1), values
+
+
+OWN = [int4(128, 1, 2, 3), int4(64, 1, 2, 3), int4(64, 2, 4, 5), e4m3(128), e4m3(32)]
+for index, (raw, values) in enumerate(OWN):
+    body, values = raw.tobytes(), values.astype(numpy.float32).tobytes()
+    assert len(values) == 4 * ELEMENTS, index
+    records.append(struct.pack("<III", OWN_IDS + index, ELEMENTS, len(body)) + body + values)
 
 target = pathlib.Path(__file__).parent / "data" / "dequantize.bin"
 target.write_bytes(b"".join(records))

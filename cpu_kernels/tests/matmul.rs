@@ -16,7 +16,10 @@ fn every_dtype() -> impl Strategy<Value = DType> {
 
 /// Columns of a matrix that suit the type: float rows may have any length.
 fn cols_of(dtype: DType, blocks: usize, odd: usize) -> usize {
-    if dtype.is_quantized() { blocks * dtype.block_elements() } else { 32 * blocks + odd }
+    match dtype.block_elements() {
+        1 => 32 * blocks + odd,
+        elements => blocks * elements,
+    }
 }
 
 proptest! {

@@ -15,6 +15,8 @@
 //! | Q5_K | 16 | 4: fifth bits | of 8 groups: d, m, 12 bytes |
 //! | Q6_K | 16 | 8: 2-bit fields | of 8 groups: 16 × i8, d |
 //! | IQ4_XS | 16 | | of 8 groups: d, 6 bytes |
+//! | INT4_128, INT4_64 | 16 | | of 4 or 2 groups: d, z |
+//! | INT4_32 | 16 | | of 2 groups: 2 × d, z of both |
 //!
 //! Not a bit is added or lost, but that rows whose length is no multiple of 128 elements are filled
 //! up to one with zeros.
@@ -104,7 +106,10 @@ fn plane_bytes(dtype: DType) -> Option<PlaneBytes> {
         DType::Q5_K => (16, 4, 16, 8),
         DType::Q6_K => (16, 8, 18, 8),
         DType::IQ4_XS => (16, 0, 8, 8),
-        DType::F32 | DType::F16 | DType::BF16 => return None,
+        DType::INT4_128 => (16, 0, 3, 4),
+        DType::INT4_64 => (16, 0, 3, 2),
+        DType::INT4_32 => (16, 0, 5, 2),
+        DType::F32 | DType::F16 | DType::BF16 | DType::E4M3_128 | DType::E4M3_32 => return None,
     };
     Some(PlaneBytes { quants, highs, scales, scale_groups })
 }
@@ -127,6 +132,12 @@ fn places(dtype: DType, rows: usize, cols: usize) -> ([usize; 3], usize) {
 }
 
 impl DeviceMatrix {
+    /// Whether there are kernels for a type. E4M3 has none: its range fits neither 8-bit integers
+    /// nor, with its scale, an f16.
+    pub fn supports(dtype: DType) -> bool {
+        !matches!(dtype, DType::E4M3_128 | DType::E4M3_32)
+    }
+
     /// Bytes that a matrix takes: those of its file, less than a KiB, and what fills up its rows.
     pub fn bytes_of(dtype: DType, rows: usize, cols: usize) -> usize {
         places(dtype, rows, cols).1
@@ -146,6 +157,7 @@ impl DeviceMatrix {
         (rows, cols): (usize, usize),
         file: &[u8],
     ) -> Result<DeviceMatrix, GpuError> {
+        assert!(Self::supports(dtype), "{dtype} on a GPU");
         let row_bytes = dtype.row_bytes(cols).expect("whole blocks");
         assert_eq!(file.len(), rows * row_bytes, "bytes of a matrix [{rows}, {cols}] of {dtype}");
         assert!(cols.is_multiple_of(8), "rows of floats are read in eights, got {cols}");

@@ -21,7 +21,8 @@ pub struct EngineBuilder {
 }
 
 impl EngineBuilder {
-    /// The model: a GGUF file, the first part of a split one. Wins over `config.model.path`.
+    /// The model: a GGUF file, the first part of a split one, or a Hugging Face folder. Wins over
+    /// `config.model.path`.
     pub fn model(mut self, path: impl Into<PathBuf>) -> Self {
         self.model = Some(path.into());
         self

@@ -10,7 +10,7 @@ pub enum EngineError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// No model file was named.
-    #[error("no model: give a path to a GGUF file")]
+    #[error("no model: give a path to a GGUF file or a Hugging Face folder")]
     NoModel,
     /// The model cannot be used: its file, its vocabulary, or the memory that it needs.
     #[error("{0}")]

@@ -135,16 +135,6 @@ fn load_weights(
     })
 }
 
-/// The name that clients use: the alias, else the file's name without its ending.
-fn public_name(config: &Config) -> String {
-    if config.model.alias.is_empty() {
-        let stem = config.model.path.file_stem().unwrap_or_default();
-        stem.to_string_lossy().into_owned()
-    } else {
-        config.model.alias.clone()
-    }
-}
-
 fn model_info(
     config: &Config,
     spec: &ModelSpec,
@@ -153,7 +143,7 @@ fn model_info(
 ) -> ModelInfo {
     let unused = spec.unused_tensors.iter().map(|name| format!("tensor {name} is not used"));
     ModelInfo {
-        name: public_name(config),
+        name: config.model.name(),
         title: spec.name.clone(),
         architecture: spec.architecture.to_owned(),
         path: config.model.path.clone(),

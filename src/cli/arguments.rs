@@ -37,7 +37,7 @@ pub struct GlobalArguments {
 /// What engine to build, for commands that build one.
 #[derive(Clone, Debug, Default, Args)]
 pub struct EngineArguments {
-    /// Model file (GGUF; the first part of a split one)
+    /// Model: a GGUF file (the first part of a split one), or a Hugging Face folder
     #[arg(long, short, value_name = "FILE")]
     pub model: Option<PathBuf>,
     /// CPU worker threads

@@ -50,9 +50,7 @@ impl Place {
 
     /// What the model that was named would be called by a service.
     fn model_name(&self) -> String {
-        let model = &self.config.model;
-        let stem = model.path.file_stem().unwrap_or_default().to_string_lossy();
-        if model.alias.is_empty() { stem.into_owned() } else { model.alias.clone() }
+        self.config.model.name()
     }
 }
 
@@ -261,7 +259,8 @@ fn private_folder() -> Result<PathBuf> {
 /// Wrong usage: the flag is missing.
 pub fn require_model(config: &Config) -> Result<()> {
     if config.model.path.as_os_str().is_empty() {
-        let message = "no model: name a GGUF file with --model FILE".to_owned();
+        let message =
+            "no model: name a GGUF file or a Hugging Face folder with --model FILE".to_owned();
         return Err(Exit { code: USAGE, message }.into());
     }
     Ok(())

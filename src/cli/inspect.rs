@@ -1,4 +1,4 @@
-//! `tandem inspect FILE`: what a model file holds, read from its header alone.
+//! `tandem inspect FILE`: what a model file or folder holds, read from its headers alone.
 
 use super::output::Output;
 use anyhow::Result;
@@ -23,7 +23,8 @@ pub struct InspectOptions {
 /// Prints the summary and the wanted lists.
 ///
 /// # Errors
-/// The file is no readable GGUF. One that holds a model Tandem can't run is shown with the reason.
+/// The file is no readable GGUF, or the folder no readable Hugging Face model. One that holds a
+/// model Tandem can't run is shown with the reason.
 pub fn run(file: &Path, options: InspectOptions, output: Output) -> Result<()> {
     let checkpoint = Checkpoint::open(file).map_err(RequestError::from)?;
     let spec = ModelSpec::from_checkpoint(&checkpoint);

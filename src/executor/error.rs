@@ -5,8 +5,8 @@ use super::handoff::HandoffClosed;
 use crate::formats::FormatError;
 use crate::memory::ArenaError;
 use crate::tensor::DType;
+use tandem_cpu_kernels::UnsupportedIsa;
 use tandem_cpu_kernels::attention::KvLayoutError;
-use tandem_cpu_kernels::{MatrixError, UnsupportedIsa};
 
 /// A failure of the executor.
 #[derive(Debug, thiserror::Error)]
@@ -14,14 +14,6 @@ pub enum ExecutorError {
     /// The model file is bad.
     #[error(transparent)]
     Format(#[from] FormatError),
-    /// A tensor's bytes are not those of its shape.
-    #[error("tensor {tensor}: {source}")]
-    Matrix {
-        /// Which tensor.
-        tensor: String,
-        /// What does not add up.
-        source: MatrixError,
-    },
     /// Rows that are no whole number of their type's blocks.
     #[error("tensor {tensor}: rows of {cols} elements are no whole number of {dtype} blocks")]
     Misshapen {

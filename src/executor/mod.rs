@@ -20,6 +20,7 @@ mod rotations;
 mod sample;
 mod stage;
 mod warm_up;
+mod weight_made;
 mod weight_repack;
 mod weight_source;
 mod weights;

@@ -9,7 +9,6 @@ use crate::model::TensorRef;
 use crate::tensor::DType;
 use half::f16;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::ops::Range;
 use std::sync::Arc;
 use tandem_cpu_kernels::repack::ROWS;
 use tandem_cpu_kernels::{Layout, repack_row_group};
@@ -41,8 +40,11 @@ impl WeightSource {
     ) -> Result<(), ExecutorError> {
         let Self::Checkpoint(checkpoint) = self else { return Ok(()) };
         for tensor in tensors {
-            let (file, bytes) = located(checkpoint, tensor)?;
-            checkpoint.files().nth(file).into_iter().for_each(|file| file.will_read(bytes.clone()));
+            for (file, bytes) in checkpoint.pieces(&tensor.name)? {
+                checkpoint.files().nth(file).into_iter().for_each(|file| {
+                    file.will_read(bytes.clone());
+                });
+            }
         }
         Ok(())
     }
@@ -53,26 +55,19 @@ impl WeightSource {
             Self::Checkpoint(checkpoint) => checkpoint,
             Self::Random { seed } => return Ok(random_vector(*seed, vector)),
         };
-        let tensor = checkpoint.tensor(&vector.name)?;
-        let mut values = vec![0.0; tensor.shape.elements()];
-        for (row, values) in values.chunks_exact_mut(tensor.shape.cols()).enumerate() {
-            let bytes = tensor.rows(row..row + 1);
-            tandem_cpu_kernels::dequantize_row(tensor.dtype, bytes, values);
-        }
+        let TensorRef { rows, cols, .. } = *vector;
+        let dtype = checkpoint.dtype(&vector.name)?;
+        let row_bytes = dtype.row_bytes(cols).ok_or_else(|| ExecutorError::Misshapen {
+            tensor: vector.name.clone(),
+            dtype,
+            cols,
+        })?;
+        let mut bytes = vec![0; rows * row_bytes];
+        checkpoint.read_rows(&vector.name, 0..rows, &mut bytes)?;
+        let mut values = vec![0.0; rows * cols];
+        tandem_cpu_kernels::dequantize_row(dtype, &bytes, &mut values);
         Ok(values)
     }
-}
-
-/// Where a tensor lies: the index of the checkpoint's file, and its bytes.
-pub(super) fn located(
-    checkpoint: &Checkpoint,
-    tensor: &TensorRef,
-) -> Result<(usize, Range<usize>), ExecutorError> {
-    let missing = || checkpoint.refuse_missing(&tensor.name);
-    let info = checkpoint.tensor_info(&tensor.name).ok_or_else(missing)?;
-    let file = checkpoint.files().position(|file| file.path() == info.file).ok_or_else(missing)?;
-    let start = info.data_offset as usize;
-    Ok((file, start..start + checkpoint.tensor(&tensor.name)?.bytes.len()))
 }
 
 /// Uniform, with a standard deviation of 0.06 around 1 for norms and 0 for biases.
@@ -142,6 +137,8 @@ const fn factors_of(dtype: DType) -> Option<Factors> {
         DType::Q6_K => factors(208, None, 1366.0),
         DType::IQ4_NL => factors(0, None, 67.4),
         DType::IQ4_XS => factors(0, None, 1246.0),
+        DType::INT4_128 | DType::INT4_64 | DType::INT4_32 => factors(0, None, 4.64),
+        DType::E4M3_128 | DType::E4M3_32 => return None,
     })
 }
 
@@ -171,12 +168,37 @@ fn fill_blocks(dtype: DType, cols: usize, random: &mut SplitMix64, rows: &mut [u
             None => scale |= u16::from(low & 8) << 12,
         }
         block[factors.scale_at..][..2].copy_from_slice(&scale.to_le_bytes());
+        match dtype {
+            // Quants around 8, as those of Q4_0.
+            DType::INT4_128 | DType::INT4_64 => block[2] = 8,
+            DType::INT4_32 => {
+                block[2..4].copy_from_slice(&(scale ^ 0x8000).to_le_bytes());
+                block[4] = 0x88;
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The root mean square of an e4m3 whose bits are random, divided by 256 as its type has it:
+/// `sqrt(Σ_e 4^(e − 7)·E[(1 + m/8)²] / 16) / 256`.
+const E4M3_SPREAD: f32 = 0.423;
+
+/// Keeps random elements, but for the two that are no numbers, and gives each block its scale.
+fn scale_e4m3(dtype: DType, spread: f32, rows: &mut [u8]) {
+    for block in rows.chunks_exact_mut(dtype.block_bytes()) {
+        let (scale, elements) = block.split_at_mut(size_of::<f32>());
+        scale.copy_from_slice(&(spread / E4M3_SPREAD).to_le_bytes());
+        elements.iter_mut().filter(|code| **code & 0x7f == 0x7f).for_each(|code| *code ^= 1);
     }
 }
 
 /// Keeps sign and mantissa of random floats and gives them all the exponent `e` whose values, `2^e`
 /// to `2^(e+1)`, have a root mean square (`sqrt(7/3)·2^e`) nearest to `spread`.
 fn scale_floats(dtype: DType, spread: f32, rows: &mut [u8]) {
+    if dtype.block_elements() > 1 {
+        return scale_e4m3(dtype, spread, rows);
+    }
     let exponent = (spread / (7.0_f32 / 3.0).sqrt()).log2().round() as i32;
     let half = |bias: i32, mantissa_bits: u32| {
         let field = (exponent + bias).max(1) as u16;

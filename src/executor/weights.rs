@@ -6,8 +6,9 @@ use super::ExecutorError;
 use super::cpu_pool::CpuPool;
 use super::program::{ExpertShape, MatrixEntry, MatrixId, MatrixUse, Program, StagePart, VectorId};
 use super::rotations::Rotations;
+use super::weight_made::{MadeMatrix, make};
 use super::weight_repack::{FileMatrix, read_in_place, repack};
-use super::weight_source::{WeightSource, fill_random, located};
+use super::weight_source::{WeightSource, fill_random};
 use crate::memory::{ALIGNMENT, AlignedBytes, HugePages};
 use crate::model::{ModelSpec, TensorRef};
 use crate::tensor::DType;
@@ -206,11 +207,20 @@ impl Weights {
             let (own, rest) = arena[target.start - offset..].split_at_mut(target.len());
             match &self.source {
                 WeightSource::Checkpoint(checkpoint) => {
-                    let &Matrix { dtype, rows, cols, .. } = matrix;
-                    let (file, bytes) = located(checkpoint, &entry.tensor)?;
-                    let file = checkpoint.files().nth(file).expect("the file was just found");
-                    let matrix = FileMatrix { dtype, rows, cols, file, bytes };
-                    repack(pool, &matrix, own, &mut |done| progress(target.start + done))?;
+                    let &Matrix { dtype, layout, rows, cols, .. } = matrix;
+                    let name = entry.tensor.name.as_str();
+                    let mut report = |done| progress(target.start + done);
+                    match checkpoint.place(name)? {
+                        Some((file, bytes)) => {
+                            let file = checkpoint.files().nth(file).expect("one of its files");
+                            let matrix = FileMatrix { dtype, rows, cols, file, bytes };
+                            repack(pool, &matrix, own, &mut report)?;
+                        }
+                        None => {
+                            let matrix = MadeMatrix { checkpoint, name, dtype, layout, rows, cols };
+                            make(pool, &matrix, own, &mut report)?;
+                        }
+                    }
                 }
                 WeightSource::Random { seed } => {
                     fill_random(pool, *seed, (&entry.tensor, matrix.layout), own)?;
@@ -266,12 +276,15 @@ fn place_matrices(
             }
             MatrixUse::Experts(_) => Layout::RowMajor,
         };
-        let place = match (source, layout) {
+        let in_file = match (source, layout) {
             (WeightSource::Checkpoint(checkpoint), Layout::RowMajor) => {
-                let (file, bytes) = located(checkpoint, &entry.tensor)?;
-                Place::File { file, bytes }
+                checkpoint.place(&entry.tensor.name)?
             }
-            _ => {
+            _ => None,
+        };
+        let place = match in_file {
+            Some((file, bytes)) => Place::File { file, bytes },
+            None => {
                 let bytes = packed_bytes(dtype, layout, rows, cols).ok_or_else(|| {
                     ExecutorError::Misshapen { tensor: entry.tensor.name.clone(), dtype, cols }
                 })?;
@@ -292,11 +305,12 @@ pub(super) fn stored(
 ) -> Result<TensorRef, ExecutorError> {
     let WeightSource::Checkpoint(checkpoint) = source else { return Ok(tensor.clone()) };
     let name = tensor.name.clone();
-    let tensor = checkpoint.tensor(&name)?;
-    let (dtype, rows, cols) = (tensor.dtype, tensor.shape.rows(), tensor.shape.cols());
-    match MatrixView::new(dtype, Layout::RowMajor, rows, cols, tensor.bytes) {
-        Ok(_) => Ok(TensorRef { name, dtype, rows, cols }),
-        Err(source) => Err(ExecutorError::Matrix { tensor: name, source }),
+    let dtype = checkpoint.dtype(&name)?;
+    let info = checkpoint.tensor_info(&name).ok_or_else(|| checkpoint.refuse_missing(&name))?;
+    let (rows, cols) = (info.shape.rows(), info.shape.cols());
+    match packed_bytes(dtype, Layout::RowMajor, rows, cols) {
+        Some(bytes) if info.bytes == Some(bytes) => Ok(TensorRef { name, dtype, rows, cols }),
+        _ => Err(ExecutorError::Misshapen { tensor: name, dtype, cols }),
     }
 }
 

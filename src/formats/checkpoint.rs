@@ -1,8 +1,11 @@
 //! A model's metadata and tensors, whichever file format and however many files they came in.
 
 use super::gguf::{self, Header, Info};
+use super::hf_config::{Family, HfConfig};
+use super::hf_weights::{self, Assembled};
 use super::{FormatError, MappedFile, Metadata, StoredType, split};
 use crate::tensor::{DType, Shape, TensorView};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,6 +14,8 @@ use std::sync::Arc;
 pub struct TensorInfo<'a> {
     /// The tensor's name.
     pub name: &'a str,
+    /// What the file calls it, where that is not its name.
+    pub file_name: Option<&'a str>,
     /// Its element type, computable or not.
     pub stored: StoredType,
     /// Extents, fastest first.
@@ -37,10 +42,13 @@ pub struct Checkpoint {
     order: Vec<u32>,
     /// Where the first file lists its tensors.
     tensors_at: usize,
+    /// Whose names the files have for tensors, where they are not GGUF's.
+    naming: Option<Family>,
 }
 
 impl Checkpoint {
-    /// Opens a GGUF file; of a split model, the first part, which finds the others beside it.
+    /// Opens a GGUF file; of a split model, the first part, which finds the others beside it. Or a
+    /// Hugging Face folder with `config.json`, or a `.safetensors` file in one.
     ///
     /// The files stay mapped: they may be deleted or replaced by renaming, but must not be cut
     /// shorter while the checkpoint is in use.
@@ -48,6 +56,13 @@ impl Checkpoint {
     /// # Errors
     /// Whatever is wrong with any of the files, with file, byte offset and field.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
+        if path.join("config.json").is_file() {
+            return Self::open_folder(path, None);
+        }
+        if path.extension().is_some_and(|ending| ending == "safetensors") {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+            return Self::open_folder(folder.unwrap_or(Path::new(".")), Some(path));
+        }
         let first = Arc::new(MappedFile::open(path)?);
         let header = gguf::read(&first)?;
         let parts = split::parts(&header.metadata, path)?;
@@ -60,6 +75,13 @@ impl Checkpoint {
         }
         split::check_total(&checkpoint.metadata, checkpoint.tensors.len())?;
         checkpoint.index()
+    }
+
+    fn open_folder(folder: &Path, named: Option<&Path>) -> Result<Self, FormatError> {
+        let config = HfConfig::open(folder)?;
+        let Assembled { files, tensors } = hf_weights::open(folder, named, &config)?;
+        let (metadata, naming) = (config.metadata, Some(config.family));
+        Self { files, metadata, tensors, order: Vec::new(), tensors_at: 8, naming }.index()
     }
 
     /// Reads a GGUF file that lies in memory; `name` stands for its path in errors.
@@ -76,7 +98,8 @@ impl Checkpoint {
     fn from_header(file: Arc<MappedFile>, header: Header) -> Self {
         let Header { metadata, tensors, tensors_at } = header;
         let tensors = tensors.into_iter().map(|info| (0, info)).collect();
-        Self { files: vec![file], metadata, tensors, order: Vec::new(), tensors_at }
+        let (files, order) = (vec![file], Vec::new());
+        Self { files, metadata, tensors, order, tensors_at, naming: None }
     }
 
     fn append(&mut self, file: Arc<MappedFile>, header: Header) {
@@ -120,18 +143,90 @@ impl Checkpoint {
         self.find(name).map(|tensor| self.info(tensor))
     }
 
-    /// A tensor's data.
+    /// The type of a tensor that can be computed with, and its bytes in that type.
+    fn usable(&self, name: &str) -> Result<(&(usize, Info), DType, usize), FormatError> {
+        let found = self.find(name).ok_or_else(|| self.refuse_missing(name))?;
+        match (found.1.stored, found.1.bytes) {
+            (StoredType::Known(dtype), Some(bytes)) => Ok((found, dtype, bytes)),
+            (stored, _) => Err(self.refuse_tensor(&self.info(found), unsupported(stored))),
+        }
+    }
+
+    /// A tensor's element type.
     ///
     /// # Errors
     /// There is no such tensor, or its element type cannot be computed with.
+    pub fn dtype(&self, name: &str) -> Result<DType, FormatError> {
+        self.usable(name).map(|(_, dtype, _)| dtype)
+    }
+
+    /// A tensor's data, of one that stands in its file as it is.
+    ///
+    /// # Errors
+    /// There is no such tensor, its element type cannot be computed with, or [`Self::place`] is
+    /// `None`.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, FormatError> {
-        let found = self.find(name).ok_or_else(|| self.refuse_missing(name))?;
+        let (found, dtype, bytes) = self.usable(name)?;
         let (file, info) = found;
-        let (StoredType::Known(dtype), Some(bytes)) = (info.stored, info.bytes) else {
-            return Err(self.refuse_tensor(&self.info(found), unsupported(info.stored)));
-        };
+        if info.recipe().is_some() {
+            let message = "is made of several tensors as its rows are read";
+            return Err(self.refuse_tensor(&self.info(found), message));
+        }
         let bytes = &self.files[*file].bytes()[info.start..info.start + bytes];
         Ok(TensorView { name: &info.name, dtype, shape: info.shape, bytes })
+    }
+
+    /// Where a tensor's rows stand: the index of the file, and their bytes. `None` if
+    /// [`Self::read_rows`] makes them from other tensors.
+    ///
+    /// # Errors
+    /// There is no such tensor, or its element type cannot be computed with.
+    pub fn place(&self, name: &str) -> Result<Option<(usize, Range<usize>)>, FormatError> {
+        let ((file, info), _, bytes) = self.usable(name)?;
+        let place = (*file, info.start..info.start + bytes);
+        Ok(info.recipe().is_none().then_some(place))
+    }
+
+    /// The bytes of files that a tensor's rows are, or are made from.
+    ///
+    /// # Errors
+    /// As [`Self::place`].
+    pub fn pieces(&self, name: &str) -> Result<Vec<(usize, Range<usize>)>, FormatError> {
+        let ((file, info), _, bytes) = self.usable(name)?;
+        Ok(match info.recipe() {
+            Some(recipe) => recipe.pieces().collect(),
+            None => vec![(*file, info.start..info.start + bytes)],
+        })
+    }
+
+    /// Copies rows of a tensor, wherever they come from: `rows.len()` rows of its type in file
+    /// order.
+    ///
+    /// # Errors
+    /// As [`Self::place`]; and rows that are made hold something that is no number.
+    ///
+    /// # Panics
+    /// When there are no such rows, or `out` is not as long as they are.
+    pub fn read_rows(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        out: &mut [u8],
+    ) -> Result<(), FormatError> {
+        let (found, _, bytes) = self.usable(name)?;
+        let (file, info) = found;
+        let all = info.shape.rows();
+        assert!(rows.end <= all, "rows {rows:?} of {all}");
+        match info.recipe() {
+            Some(recipe) => recipe
+                .read_rows(&self.files, rows, out)
+                .map_err(|message| self.refuse_tensor(&self.info(found), message)),
+            None => {
+                let start = info.start + rows.start * (bytes / all);
+                out.copy_from_slice(&self.files[*file].bytes()[start..][..out.len()]);
+                Ok(())
+            }
+        }
     }
 
     /// Whether all files are still as they were when they were opened.
@@ -144,14 +239,22 @@ impl Checkpoint {
 
     /// An error about a tensor's description.
     pub fn refuse_tensor(&self, info: &TensorInfo<'_>, message: impl Into<String>) -> FormatError {
-        FormatError::new(info.file, info.info_offset, format!("tensor {}", info.name), message)
+        let field = match info.file_name {
+            Some(file_name) => format!("tensor {file_name} ({})", info.name),
+            None => format!("tensor {}", info.name),
+        };
+        FormatError::new(info.file, info.info_offset, field, message)
     }
 
     /// An error about a tensor that is not there; the offset is that of the tensor list.
     pub fn refuse_missing(&self, name: &str) -> FormatError {
         let message = "the tensor is missing";
         let file = self.files[0].path();
-        FormatError::new(file, self.tensors_at as u64, format!("tensor {name}"), message)
+        let field = match self.naming {
+            Some(family) => format!("tensor {} ({name})", hf_weights::file_name(family, name)),
+            None => format!("tensor {name}"),
+        };
+        FormatError::new(file, self.tensors_at as u64, field, message)
     }
 
     fn find(&self, name: &str) -> Option<&(usize, Info)> {
@@ -163,6 +266,7 @@ impl Checkpoint {
     fn info<'a>(&'a self, (file, info): &'a (usize, Info)) -> TensorInfo<'a> {
         TensorInfo {
             name: &info.name,
+            file_name: info.file_name(),
             stored: info.stored,
             shape: info.shape,
             bytes: info.bytes,

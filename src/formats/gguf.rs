@@ -11,6 +11,7 @@
 //! against fixed limits, so that a hostile file costs milliseconds and no memory.
 
 use super::cursor::{Cursor, Field};
+use super::hf_weights::Recipe;
 use super::lookalike;
 use super::metadata::{Entry, Kind, Metadata};
 use super::value::{ValueType, scalar};
@@ -52,6 +53,29 @@ pub(super) struct Info {
     pub start: usize,
     /// Bytes of data, unless the type's block size is unknown.
     pub bytes: Option<usize>,
+    /// Of a tensor that no GGUF file holds.
+    pub foreign: Option<Box<Foreign>>,
+}
+
+/// What another format's tensor has besides.
+#[derive(Debug)]
+pub(super) struct Foreign {
+    /// What its file calls it.
+    pub file_name: Option<String>,
+    /// How its rows are made, where they don't stand in the file.
+    pub recipe: Option<Recipe>,
+}
+
+impl Info {
+    /// What its file calls it, where that is not its name.
+    pub fn file_name(&self) -> Option<&str> {
+        self.foreign.as_ref()?.file_name.as_deref()
+    }
+
+    /// How its rows are made, where they don't stand in the file.
+    pub fn recipe(&self) -> Option<&Recipe> {
+        self.foreign.as_ref()?.recipe.as_ref()
+    }
 }
 
 /// A file's header.
@@ -144,7 +168,8 @@ fn read_entries(cursor: &mut Cursor<'_>, count: u64) -> Result<Vec<Entry>, Forma
         let key = cursor.name(KEY_BYTES_MAX, Field::Key(index))?;
         let key_end = cursor.at();
         let (kind, data) = read_value(cursor, key, &mut texts_left)?;
-        entries.push(Entry { key: key_end - key.len()..key_end, kind, data });
+        let key = key_end - key.len()..key_end;
+        entries.push(Entry { key, kind, data, origin: None });
     }
     Ok(entries)
 }
@@ -243,7 +268,7 @@ fn read_info(cursor: &mut Cursor<'_>, index: u64, alignment: usize) -> Result<In
     }
     let start = usize::try_from(offset)
         .map_err(|_| cursor.refuse(offset_at, offset_field, format!("{offset} is too large")))?;
-    Ok(Info { name: name.to_owned(), shape, stored, info_at, start, bytes })
+    Ok(Info { name: name.to_owned(), shape, stored, info_at, start, bytes, foreign: None })
 }
 
 /// The only place where a tensor's size is computed: dims times block bytes, no step unchecked.

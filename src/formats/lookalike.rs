@@ -35,7 +35,7 @@ pub(super) fn describe(bytes: &[u8]) -> &'static str {
     }
     // safetensors: a little-endian length, then that much JSON.
     if head.len() > 9 && head[8] == b'{' && head[6] == 0 && head[7] == 0 {
-        return "a safetensors file; convert it to GGUF";
+        return "a safetensors file; name it so, in a folder with its config.json";
     }
     if head.iter().all(|byte| *byte == 0) {
         return "nothing but zeros at its start; was the download interrupted?";

@@ -43,7 +43,9 @@ impl MappedFile {
         let file = File::from(file);
         let found = file.metadata().map_err(failed)?;
         if found.is_dir() {
-            return Err(refuse("is a directory; give the .gguf file inside it".into()));
+            return Err(refuse(
+                "is a directory without config.json; give the .gguf file inside it".into(),
+            ));
         }
         if !found.is_file() {
             return Err(refuse("is no regular file".into()));

@@ -3,6 +3,7 @@
 use super::value::{ArrayView, Texts, Value, ValueType, scalar};
 use super::{FormatError, MappedFile};
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// What a value is, and how many elements it has.
@@ -20,6 +21,16 @@ pub(super) struct Entry {
     pub kind: Kind,
     /// The value's bytes: a scalar's, a text's without its length, an array's elements.
     pub data: Range<usize>,
+    /// What a value stands for that no GGUF file holds.
+    pub origin: Option<Box<Origin>>,
+}
+
+/// A field of another file.
+#[derive(Clone, Debug)]
+pub(super) struct Origin {
+    pub file: PathBuf,
+    pub offset: u64,
+    pub field: String,
 }
 
 /// Key-value pairs of a checkpoint, in file order, found by key in logarithmic time.
@@ -79,7 +90,11 @@ impl Metadata {
     /// An error about a key: names the file and the value's place, or the file's start if the key
     /// is missing.
     pub fn refuse(&self, key: &str, message: impl Into<String>) -> FormatError {
-        let offset = self.entry(key).map_or(0, |entry| entry.data.start);
+        let entry = self.entry(key);
+        if let Some(origin) = entry.and_then(|entry| entry.origin.as_deref()) {
+            return FormatError::new(&origin.file, origin.offset, &origin.field, message);
+        }
+        let offset = entry.map_or(0, |entry| entry.data.start);
         FormatError::new(self.file.path(), offset as u64, key, message)
     }
 

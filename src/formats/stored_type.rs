@@ -12,8 +12,11 @@ pub enum StoredType {
     Other(u32),
 }
 
+/// Far from ggml's ids, which count up from 0, and from those of our own types.
+const FIRST_OF_OTHER_FORMATS: u32 = 0x5444_0100;
+
 /// ggml's further types: id, name, elements and bytes of a block. They can be listed, not used.
-const OTHERS: [(u32, &str, usize, usize); 18] = [
+const OTHERS: [(u32, &str, usize, usize); 24] = [
     (15, "Q8_K", 256, 292),
     (16, "IQ2_XXS", 256, 66),
     (17, "IQ2_XS", 256, 74),
@@ -32,12 +35,25 @@ const OTHERS: [(u32, &str, usize, usize); 18] = [
     (39, "MXFP4", 32, 17),
     (40, "NVFP4", 64, 36),
     (41, "Q1_0", 128, 18),
+    // Types of safetensors that ggml has not.
+    (FIRST_OF_OTHER_FORMATS, "U8", 1, 1),
+    (FIRST_OF_OTHER_FORMATS + 1, "BOOL", 1, 1),
+    (FIRST_OF_OTHER_FORMATS + 2, "F8_E4M3", 1, 1),
+    (FIRST_OF_OTHER_FORMATS + 3, "F8_E5M2", 1, 1),
+    (FIRST_OF_OTHER_FORMATS + 4, "F8_E8M0", 1, 1),
+    (FIRST_OF_OTHER_FORMATS + 5, "U32", 1, 4),
 ];
 
 impl StoredType {
     /// The type of a GGUF type id.
     pub fn from_gguf_id(id: u32) -> Self {
         DType::from_gguf_id(id).map_or(Self::Other(id), Self::Known)
+    }
+
+    /// A type that has no kernels here, by name.
+    pub(super) fn named(name: &str) -> Self {
+        let found = OTHERS.iter().find(|(_, known, ..)| *known == name);
+        Self::Other(found.map_or(u32::MAX, |(id, ..)| *id))
     }
 
     /// The GGUF type id.

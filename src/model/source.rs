@@ -257,7 +257,7 @@ impl<'a> Source<'a> {
             let message = format!("is {}, wanted: {wanted:?}", info.shape);
             return Err(self.checkpoint.refuse_tensor(&info, message));
         }
-        let dtype = self.checkpoint.tensor(name)?.dtype;
+        let dtype = self.checkpoint.dtype(name)?;
         let (rows, cols) = (info.shape.rows(), info.shape.cols());
         Ok(TensorRef { name: name.to_owned(), dtype, rows, cols })
     }

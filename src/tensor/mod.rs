@@ -67,7 +67,7 @@ pub struct TensorView<'a> {
     pub dtype: DType,
     /// Extents, fastest first.
     pub shape: Shape,
-    /// Exactly `rows * row_bytes` bytes, 8-byte aligned.
+    /// Exactly `rows * row_bytes` bytes, 8-byte aligned in a GGUF file.
     pub bytes: &'a [u8],
 }
 

@@ -7,6 +7,7 @@ mod byte_pairs;
 mod decoder;
 mod ends;
 mod error;
+mod huggingface;
 mod pretokenizer;
 mod score_merges;
 mod special;
@@ -17,6 +18,7 @@ mod vocabulary;
 
 pub use decoder::IncrementalDecoder;
 pub use error::TokenizerError;
+pub use huggingface::Pipeline;
 pub use stop::{StopMatcher, StopOutput};
 pub use template::{
     ChatTemplate, GenerationPrompt, MessageSpan, Rendered, TemplateConfig, TemplateError,
@@ -28,6 +30,7 @@ use crate::request::{AddSpecial, ParseSpecial, SamplingParams};
 use crate::units::TokenId;
 use aho_corasick::AhoCorasick;
 use byte_pairs::BytePairs;
+use huggingface::{PlainText, Position};
 use score_merges::ScoreMerges;
 use special::{Fragment, SpecialTokens};
 use std::collections::BTreeSet;
@@ -42,6 +45,7 @@ enum Segmenter {
     BytePairs(BytePairs),
     ScoreMerges(ScoreMerges),
     Unigram(UnigramScores),
+    PlainText(Box<PlainText>),
 }
 
 /// A model's tokenizer. Shared by reference; encoding and decoding change nothing in it.
@@ -64,7 +68,7 @@ pub struct Tokenizer {
 }
 
 /// Every kind of tokenizer that can be built.
-const MODELS: [&str; 4] = ["gpt2", "llama", "gemma4", "t5"];
+const MODELS: [&str; 5] = ["gpt2", "llama", "gemma4", "t5", "huggingface"];
 
 impl Tokenizer {
     /// Builds the tokenizer of a checkpoint.
@@ -99,6 +103,7 @@ impl Tokenizer {
             Segmenter::BytePairs(pairs) => (pairs.adds_bos(), false),
             Segmenter::ScoreMerges(_) => (true, false),
             Segmenter::Unigram(_) => (false, true),
+            Segmenter::PlainText(_) => (false, false),
         };
         let prefixes = matches!(segmenter, Segmenter::ScoreMerges(_));
         let space_prefix = match &segmenter {
@@ -169,13 +174,16 @@ impl Tokenizer {
             Fragment::Text(_) => false,
         });
         ids.extend(bos.filter(|_| !spelled));
-        let mut after_token = true;
+        let (mut after_token, mut position) = (true, Position::Start);
         for fragment in fragments {
             match fragment {
                 Fragment::Token(id) => ids.push(id),
-                Fragment::Text(text) => self.encode_plain(text, after_token, &mut ids)?,
+                Fragment::Text(text) => {
+                    self.encode_plain(text, (after_token, position), &mut ids)?;
+                }
             }
             after_token = matches!(fragment, Fragment::Token(_));
+            position = Position::Later;
         }
         if self.add_eos && add != AddSpecial::No {
             ids.extend(self.roles.eos);
@@ -186,7 +194,7 @@ impl Tokenizer {
     fn encode_plain(
         &self,
         text: &str,
-        after_token: bool,
+        (after_token, position): (bool, Position),
         ids: &mut Vec<TokenId>,
     ) -> Result<(), TokenizerError> {
         match &self.segmenter {
@@ -196,6 +204,7 @@ impl Tokenizer {
             }
             Segmenter::ScoreMerges(merges) => merges.encode(text, ids),
             Segmenter::Unigram(scores) => scores.encode(text, ids),
+            Segmenter::PlainText(plain) => plain.encode(text, position, ids),
         }
     }
 
@@ -328,6 +337,12 @@ fn segmenter(
         "llama" => Ok(Segmenter::ScoreMerges(ScoreMerges::new(vocabulary)?)),
         "gemma4" => Ok(Segmenter::BytePairs(BytePairs::raw(vocabulary)?)),
         "t5" => Ok(Segmenter::Unigram(UnigramScores::new(vocabulary)?)),
+        "huggingface" => {
+            let missing = || TokenizerError::invalid("tokenizer.huggingface.json", "is missing");
+            let pipeline = vocabulary.huggingface.as_ref().ok_or_else(missing)?;
+            warnings.extend(pipeline.warnings.iter().cloned());
+            Ok(Segmenter::PlainText(Box::new(PlainText::new(pipeline)?)))
+        }
         other => Err(TokenizerError::Unknown {
             field: "tokenizer.ggml.model",
             got: other.to_owned(),
@@ -338,7 +353,8 @@ fn segmenter(
 
 /// What every token adds to a text, one after the other, and where each starts.
 fn texts(vocabulary: &Vocabulary) -> (Vec<u8>, Vec<u32>) {
-    let byte_level = vocabulary.model == "gpt2";
+    let byte_level = vocabulary.is_byte_level();
+    let marks_spaces = vocabulary.huggingface.is_some() && !byte_level;
     let mut bytes = Vec::new();
     let mut starts = vec![0];
     for (token, kind) in vocabulary.tokens.iter().zip(&vocabulary.kinds) {
@@ -346,6 +362,10 @@ fn texts(vocabulary: &Vocabulary) -> (Vec<u8>, Vec<u32>) {
             TokenKind::Byte => bytes.extend(vocabulary::byte_of(token)),
             TokenKind::Normal if byte_level => bytes.extend(byte_level::bytes_of(token)),
             TokenKind::Normal => bytes.extend(token.replace(SPACE_MARK, " ").bytes()),
+            // GGUF files have spaces in what was added; Gemma's tokenizer.json has marks.
+            TokenKind::UserDefined if marks_spaces => {
+                bytes.extend(token.replace(SPACE_MARK, " ").bytes());
+            }
             _ => bytes.extend(token.bytes()),
         }
         // The vocabulary is bounded: 2^20 tokens of 2^16 bytes in a file; 4 GiB of text saturates.

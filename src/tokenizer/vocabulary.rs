@@ -1,6 +1,7 @@
 //! A model's vocabulary as data: what GGUF's `tokenizer.ggml.*` keys say, read and checked once.
 
 use super::TokenizerError;
+use super::huggingface::{self, Pipeline};
 use crate::formats::{FormatError, Metadata};
 use crate::units::TokenId;
 use std::collections::HashMap;
@@ -52,14 +53,16 @@ pub struct RoleTokens {
     pub unknown: Option<TokenId>,
     /// Fills batches.
     pub padding: Option<TokenId>,
-    /// Fill-in-the-middle tokens after which a completion is over: padding, repository, file.
+    /// Further tokens after which an answer is over: for filling in the middle those for padding,
+    /// repository and file, and all that a Hugging Face folder lists.
     pub fim_ends: Vec<TokenId>,
 }
 
 /// Everything that a tokenizer is built from.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Vocabulary {
-    /// The kind of tokenizer, `tokenizer.ggml.model`: `gpt2`, `llama`, `gemma4`, `t5`.
+    /// The kind of tokenizer, `tokenizer.ggml.model`: `gpt2`, `llama`, `gemma4`, `t5`,
+    /// `huggingface`.
     pub model: String,
     /// How text is cut before merging, `tokenizer.ggml.pre`.
     pub pre: Option<String>,
@@ -83,6 +86,8 @@ pub struct Vocabulary {
     pub remove_extra_whitespaces: bool,
     /// SentencePiece's compiled normalisation rules (`t5` only).
     pub precompiled_charsmap: Vec<u8>,
+    /// How text is cut and merged (`huggingface` only).
+    pub huggingface: Option<Pipeline>,
 }
 
 fn key(name: &str) -> String {
@@ -101,6 +106,9 @@ impl Vocabulary {
     /// [`TokenizerError::File`] if a key is missing or has the wrong type,
     /// [`TokenizerError::Invalid`] if the arrays don't fit each other.
     pub fn from_metadata(metadata: &Metadata) -> Result<Self, TokenizerError> {
+        if metadata.str(&key("model"))? == "huggingface" {
+            return huggingface::vocabulary(metadata);
+        }
         let tokens = texts(metadata, &key("tokens"), Self::TOKENS_MAX)?;
         let array = |name: &str| metadata.array_opt(&key(name));
         let scores = match array("scores")? {
@@ -134,6 +142,7 @@ impl Vocabulary {
                 .bool_opt(&key("remove_extra_whitespaces"))?
                 .unwrap_or(false),
             precompiled_charsmap,
+            huggingface: None,
         };
         vocabulary.check()?;
         Ok(vocabulary)
@@ -189,6 +198,12 @@ impl Vocabulary {
             }
         }
         Ok(())
+    }
+
+    /// Whether tokens are spelled in GPT-2's byte characters.
+    pub(super) fn is_byte_level(&self) -> bool {
+        let pipeline = self.huggingface.as_ref();
+        self.model == "gpt2" || pipeline.is_some_and(|pipeline| pipeline.is_byte_level)
     }
 
     /// Every token that a text may be cut into, with its text.

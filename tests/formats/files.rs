@@ -26,7 +26,10 @@ fn paths_that_are_no_regular_file_are_refused_at_once() {
     let absent = refused(&folder.path().join("absent.gguf"));
     assert!(absent.message.starts_with("cannot be read: No such file"), "{absent}");
     let directory = refused(folder.path());
-    assert_eq!(directory.message, "is a directory; give the .gguf file inside it");
+    assert_eq!(
+        directory.message,
+        "is a directory without config.json; give the .gguf file inside it"
+    );
     let device = refused(Path::new("/dev/zero"));
     assert_eq!(device.message, "is no regular file");
 

@@ -97,13 +97,15 @@ impl<'a> Reference<'a> {
     fn tensor(&mut self, tensor: &TensorRef) -> Rows {
         let checkpoint = self.checkpoint;
         let load = || {
-            let view = checkpoint.tensor(&tensor.name).expect("a checked tensor");
+            let TensorRef { name, dtype, rows, cols } = tensor;
+            let mut bytes = vec![0; dtype.row_bytes(*cols).expect("whole blocks")];
             let row = |row: usize| {
-                let mut values = vec![0.0; view.shape.cols()];
-                dequantize_row(view.dtype, view.rows(row..row + 1), &mut values);
+                checkpoint.read_rows(name, row..row + 1, &mut bytes).expect("a checked tensor");
+                let mut values = vec![0.0; *cols];
+                dequantize_row(*dtype, &bytes, &mut values);
                 values
             };
-            (0..view.shape.rows()).map(row).collect()
+            (0..*rows).map(row).collect()
         };
         self.tensors.entry(tensor.name.clone()).or_insert_with(load).clone()
     }

@@ -75,6 +75,39 @@ pub fn tokens() -> Vec<String> {
     tokens
 }
 
+/// The same vocabulary as a `tokenizer.json`, and its `tokenizer_config.json`.
+pub fn hugging_face() -> [serde_json::Value; 2] {
+    let tokens = tokens();
+    let plain = |id: &usize| *id < 256 || (259..259 + MERGES.len()).contains(id);
+    let vocab: serde_json::Map<_, _> = (0..tokens.len())
+        .filter(plain)
+        .map(|id| (tokens[id].clone(), serde_json::json!(id)))
+        .collect();
+    let added = SPECIALS.iter().enumerate().map(|(index, content)| {
+        serde_json::json!({ "id": 256 + index, "content": content, "special": true })
+    });
+    let byte_level = serde_json::json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,
+    });
+    let merges = MERGES.map(|(left, right)| [left, right]);
+    let tokenizer = serde_json::json!({
+        "version": "1.0",
+        "added_tokens": added.collect::<Vec<_>>(),
+        "normalizer": null,
+        "pre_tokenizer": byte_level,
+        "post_processor": null,
+        "decoder": byte_level,
+        "model": { "type": "BPE", "vocab": vocab, "merges": merges },
+    });
+    let settings = serde_json::json!({
+        "bos_token": SPECIALS[0],
+        "eos_token": { "content": SPECIALS[2], "special": true },
+        "add_bos_token": false,
+        "chat_template": CHAT_TEMPLATE,
+    });
+    [tokenizer, settings]
+}
+
 /// Adds the tokenizer's keys.
 pub fn add(gguf: &mut Gguf) {
     const NORMAL: i32 = 1;

@@ -139,7 +139,7 @@ pub(crate) fn lines_apart(groups: usize) -> usize {
 }
 
 impl<'a> Activations<'a> {
-    /// Activations for F32, F16 and BF16 weights only: `values` is `[columns, cols]`.
+    /// Activations for float weights only: `values` is `[columns, cols]`.
     ///
     /// Any alignment is right; columns that start on cache lines (64 bytes) are fastest.
     ///

@@ -82,7 +82,16 @@ pub(crate) fn decode_group(dtype: DType, block: &[u8], index: usize) -> Group {
         DType::Q5_K => q5_k(block, index),
         DType::Q6_K => q6_k(block, index),
         DType::IQ4_XS => iq4_xs(block, index),
-        DType::F32 | DType::F16 | DType::BF16 => unreachable!("{dtype} has no blocks"),
+        DType::INT4_128 | DType::INT4_64 => {
+            int4(read_f16(block, 0), block[2], &block[3 + 16 * index..])
+        }
+        DType::INT4_32 => {
+            let zero = block[4] >> (4 * index) & 15;
+            int4(read_f16(block, 2 * index), zero, &block[5 + 16 * index..])
+        }
+        DType::F32 | DType::F16 | DType::BF16 | DType::E4M3_128 | DType::E4M3_32 => {
+            unreachable!("{dtype} is a float")
+        }
     }
 }
 
@@ -98,6 +107,14 @@ fn plain(scale: f32, quants: [i8; GROUP]) -> Group {
 fn with_min(block: &[u8], quants: [i8; GROUP]) -> Group {
     let (scale, min) = (read_f16(block, 0), read_f16(block, 2));
     Group { quants, scales: Scales::One(scale), min: Min::One(min) }
+}
+
+fn int4(scale: f32, zero: u8, quants: &[u8]) -> Group {
+    Group {
+        quants: nibbles(quants, |q| q as i8),
+        scales: Scales::One(scale),
+        min: Min::One(-(scale * f32::from(zero))),
+    }
 }
 
 /// 16 bytes: low nibbles are elements 0..16, high nibbles 16..32.

@@ -21,6 +21,12 @@ pub fn dequantize_row(dtype: DType, bytes: &[u8], out: &mut [f32]) {
         DType::F32 => convert(bytes, out, f32::from_le_bytes),
         DType::F16 => convert(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
         DType::BF16 => convert(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+        DType::E4M3_128 | DType::E4M3_32 => {
+            let blocks = bytes.chunks_exact(dtype.block_bytes());
+            for (block, out) in blocks.zip(out.chunks_exact_mut(dtype.block_elements())) {
+                write_e4m3(block, out);
+            }
+        }
         _ => {
             let blocks = bytes.chunks_exact(dtype.block_bytes());
             for (block, out) in blocks.zip(out.chunks_exact_mut(dtype.block_elements())) {
@@ -36,6 +42,21 @@ fn convert<const N: usize>(bytes: &[u8], out: &mut [f32], value: impl Fn([u8; N]
     for (bytes, out) in bytes.as_chunks::<N>().0.iter().zip(out) {
         *out = value(*bytes);
     }
+}
+
+/// An f32 scale, then the elements.
+fn write_e4m3(block: &[u8], out: &mut [f32]) {
+    let (scale, elements) = block.split_at(size_of::<f32>());
+    let scale = f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]);
+    for (bits, out) in elements.iter().zip(out) {
+        *out = scale * half_of_e4m3(*bits).to_f32();
+    }
+}
+
+/// The bits of an e4m3 in an f16, whose exponent's bias is 8 more: 1/256 of the value, exactly.
+pub(crate) fn half_of_e4m3(bits: u8) -> f16 {
+    let bits = u16::from(bits);
+    f16::from_bits((bits & 0x80) << 8 | (bits & 0x7f) << 7)
 }
 
 fn write_group(group: &Group, out: &mut [f32]) {

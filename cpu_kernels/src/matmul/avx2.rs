@@ -121,6 +121,16 @@ impl float::Vector for Floats {
             };
             [part(0), part(1), part(2), part(3)]
         }
+        fn load_e4m3(from: *const u8, scale: f32) -> [__m256; 4] {
+            let part = |index: usize| {
+                let signed = _mm_cvtepi8_epi16(_mm_loadl_epi64(from.add(8 * index).cast()));
+                let placed = _mm_slli_epi16::<7>(signed);
+                // Bit 14 is a copy of the sign.
+                let halves = _mm_and_si128(placed, _mm_set1_epi16(0xbfff_u16 as i16));
+                _mm256_mul_ps(_mm256_set1_ps(scale), _mm256_cvtph_ps(halves))
+            };
+            [part(0), part(1), part(2), part(3)]
+        }
         fn store(to: *mut f32, value: [__m256; 4]) -> () {
             for (index, part) in value.into_iter().enumerate() {
                 _mm256_storeu_ps(to.add(8 * index), part);

@@ -123,6 +123,16 @@ impl float::Vector for Floats {
             };
             [part(from), part(from.add(32))]
         }
+        fn load_e4m3(from: *const u8, scale: f32) -> [__m512; 2] {
+            let part = |from: *const u8| {
+                let signed = _mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast()));
+                let placed = _mm256_slli_epi16::<7>(signed);
+                // Bit 14 is a copy of the sign.
+                let halves = _mm256_and_si256(placed, _mm256_set1_epi16(0xbfff_u16 as i16));
+                _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtph_ps(halves))
+            };
+            [part(from), part(from.add(16))]
+        }
         fn store(to: *mut f32, value: [__m512; 2]) -> () {
             _mm512_storeu_ps(to, value[0]);
             _mm512_storeu_ps(to.add(16), value[1]);

@@ -1,4 +1,4 @@
-//! F32, F16 and BF16 weights against f32 activations.
+//! F32, F16, BF16 and E4M3 weights against f32 activations.
 //!
 //! ```text
 //! for each block of 16 rows, for each tile of columns, for each chunk of elements, for 1-2 rows:
@@ -6,7 +6,8 @@
 //! out = tree sum of the 32 partial sums
 //! ```
 //! A pair of row and column has its own 32 sums, so blocking changes no bit. The last elements of
-//! a row that is no multiple of 32 are padded with zeros, as in `scalar.rs`.
+//! a row that is no multiple of 32 are padded with zeros, as in `scalar.rs`. An E4M3 is widened to
+//! an f16 by moving its bits, to an f32 by the processor, and multiplied with its block's scale.
 
 use super::scalar::tree_sum;
 use super::{MatrixView, OutputColumns};
@@ -45,6 +46,8 @@ pub(super) trait Vector {
     unsafe fn load_f16(from: *const u8) -> Self::Floats;
     /// 32 bf16.
     unsafe fn load_bf16(from: *const u8) -> Self::Floats;
+    /// 32 e4m3, each divided by 256, times `scale`.
+    unsafe fn load_e4m3(from: *const u8, scale: f32) -> Self::Floats;
     /// Writes 32 f32.
     unsafe fn store(to: *mut f32, value: Self::Floats) -> ();
     /// `a · b + c`, rounded once.
@@ -54,39 +57,57 @@ pub(super) trait Vector {
 /// A float weight type.
 ///
 /// # Safety
-/// As [`Vector`].
+/// As [`Vector`]: `row` has 32 elements from `element` on. Blocks are whole groups of 32.
 pub(super) trait Weight {
-    const BYTES: usize;
-    unsafe fn load<V: Vector>(from: *const u8) -> V::Floats;
+    /// 1 where elements have no blocks.
+    const BLOCK: usize = 1;
+    const BLOCK_BYTES: usize;
+    unsafe fn load<V: Vector>(row: *const u8, element: usize) -> V::Floats;
 }
 
 pub(super) struct F32;
 impl Weight for F32 {
-    const BYTES: usize = 4;
+    const BLOCK_BYTES: usize = 4;
     #[inline(always)]
-    unsafe fn load<V: Vector>(from: *const u8) -> V::Floats {
+    unsafe fn load<V: Vector>(row: *const u8, element: usize) -> V::Floats {
         // SAFETY: the contract of `Weight`; vector loads need no alignment.
-        unsafe { V::load(from.cast()) }
+        unsafe { V::load(row.add(4 * element).cast()) }
     }
 }
 
 pub(super) struct F16;
 impl Weight for F16 {
-    const BYTES: usize = 2;
+    const BLOCK_BYTES: usize = 2;
     #[inline(always)]
-    unsafe fn load<V: Vector>(from: *const u8) -> V::Floats {
+    unsafe fn load<V: Vector>(row: *const u8, element: usize) -> V::Floats {
         // SAFETY: the contract of `Weight`.
-        unsafe { V::load_f16(from) }
+        unsafe { V::load_f16(row.add(2 * element)) }
     }
 }
 
 pub(super) struct Bf16;
 impl Weight for Bf16 {
-    const BYTES: usize = 2;
+    const BLOCK_BYTES: usize = 2;
     #[inline(always)]
-    unsafe fn load<V: Vector>(from: *const u8) -> V::Floats {
+    unsafe fn load<V: Vector>(row: *const u8, element: usize) -> V::Floats {
         // SAFETY: the contract of `Weight`.
-        unsafe { V::load_bf16(from) }
+        unsafe { V::load_bf16(row.add(2 * element)) }
+    }
+}
+
+/// Blocks of `N` elements: an f32 scale, then a byte each.
+pub(super) struct E4m3<const N: usize>;
+impl<const N: usize> Weight for E4m3<N> {
+    const BLOCK: usize = N;
+    const BLOCK_BYTES: usize = 4 + N;
+    #[inline(always)]
+    unsafe fn load<V: Vector>(row: *const u8, element: usize) -> V::Floats {
+        // SAFETY: the contract of `Weight`: the group lies in one block.
+        unsafe {
+            let block = row.add(element / N * Self::BLOCK_BYTES);
+            let scale = block.cast::<f32>().read_unaligned();
+            V::load_e4m3(block.add(4 + element % N), scale)
+        }
     }
 }
 
@@ -98,6 +119,8 @@ macro_rules! table {
         kernels[DType::F32 as usize] = $kernel::<super::float::F32>;
         kernels[DType::F16 as usize] = $kernel::<super::float::F16>;
         kernels[DType::BF16 as usize] = $kernel::<super::float::Bf16>;
+        kernels[DType::E4M3_128 as usize] = $kernel::<super::float::E4m3<128>>;
+        kernels[DType::E4M3_32 as usize] = $kernel::<super::float::E4m3<32>>;
         kernels
     }};
 }
@@ -189,7 +212,7 @@ unsafe fn multiply<V: Vector, W: Weight, const R: usize, const C: usize>(
     unsafe {
         let mut w = [weights.bytes().as_ptr(); R];
         for (index, w) in w.iter_mut().enumerate() {
-            *w = w.add((row + index) * weights.cols() * W::BYTES);
+            *w = w.add((row + index) * weights.row_bytes());
         }
         let mut y = [std::ptr::null(); C];
         for (index, y) in y.iter_mut().enumerate() {
@@ -204,9 +227,9 @@ unsafe fn multiply<V: Vector, W: Weight, const R: usize, const C: usize>(
         let mut element = elements.start;
         while element < whole {
             for w in w {
-                let ahead = element * W::BYTES + PREFETCH_BYTES;
+                let ahead = element / W::BLOCK * W::BLOCK_BYTES + PREFETCH_BYTES;
                 V::prefetch(w.wrapping_add(ahead));
-                if W::BYTES == 4 {
+                if W::BLOCK_BYTES == 4 {
                     V::prefetch(w.wrapping_add(ahead + 64));
                 }
             }
@@ -214,7 +237,7 @@ unsafe fn multiply<V: Vector, W: Weight, const R: usize, const C: usize>(
             element += GROUP;
         }
         if whole < elements.end {
-            let padded = pad::<R, C>(&w, &y, whole..elements.end, W::BYTES);
+            let padded = pad::<R, C>(&w, &y, whole..elements.end, W::BLOCK_BYTES);
             let (w, y) = (padded.0.each_ref().map(|w| w.as_ptr()), padded.1.each_ref());
             partial = step::<V, W, R, C>(&w, &y.map(|y| y.as_ptr()), 0, partial);
         }
@@ -236,7 +259,7 @@ unsafe fn step<V: Vector, W: Weight, const R: usize, const C: usize>(
     // SAFETY: the caller has 32 elements from `element` on, in each row and column.
     unsafe {
         for r in 0..R {
-            let w = W::load::<V>(w[r].add(element * W::BYTES));
+            let w = W::load::<V>(w[r], element);
             for c in 0..C {
                 partial[r][c] = V::fma(w, V::load(x[c].add(element)), partial[r][c]);
             }
@@ -248,7 +271,7 @@ unsafe fn step<V: Vector, W: Weight, const R: usize, const C: usize>(
 /// Bytes of 32 weights, and 32 activations.
 type Padded<const R: usize, const C: usize> = ([[u8; 4 * GROUP]; R], [[f32; GROUP]; C]);
 
-/// The last elements, fewer than 32, followed by zeros.
+/// The last elements, fewer than 32, followed by zeros; types with blocks have none.
 #[cold]
 unsafe fn pad<const R: usize, const C: usize>(
     w: &[*const u8; R],

@@ -32,14 +32,14 @@ impl Block {
 
     /// One byte of each row.
     #[inline(always)]
-    unsafe fn bytes<L: Lanes>(self, offset: usize, index: usize) -> L::Int {
+    pub unsafe fn bytes<L: Lanes>(self, offset: usize, index: usize) -> L::Int {
         // SAFETY: as in `words`.
         unsafe { L::load_bytes(self.at(offset, 1, index)) }
     }
 
     /// The f16 of each row.
     #[inline(always)]
-    unsafe fn f16<L: Lanes>(self, offset: usize) -> L::Float {
+    pub unsafe fn f16<L: Lanes>(self, offset: usize) -> L::Float {
         // SAFETY: as in `words`.
         unsafe { L::load_f16(self.at(offset, 2, 0)) }
     }
@@ -108,7 +108,7 @@ const BIT: i32 = 0x0101_0101;
 
 /// 4-bit elements of a 32-element group in 16 bytes: words 0..4 low, 4..8 high.
 #[inline(always)]
-unsafe fn nibbles<L: Lanes>(block: Block, offset: usize, word: usize) -> L::Int {
+pub(super) unsafe fn nibbles<L: Lanes>(block: Block, offset: usize, word: usize) -> L::Int {
     // SAFETY: `offset` is that of a field of 16 bytes; the caller has checked the CPU.
     unsafe {
         let both = block.words::<L>(offset, word % 4);
@@ -372,6 +372,7 @@ impl Packed for Iq4Xs {
 /// `$base` with the kernel `$kernel::<P>` for each quantised type.
 macro_rules! table {
     ($base:expr, $kernel:ident) => {{
+        use super::int4::*;
         use super::packed::*;
         let mut kernels: [MatmulFn; crate::blocks::DType::COUNT] = $base;
         kernels[Q4_0::DTYPE as usize] = $kernel::<Q4_0>;
@@ -386,7 +387,10 @@ macro_rules! table {
         kernels[Q6K::DTYPE as usize] = $kernel::<Q6K>;
         kernels[Iq4Nl::DTYPE as usize] = $kernel::<Iq4Nl>;
         kernels[Iq4Xs::DTYPE as usize] = $kernel::<Iq4Xs>;
+        kernels[Int4x128::DTYPE as usize] = $kernel::<Int4x128>;
+        kernels[Int4x64::DTYPE as usize] = $kernel::<Int4x64>;
+        kernels[Int4x32::DTYPE as usize] = $kernel::<Int4x32>;
         kernels
     }};
 }
-pub(super) use table;
+pub(super) use {decode, table};

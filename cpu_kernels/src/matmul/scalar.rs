@@ -13,12 +13,16 @@ pub(crate) const TABLE: MatmulTable = MatmulTable {
         kernels[DType::F32 as usize] = float;
         kernels[DType::F16 as usize] = float;
         kernels[DType::BF16 as usize] = float;
+        kernels[DType::E4M3_128 as usize] = float;
+        kernels[DType::E4M3_32 as usize] = float;
         kernels
     },
 };
 
 /// Bytes of the largest block, `Q6_K`.
 pub(super) const BLOCK_BYTES_MAX: usize = 210;
+/// Elements of the largest block of floats.
+const FLOAT_BLOCK_MAX: usize = 128;
 
 /// Quantised weights in any layout.
 fn quantized(
@@ -85,26 +89,32 @@ fn accumulate(acc: f32, weights: &Group, quants: &[i8], x: &GroupScale) -> f32 {
     }
 }
 
-/// F32, F16 and BF16 weights: 32 partial sums, then pairs at distance 16, 8, 4, 2, 1.
+/// Float weights: 32 partial sums, then pairs at distance 16, 8, 4, 2, 1.
 pub(super) fn float(
     weights: &MatrixView<'_>,
     x: &Activations<'_>,
     rows: Range<usize>,
     out: OutputColumns<'_>,
 ) {
-    let element_bytes = weights.dtype().block_bytes();
+    let dtype = weights.dtype();
+    // What is decoded at once: a block, or a group of elements that have none.
+    let (elements, bytes_at_once) = match dtype.block_elements() {
+        1 => (GROUP, GROUP * dtype.block_bytes()),
+        elements => (elements, dtype.block_bytes()),
+    };
     for row in rows {
         let bytes = &weights.bytes()[row * weights.row_bytes()..][..weights.row_bytes()];
         for column in 0..x.columns() {
             let mut partial = [0.0; GROUP];
-            let chunks = bytes.chunks(GROUP * element_bytes).zip(x.column(column).chunks(GROUP));
+            let chunks = bytes.chunks(bytes_at_once).zip(x.column(column).chunks(elements));
             for (bytes, x) in chunks {
                 // A short last chunk adds 0·0, like the masked loads of the SIMD kernels.
-                let mut chunk = ([0.0; GROUP], [0.0; GROUP]);
-                dequantize_row(weights.dtype(), bytes, &mut chunk.0[..x.len()]);
+                let mut chunk = ([0.0; FLOAT_BLOCK_MAX], [0.0; FLOAT_BLOCK_MAX]);
+                dequantize_row(dtype, bytes, &mut chunk.0[..x.len()]);
                 chunk.1[..x.len()].copy_from_slice(x);
-                for (lane, partial) in partial.iter_mut().enumerate() {
-                    *partial = chunk.0[lane].mul_add(chunk.1[lane], *partial);
+                for element in 0..elements {
+                    let partial = &mut partial[element % GROUP];
+                    *partial = chunk.0[element].mul_add(chunk.1[element], *partial);
                 }
             }
             write(out, column, row, tree_sum(partial));

@@ -3,6 +3,7 @@
 //! Called by tests and by builders of synthetic models; real models come quantised.
 
 mod k_blocks;
+mod server_blocks;
 mod small_blocks;
 
 use crate::blocks::DType;
@@ -39,6 +40,9 @@ fn quantize_block(dtype: DType, values: &[f32], out: &mut [u8]) {
         DType::Q5_K => k_blocks::q5_k(values, out),
         DType::Q6_K => k_blocks::q6_k(values, out),
         DType::IQ4_XS => k_blocks::iq4_xs(values, out),
+        DType::INT4_128 | DType::INT4_64 => server_blocks::int4(values, out),
+        DType::INT4_32 => server_blocks::int4_pair(values, out),
+        DType::E4M3_128 | DType::E4M3_32 => server_blocks::e4m3(values, out),
     }
 }
 

@@ -8,8 +8,8 @@ use std::arch::x86_64::*;
 ///
 /// # Safety
 /// `row(r)` for `r` below 16 is valid for reads of `bytes` bytes, `packed` for writes of 16 times
-/// as many, and they do not overlap. `bytes` is a multiple of 16 for words, of 4 for bytes and
-/// bits, of 2 for halves.
+/// as many, and they do not overlap. `bytes` is a multiple of 16 for words, of 4 for bits, of 2 for
+/// halves.
 #[inline(always)]
 pub(super) unsafe fn interleave(
     unit: Unit,
@@ -26,9 +26,15 @@ pub(super) unsafe fn interleave(
                 }
             }
             Unit::Byte => {
-                for start in (0..bytes).step_by(4) {
+                let whole = bytes / 4 * 4;
+                for start in (0..whole).step_by(4) {
                     let fours = one_word(|at| row(at).add(start));
                     store(packed.add(ROWS * start), bytes_apart(fours));
+                }
+                for start in whole..bytes {
+                    for at in 0..ROWS {
+                        packed.add(ROWS * start + at).write(row(at).add(start).read());
+                    }
                 }
             }
             Unit::Bits => {

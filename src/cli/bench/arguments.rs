@@ -14,7 +14,7 @@ const NUMBERS_MAX: usize = 1000;
 #[derive(Clone, Debug, Args)]
 #[command(group(ArgGroup::new("source").required(true).args(["file", "model", "synthetic"])))]
 pub struct BenchArguments {
-    /// Model file (GGUF; the first part of a split one)
+    /// Model: a GGUF file (the first part of a split one), or a Hugging Face folder
     pub file: Option<PathBuf>,
     /// The same, as llama-bench takes it
     #[arg(long, short, value_name = "FILE")]

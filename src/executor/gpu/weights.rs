@@ -5,8 +5,9 @@ use crate::executor::ExecutorError;
 use crate::executor::cpu_pool::CpuPool;
 use crate::executor::program::{Buffer, MatrixId, MatrixUse, Op, Program, StagePart, VectorId};
 use crate::executor::rotations::Rotations;
-use crate::executor::weight_source::{WeightSource, fill_random, located};
+use crate::executor::weight_source::{WeightSource, fill_random};
 use crate::executor::weights::{LoadProgress, WeightsRequest, load_rotations, stored};
+use crate::formats::Checkpoint;
 use crate::model::{ModelSpec, TensorRef};
 use crate::tensor::DType;
 use std::ops::Range;
@@ -110,16 +111,26 @@ impl GpuWeights {
             let is_looked_up = self.embedding_table() == Some(entry.tensor.name.as_str());
             let matrix = match &self.source {
                 WeightSource::Checkpoint(checkpoint) => {
-                    let (file, bytes) = located(checkpoint, &entry.tensor)?;
-                    let mapped = checkpoint.files().nth(file).expect("the file was just found");
+                    let place = checkpoint.place(&tensor.name)?;
+                    let made = match place {
+                        Some(_) => Vec::new(),
+                        None => read_whole(checkpoint, &tensor)?,
+                    };
+                    let bytes = match &place {
+                        Some((file, bytes)) => file_bytes(checkpoint, *file, bytes),
+                        None => &made,
+                    };
+                    let matrix = is_multiplied.then(|| {
+                        DeviceMatrix::upload(&self.gpu, &staging, dtype, (rows, cols), bytes)
+                    });
                     if is_looked_up {
-                        let bytes = LookupBytes::File { file, bytes: bytes.clone() };
+                        let bytes = match place {
+                            Some((file, bytes)) => LookupBytes::File { file, bytes },
+                            None => LookupBytes::Memory(made),
+                        };
                         self.lookup = Some(Lookup { dtype, cols, bytes });
                     }
-                    let bytes = &mapped.bytes()[bytes];
-                    is_multiplied.then(|| {
-                        DeviceMatrix::upload(&self.gpu, &staging, dtype, (rows, cols), bytes)
-                    })
+                    matrix
                 }
                 WeightSource::Random { seed } => {
                     let row_bytes = dtype.row_bytes(cols).ok_or_else(|| {
@@ -217,8 +228,7 @@ impl GpuWeights {
         let bytes = match (&lookup.bytes, &self.source) {
             (LookupBytes::Memory(bytes), _) => bytes.as_slice(),
             (LookupBytes::File { file, bytes }, WeightSource::Checkpoint(checkpoint)) => {
-                let file = checkpoint.files().nth(*file).expect("the checkpoint keeps its files");
-                &file.bytes()[bytes.clone()]
+                file_bytes(checkpoint, *file, bytes)
             }
             (LookupBytes::File { .. }, _) => unreachable!("random weights lie in memory"),
         };
@@ -229,6 +239,18 @@ impl GpuWeights {
     fn lookup(&self) -> &Lookup {
         self.lookup.as_ref().expect("a program that embeds has a table")
     }
+}
+
+fn file_bytes<'a>(checkpoint: &'a Checkpoint, file: usize, bytes: &Range<usize>) -> &'a [u8] {
+    let file = checkpoint.files().nth(file).expect("the checkpoint keeps its files");
+    &file.bytes()[bytes.clone()]
+}
+
+/// All rows of a matrix that is made from other tensors.
+fn read_whole(checkpoint: &Checkpoint, matrix: &TensorRef) -> Result<Vec<u8>, ExecutorError> {
+    let mut bytes = vec![0; matrix.bytes() as usize];
+    checkpoint.read_rows(&matrix.name, 0..matrix.rows, &mut bytes)?;
+    Ok(bytes)
 }
 
 /// Refuses programs that have no kernels here.
@@ -251,6 +273,9 @@ fn check(program: &Program) -> Result<(), ExecutorError> {
         }
     }
     for TensorRef { name, dtype, cols, .. } in program.matrices.iter().map(|entry| &entry.tensor) {
+        if !DeviceMatrix::supports(*dtype) {
+            return refuse(format!("{name}, whose elements are {dtype}, on a GPU"));
+        }
         let unit = if dtype.is_quantized() { GROUP } else { 8 };
         if !cols.is_multiple_of(unit) {
             return refuse(format!("{name} with rows of {cols} elements on a GPU"));

@@ -87,7 +87,8 @@ pub(super) fn read(source: &Source<'_>) -> Result<ModelSpec, FormatError> {
     let dimensions = source.dimensions()?;
     let global = decoder::rope(source, &dimensions, RopeStyle::HalfSplit, GLOBAL_BASE)?;
     let local = Local::read(source, dimensions.layers.len(), &global)?;
-    let scale = attention_scale(&dimensions);
+    let scale = source.positive_opt("attention.scale")?;
+    let scale = scale.unwrap_or_else(|| attention_scale(&dimensions));
     let softcap = source.softcap("attn_logit_softcapping")?;
     let traits = AttentionTraits { bias: Bias::Optional, head_norms: HeadNorms::QueryAndKey };
     let layer = |layer: usize| {

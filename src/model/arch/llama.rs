@@ -1,8 +1,9 @@
 //! Llama (arXiv 2302.13971) and what borrows its shape: Mistral, SmolLM, TinyLlama, Yi, and with
 //! experts Mixtral (arXiv 2401.04088).
 //!
-//! Query and key rows are permuted in GGUF files so that the rotation pairs neighbours. Llama 3.1
-//! brings its frequency scaling as a tensor, `rope_freqs.weight`. A window is Mistral 7B v0.1's.
+//! Query and key rows are permuted in GGUF files so that the rotation pairs neighbours; those of
+//! other formats, which say so in `rope.half_split`, are not. Llama 3.1 brings its frequency
+//! scaling as a tensor, `rope_freqs.weight`. A window is Mistral 7B v0.1's.
 
 use super::decoder::{self, AttentionTraits, HeadNorms};
 use super::experts::{DefaultWidth, Experts};
@@ -13,7 +14,12 @@ use crate::model::{Activation, LayerSpec, ModelSpec, RopeStyle};
 pub(super) fn read(source: &Source<'_>) -> Result<ModelSpec, FormatError> {
     let dimensions = source.dimensions()?;
     let experts = Experts::read(source)?;
-    let rope = decoder::rope(source, &dimensions, RopeStyle::Interleaved, 10_000.0)?;
+    let is_half_split = source.metadata().bool_opt(&source.key("rope.half_split"))?;
+    let style = match is_half_split {
+        Some(true) => RopeStyle::HalfSplit,
+        _ => RopeStyle::Interleaved,
+    };
+    let rope = decoder::rope(source, &dimensions, style, 10_000.0)?;
     let traits = AttentionTraits { bias: Bias::Optional, head_norms: HeadNorms::None };
     let window = source.count_opt("attention.sliding_window", 0..=1 << 27)?;
     let layer = |layer: usize| {
