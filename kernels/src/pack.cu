@@ -66,17 +66,6 @@ template <> struct File<Q2K> {
     static __device__ int low(const uint8_t* block, int index, int e) { return shared_crumb(block + 16, index, e); }
 };
 
-// Our own 4-bit blocks: scales with zero points, then groups of 16 bytes as Q4_0 has them.
-template <class T, int GROUPS> struct Int4File {
-    static constexpr int BLOCK_BYTES = T::SCALE_BYTES + 16 * GROUPS, SCALES = 0;
-    static __device__ int low(const uint8_t* block, int index, int e) {
-        return block[T::SCALE_BYTES + 16 * index + e % 16] >> e / 16 * 4 & 15;
-    }
-};
-template <> struct File<Int4x128> : Int4File<Int4x128, 4> {};
-template <> struct File<Int4x64> : Int4File<Int4x64, 2> {};
-template <> struct File<Int4x32> : Int4File<Int4x32, 2> {};
-
 struct PackArgs {
     const uint8_t* file; // rows `first_row` on
     uint8_t *quants, *highs, *scales;

@@ -15,8 +15,6 @@
 //! | Q5_K | 16 | 4: fifth bits | of 8 groups: d, m, 12 bytes |
 //! | Q6_K | 16 | 8: 2-bit fields | of 8 groups: 16 × i8, d |
 //! | IQ4_XS | 16 | | of 8 groups: d, 6 bytes |
-//! | INT4_128, INT4_64 | 16 | | of 4 or 2 groups: d, z |
-//! | INT4_32 | 16 | | of 2 groups: 2 × d, z of both |
 //!
 //! Not a bit is added or lost, but that rows whose length is no multiple of 128 elements are filled
 //! up to one with zeros.
@@ -106,10 +104,9 @@ fn plane_bytes(dtype: DType) -> Option<PlaneBytes> {
         DType::Q5_K => (16, 4, 16, 8),
         DType::Q6_K => (16, 8, 18, 8),
         DType::IQ4_XS => (16, 0, 8, 8),
-        DType::INT4_128 => (16, 0, 3, 4),
-        DType::INT4_64 => (16, 0, 3, 2),
-        DType::INT4_32 => (16, 0, 5, 2),
-        DType::F32 | DType::F16 | DType::BF16 | DType::E4M3_128 | DType::E4M3_32 => return None,
+        DType::F32 | DType::F16 | DType::BF16 => return None,
+        DType::INT4_128 | DType::INT4_64 | DType::INT4_32 => return None,
+        DType::E4M3_128 | DType::E4M3_32 => return None,
     };
     Some(PlaneBytes { quants, highs, scales, scale_groups })
 }
@@ -132,10 +129,10 @@ fn places(dtype: DType, rows: usize, cols: usize) -> ([usize; 3], usize) {
 }
 
 impl DeviceMatrix {
-    /// Whether there are kernels for a type. E4M3 has none: its range fits neither 8-bit integers
-    /// nor, with its scale, an f16.
+    /// Whether there are kernels for a type: for those of GGUF files, not for those of AWQ, GPTQ
+    /// and FP8.
     pub fn supports(dtype: DType) -> bool {
-        !matches!(dtype, DType::E4M3_128 | DType::E4M3_32)
+        plane_bytes(dtype).is_some() || matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
     }
 
     /// Bytes that a matrix takes: those of its file, less than a KiB, and what fills up its rows.

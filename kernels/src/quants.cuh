@@ -36,8 +36,6 @@ __device__ __forceinline__ float half_of(uint32_t bits) {
     return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
-__device__ __forceinline__ uint32_t byte_at(const uint8_t* at) { return __ldg(at); }
-
 __device__ __forceinline__ uint32_t short_at(const uint8_t* at) {
     return __ldg(reinterpret_cast<const unsigned short*>(at));
 }
@@ -149,33 +147,6 @@ struct Q4_1 : Facts {
     static __device__ __forceinline__ void scales(const uint32_t w[4], int, Scales& s) {
         s.scale[0] = half_of(w[0]);
         s.min[0] = half_of(w[0] >> 16);
-    }
-};
-
-// Our own 4-bit types: a scale and a zero point for four or two groups. Their three or five bytes have
-// no alignment.
-struct Int4x128 : Q4_1 {
-    static constexpr int SCALE_BYTES = 3, SCALE_GROUPS = 4;
-    static __device__ __forceinline__ void load_scales(const uint8_t* block, int, uint32_t s[4]) {
-        s[0] = byte_at(block) | byte_at(block + 1) << 8;
-        s[1] = byte_at(block + 2);
-    }
-    static __device__ __forceinline__ void scales(const uint32_t w[4], int, Scales& s) {
-        s.scale[0] = half_of(w[0]);
-        s.min[0] = -(half_of(w[0]) * static_cast<float>(w[1]));
-    }
-};
-
-struct Int4x64 : Int4x128 {
-    static constexpr int SCALE_GROUPS = 2;
-};
-
-// A scale for each of two groups, and their zero points in one byte.
-struct Int4x32 : Int4x128 {
-    static constexpr int SCALE_BYTES = 5, SCALE_GROUPS = 2;
-    static __device__ __forceinline__ void load_scales(const uint8_t* block, int i, uint32_t s[4]) {
-        s[0] = byte_at(block + 2 * i) | byte_at(block + 2 * i + 1) << 8;
-        s[1] = byte_at(block + 4) >> 4 * i & 15;
     }
 };
 
@@ -305,7 +276,4 @@ struct Q2K : Facts {
     DEFINE(q3_k, Q3K)         \
     DEFINE(q4_k, Q4K)         \
     DEFINE(q5_k, Q5K)         \
-    DEFINE(q6_k, Q6K)         \
-    DEFINE(int4_128, Int4x128) \
-    DEFINE(int4_64, Int4x64)  \
-    DEFINE(int4_32, Int4x32)
+    DEFINE(q6_k, Q6K)
