@@ -44,6 +44,8 @@ pub(crate) const SPECIFICATION: MatmulTable = MatmulTable {
         kernels[DType::F32 as usize] = scalar::float;
         kernels[DType::F16 as usize] = scalar::float;
         kernels[DType::BF16 as usize] = scalar::float;
+        kernels[DType::E4M3_128 as usize] = scalar::float;
+        kernels[DType::E4M3_32 as usize] = scalar::float;
         kernels
     },
 };
@@ -59,7 +61,7 @@ pub(super) const RESULT_FACTOR: f32 = {
 pub(super) const fn middle(dtype: DType) -> i16 {
     match dtype {
         DType::Q2_K => 2,
-        DType::Q4_1 | DType::Q4_K => 8,
+        DType::Q4_1 | DType::Q4_K | DType::INT4_128 | DType::INT4_64 | DType::INT4_32 => 8,
         DType::Q5_1 | DType::Q5_K => 16,
         _ => 0,
     }

@@ -68,6 +68,7 @@ const fn step_limit<P: Packed>() -> u16 {
         DType::Q2_K => 2,
         DType::Q3_K => 4,
         DType::Q4_0 | DType::Q4_1 | DType::Q4_K => 8,
+        DType::INT4_128 | DType::INT4_64 | DType::INT4_32 => 8,
         DType::Q5_0 | DType::Q5_1 | DType::Q5_K => 16,
         DType::Q6_K => 32,
         _ => 128_u16,
