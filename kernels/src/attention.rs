@@ -282,7 +282,7 @@ impl Gpu {
     ///
     /// # Panics
     /// When a span is too short. That block tables name blocks of the store, up to each token's
-    /// position, is the caller's promise.
+    /// position, and chosen numbers name tokens, is the caller's promise.
     pub fn attend(
         &self,
         pass: &Attend<'_>,

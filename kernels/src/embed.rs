@@ -52,6 +52,7 @@ impl Gpu {
     pub fn embed_rows(&self, pass: &EmbedRows<'_>) -> Result<(), GpuError> {
         let (table, tokens) = (pass.table, pass.tokens);
         let (cols, dtype) = (table.cols(), table.dtype());
+        assert!(cols.is_multiple_of(FLOATS), "rows of {cols} elements");
         assert!(pass.rows.is_some() || tokens <= table.rows(), "{tokens} of {} rows", table.rows());
         let padded = cols.div_ceil(GROUP).next_multiple_of(CHUNK);
         let arguments = EmbedArgs {

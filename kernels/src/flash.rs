@@ -67,8 +67,8 @@ impl Gpu {
     ///
     /// # Panics
     /// When a span is too short, a run is of tokens that the step does not have, or
-    /// [`Gpu::has_flash`] says no. That positions of a run ascend by one, and that block tables
-    /// name blocks of the store, is the caller's promise.
+    /// [`Gpu::has_flash`] says no. That the runs on the GPU are the same, positions of a run ascend
+    /// by one, and block tables name blocks of the store, is the caller's promise.
     pub fn attend_runs(
         &self,
         pass: &Attend<'_>,

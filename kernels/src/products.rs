@@ -3,9 +3,9 @@
 //! Up to [`NARROW_MAX`] tokens reading the weights takes longest (`narrow.cu`): quantised weights
 //! meet activations in 8 bits with a scale per 32 elements, as on the CPU. The integer sums are the
 //! same, and only the order in which groups are added up differs; floats meet floats (`floats.cu`).
-//! A token's product has the same bits in any batch of up to [`SAME_SUMS_MAX`], and of more.
+//! A token's product has the same bits in any batch of up to [`SAME_SUMS_MAX`], and in any of more.
 //! For more tokens the arithmetic takes longest (`wide.cu`): weights of any type and activations
-//! meet as f16, with sums in f32. On either side a token's product has the same bits in any batch.
+//! meet as f16, with sums in f32, and the same bits in any batch of so many.
 //!
 //! Activations have their groups of 32 elements in orders that tensor cores take without a shuffle.
 //! In 8 bits byte `16 t + 8 g + 4 h + e` of a pair of groups is element `16 h + 4 t + e` of group

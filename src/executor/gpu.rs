@@ -3,8 +3,9 @@
 //! nothing. The host prepares what a step needs beside the plan (embedding rows, angles,
 //! positions), and samples the logits that come back.
 //!
-//! Activations are rounded to 8 bits before quantised products, as on the CPU: the two agree up to
-//! the order of sums. A token's bits do not depend on what else is in its step here either.
+//! Activations of narrow steps are rounded to 8 bits before quantised products, as on the CPU: the
+//! two agree up to the order of sums. A token's bits depend on the class of its step's width, as
+//! `docs/architecture.md` has them, and on nothing else in it.
 
 mod attend;
 mod buffers;
@@ -59,7 +60,6 @@ pub struct GpuStage {
     samplers: RowSamplers,
     has_flash: bool,
     last: LastOps,
-    // Before the memory that they use.
     graphs: Graphs,
     failure: Option<String>,
     weights: Arc<GpuWeights>,

@@ -5,7 +5,7 @@ use crate::config::{Config, ConfigError, GpuChoice};
 use crate::hardware::{Gpu, HardwareProfile};
 use crate::model::{ModelSpec, TensorRef};
 use crate::request::RequestError;
-use crate::tensor::KvDType;
+use crate::tensor::{DType, KvDType};
 use crate::units::ByteSize;
 
 /// Largest head and longest residual stream of a GPU's kernels.
@@ -18,6 +18,8 @@ const ROW_MULTIPLE: usize = 8;
 /// Rows of logits that exist at once, and bytes of unmerged attention.
 const LOGITS_ROWS: u64 = 128;
 const PARTIAL_BYTES: u64 = 64 << 20;
+/// Bytes of what a row of logits has: its largest, and the sum of exponentials, in parts.
+const MEASURE_BYTES: u64 = 256;
 /// Memory through which weights travel.
 const STAGING_BYTES: u64 = 32 << 20;
 
@@ -131,15 +133,24 @@ fn unsupported(spec: &ModelSpec, config: &Config) -> Option<String> {
     if dim > EMBEDDING_DIM_MAX {
         return Some(format!("embeddings of {dim} run on the CPU only"));
     }
-    let mut odd_row = None;
-    spec.for_each_tensor(&mut |tensor| {
-        if tensor.rows > 1 && !tensor.cols.is_multiple_of(ROW_MULTIPLE) {
-            odd_row.get_or_insert(tensor);
+    let mut refused = None;
+    spec.for_each_tensor(&mut |TensorRef { name, dtype, rows, cols, .. }| {
+        if refused.is_some() || *rows <= 1 {
+            return;
+        }
+        if has_no_kernels(*dtype) {
+            refused = Some(format!("{name} of {dtype} runs on the CPU only"));
+        } else if !cols.is_multiple_of(ROW_MULTIPLE) {
+            refused = Some(format!("{name} with rows of {cols} elements runs on the CPU only"));
         }
     });
-    odd_row.map(|TensorRef { name, cols, .. }| {
-        format!("{name} with rows of {cols} elements runs on the CPU only")
-    })
+    refused
+}
+
+/// Whether elements of a type have no kernels on a GPU: those of AWQ, GPTQ and FP8.
+fn has_no_kernels(dtype: DType) -> bool {
+    use DType::{E4M3_32, E4M3_128, INT4_32, INT4_64, INT4_128};
+    matches!(dtype, INT4_128 | INT4_64 | INT4_32 | E4M3_128 | E4M3_32)
 }
 
 /// Tokens of a step up to which products read activations in 8 bits, and above which in f16.
@@ -157,12 +168,12 @@ fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
     let angles = widest(&|layer| layer.attention.rope.dims);
     let hidden = widest(&|layer| layer.ffn.hidden_dim());
     let embedding = spec.embedding_dim as u64;
-    // residual, normed, projected; angles of up to two rotations.
-    let plain = 3 * embedding + heads + attended + 2 * hidden + 2 * angles + 4;
+    // residual, normed, projected; angles of up to two rotations; seven numbers of a token.
+    let plain = 3 * embedding + heads + attended + 2 * hidden + 2 * angles + 7;
     let rounded = 2 * embedding + attended + hidden;
-    let narrow = tokens.min(NARROW_MAX).next_multiple_of(NARROW_TILE) * rounded * 5 / 4;
+    let narrow = tokens.min(NARROW_MAX).next_multiple_of(NARROW_TILE) * (rounded + 4 * 128) * 5 / 4;
     let wide = if tokens > NARROW_MAX { tokens * 2 * (rounded + 4 * 128) } else { 0 };
-    let logits = LOGITS_ROWS * (4 * spec.vocab_size as u64 + 6 * embedding);
+    let logits = LOGITS_ROWS * (4 * spec.vocab_size as u64 + 6 * embedding + MEASURE_BYTES);
     // Rows of an embedding in host memory, as they come and as they are taken apart.
     let row_bytes = spec.embedding.bytes() / spec.embedding.rows as u64;
     let rows = if spec.is_output_tied() { 0 } else { 2 * tokens * (row_bytes + 128) };

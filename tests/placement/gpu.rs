@@ -10,7 +10,7 @@ use tandem::hardware::{Gpu, Gpus, HardwareProfile};
 use tandem::model::ModelSpec;
 use tandem::placement::{Device, Placement};
 use tandem::request::RequestError;
-use tandem::tensor::KvDType;
+use tandem::tensor::{DType, KvDType};
 use tandem::units::ByteSize;
 
 const FREE: u64 = 8 << 30;
@@ -195,6 +195,11 @@ fn what_has_no_kernels_on_a_gpu_runs_on_the_cpu() {
     let mut odd = spec();
     odd.layers[0].attention.output.weight.cols = 100;
     runs_on_the_cpu_only(&odd, |_| (), "rows of 100 elements");
+    for dtype in [DType::INT4_128, DType::E4M3_32] {
+        let mut of_a_server = spec();
+        of_a_server.layers[0].attention.output.weight.dtype = dtype;
+        runs_on_the_cpu_only(&of_a_server, |_| (), &format!("of {dtype} runs on the CPU only"));
+    }
 }
 
 fn spec_with(output: Output) -> ModelSpec {

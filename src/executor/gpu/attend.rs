@@ -73,6 +73,7 @@ impl GpuStage {
         }
         let count = host.single.len();
         let at_once = self.buffers.attended_at_once(heads, shape.positions_max).min(count);
+        assert!(at_once > 0 || count == 0, "room for the segments of one token");
         for first in (0..count).step_by(at_once.max(1)) {
             let n = at_once.min(count - first);
             let part = self.buffers.inputs.span(Part::Single).part(first * U32, n * U32);

@@ -1,5 +1,5 @@
 //! The weights of a model in a GPU's memory: matrices in the layout of its kernels, vectors in f32.
-//! The rows of the embedding are looked up by the host and stay where they are.
+//! Rows of an embedding that is not multiplied with stay where they are and travel with each step.
 
 use crate::executor::ExecutorError;
 use crate::executor::cpu_pool::CpuPool;
