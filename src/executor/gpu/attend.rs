@@ -56,7 +56,7 @@ impl GpuStage {
     ) -> Result<(), ExecutorError> {
         let (gpu, heads) = (self.weights.gpu(), counts(attention.shape));
         let (host, attended) = (&self.buffers.host, &self.buffers.attended);
-        let (tokens, store) = (self.tokens(0, shape.tokens), self.kv.layer(attention.layer));
+        let (tokens, store) = (self.tokens(shape.tokens), self.kv.layer(attention.layer));
         let pass = Attend {
             heads: self.buffers.heads.values(),
             chosen: None,

@@ -231,14 +231,14 @@ impl GpuStage {
         Ok(self.weights.gpu().multiply(&products.collect::<Vec<_>>(), &x)?)
     }
 
-    /// Where some tokens of the step stand.
-    pub(super) fn tokens<'a>(&'a self, first: usize, tokens: usize) -> TokenTables<'a> {
-        let part = |memory: Span<'a>| memory.part(first * U32, tokens * U32);
+    /// Where the tokens of the step stand.
+    pub(super) fn tokens(&self, tokens: usize) -> TokenTables<'_> {
+        let inputs = &self.buffers.inputs;
         TokenTables {
             tokens,
-            positions: part(self.buffers.inputs.span(Part::Positions)),
-            tables: part(self.buffers.inputs.span(Part::Tables)),
-            blocks: self.buffers.inputs.span(Part::Blocks),
+            positions: inputs.span(Part::Positions),
+            tables: inputs.span(Part::Tables),
+            blocks: inputs.span(Part::Blocks),
         }
     }
 
@@ -257,7 +257,7 @@ impl GpuStage {
             query_norm: norm(rotation.query_norm),
             key_norm: norm(rotation.key_norm),
         };
-        let tokens = self.tokens(0, tokens);
+        let tokens = self.tokens(tokens);
         let store = self.kv.layer(rotation.layer);
         let heads = counts(rotation.shape);
         Ok(self.weights.gpu().rotate_heads(&pass, heads, (&tokens, &store))?)
