@@ -10,7 +10,7 @@ mod stage;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
 
-use reference::{Reference, log_softmax};
+use reference::Reference;
 use stage::{Model, options, plan_tokens, run, score_next};
 use std::sync::Arc;
 use tandem::executor::{
@@ -133,17 +133,8 @@ fn near_reference(model: &Model, name: &str) {
     }
     let part = StagePart::whole(model.spec.layers.len());
     let program = Program::lower(&model.spec, &part).unwrap();
-    let exact = Reference::new(&model.checkpoint, &program).logits(&tokens);
-    let mut off = Vec::new();
-    for row in &rows {
-        let exact = log_softmax(&exact[row.position - 1]);
-        for token in std::iter::once(&row.token).chain(&row.top) {
-            off.push((f64::from(token.logprob) - exact[token.id.index()]).abs());
-        }
-    }
     assert_eq!(rows.len(), tokens.len() - 1);
-    let (mean, most) =
-        (off.iter().sum::<f64>() / off.len() as f64, off.into_iter().fold(0.0, f64::max));
+    let (mean, most) = Reference::new(&model.checkpoint, &program).distance(&tokens, &rows);
     println!("{name}: {mean:.6} nats from exact, at most {most:.6}");
     let (mean_max, most_max) = FROM_REFERENCE;
     assert!(mean < mean_max && most < most_max, "{name}: {mean} nats from exact, at most {most}");

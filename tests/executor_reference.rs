@@ -9,7 +9,7 @@ mod stage;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
 
-use reference::{Reference, log_softmax};
+use reference::Reference;
 use stage::{Model, options, plan_tokens, run, score_next};
 use std::collections::HashSet;
 use tandem::executor::program::Op;
@@ -32,16 +32,7 @@ fn distance(model: &Model) -> (f64, f64) {
 
     let part = StagePart::whole(model.spec.layers.len());
     let program = Program::lower(&model.spec, &part).unwrap();
-    let exact = Reference::new(&model.checkpoint, &program).logits(&tokens);
-    let (mut sum, mut count, mut largest) = (0.0, 0.0, 0.0_f64);
-    for (row, exact) in rows.iter().zip(&exact) {
-        let exact = log_softmax(exact);
-        for token in std::iter::once(&row.token).chain(&row.top) {
-            let difference = (f64::from(token.logprob) - exact[token.id.index()]).abs();
-            (sum, count, largest) = (sum + difference, count + 1.0, largest.max(difference));
-        }
-    }
-    (sum / count, largest)
+    Reference::new(&model.checkpoint, &program).distance(&tokens, &rows)
 }
 
 /// A tiny model; Gemma's global layers turn more slowly than its local ones, as in real files.
@@ -55,11 +46,8 @@ fn tiny(model: &TinyModel) -> Model {
 
 /// A quantised model with experts uses all of them: activations rounded to 8 bits may swap two
 /// that are nearly as good, which is no error but a large difference.
-fn decided(mut model: TinyModel) -> TinyModel {
-    if model.dtype.is_quantized() {
-        model.n_experts_used = model.n_experts;
-    }
-    model
+fn decided(model: TinyModel) -> TinyModel {
+    if model.dtype.is_quantized() { model.with_all_experts() } else { model }
 }
 
 #[test]

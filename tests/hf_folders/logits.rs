@@ -2,7 +2,7 @@
 //! reference in f32.
 
 use super::hf_folder::{Folder, Format};
-use super::reference::{Reference, log_softmax};
+use super::reference::Reference;
 use super::stage::{Model, options, plan_tokens, run, score_next};
 use super::tiny_model::{Family, TinyModel, split_mix};
 use tandem::executor::{Program, StagePart};
@@ -27,16 +27,7 @@ fn rows(model: &Model) -> Vec<RowOutput> {
 /// Mean and largest distance of what is likely from the reference.
 fn distance(model: &Model, rows: &[RowOutput]) -> (f64, f64) {
     let program = Program::lower(&model.spec, &StagePart::whole(model.spec.layers.len())).unwrap();
-    let exact = Reference::new(&model.checkpoint, &program).logits(&tokens(model));
-    let (mut sum, mut count, mut largest) = (0.0, 0.0, 0.0_f64);
-    for (row, exact) in rows.iter().zip(&exact) {
-        let exact = log_softmax(exact);
-        for token in std::iter::once(&row.token).chain(&row.top) {
-            let difference = (f64::from(token.logprob) - exact[token.id.index()]).abs();
-            (sum, count, largest) = (sum + difference, count + 1.0, largest.max(difference));
-        }
-    }
-    (sum / count, largest)
+    Reference::new(&model.checkpoint, &program).distance(&tokens(model), rows)
 }
 
 /// Opens both forms of a model and compares them.
@@ -68,14 +59,6 @@ fn compare(model: &TinyModel, format: Format) {
     }
 }
 
-/// Experts are all in use: rounding may swap two that are nearly as good, which is no error.
-fn decided(mut model: TinyModel) -> TinyModel {
-    if model.family.has_experts() {
-        model.n_experts_used = model.n_experts;
-    }
-    model
-}
-
 #[test]
 fn floats_of_every_family_answer_as_in_a_gguf_file() {
     for family in Family::ALL {
@@ -90,7 +73,7 @@ fn awq_and_gptq_of_every_family_answer_as_the_same_blocks() {
     for family in Family::ALL {
         for format in [Format::Awq, Format::Gptq, Format::GptqV2] {
             for dtype in [DType::INT4_128, DType::INT4_64, DType::INT4_32] {
-                let mut model = decided(TinyModel::new(family).dtype(dtype));
+                let mut model = TinyModel::new(family).dtype(dtype).with_all_experts();
                 model.embedding_dtype = DType::F16;
                 compare(&model, format);
             }

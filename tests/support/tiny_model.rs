@@ -120,6 +120,13 @@ impl TinyModel {
         self
     }
 
+    /// All experts for every token: rounding may swap two that are nearly as good, which is no
+    /// error but a large difference.
+    pub fn with_all_experts(mut self) -> Self {
+        self.n_experts_used = self.n_experts;
+        self
+    }
+
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
