@@ -164,10 +164,10 @@ impl NarrowKernel {
             17..=SAME_SUMS_MAX => 4,
             _ => 8,
         };
-        let all = [8, 4, 2, 1].into_iter().filter(|tiles| *tiles <= wanted);
-        let all = all.map(|tiles| NarrowKernel::with_tiles(dtype, tiles));
+        let narrower = [8, 4, 2, 1].into_iter().filter(|tiles| *tiles <= wanted);
         let fits = |kernel: &NarrowKernel| kernel.shared <= shared_bytes;
-        all.into_iter().find(fits).unwrap_or_else(|| NarrowKernel::with_tiles(dtype, 0))
+        let widest = narrower.map(|tiles| NarrowKernel::with_tiles(dtype, tiles)).find(fits);
+        widest.unwrap_or_else(|| NarrowKernel::with_tiles(dtype, 0))
     }
 
     /// Rows, ranges and depth as in narrow.cu.

@@ -84,9 +84,7 @@ impl MadeMatrix<'_> {
     /// before the last row.
     fn unmap(&self) -> Result<(), FormatError> {
         for (file, bytes) in self.checkpoint.pieces(self.name)? {
-            self.checkpoint.files().nth(file).into_iter().for_each(|file| {
-                file.unmap_pages(bytes.clone());
-            });
+            self.checkpoint.file(file).unmap_pages(bytes);
         }
         Ok(())
     }

@@ -41,9 +41,7 @@ impl WeightSource {
         let Self::Checkpoint(checkpoint) = self else { return Ok(()) };
         for tensor in tensors {
             for (file, bytes) in checkpoint.pieces(&tensor.name)? {
-                checkpoint.files().nth(file).into_iter().for_each(|file| {
-                    file.will_read(bytes.clone());
-                });
+                checkpoint.file(file).will_read(bytes);
             }
         }
         Ok(())

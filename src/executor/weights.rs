@@ -212,7 +212,7 @@ impl Weights {
                     let mut report = |done| progress(target.start + done);
                     match checkpoint.place(name)? {
                         Some((file, bytes)) => {
-                            let file = checkpoint.files().nth(file).expect("one of its files");
+                            let file = checkpoint.file(file);
                             let matrix = FileMatrix { dtype, rows, cols, file, bytes };
                             repack(pool, &matrix, own, &mut report)?;
                         }
@@ -318,7 +318,7 @@ fn file_bytes<'a>(source: &'a WeightSource, file: usize, bytes: &Range<usize>) -
     let WeightSource::Checkpoint(checkpoint) = source else {
         unreachable!("random weights all lie in the arena")
     };
-    let file = checkpoint.files().nth(file).expect("the checkpoint keeps its files");
+    let file = checkpoint.file(file);
     &file.bytes()[bytes.clone()]
 }
 

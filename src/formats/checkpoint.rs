@@ -133,6 +133,14 @@ impl Checkpoint {
         self.files.iter().map(Arc::as_ref)
     }
 
+    /// The mapped file of an index that [`Checkpoint::place`] or [`Checkpoint::pieces`] gave.
+    ///
+    /// # Panics
+    /// When there is no such file.
+    pub fn file(&self, index: usize) -> &MappedFile {
+        &self.files[index]
+    }
+
     /// All tensors in file order, usable or not.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = TensorInfo<'_>> {
         self.tensors.iter().map(|tensor| self.info(tensor))

@@ -5,8 +5,9 @@ use crate::config::{Config, ConfigError, GpuChoice};
 use crate::hardware::{Gpu, HardwareProfile};
 use crate::model::{ModelSpec, TensorRef};
 use crate::request::RequestError;
-use crate::tensor::{DType, KvDType};
+use crate::tensor::KvDType;
 use crate::units::ByteSize;
+use tandem_kernels::DeviceMatrix;
 
 /// Largest head and longest residual stream of a GPU's kernels.
 const HEAD_DIM_MAX: usize = 256;
@@ -138,19 +139,13 @@ fn unsupported(spec: &ModelSpec, config: &Config) -> Option<String> {
         if refused.is_some() || *rows <= 1 {
             return;
         }
-        if has_no_kernels(*dtype) {
+        if !DeviceMatrix::supports(*dtype) {
             refused = Some(format!("{name} of {dtype} runs on the CPU only"));
         } else if !cols.is_multiple_of(ROW_MULTIPLE) {
             refused = Some(format!("{name} with rows of {cols} elements runs on the CPU only"));
         }
     });
     refused
-}
-
-/// Whether elements of a type have no kernels on a GPU: those of AWQ, GPTQ and FP8.
-fn has_no_kernels(dtype: DType) -> bool {
-    use DType::{E4M3_32, E4M3_128, INT4_32, INT4_64, INT4_128};
-    matches!(dtype, INT4_128 | INT4_64 | INT4_32 | E4M3_128 | E4M3_32)
 }
 
 /// Tokens of a step up to which products read activations in 8 bits, and above which in f16.

@@ -242,7 +242,7 @@ impl GpuWeights {
 }
 
 fn file_bytes<'a>(checkpoint: &'a Checkpoint, file: usize, bytes: &Range<usize>) -> &'a [u8] {
-    let file = checkpoint.files().nth(file).expect("the checkpoint keeps its files");
+    let file = checkpoint.file(file);
     &file.bytes()[bytes.clone()]
 }
 
