@@ -1,10 +1,16 @@
 // Float weights in memory.
 #pragma once
-#include <stdint.h>
+#include "tensor_cores.cuh"
 
-// 8, or 4, elements in a row as f32.
+// Elements in a row: 8 or 4 of memory as f32, or the words of 4 times a unit as f16.
 struct F32 {
     static constexpr int BYTES = 4;
+    static __device__ __forceinline__ uint2 halves(const uint32_t words[4], float unit) {
+        float w[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) w[i] = unit * __uint_as_float(words[i]);
+        return make_uint2(bits_of(__floats2half2_rn(w[0], w[1])), bits_of(__floats2half2_rn(w[2], w[3])));
+    }
     static __device__ __forceinline__ void load4(const uint8_t* at, float w[4]) {
         const float4 v = __ldg(reinterpret_cast<const float4*>(at));
         w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
@@ -18,6 +24,9 @@ struct F32 {
 // Floats of two bytes, two to a word.
 template <class Pair> struct ShortFloat {
     static constexpr int BYTES = 2;
+    static __device__ __forceinline__ uint2 halves(const uint32_t words[2], float unit) {
+        return make_uint2(bits_of(Pair::times(words[0], unit)), bits_of(Pair::times(words[1], unit)));
+    }
     static __device__ __forceinline__ void load4(const uint8_t* at, float w[4]) {
         const uint2 q = __ldg(reinterpret_cast<const uint2*>(at));
         Pair::split(q.x, w);
@@ -33,6 +42,9 @@ template <class Pair> struct ShortFloat {
 };
 
 struct HalfPair {
+    static __device__ __forceinline__ __half2 times(uint32_t word, float unit) {
+        return __hmul2(*reinterpret_cast<const __half2*>(&word), __float2half2_rn(unit));
+    }
     static __device__ __forceinline__ void split(uint32_t word, float w[2]) {
         const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
         w[0] = pair.x, w[1] = pair.y;
@@ -40,6 +52,9 @@ struct HalfPair {
 };
 
 struct BfloatPair {
+    static __device__ __forceinline__ __half2 times(uint32_t word, float unit) {
+        return __floats2half2_rn(unit * __uint_as_float(word << 16), unit * __uint_as_float(word & 0xffff0000u));
+    }
     static __device__ __forceinline__ void split(uint32_t word, float w[2]) {
         w[0] = __uint_as_float(word << 16);
         w[1] = __uint_as_float(word & 0xffff0000u);

@@ -3,13 +3,13 @@
 //! Up to [`NARROW_MAX`] tokens reading the weights takes longest (`narrow.cu`): quantised weights
 //! meet activations in 8 bits with a scale per 32 elements, as on the CPU. The integer sums are the
 //! same, and only the order in which groups are added up differs; floats meet floats (`floats.cu`).
-//! A token's product has the same bits in any batch of up to [`SAME_SUMS_MAX`], and in any of more.
-//! For more tokens the arithmetic takes longest (`wide.cu`): weights of any type and activations
+//! A token's product has the same bits in any batch of up to [`SAME_SUMS_MAX`], and in any of
+//! more. For more tokens the arithmetic takes longest (`wide.cu`): weights of any type and activations
 //! meet as f16, with sums in f32, and the same bits in any batch of so many.
 //!
-//! Activations have their groups of 32 elements in orders that tensor cores take without a shuffle.
-//! In 8 bits byte `16 t + 8 g + 4 h + e` of a pair of groups is element `16 h + 4 t + e` of group
-//! g; as f16 number `8 t + 4 h + e` of a group is element `16 h + 4 t + e`.
+//! Activations have their elements in orders that tensor cores take without a shuffle. In 8 bits
+//! byte `16 t + 8 g + 4 h + e` of a pair of groups of 32 is element `16 h + 4 t + e` of group g; the
+//! order as f16 is told in `halves.cuh`.
 
 use crate::gpu::{Gpu, GpuError, Span};
 use crate::pack::{DeviceMatrix, Planes, lane_bytes};
@@ -25,12 +25,20 @@ pub const SAME_SUMS_MAX: usize = 32;
 const NARROW_WARPS: usize = 8;
 /// Groups that rows and columns are filled up to multiples of.
 pub(crate) const CHUNK: usize = 4;
-const WIDE_THREADS: usize = 256;
-const WIDE_ROWS: usize = 128;
-/// Bytes of a row of a tile of the wide kernel.
-const WIDE_ROW_BYTES: usize = 128;
-/// What a tile's start may be moved by.
-const WIDE_ALIGNMENT: usize = 1024;
+/// Shared memory of the wide kernel for each column of a tile of activations.
+const WIDE_COLUMN_BYTES: usize = 128;
+/// What its first tile's start may be moved by, and its barriers.
+const WIDE_EXTRA_BYTES: usize = 1024 + 128;
+/// Blocks of the wide kernel where it has wgmma, and elsewhere (`wide.cu`).
+const WGMMA_TILES: [WideTile; 3] = [
+    WideTile { rows: 128, columns: 256, threads: 384, copies: 6, cost: 48 },
+    WideTile { rows: 192, columns: 128, threads: 512, copies: 6, cost: 40 },
+    WideTile { rows: 128, columns: 128, threads: 384, copies: 6, cost: 30 },
+];
+const MMA_TILES: [WideTile; 2] = [
+    WideTile { rows: 128, columns: 128, threads: 256, copies: 2, cost: 18 },
+    WideTile { rows: 128, columns: 64, threads: 256, copies: 2, cost: 10 },
+];
 const FLOAT_WARPS: usize = 4;
 /// Matrices that one launch can multiply.
 const PARTS: usize = 3;
@@ -48,8 +56,9 @@ pub struct Columns<'a> {
     pub values: Option<Span<'a>>,
     /// The 8-bit form, for quantised weights.
     pub eight_bits: Option<EightBits<'a>>,
-    /// `[columns, cols]` f16, rows filled up to multiples of 128: a sixteenth of the values. Where
-    /// it is given, weights of all types are multiplied with it, by the wide kernel.
+    /// `[columns, cols]` f16, in the order of `halves.cuh` and filled up to multiples of 128
+    /// elements: a sixteenth of the values. Where it is given, weights of all types are multiplied
+    /// with it, by the wide kernel.
     pub halves: Option<Span<'a>>,
 }
 
@@ -137,7 +146,7 @@ struct FloatArgs {
 
 // SAFETY: plain numbers in the order of `ProductArgs` in products.cuh.
 unsafe impl DeviceRepr for ProductArgs {}
-// SAFETY: plain numbers in the order of `WideArgs` in wide.cu.
+// SAFETY: plain numbers in the order of `WideArgs` in wide.cuh.
 unsafe impl DeviceRepr for WideArgs {}
 // SAFETY: plain numbers in the order of `FloatArgs` in floats.cu.
 unsafe impl DeviceRepr for FloatArgs {}
@@ -272,7 +281,8 @@ impl Gpu {
         x: &Columns<'_>,
         halves: Span<'_>,
     ) -> Result<(), GpuError> {
-        let (parts, blocks) = parts(run, x, WIDE_ROWS);
+        let tile = self.wide_tile(run, x.columns);
+        let (parts, blocks) = parts(run, x, tile.rows);
         let groups = x.cols.div_ceil(GROUP);
         let arguments = WideArgs {
             parts,
@@ -283,38 +293,23 @@ impl Gpu {
             columns: x.columns as u32,
             cols: x.cols as u32,
         };
-        let (width, shared) = self.wide_tile(blocks, x.columns);
-        let kernel = format!("wide_{}_{width}", lower_name(run[0].matrix.dtype()));
-        let grid = [x.columns.div_ceil(width), blocks, 1];
+        let name = lower_name(run[0].matrix.dtype());
+        let kernel = format!("wide_{name}_{}_{}", tile.rows, tile.columns);
+        let grid = [x.columns.div_ceil(tile.columns), blocks, 1];
         // SAFETY: all spans were checked against the shapes.
-        unsafe { self.launch(&kernel, (grid, WIDE_THREADS, shared), &arguments) }
+        unsafe { self.launch(&kernel, (grid, tile.threads, tile.shared_bytes()), &arguments) }
     }
 
-    /// Columns of a tile, and the shared memory of a block: the widest that leaves no
-    /// multiprocessor without work and fits.
-    fn wide_tile(&self, row_blocks: usize, columns: usize) -> (usize, usize) {
-        // Tiles of weights and of activations, as `wide_loop` has them.
-        let tiles = |width: usize| match (self.has_wgmma(), width) {
-            (true, 128) => (3, 4),
-            (true, _) => (3, 5),
-            (false, _) => (2, 2),
+    /// The tile whose blocks, as many at a time as there are multiprocessors, are done first.
+    fn wide_tile(&self, run: &[Product<'_>], columns: usize) -> WideTile {
+        let tiles = if self.has_wgmma() { &WGMMA_TILES[..] } else { &MMA_TILES[..] };
+        let cost = |tile: &WideTile| {
+            let row_blocks = run.iter().map(|product| product.matrix.rows().div_ceil(tile.rows));
+            let blocks = row_blocks.sum::<usize>() * columns.div_ceil(tile.columns);
+            blocks.div_ceil(self.multiprocessors()) * tile.cost
         };
-        let shared = |width: usize| {
-            let (weights, columns) = tiles(width);
-            (weights * WIDE_ROWS + columns * width) * WIDE_ROW_BYTES + WIDE_ALIGNMENT
-        };
-        let fills = |width: usize, blocks: usize| {
-            row_blocks * columns.div_ceil(width) * 10 >= blocks * self.multiprocessors() * 9
-                && shared(width) <= self.shared_bytes()
-        };
-        let width = if self.has_wgmma() && fills(256, 1) {
-            256
-        } else if fills(128, 1) {
-            128
-        } else {
-            64
-        };
-        (width, shared(width))
+        let fitting = tiles.iter().filter(|tile| tile.shared_bytes() <= self.shared_bytes());
+        *fitting.min_by_key(|tile| cost(tile)).expect("a tile that fits")
     }
 
     fn multiply_floats(&self, product: &Product<'_>, x: &Columns<'_>) -> Result<(), GpuError> {
@@ -335,6 +330,24 @@ impl Gpu {
         let grid = [rows.div_ceil(FLOAT_WARPS), x.columns, 1];
         // SAFETY: all spans were checked against the shapes.
         unsafe { self.launch(&kernel, (grid, 32 * FLOAT_WARPS, 0), &arguments) }
+    }
+}
+
+/// A block of the wide kernel.
+#[derive(Clone, Copy)]
+struct WideTile {
+    rows: usize,
+    columns: usize,
+    threads: usize,
+    /// Tiles of activations in shared memory.
+    copies: usize,
+    /// How long it takes next to others, in µs for 4096 weights per row on an H200.
+    cost: usize,
+}
+
+impl WideTile {
+    fn shared_bytes(&self) -> usize {
+        self.copies * self.columns * WIDE_COLUMN_BYTES + WIDE_EXTRA_BYTES
     }
 }
 

@@ -1,5 +1,6 @@
 // Row-wise passes over the activations of a step, fused with their rounding to 8 bits: norms with
 // what is added to the residual stream before, gated activations, and rounding alone.
+#include "halves.cuh"
 #include "launch.cuh"
 #include "quants.cuh"
 
@@ -91,15 +92,6 @@ __device__ __forceinline__ void round_row_group(float4 v, const EightBits& to, u
     }
 }
 
-// A sixteenth of four elements as f16, in the order of a group that wide products read: 4 of its first
-// half, then 4 of its second.
-__device__ __forceinline__ void store_halves(float4 v, __half* halves, uint32_t row, uint32_t cols, uint32_t i) {
-    constexpr float UNIT = 1.0f / 16;
-    __half2 pairs[2] = {__floats2half2_rn(v.x * UNIT, v.y * UNIT), __floats2half2_rn(v.z * UNIT, v.w * UNIT)};
-    const uint32_t own = i / 4 % 8, place = i / GROUP * GROUP + own % 4 * 8 + own / 4 * 4;
-    *reinterpret_cast<uint2*>(halves + static_cast<size_t>(row) * padded_groups(cols) * GROUP + place) = *reinterpret_cast<uint2*>(pairs);
-}
-
 struct NormArgs {
     float* residual;         // [rows][cols]
     const float* added;      // [rows][cols], or null
@@ -108,7 +100,7 @@ struct NormArgs {
     const uint32_t* gather;  // [n]: rows of residual and added; or null for all. Residual stays then.
     float* values;           // [n][cols], or null
     EightBits eight_bits;
-    __half* halves; // [rows][padded cols], or null
+    __half* halves; // as in halves.cuh, or null
     float added_eps, eps;
     uint32_t cols;
 };
@@ -163,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) norm_rows(const __gri
         const float4 weight = quad_at(args.weight, i, cols);
         v = make_float4(v.x * scale * weight.x, v.y * scale * weight.y, v.z * scale * weight.z, v.w * scale * weight.w);
         if (args.values && i < cols) *reinterpret_cast<float4*>(args.values + static_cast<size_t>(own) * cols + i) = v;
-        if (args.halves) store_halves(v, args.halves, own, cols, i);
+        if (args.halves) store_halves(v, args.halves, gridDim.x, own, i);
         if (args.eight_bits.quants) round_row_group(v, args.eight_bits, own, cols, i);
     }
 }
@@ -173,7 +165,7 @@ struct RoundArgs {
     const float* up;     // [rows][cols], or null
     float* out;          // [rows][cols], or null
     EightBits eight_bits;
-    __half* halves; // [rows][padded cols], or null
+    __half* halves; // as in halves.cuh, or null
     uint32_t rows, cols;
     uint32_t activation; // of `values`, where `up` is given: 0 silu, 1 gelu's tanh form
 };
@@ -197,6 +189,6 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) round_rows(const __gri
                         activated(v.z, args.activation) * up.z, activated(v.w, args.activation) * up.w);
     }
     if (args.out && i < cols) *reinterpret_cast<float4*>(args.out + start + i) = v;
-    if (args.halves) store_halves(v, args.halves, row, cols, i);
+    if (args.halves) store_halves(v, args.halves, args.rows, row, i);
     if (args.eight_bits.quants) round_row_group(v, args.eight_bits, row, cols, i);
 }

@@ -132,6 +132,31 @@ fn a_column_has_the_same_bits_in_any_batch_up_to_a_width_and_in_any_above() {
 }
 
 #[test]
+fn a_column_has_the_same_bits_whichever_tile_is_chosen() {
+    let Some(gpu) = gpu() else { return };
+    let staging = Staging::new(&gpu).expect("staging memory");
+    let (mut random, cols) = (Random(5), 256);
+    for (dtype, rows, most, part) in [
+        (DType::Q4_0, 4096, 1024, 512),
+        (DType::Q4_0, 6144, 450, 150),
+        (DType::Q6_K, 4096, 1024, 256),
+        (DType::Q6_K, 6144, 450, 150),
+        (DType::F16, 4096, 1024, 512),
+    ] {
+        let file = file_bytes(dtype, rows, cols, &mut random);
+        let matrix = DeviceMatrix::upload(&gpu, &staging, dtype, (rows, cols), &file);
+        let matrix = matrix.expect("an upload");
+        let x = random.floats(most * cols);
+        let together = got(&gpu, &[&matrix], &x, false).remove(0);
+        for (x, same) in x.chunks(part * cols).zip(together.chunks(part * rows)) {
+            let alone = got(&gpu, &[&matrix], x, false).remove(0);
+            let same = alone.iter().zip(same).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{dtype} [{rows}, {cols}] × {part} of {most}");
+        }
+    }
+}
+
+#[test]
 fn several_matrices_of_mixed_types_are_multiplied_at_once() {
     let Some(gpu) = gpu() else { return };
     let staging = Staging::new(&gpu).expect("staging memory");

@@ -1,0 +1,157 @@
+// What products with many columns share on all GPUs: their arguments, and weights on their way to f16 in
+// registers, as tensor cores take them.
+#pragma once
+#include "floats.cuh"
+#include "halves.cuh"
+#include "products.cuh"
+#include "tensor_cores.cuh"
+
+// Weights are taken times 64 and activations come divided by 16, so that neither leaves the range in
+// which f16 is precise.
+constexpr float WEIGHT_UNIT = 64.0f;
+constexpr float SUM_UNIT = 16.0f / WEIGHT_UNIT;
+constexpr int STEP_GROUPS = STEP_ELEMENTS / GROUP;
+constexpr int ROW_BYTES = STEP_ELEMENTS * 2;
+
+struct WideArgs {
+    Part parts[PARTS];
+    const __half* x; // see halves.cuh
+    uint32_t n_parts;
+    uint32_t groups;
+    uint32_t padded;
+    uint32_t columns;
+    uint32_t cols; // elements of a row of floats
+};
+
+// What a block works on.
+struct Walk {
+    const WideArgs& args;
+    const Part& part;
+    uint32_t first_row, first_column;
+};
+
+// The words of the scales of a row's chunk, in as few registers as they fit in: four groups side by side;
+// or what all groups of a block share; or, of types with two scales per group, word 0 of each group (16
+// bits), word 1 of even and of odd ones, and word 2, which is the block's.
+template <class T> struct WideScales {
+    static constexpr bool OWN = T::SCALE_GROUPS == 1;
+    uint32_t words[OWN ? T::SCALE_BYTES : T::HALVES ? 5 : 4];
+
+    __device__ __forceinline__ void load(const Planes& p, size_t row, uint32_t padded, uint32_t chunk) {
+        if constexpr (OWN) {
+            load_words<CHUNK * T::SCALE_BYTES>(p.scales + (row * (padded / CHUNK) + chunk) * CHUNK * T::SCALE_BYTES, words);
+        } else {
+            const uint8_t* const block = p.scales + (row * (padded / CHUNK / 2) + chunk / 2) * T::SCALE_BYTES;
+            if constexpr (!T::HALVES) T::load_scales(block, 0, words);
+            if constexpr (T::HALVES) {
+                uint32_t s[CHUNK][4];
+#pragma unroll
+                for (int j = 0; j < CHUNK; j++) T::load_scales(block, chunk % 2 * CHUNK + j, s[j]);
+                words[0] = s[0][0] | s[1][0] << 16, words[1] = s[2][0] | s[3][0] << 16;
+                words[2] = s[0][1], words[3] = s[1][1], words[4] = s[0][2];
+            }
+        }
+    }
+
+    __device__ __forceinline__ Scales of(uint32_t chunk, int j) const {
+        Scales scales;
+        const int group = (CHUNK * chunk + j) % T::SCALE_GROUPS;
+        if constexpr (T::HALVES) {
+            const uint32_t own[3] = {words[j / 2] >> 16 * (j % 2), words[2 + j % 2], words[4]};
+            T::scales(own, group, scales);
+        } else if constexpr (T::SCALE_BYTES == 2) {
+            const uint32_t own = words[j / 2] >> 16 * (j % 2);
+            T::scales(&own, group, scales);
+        } else {
+            T::scales(OWN ? words + j : words, group, scales);
+        }
+        return scales;
+    }
+};
+
+// scale · w + min of four signed bytes, as f16.
+__device__ __forceinline__ uint2 decoded(uint32_t w, __half2 scale, __half2 min) {
+    const uint32_t u = w ^ SIGNS, a = __byte_perm(u, 0x64646464u, 0x4140), b = __byte_perm(u, 0x64646464u, 0x4342);
+    const __half2 offset = __float2half2_rn(-1152.0f);
+    const __half2 low = __hadd2(*reinterpret_cast<const __half2*>(&a), offset);
+    const __half2 high = __hadd2(*reinterpret_cast<const __half2*>(&b), offset);
+    return make_uint2(bits_of(__hfma2(low, scale, min)), bits_of(__hfma2(high, scale, min)));
+}
+
+// Lane t's part of a row, UNIT_GROUPS groups of it: on its way, and then as f16, of a lower or upper half of
+// a group elements (4t, 4t + 1) and (4t + 2, 4t + 3).
+template <class T> struct WideLoads {
+    static constexpr int UNIT_GROUPS = CHUNK;
+    Raw raw;
+    WideScales<T> scales;
+
+    __device__ __forceinline__ void load(const WideArgs& args, const Planes& p, uint32_t row, uint32_t chunk, uint32_t t) {
+        load_raw<T>(p, static_cast<size_t>(row) * (args.padded / CHUNK) + chunk, t, raw);
+        scales.load(p, row, args.padded, chunk);
+    }
+
+    __device__ __forceinline__ uint2 decode(uint32_t chunk, int j, int half) const {
+        const Scales s = scales.of(chunk, j);
+        const float scale = s.scale[T::HALVES ? half : 0], min = T::MIN == Min::None ? 0.0f : s.min[T::MIN == Min::Pair ? half : 0];
+        return decoded(T::decode(raw, j, half), __float2half2_rn(WEIGHT_UNIT * scale), __float2half2_rn(WEIGHT_UNIT * min));
+    }
+};
+
+// The same of float weights, row after row.
+template <class T> struct WideFloats {
+    static constexpr int UNIT_GROUPS = 4 / T::BYTES;
+    uint32_t words[UNIT_GROUPS][2][T::BYTES];
+
+    __device__ __forceinline__ void load(const WideArgs& args, const Planes& p, uint32_t row, uint32_t unit, uint32_t t) {
+        const uint32_t first = unit * UNIT_GROUPS * GROUP + 4 * t;
+        const uint8_t* const from = p.quants + (static_cast<size_t>(row) * args.cols + first) * T::BYTES;
+#pragma unroll
+        for (int i = 0; i < 2 * UNIT_GROUPS; i++) {
+            uint32_t* const to = words[i / 2][i % 2];
+#pragma unroll
+            for (int k = 0; k < T::BYTES; k++) to[k] = 0;
+            if (first + 16 * i < args.cols) load_words<4 * T::BYTES>(from + 16 * i * T::BYTES, to);
+        }
+    }
+
+    __device__ __forceinline__ uint2 decode(uint32_t, int j, int half) const { return T::halves(words[j][half], WEIGHT_UNIT); }
+};
+
+// Rows g and g + 8 of 16, of which lane 4g + t multiplies a part with all columns of a tile.
+template <class Loads> struct RowPair {
+    Loads rows[2];
+
+    __device__ __forceinline__ void load(const Walk& walk, uint32_t row, uint32_t unit) {
+        const uint32_t last = walk.part.rows - 1, t = threadIdx.x % 4;
+        unit = min(unit, walk.args.padded / Loads::UNIT_GROUPS - 1);
+#pragma unroll
+        for (int i = 0; i < 2; i++) rows[i].load(walk.args, walk.part.planes, min(walk.first_row + row + 8 * i, last), unit, t);
+    }
+
+    // A half of group j of the unit, as tensor cores take it.
+    __device__ __forceinline__ void decode(uint32_t unit, int j, int half, uint32_t a[4]) const {
+        const uint2 upper = rows[0].decode(unit, j, half), lower = rows[1].decode(unit, j, half);
+        a[0] = upper.x, a[1] = lower.x, a[2] = upper.y, a[3] = lower.y;
+    }
+};
+
+// Sums as tensor cores leave them: of each 8 columns 2t and 2t + 1, of rows `row` and `row` + 8.
+template <int TILES> __device__ __forceinline__ void store_sums(const Walk& walk, uint32_t row, const float (&sums)[TILES][4]) {
+    const Part& part = walk.part;
+    const uint32_t column = walk.first_column + threadIdx.x % 4 * 2, columns = walk.args.columns;
+    row += walk.first_row;
+    float bias[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) bias[i] = part.bias && row + 8 * i < part.rows ? part.bias[row + 8 * i] : 0.0f;
+    float* out = part.out + static_cast<size_t>(column) * part.stride + row;
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if (row + 8 * i < part.rows && column + 8 * j + k < columns) out[k * part.stride + 8 * i] = sums[j][2 * i + k] * SUM_UNIT + bias[i];
+            }
+        out += 8 * static_cast<size_t>(part.stride);
+    }
+}
