@@ -219,7 +219,7 @@ impl Config {
         let counts: [(&str, usize, usize, usize); 13] = [
             ("cpu.threads", self.cpu.threads, 0, 1024),
             ("kv.block_tokens", self.kv.block_tokens, 16, 256),
-            ("scheduler.step_tokens_max", self.scheduler.step_tokens_max, 8, 65_536),
+            ("scheduler.step_tokens_max", self.scheduler.step_tokens_max, 8, 65_535),
             ("scheduler.sequences_max", self.scheduler.sequences_max, 1, 4096),
             ("scheduler.queue_max", self.scheduler.queue_max, 1, 1_000_000),
             ("scheduler.prefill_tokens_min", self.scheduler.prefill_tokens_min, 1, 4096),

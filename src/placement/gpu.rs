@@ -88,7 +88,7 @@ pub(super) fn room(
         name: format!("GPU {} ({})", gpu.ordinal, gpu.name),
         free: free.0,
         available: if is_limited { limit.0 } else { free.0 },
-        weight_bytes: spec.weight_bytes() - looked_up_bytes(spec),
+        weight_bytes: weight_bytes(spec),
         activation_bytes: activation_bytes(spec, config.scheduler.step_tokens_max as u64),
         swap_room: Some(hardware.memory_available_bytes / 2),
         suggest: format!(
@@ -98,10 +98,19 @@ pub(super) fn room(
     }
 }
 
-/// Bytes of weights that a GPU does not hold: the host looks up the rows of an embedding that is
-/// not the output as well.
-fn looked_up_bytes(spec: &ModelSpec) -> u64 {
-    if spec.is_output_tied() { 0 } else { spec.embedding.bytes() }
+/// Bytes of weights that a GPU holds: matrices as its kernels have them, vectors in f32. The host
+/// looks up the rows of an embedding that is not the output as well.
+fn weight_bytes(spec: &ModelSpec) -> u64 {
+    let mut bytes = 0;
+    spec.for_each_tensor(&mut |TensorRef { dtype, rows, cols, .. }| {
+        bytes += match rows {
+            0 | 1 => rows * cols * size_of::<f32>(),
+            _ => DeviceMatrix::bytes_of(*dtype, *rows, *cols),
+        };
+    });
+    let TensorRef { dtype, rows, cols, .. } = &spec.embedding;
+    let looked_up = DeviceMatrix::bytes_of(*dtype, *rows, *cols);
+    (bytes - if spec.is_output_tied() { 0 } else { looked_up }) as u64
 }
 
 /// Whether no kernels were compiled for a GPU.
@@ -148,8 +157,10 @@ fn unsupported(spec: &ModelSpec, config: &Config) -> Option<String> {
     refused
 }
 
-/// Tokens of a step up to which products read activations in 8 bits, and above which in f16.
+/// Tokens of a step up to which products read activations in 8 bits, at most, and above which, at
+/// least, in f16.
 const NARROW_MAX: u64 = 128;
+const NARROW_MAX_WITH_WGMMA: u64 = 8;
 /// Such a step has room for a multiple of so many.
 const NARROW_TILE: u64 = 64;
 
@@ -167,7 +178,7 @@ fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
     let plain = 3 * embedding + heads + attended + 2 * hidden + 2 * angles + 7;
     let rounded = 2 * embedding + attended + hidden;
     let narrow = tokens.min(NARROW_MAX).next_multiple_of(NARROW_TILE) * (rounded + 4 * 128) * 5 / 4;
-    let wide = if tokens > NARROW_MAX { tokens * 2 * (rounded + 4 * 128) } else { 0 };
+    let wide = if tokens > NARROW_MAX_WITH_WGMMA { tokens * 2 * (rounded + 4 * 128) } else { 0 };
     let logits = LOGITS_ROWS * (4 * spec.vocab_size as u64 + 6 * embedding + MEASURE_BYTES);
     // Rows of an embedding in host memory, as they come and as they are taken apart.
     let row_bytes = spec.embedding.bytes() / spec.embedding.rows as u64;

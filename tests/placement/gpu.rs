@@ -216,7 +216,9 @@ fn an_embedding_that_is_not_the_output_stays_with_the_host() {
         let spec = spec_with(output);
         let placement = Placement::plan(&spec, &with(vec![gpu(0, FREE)]), &config("auto")).unwrap();
         let left_out = if stays { spec.embedding.bytes() } else { 0 };
-        assert_eq!(placement.stages[0].weight_bytes + left_out, spec.weight_bytes());
+        // Vectors become f32, and matrices start at round places.
+        let (least, got) = (spec.weight_bytes() - left_out, placement.stages[0].weight_bytes);
+        assert!((least..least + least / 4).contains(&got), "{got} bytes for {least}");
     }
 }
 

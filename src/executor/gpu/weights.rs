@@ -23,8 +23,13 @@ struct Lookup {
 }
 
 enum LookupBytes {
-    File { file: usize, bytes: Range<usize> },
+    File {
+        file: usize,
+        bytes: Range<usize>,
+    },
     Memory(Vec<u8>),
+    /// Not here: on the GPU, which looks them up.
+    OnGpu,
 }
 
 /// The loaded weights of a model on a GPU, with the program that uses them.
@@ -126,6 +131,7 @@ impl GpuWeights {
                     if is_looked_up {
                         let bytes = match place {
                             Some((file, bytes)) => LookupBytes::File { file, bytes },
+                            None if is_multiplied => LookupBytes::OnGpu,
                             None => LookupBytes::Memory(made),
                         };
                         self.lookup = Some(Lookup { dtype, cols, bytes });
@@ -143,7 +149,10 @@ impl GpuWeights {
                         DeviceMatrix::upload(&self.gpu, &staging, dtype, (rows, cols), &bytes)
                     });
                     if is_looked_up {
-                        let bytes = LookupBytes::Memory(bytes);
+                        let bytes = match is_multiplied {
+                            true => LookupBytes::OnGpu,
+                            false => LookupBytes::Memory(bytes),
+                        };
                         self.lookup = Some(Lookup { dtype, cols, bytes });
                     }
                     matrix
@@ -231,6 +240,7 @@ impl GpuWeights {
                 file_bytes(checkpoint, *file, bytes)
             }
             (LookupBytes::File { .. }, _) => unreachable!("random weights lie in memory"),
+            (LookupBytes::OnGpu, _) => unreachable!("the GPU looks rows up itself"),
         };
         let row_bytes = lookup.dtype.row_bytes(lookup.cols).expect("whole blocks");
         &bytes[row * row_bytes..][..row_bytes]
