@@ -168,24 +168,34 @@ fn bits(rows: &[RowOutput]) -> Vec<(usize, Vec<(TokenId, u32)>)> {
 }
 
 #[test]
-fn a_token_has_the_same_bits_alone_and_in_any_batch() {
-    for family in Family::ALL.into_iter().filter(|family| !family.has_experts()) {
+fn a_token_has_the_same_bits_alone_and_in_any_batch_of_a_class_of_widths() {
+    // How many tokens come at once alone, and together: of any three all steps are of one class, up
+    // to 8 tokens or from 9 to 128.
+    let classes = [(8, [1, 2, 2]), (1, [1, 1, 1]), (120, [9, 16, 33])];
+    let families = Family::ALL.into_iter().filter(|family| !family.has_experts());
+    for (family, (at_once, chunks)) in
+        families.flat_map(|family| classes.map(|class| (family, class)))
+    {
         let model = Model::from_bytes(&TinyModel::new(family).gguf().bytes());
         let options = options(1, 2048);
         let Some(mut gpu) = on_gpu(&model, &options) else { return };
         let mut seed = 5;
         let vocab = model.spec.vocab_size;
         let sequences = [120, 77, 40].map(|length| random_tokens(&mut seed, length, vocab));
-        let mut alone = StepPlan::default();
         let tokens = &sequences[0];
-        plan_tokens(&mut alone, (0, 20), tokens, 0..120, score_next(tokens, TOP));
-        let wanted = bits(&step(&mut gpu, &alone));
+        let mut wanted = Vec::new();
+        for start in (0..120).step_by(at_once) {
+            let mut alone = StepPlan::default();
+            let range = start..start + at_once;
+            plan_tokens(&mut alone, (0, 20), tokens, range, score_next(tokens, TOP));
+            wanted.extend(bits(&step(&mut gpu, &alone)));
+        }
         let mut got = Vec::new();
         let mut done = [0; 3];
         while done[0] < 120 {
             let mut plan = StepPlan::default();
             for (id, tokens) in sequences.iter().enumerate() {
-                let chunk = [1, 2, 5, 16, 33][split_mix(&mut seed) as usize % 5];
+                let chunk = chunks[split_mix(&mut seed) as usize % 3];
                 let range = done[id]..tokens.len().min(done[id] + chunk);
                 done[id] = range.end;
                 if !range.is_empty() {
@@ -196,7 +206,7 @@ fn a_token_has_the_same_bits_alone_and_in_any_batch() {
             let rows = step(&mut gpu, &plan);
             got.extend(rows.into_iter().filter(|row| row.sequence.0 == 0));
         }
-        assert_eq!(bits(&got), wanted, "{family:?}");
+        assert_eq!(bits(&got), wanted, "{family:?}, {at_once} at once");
     }
 }
 
@@ -205,9 +215,9 @@ fn blocks_keep_their_keys_and_values_through_both_tiers() {
     let model = Model::from_bytes(&TinyModel::new(Family::Qwen3).gguf().bytes());
     let options = options(1, 512);
     let Some(mut gpu) = on_gpu(&model, &options) else { return };
-    let tokens = random_tokens(&mut 9, 40, model.spec.vocab_size);
+    let tokens = random_tokens(&mut 9, 50, model.spec.vocab_size);
     let mut whole = StepPlan::default();
-    plan_tokens(&mut whole, (0, 0), &tokens, 0..40, score_next(&tokens, TOP));
+    plan_tokens(&mut whole, (0, 0), &tokens, 0..50, score_next(&tokens, TOP));
     let wanted = bits(&step(&mut gpu, &whole));
     let mut first = StepPlan::default();
     plan_tokens(&mut first, (1, 4), &tokens, 0..33, |_| None);
@@ -224,7 +234,7 @@ fn blocks_keep_their_keys_and_values_through_both_tiers() {
     copy((Tier::Host, 2), (Tier::Device, 10));
     copy((Tier::Device, 10), (Tier::Device, 8));
     copy((Tier::Host, 1), (Tier::Device, 9));
-    plan_tokens(&mut second, (1, 8), &tokens, 33..40, score_next(&tokens, TOP));
+    plan_tokens(&mut second, (1, 8), &tokens, 33..50, score_next(&tokens, TOP));
     assert_eq!(bits(&step(&mut gpu, &second)), wanted[33..]);
 }
 

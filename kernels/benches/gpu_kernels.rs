@@ -11,7 +11,7 @@ use std::hint::black_box;
 use tandem_cpu_kernels::{DType, quantize_row};
 use tandem_kernels::{
     Attend, Columns, DeviceMatrix, DeviceMemory, EightBits, Gpu, GpuError, HeadCounts, KvSpans,
-    NARROW_MAX, Product, RoundRows, Runs, Span, Staging, TokenTables, driver, half_bytes,
+    Product, RoundRows, Runs, Span, Staging, TokenTables, driver, half_bytes,
 };
 
 const F32: usize = size_of::<f32>();
@@ -172,7 +172,7 @@ impl Matrices {
             gpu.alloc(EightBits::scale_bytes(columns, cols, 1))?,
         );
         let halves = gpu.alloc(half_bytes(columns, cols))?;
-        let is_wide = columns > NARROW_MAX;
+        let is_wide = columns > gpu.narrow_max();
         let eight_bits = EightBits { quants: quants.span(), scales: scales.span(), passes: 1 };
         let pass = RoundRows {
             values: values.span(),
@@ -266,6 +266,8 @@ fn attention(
         heads: rows.span(),
         chosen: None,
         out: out.span(),
+        eight_bits: None,
+        halves: None,
         partials: partials.span(),
         scale: 0.1,
         softcap: None,
@@ -280,7 +282,7 @@ fn attention(
                 let runs = Runs { lengths: &runs, on_gpu: on_gpu.span() };
                 gpu.attend_runs(&pass, heads, (&table, &store), &runs)
             } else {
-                gpu.attend(&pass, heads, (&table, &store))
+                gpu.attend(&pass, heads, (&table, &store), None)
             }
         })
     })?;

@@ -1,124 +1,79 @@
-// Rotary embedding, storing keys and values, and attention of single tokens over them.
-#include "attention.cuh"
-#include "launch.cuh"
+// Attention of single tokens over the paged store, with what comes before and after it:
+//
+//   queries are rotated, and keys and values stored, where no other token of the step belongs to the sequence
+//   out = softmax(softcap(scale · q · Kᵀ) + causal mask) · V per query head, and the same rounded
+#include "halves.cuh"
+#include "rotate.cuh"
 
-constexpr int ATTEND_WARPS = 4;
+constexpr int ATTEND_WARPS = 8;
+constexpr int RUN = 32; // positions of a warp, one per lane
 // Positions that one block attends to; several blocks' parts are merged in ascending order. Fixed,
 // so that a token's bits do not depend on what else is in the batch.
-constexpr int SEGMENT = 256;
-constexpr int HEAD_DIM_MAX = 256;
+constexpr int SEGMENT = ATTEND_WARPS * RUN;
 
-struct RotateArgs {
-    float* heads; // [tokens][(n_heads + 2 n_kv_heads) · head_dim]
-    const float* angles; // [tokens][angle_stride]: cosines of all pairs, then sines
-    const float* query_norm; // [head_dim], or null
-    const float* key_norm;   // [head_dim], or null
-    TokenTable tokens;
-    KvStore store;
-    float query_eps, key_eps;
-    uint32_t n_heads;
-    uint32_t angle_stride, pairs;
-    uint32_t interleaved; // elements 2i and 2i + 1 turn together; else i and i + pairs
+struct RotatedAttendArgs {
+    AttendArgs attend;
+    RotateArgs rotate;
 };
 
-__device__ __forceinline__ float warp_total(float value) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
-    return value;
-}
+// Where a block works: HEADS query heads of one KV head of one token over one segment; a warp has the positions
+// `first` .. of it, of which it sees `begin` .. `end`.
+struct Place {
+    uint32_t token, position, segment, kv_head, first_head, heads, start, stop, first;
+    size_t base; // of this lane's position, in the store
+    uint32_t slot;
 
-// One warp per head of a token: grid (heads of all kinds, tokens). All that is read is on its way
-// before anything is waited for.
-extern "C" __global__ void __launch_bounds__(32) rotate_heads(const __grid_constant__ RotateArgs args) {
-    __shared__ float head_values[HEAD_DIM_MAX];
-    let_next_start();
-    constexpr int PER_LANE = HEAD_DIM_MAX / 32;
-    const KvStore& store = args.store;
-    const uint32_t head = blockIdx.x, token = blockIdx.y, lane = threadIdx.x, dim = store.head_dim;
-    const uint32_t n_kv = store.n_kv_heads, n_heads = args.n_heads;
-    float* values = args.heads + (static_cast<size_t>(token) * (n_heads + 2 * n_kv) + head) * dim;
-    const bool is_query = head < n_heads, is_value = head >= n_heads + n_kv;
-    const float* norm = is_query ? args.query_norm : is_value ? nullptr : args.key_norm;
-    const float* angles = args.angles + static_cast<size_t>(token) * args.angle_stride;
-    // No kernel writes what is read up to where the earlier ones are waited for.
-    const uint32_t position = args.tokens.positions[token], table = args.tokens.tables[token];
-    float own[PER_LANE], weights[PER_LANE], cos[PER_LANE / 2], sin[PER_LANE / 2];
-#pragma unroll
-    for (int k = 0; k < PER_LANE; k++) {
-        const uint32_t i = lane + 32 * k;
-        weights[k] = norm && i < dim ? norm[i] : 1.0f;
-        if (k >= PER_LANE / 2) continue;
-        const bool turns = !is_value && i < args.pairs;
-        cos[k] = turns ? angles[i] : 1.0f;
-        sin[k] = turns ? angles[args.pairs + i] : 0.0f;
+    template <int HEADS> static __device__ __forceinline__ Place of(const AttendArgs& args) {
+        const KvStore& store = args.store;
+        const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = args.n_heads / store.n_kv_heads;
+        const uint32_t chunks = (group + HEADS - 1) / HEADS;
+        Place at;
+        at.token = args.chosen ? args.chosen[blockIdx.y] : blockIdx.y, at.segment = blockIdx.z;
+        at.kv_head = blockIdx.x / chunks, at.first_head = at.kv_head * group + blockIdx.x % chunks * HEADS;
+        at.heads = min(static_cast<uint32_t>(HEADS), (at.kv_head + 1) * group - at.first_head);
+        at.position = args.tokens.positions[at.token];
+        at.start = max(seen_from(at.position, args.window), at.segment * SEGMENT);
+        at.stop = min(at.position + 1, (at.segment + 1) * SEGMENT);
+        at.first = at.segment * SEGMENT + warp * RUN;
+        const uint32_t own = min(at.first + lane, at.position);
+        const uint32_t block = args.tokens.blocks[args.tokens.tables[at.token] + own / store.block_tokens];
+        at.base = store.head(block, at.kv_head), at.slot = own % store.block_tokens;
+        return at;
     }
-    const uint32_t tokens = store.block_tokens, slot = position % tokens;
-    const uint32_t block = args.tokens.blocks[table + position / tokens];
-    wait_for_earlier();
-#pragma unroll
-    for (int k = 0; k < PER_LANE; k++) own[k] = lane + 32 * k < dim ? values[lane + 32 * k] : 0.0f;
-    float scale = 1.0f;
-    if (norm) {
-        float squares = 0;
-#pragma unroll
-        for (int k = 0; k < PER_LANE; k++) squares = __fmaf_rn(own[k], own[k], squares);
-        scale = 1.0f / sqrtf(warp_total(squares) / static_cast<float>(dim) + (is_query ? args.query_eps : args.key_eps));
-    }
-#pragma unroll
-    for (int k = 0; k < PER_LANE; k++) {
-        if (lane + 32 * k < dim) head_values[lane + 32 * k] = norm ? own[k] * scale * weights[k] : own[k];
-    }
-    __syncwarp();
-    if (!is_value) {
-#pragma unroll
-        for (int k = 0; k < PER_LANE / 2; k++) {
-            const uint32_t pair = lane + 32 * k;
-            if (pair >= args.pairs) break;
-            const uint32_t a = args.interleaved ? 2 * pair : pair, b = args.interleaved ? 2 * pair + 1 : pair + args.pairs;
-            const float x = head_values[a], y = head_values[b];
-            head_values[a] = __fmaf_rn(x, cos[k], -(y * sin[k]));
-            head_values[b] = __fmaf_rn(x, sin[k], y * cos[k]);
-        }
-        __syncwarp();
-    }
-    const size_t base = is_query ? 0 : store.head(block, is_value ? head - n_heads - n_kv : head - n_heads);
-#pragma unroll
-    for (int k = 0; k < PER_LANE; k++) {
-        const uint32_t i = lane + 32 * k;
-        if (i >= dim) break;
-        if (is_query) {
-            values[i] = head_values[i];
-        } else if (is_value) {
-            store.values[base + static_cast<size_t>(slot) * dim + i] = __float2half_rn(head_values[i]);
-        } else {
-            store.keys[base + (static_cast<size_t>(i / 8) * tokens + slot) * 8 + i % 8] = __float2half_rn(head_values[i]);
-        }
-    }
-}
 
-// The running state of query heads: sums are kept relative to the largest score so far. A lane has
-// elements 2 · lane and the next of each 64.
-template <int DIM, int HEADS> struct Running {
-    float max[HEADS], weight[HEADS];
-    float2 sums[HEADS][DIM / 64];
+    __device__ __forceinline__ bool has_positions() const { return first < stop && first + RUN > start; }
+    __device__ __forceinline__ bool sees(uint32_t at) const { return at >= start && at < stop; }
 };
 
-// Scores of this lane's position for HEADS query heads from `queries` (in shared memory).
-template <int DIM, int HEADS>
-__device__ __forceinline__ void score(const __half* keys, uint32_t tokens, uint32_t dim, const float* queries, float scores[HEADS]) {
+// This lane's key, eight elements at a time, on its way; and a lane's line of values, to the second cache.
+template <int DIM> struct OwnKey {
+    uint4 packed[DIM / 8];
+
+    __device__ __forceinline__ void load(const KvStore& store, const Place& at) {
+        const __half* const keys = store.keys + at.base + static_cast<size_t>(at.slot) * 8;
 #pragma unroll
-    for (int h = 0; h < HEADS; h++) scores[h] = 0;
-#pragma unroll
-    for (uint32_t start = 0; start < DIM; start += 64) {
-        uint4 packed[8];
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const uint32_t d = start + 8 * i;
-            packed[i] = d < dim ? *reinterpret_cast<const uint4*>(keys + static_cast<size_t>(d) * tokens) : make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < DIM / 8; i++) {
+            packed[i] = 8 * i < store.head_dim ? *reinterpret_cast<const uint4*>(keys + static_cast<size_t>(8 * i) * store.block_tokens) : make_uint4(0, 0, 0, 0);
         }
+        const __half* const value = store.values + at.base + static_cast<size_t>(at.slot) * store.head_dim;
+        for (uint32_t i = 0; i < store.head_dim; i += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(value + i));
+    }
+
+    // The key of the token itself instead.
+    __device__ __forceinline__ void replace(const __half* key, uint32_t dim) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const uint32_t d = start + 8 * i, words[4] = {packed[i].x, packed[i].y, packed[i].z, packed[i].w};
+        for (int i = 0; i < DIM / 8; i++) {
+            if (8 * i < dim) packed[i] = *reinterpret_cast<const uint4*>(key + 8 * i);
+        }
+    }
+
+    // Scores for HEADS query heads from `queries` (in shared memory).
+    template <int HEADS> __device__ __forceinline__ void score(const float* queries, uint32_t dim, float scores[HEADS]) const {
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) scores[h] = 0;
+#pragma unroll
+        for (int i = 0; i < DIM / 8; i++) {
+            const uint32_t d = 8 * i, words[4] = {packed[i].x, packed[i].y, packed[i].z, packed[i].w};
             if (d >= dim) break;
             float2 k[4];
 #pragma unroll
@@ -136,14 +91,17 @@ __device__ __forceinline__ void score(const __half* keys, uint32_t tokens, uint3
             }
         }
     }
-}
+};
 
-// Adds up to 32 positions, one per lane, to the state. `visible` says whether this lane's counts, and
-// `value` is where its value starts.
-template <int DIM, int HEADS>
-__device__ __forceinline__ void add_positions(Running<DIM, HEADS>& state, float scores[HEADS], bool visible, uint32_t count,
-                                              const __half* values, size_t value, uint32_t dim) {
-    const uint32_t lane = threadIdx.x % 32;
+// What a warp knows of its positions: the largest score, the sum of the weights relative to it, and of the values
+// with these weights. A lane has elements 2 · lane and the next of each 64.
+template <int DIM, int HEADS> struct Running {
+    float max[HEADS], weight[HEADS];
+    float2 sums[HEADS][DIM / 64];
+};
+
+// Turns scores into weights. Those of positions that are not seen are zero.
+template <int DIM, int HEADS> __device__ __forceinline__ void weigh(Running<DIM, HEADS>& state, float scores[HEADS], bool visible) {
 #pragma unroll
     for (int h = 0; h < HEADS; h++) {
         float top = visible ? scores[h] : -INFINITY;
@@ -151,32 +109,42 @@ __device__ __forceinline__ void add_positions(Running<DIM, HEADS>& state, float 
         if (visible && isnan(scores[h])) top = INFINITY;
 #pragma unroll
         for (int distance = 16; distance > 0; distance /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
-        const float max = fmaxf(state.max[h], top);
-        const float shrink = state.max[h] == -INFINITY ? 0.0f : expf(state.max[h] - max);
-        const float weight = visible ? expf(scores[h] - max) : 0.0f;
-        state.max[h] = max;
-        state.weight[h] = __fmaf_rn(state.weight[h], shrink, warp_total(weight));
-#pragma unroll
-        for (int d = 0; d < DIM / 64; d++) state.sums[h][d].x *= shrink, state.sums[h][d].y *= shrink;
-        scores[h] = weight;
+        state.max[h] = top;
+        scores[h] = visible ? expf(scores[h] - top) : 0.0f;
+        state.weight[h] = warp_total(scores[h]);
     }
-    constexpr int AT_ONCE = DIM > 128 ? 4 : 8;
-    for (uint32_t first = 0; first < count; first += AT_ONCE) {
+}
+
+// Adds up the values of a warp's positions. `weights` has room for those of each position; the value of position
+// `own_at`, if it is one of them, is `own_value`.
+template <int DIM, int HEADS>
+__device__ __forceinline__ void add_values(Running<DIM, HEADS>& state, const KvStore& store, const Place& at, const float scores[HEADS], float* weights,
+                                           const __half* own_value, uint32_t own_at) {
+    const uint32_t lane = threadIdx.x % 32, dim = store.head_dim;
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) weights[lane * HEADS + h] = scores[h];
+    __syncwarp();
+    const size_t value = at.base + static_cast<size_t>(at.slot) * dim;
+    const uint32_t begin = at.start > at.first ? at.start - at.first : 0, end = min(at.stop - at.first, static_cast<uint32_t>(RUN));
+    constexpr int AT_ONCE = DIM > 128 ? 8 : 16;
+    for (uint32_t first = begin; first < end; first += AT_ONCE) {
         __half2 v[AT_ONCE][DIM / 64];
 #pragma unroll
         for (int p = 0; p < AT_ONCE; p++) {
-            const size_t from = __shfl_sync(~0u, value, first + p);
+            const size_t from = __shfl_sync(~0u, value, (first + p) % 32);
+            const __half* const source = first + p == own_at ? own_value : store.values + from;
 #pragma unroll
             for (int d = 0; d < DIM / 64; d++) {
                 const uint32_t i = 2 * lane + 64 * d;
-                v[p][d] = i < dim && first + p < count ? *reinterpret_cast<const __half2*>(values + from + i) : __half2();
+                v[p][d] = i < dim && first + p < end ? *reinterpret_cast<const __half2*>(source + i) : __half2();
             }
         }
 #pragma unroll
         for (int p = 0; p < AT_ONCE; p++) {
+            if (first + p >= end) break;
 #pragma unroll
             for (int h = 0; h < HEADS; h++) {
-                const float weight = __shfl_sync(~0u, scores[h], first + p);
+                const float weight = weights[(first + p) * HEADS + h];
 #pragma unroll
                 for (int d = 0; d < DIM / 64; d++) {
                     const float2 of = __half22float2(v[p][d]);
@@ -188,98 +156,139 @@ __device__ __forceinline__ void add_positions(Running<DIM, HEADS>& state, float 
     }
 }
 
-// One block: HEADS query heads of one KV head of one token over one segment. The warps take runs of
-// 32 positions in turn.
-template <int DIM, int HEADS> __device__ __forceinline__ void attend(const AttendArgs& args) {
-    extern __shared__ float shared[];
-    let_next_start();
-    const KvStore& store = args.store;
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, dim = store.head_dim, tokens = store.block_tokens;
-    const uint32_t token = args.chosen ? args.chosen[blockIdx.y] : blockIdx.y, segment = blockIdx.z, group = args.n_heads / store.n_kv_heads;
-    const uint32_t chunks = (group + HEADS - 1) / HEADS;
-    const uint32_t kv_head = blockIdx.x / chunks, first_head = kv_head * group + blockIdx.x % chunks * HEADS;
-    const uint32_t heads = min(static_cast<uint32_t>(HEADS), (kv_head + 1) * group - first_head);
-    const uint32_t position = args.tokens.positions[token];
-    const uint32_t from = seen_from(position, args.window);
-    const uint32_t start = max(from, segment * SEGMENT), end = min(position + 1, (segment + 1) * SEGMENT);
-    // No kernel writes tables: they are on their way while the queries are.
-    const uint32_t* table = args.tokens.blocks + args.tokens.tables[token];
-    const auto block_of = [&](uint32_t run) { return table[min(run * 32 + lane, position) / tokens]; };
-    uint32_t block = block_of(start / 32 + warp);
-    wait_for_earlier();
-    if (args.segments > 1 && start >= end) return;
-    // Queries, with zeros for heads that do not exist.
-    for (uint32_t i = threadIdx.x; i < HEADS * dim; i += ATTEND_WARPS * 32) {
-        const uint32_t h = i / dim;
-        shared[i] = h < heads ? args.heads[static_cast<size_t>(token) * args.head_stride + first_head * dim + i] : 0.0f;
-    }
-    __syncthreads();
-    Running<DIM, HEADS> state;
+// Four elements of a token's result, from element i of all on, and the same rounded.
+__device__ __forceinline__ void store_attended(const AttendArgs& args, uint32_t token, uint32_t i, float4 v, bool stores) {
+    const uint32_t cols = args.n_heads * args.store.head_dim;
+    if (stores) *reinterpret_cast<float4*>(args.out + static_cast<size_t>(token) * cols + i) = v;
+    if (args.halves) store_halves(v, args.halves, args.n_tokens, token, i, stores);
+    if (args.rounded.quants) round_row_group(v, args.rounded, token, cols, i, stores);
+}
+
+// The warps' states, merged in their order: a warp for each head.
+template <int HEADS> __device__ __forceinline__ void merge_warps(const AttendArgs& args, const Place& at, const float* states) {
+    const uint32_t lane = threadIdx.x % 32, dim = args.store.head_dim, width = dim + 2;
+    for (uint32_t h = threadIdx.x / 32; h < at.heads; h += ATTEND_WARPS) {
+        const float* const of = states + h * width;
+        constexpr uint32_t NEXT = HEADS;
+        float max = -INFINITY, weight = 0, factors[ATTEND_WARPS];
 #pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-        state.max[h] = -INFINITY, state.weight[h] = 0;
+        for (int w = 0; w < ATTEND_WARPS; w++) max = fmaxf(max, of[w * NEXT * width + dim]);
 #pragma unroll
-        for (int d = 0; d < DIM / 64; d++) state.sums[h][d] = make_float2(0, 0);
-    }
-    for (uint32_t run = start / 32 + warp; run * 32 < end; run += ATTEND_WARPS) {
-        const uint32_t first = run * 32, own = first + lane;
-        const bool visible = own >= start && own < end;
-        const uint32_t slot = min(own, position);
-        const size_t base = store.head(block, kv_head);
-        block = block_of(run + ATTEND_WARPS);
-        float scores[HEADS];
-        score<DIM, HEADS>(store.keys + base + static_cast<size_t>(slot % tokens) * 8, tokens, dim, shared, scores);
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) {
-            scores[h] *= args.scale;
-            if (args.softcap > 0) scores[h] = args.softcap * tanhf(scores[h] / args.softcap);
-        }
-        const size_t value = base + static_cast<size_t>(slot % tokens) * dim;
-        add_positions<DIM, HEADS>(state, scores, visible, min(32u, end - first), store.values, value, dim);
-    }
-    // The warps' states, merged by the first warp in their order.
-    __syncthreads();
-    const uint32_t width = dim + 2;
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-        float* own = shared + (warp * HEADS + h) * width;
-        if (lane == 0) own[dim] = state.max[h], own[dim + 1] = state.weight[h];
-#pragma unroll
-        for (int d = 0; d < DIM / 64; d++) {
-            const uint32_t i = 2 * lane + 64 * d;
-            if (i < dim) own[i] = state.sums[h][d].x, own[i + 1] = state.sums[h][d].y;
-        }
-    }
-    __syncthreads();
-    for (uint32_t h = warp; h < heads; h += ATTEND_WARPS) {
-        float max = -INFINITY, weight = 0;
-        for (int w = 0; w < ATTEND_WARPS; w++) max = fmaxf(max, shared[(w * HEADS + h) * width + dim]);
-        float factors[ATTEND_WARPS];
         for (int w = 0; w < ATTEND_WARPS; w++) {
-            const float* of = shared + (w * HEADS + h) * width;
-            factors[w] = of[dim] == -INFINITY ? 0.0f : expf(of[dim] - max);
-            weight = __fmaf_rn(of[dim + 1], factors[w], weight);
+            const float top = of[w * NEXT * width + dim];
+            factors[w] = top == -INFINITY ? 0.0f : expf(top - max);
+            weight = __fmaf_rn(of[w * NEXT * width + dim + 1], factors[w], weight);
         }
-        const size_t head = static_cast<size_t>(token) * args.n_heads + first_head + h;
-        const size_t row = static_cast<size_t>(blockIdx.y) * args.n_heads + first_head + h;
-        float* partial = args.partials + (row * args.segments + segment) * width;
-        for (uint32_t i = lane; i < dim; i += 32) {
-            float sum = 0;
-            for (int w = 0; w < ATTEND_WARPS; w++) sum = __fmaf_rn(shared[(w * HEADS + h) * width + i], factors[w], sum);
-            if (args.segments == 1) {
-                args.out[head * dim + i] = sum / weight;
-            } else {
-                partial[i] = sum;
+        const uint32_t head = at.first_head + h;
+        const size_t row = static_cast<size_t>(blockIdx.y) * args.n_heads + head;
+        float* const partial = args.partials + (row * args.segments + at.segment) * width;
+        for (uint32_t base = 0; base < dim; base += 128) {
+            const uint32_t i = base + 4 * lane;
+            float v[4] = {};
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                if (i >= dim) break;
+#pragma unroll
+                for (int w = 0; w < ATTEND_WARPS; w++) v[k] = __fmaf_rn(of[w * NEXT * width + i + k], factors[w], v[k]);
+                if (args.segments > 1) partial[i + k] = v[k];
             }
+            if (args.segments > 1) continue;
+            store_attended(args, at.token, head * dim + i, make_float4(v[0] / weight, v[1] / weight, v[2] / weight, v[3] / weight), i < dim);
         }
         if (args.segments > 1 && lane == 0) partial[dim] = max, partial[dim + 1] = weight;
     }
 }
 
-#define ATTEND(dims, heads)                                                                    \
-    extern "C" __global__ void __launch_bounds__(ATTEND_WARPS * 32)                            \
-        attend_##dims##_##heads(const __grid_constant__ AttendArgs args) {                     \
-        attend<dims, heads>(args);                                                             \
+// Queries to shared memory, with zeros for heads that do not exist.
+template <int HEADS> __device__ __forceinline__ void load_queries(const AttendArgs& args, const Place& at, float* queries) {
+    const uint32_t dim = args.store.head_dim;
+    for (uint32_t i = threadIdx.x; i < HEADS * dim; i += ATTEND_WARPS * 32) {
+        queries[i] = i / dim < at.heads ? args.heads[static_cast<size_t>(at.token) * args.head_stride + at.first_head * dim + i] : 0.0f;
+    }
+}
+
+// The same, rotated; with the token's key and value behind them, also as f16 to `own` and, once, to the store.
+template <int HEADS> __device__ __forceinline__ void rotate_queries(const RotateArgs& args, const Place& at, const HeadRotation& rotation, float* queries, __half* own) {
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, dim = args.store.head_dim, group = args.n_heads / args.store.n_kv_heads;
+    static_assert(HEADS + 2 <= ATTEND_WARPS, "a warp for each head");
+    if (warp >= HEADS + 2) return;
+    float* const out = queries + warp * dim;
+    if (warp < HEADS && warp >= at.heads) {
+        for (uint32_t i = lane; i < dim; i += 32) out[i] = 0;
+        return;
+    }
+    rotation.rotate(args, out);
+    if (warp < HEADS) return;
+    const bool is_value = warp > HEADS;
+    for (uint32_t i = lane; i < dim; i += 32) own[(is_value ? dim : 0) + i] = __float2half_rn(out[i]);
+    if (at.position / SEGMENT != at.segment || at.first_head != at.kv_head * group) return;
+    const uint32_t tokens = args.store.block_tokens, block = args.tokens.blocks[args.tokens.tables[at.token] + at.position / tokens];
+    store_head(args.store, out, args.store.head(block, at.kv_head), at.position % tokens, is_value);
+}
+
+// Shared memory: queries, and keys and values of the token; weights of each warp's positions; states of the warps.
+template <int DIM, int HEADS, bool ROTATES> __device__ __forceinline__ void attend(const AttendArgs& args, const RotateArgs* rotate) {
+    extern __shared__ __align__(16) float attend_shared[];
+    let_next_start();
+    const KvStore& store = args.store;
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, dim = store.head_dim, width = dim + 2;
+    float *const queries = attend_shared, *const weights = queries + (HEADS + 3) * dim, *const states = weights + SEGMENT * HEADS;
+    __half* const own = reinterpret_cast<__half*>(queries + (HEADS + 2) * dim);
+    // No kernel of the step writes tables; and none but this one keys and values, where it rotates.
+    const Place at = Place::of<HEADS>(args);
+    OwnKey<DIM> key;
+    if constexpr (ROTATES) {
+        const uint32_t head = warp < HEADS ? at.first_head + min(warp, at.heads - 1) : args.n_heads + (warp > HEADS ? store.n_kv_heads : 0) + at.kv_head;
+        const HeadRotation rotation(*rotate, at.token, head);
+        if (at.has_positions()) key.load(store, at);
+        wait_for_earlier();
+        if (args.segments > 1 && at.start >= at.stop) return;
+        rotate_queries<HEADS>(*rotate, at, rotation, queries, own);
+    } else {
+        wait_for_earlier();
+        if (args.segments > 1 && at.start >= at.stop) return;
+        if (at.has_positions()) key.load(store, at);
+        load_queries<HEADS>(args, at, queries);
+    }
+    __syncthreads();
+    Running<DIM, HEADS> state = {};
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) state.max[h] = -INFINITY;
+    if (at.has_positions()) {
+        const uint32_t own_at = ROTATES ? at.position - at.first : ~0u;
+        if (ROTATES && lane == own_at) key.replace(own, dim);
+        float scores[HEADS];
+        key.template score<HEADS>(queries, dim, scores);
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            scores[h] *= args.scale;
+            if (args.softcap > 0) scores[h] = args.softcap * tanhf(scores[h] / args.softcap);
+        }
+        weigh<DIM, HEADS>(state, scores, at.sees(at.first + lane));
+        add_values<DIM, HEADS>(state, store, at, scores, weights + warp * RUN * HEADS, own + dim, own_at);
+    }
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+        float* const of = states + (warp * HEADS + h) * width;
+        if (lane == 0) of[dim] = state.max[h], of[dim + 1] = state.weight[h];
+#pragma unroll
+        for (int d = 0; d < DIM / 64; d++) {
+            const uint32_t i = 2 * lane + 64 * d;
+            if (i < dim) of[i] = state.sums[h][d].x, of[i + 1] = state.sums[h][d].y;
+        }
+    }
+    __syncthreads();
+    merge_warps<HEADS>(args, at, states);
+}
+
+#define ATTEND(dims, heads)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(ATTEND_WARPS * 32, dims > 128 ? 1 : 2)                                            \
+        attend_##dims##_##heads(const __grid_constant__ AttendArgs args) {                                        \
+        attend<dims, heads, false>(args, nullptr);                                                                \
+    }                                                                                                             \
+    extern "C" __global__ void __launch_bounds__(ATTEND_WARPS * 32, dims > 128 ? 1 : 2)                                            \
+        rotate_attend_##dims##_##heads(const __grid_constant__ RotatedAttendArgs args) {                          \
+        attend<dims, heads, true>(args.attend, &args.rotate);                                                     \
     }
 ATTEND(64, 1)
 ATTEND(64, 4)
@@ -293,16 +302,22 @@ extern "C" __global__ void __launch_bounds__(32) merge_segments(const __grid_con
     begin();
     const uint32_t head = blockIdx.x, lane = threadIdx.x, dim = args.store.head_dim, width = dim + 2;
     const uint32_t token = args.chosen ? args.chosen[blockIdx.y] : blockIdx.y;
-    const size_t index = static_cast<size_t>(token) * args.n_heads + head;
     const float* partials = args.partials + (static_cast<size_t>(blockIdx.y) * args.n_heads + head) * args.segments * width;
     const uint32_t position = args.tokens.positions[token];
     const uint32_t first = seen_from(position, args.window) / SEGMENT, last = position / SEGMENT;
     float max = -INFINITY, weight = 0;
     for (uint32_t s = first; s <= last; s++) max = fmaxf(max, partials[s * width + dim]);
     for (uint32_t s = first; s <= last; s++) weight = __fmaf_rn(partials[s * width + dim + 1], expf(partials[s * width + dim] - max), weight);
-    for (uint32_t i = lane; i < dim; i += 32) {
-        float sum = 0;
-        for (uint32_t s = first; s <= last; s++) sum = __fmaf_rn(partials[s * width + i], expf(partials[s * width + dim] - max), sum);
-        args.out[index * dim + i] = sum / weight;
+    for (uint32_t base = 0; base < dim; base += 128) {
+        const uint32_t i = base + 4 * lane;
+        float v[4] = {};
+        if (i < dim) {
+            for (uint32_t s = first; s <= last; s++) {
+                const float factor = expf(partials[s * width + dim] - max);
+#pragma unroll
+                for (int k = 0; k < 4; k++) v[k] = __fmaf_rn(partials[s * width + i + k], factor, v[k]);
+            }
+        }
+        store_attended(args, token, head * dim + i, make_float4(v[0] / weight, v[1] / weight, v[2] / weight, v[3] / weight), i < dim);
     }
 }

@@ -6,6 +6,7 @@
 // so that 32 lanes with a token each read keys in 512 bytes in a row, and 32 lanes with a part of a
 // head each read a token's value in a row.
 #pragma once
+#include "rounding.cuh"
 #include <cuda_fp16.h>
 #include <stdint.h>
 
@@ -36,9 +37,11 @@ struct AttendArgs {
     const uint32_t* chosen; // the tokens that attend, or null for all
     TokenTable tokens;
     KvStore store;
+    EightBits rounded; // of `out`, or null
+    __half* halves;    // of `out`, as in halves.cuh, or null
     float scale, softcap; // softcap 0: none
     uint32_t window;      // 0: none
-    uint32_t n_heads, head_stride, segments;
+    uint32_t n_heads, head_stride, segments, n_tokens;
 };
 
 // The positions that a token sees: from the window's start to itself.

@@ -1,4 +1,4 @@
-//! Rotary embedding, the paged store of keys and values in f16, and attention over it.
+//! The paged store of keys and values in f16, and attention of single tokens over it.
 //!
 //! ```text
 //! keys    [block][kv_head][head_dim / 8][block_tokens][8] f16
@@ -8,10 +8,14 @@
 //! that are merged in ascending order: a token's bits depend on nothing else in its batch.
 
 use crate::gpu::{Gpu, GpuError, Span};
+use crate::products::{CHUNK, EightBits, half_bytes};
+use crate::rotate::{RotateArgs, RotateHeads};
+use crate::rows::{EightBitsArg, eight_bits};
 use cudarc::driver::DeviceRepr;
+use tandem_cpu_kernels::blocks::GROUP;
 
 const F32: usize = size_of::<f32>();
-const WARPS: usize = 4;
+const WARPS: usize = 8;
 /// Positions of a segment.
 const SEGMENT: usize = 256;
 /// Query heads that share each key and value that is read.
@@ -56,26 +60,6 @@ pub struct TokenTables<'a> {
     pub blocks: Span<'a>,
 }
 
-/// What is done to heads before attention.
-#[derive(Clone, Copy, Debug)]
-pub struct RotateHeads<'a> {
-    /// `[tokens, (n_heads + 2 n_kv_heads) · head_dim]` f32: queries, keys, values. Queries are
-    /// rotated in place.
-    pub heads: Span<'a>,
-    /// `[tokens, angle_stride]` f32: cosines of all pairs, then sines.
-    pub angles: Span<'a>,
-    /// Elements from one token's angles to the next's.
-    pub angle_stride: usize,
-    /// Pairs of elements that turn.
-    pub pairs: usize,
-    /// Whether elements 2i and 2i + 1 turn together, not i and i + pairs.
-    pub interleaved: bool,
-    /// Weight `[head_dim]` and eps of the norm of queries.
-    pub query_norm: Option<(Span<'a>, f32)>,
-    /// Weight `[head_dim]` and eps of the norm of keys.
-    pub key_norm: Option<(Span<'a>, f32)>,
-}
-
 /// One attention.
 #[derive(Clone, Copy, Debug)]
 pub struct Attend<'a> {
@@ -85,6 +69,10 @@ pub struct Attend<'a> {
     pub chosen: Option<(Span<'a>, usize)>,
     /// `[tokens, n_heads · head_dim]` f32
     pub out: Span<'a>,
+    /// The result in 8 bits: where [`HeadCounts::are_whole_chunks`].
+    pub eight_bits: Option<EightBits<'a>>,
+    /// The result as [`Columns::halves`](crate::Columns::halves), under the same condition.
+    pub halves: Option<Span<'a>>,
     /// Room for the segments of [`Attend::partial_bytes`].
     pub partials: Span<'a>,
     /// Factor of scores.
@@ -99,7 +87,7 @@ pub struct Attend<'a> {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct StoreArg {
+pub(crate) struct StoreArg {
     keys: u64,
     values: u64,
     block_tokens: u32,
@@ -110,27 +98,10 @@ struct StoreArg {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct TokensArg {
+pub(crate) struct TokensArg {
     positions: u64,
     tables: u64,
     blocks: u64,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RotateArgs {
-    heads: u64,
-    angles: u64,
-    query_norm: u64,
-    key_norm: u64,
-    tokens: TokensArg,
-    store: StoreArg,
-    query_eps: f32,
-    key_eps: f32,
-    n_heads: u32,
-    angle_stride: u32,
-    pairs: u32,
-    interleaved: u32,
 }
 
 #[repr(C)]
@@ -142,18 +113,28 @@ pub(crate) struct AttendArgs {
     chosen: u64,
     tokens: TokensArg,
     store: StoreArg,
+    rounded: EightBitsArg,
+    halves: u64,
     scale: f32,
     softcap: f32,
     window: u32,
     n_heads: u32,
     head_stride: u32,
     segments: u32,
+    n_tokens: u32,
 }
 
-// SAFETY: plain numbers in the order of `RotateArgs` in attention.cu.
-unsafe impl DeviceRepr for RotateArgs {}
-// SAFETY: plain numbers in the order of `AttendArgs` in attention.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RotatedAttendArgs {
+    attend: AttendArgs,
+    rotate: RotateArgs,
+}
+
+// SAFETY: plain numbers in the order of `AttendArgs` in attention.cuh.
 unsafe impl DeviceRepr for AttendArgs {}
+// SAFETY: plain numbers in the order of `RotatedAttendArgs` in attention.cu.
+unsafe impl DeviceRepr for RotatedAttendArgs {}
 
 impl HeadCounts {
     /// Whether our kernels can attend with such heads.
@@ -161,8 +142,14 @@ impl HeadCounts {
         self.head_dim.is_multiple_of(8) && (8..=HEAD_DIM_MAX).contains(&self.head_dim)
     }
 
+    /// Whether the kernels that attend can round what comes out for the product that follows.
+    pub fn are_whole_chunks(&self) -> bool {
+        self.head_dim.is_multiple_of(GROUP)
+            && (self.n_heads * self.head_dim).is_multiple_of(CHUNK * GROUP)
+    }
+
     /// Elements of a token's queries, keys and values.
-    fn width(&self) -> usize {
+    pub(crate) fn width(&self) -> usize {
         (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
     }
 }
@@ -173,7 +160,7 @@ impl KvSpans<'_> {
         heads.n_kv_heads * heads.head_dim * block_tokens * size_of::<u16>()
     }
 
-    fn argument(&self, heads: HeadCounts) -> StoreArg {
+    pub(crate) fn argument(&self, heads: HeadCounts) -> StoreArg {
         assert!(heads.is_supported(), "{heads:?}");
         assert!(self.block_tokens.is_multiple_of(16), "{} tokens in a block", self.block_tokens);
         let bytes = self.blocks * Self::block_bytes(heads, self.block_tokens);
@@ -189,7 +176,7 @@ impl KvSpans<'_> {
 }
 
 impl TokenTables<'_> {
-    fn argument(&self) -> TokensArg {
+    pub(crate) fn argument(&self) -> TokensArg {
         TokensArg {
             positions: self.positions.unaligned(self.tokens, size_of::<u32>()),
             tables: self.tables.unaligned(self.tokens, size_of::<u32>()),
@@ -217,6 +204,9 @@ impl Attend<'_> {
         (tokens, store): (&TokenTables<'_>, &KvSpans<'_>),
     ) -> AttendArgs {
         let partials = Attend::partial_bytes(heads, n_tokens, self.positions_max);
+        let (all, cols) = (tokens.tokens, heads.n_heads * heads.head_dim);
+        let is_rounded = self.eight_bits.is_some() || self.halves.is_some();
+        assert!(!is_rounded || heads.are_whole_chunks(), "rounded heads: {heads:?}");
         AttendArgs {
             heads: self.heads.of(tokens.tokens * heads.width(), F32),
             out: self.out.of(tokens.tokens * heads.n_heads * heads.head_dim, F32),
@@ -224,58 +214,23 @@ impl Attend<'_> {
             chosen: self.chosen.map_or(0, |(list, n)| list.unaligned(n, size_of::<u32>())),
             tokens: tokens.argument(),
             store: store.argument(heads),
+            rounded: eight_bits(self.eight_bits, all, cols),
+            halves: self.halves.map_or(0, |halves| halves.of(half_bytes(all, cols), 1)),
             scale: self.scale,
             softcap: self.softcap.unwrap_or(0.0),
             window: self.window.unwrap_or(0) as u32,
             n_heads: heads.n_heads as u32,
             head_stride: heads.width() as u32,
             segments: self.positions_max.div_ceil(SEGMENT).max(1) as u32,
+            n_tokens: all as u32,
         }
     }
 }
 
 impl Gpu {
-    /// Norms and rotates queries and keys, and stores keys and values of all tokens.
-    ///
-    /// # Errors
-    /// What the driver refuses.
-    ///
-    /// # Panics
-    /// When a span is too short. That block tables name blocks of the store is the caller's
-    /// promise.
-    pub fn rotate_heads(
-        &self,
-        pass: &RotateHeads<'_>,
-        heads: HeadCounts,
-        (tokens, store): (&TokenTables<'_>, &KvSpans<'_>),
-    ) -> Result<(), GpuError> {
-        assert!(2 * pass.pairs <= heads.head_dim.min(pass.angle_stride), "{} pairs", pass.pairs);
-        let norm = |norm: Option<(Span<'_>, f32)>| {
-            norm.map_or((0, 0.0), |(weight, eps)| (weight.of(heads.head_dim, F32), eps))
-        };
-        let ((query_norm, query_eps), (key_norm, key_eps)) =
-            (norm(pass.query_norm), norm(pass.key_norm));
-        let angles = tokens.tokens.saturating_sub(1) * pass.angle_stride + 2 * pass.pairs;
-        let arguments = RotateArgs {
-            heads: pass.heads.of(tokens.tokens * heads.width(), F32),
-            angles: pass.angles.unaligned(angles, F32),
-            query_norm,
-            key_norm,
-            tokens: tokens.argument(),
-            store: store.argument(heads),
-            query_eps,
-            key_eps,
-            n_heads: heads.n_heads as u32,
-            angle_stride: pass.angle_stride as u32,
-            pairs: pass.pairs as u32,
-            interleaved: u32::from(pass.interleaved),
-        };
-        let grid = [heads.n_heads + 2 * heads.n_kv_heads, tokens.tokens, 1];
-        // SAFETY: all spans were checked against the shapes.
-        unsafe { self.launch("rotate_heads", (grid, 32, 0), &arguments) }
-    }
-
-    /// `out = softmax(softcap(scale · q · Kᵀ) + causal mask) · V` per query head.
+    /// `out = softmax(softcap(scale · q · Kᵀ) + causal mask) · V` per query head. With a rotation,
+    /// queries are rotated, and keys and values stored, on the way: then no two tokens of the step
+    /// may belong to one sequence.
     ///
     /// # Errors
     /// What the driver refuses.
@@ -288,22 +243,32 @@ impl Gpu {
         pass: &Attend<'_>,
         heads: HeadCounts,
         (tokens, store): (&TokenTables<'_>, &KvSpans<'_>),
+        rotation: Option<&RotateHeads<'_>>,
     ) -> Result<(), GpuError> {
         let n_tokens = pass.chosen.map_or(tokens.tokens, |(_, count)| count);
-        let arguments = pass.arguments(heads, n_tokens, (tokens, store));
-        let (segments, dim) = (arguments.segments as usize, heads.head_dim);
+        let attend = pass.arguments(heads, n_tokens, (tokens, store));
+        let (segments, dim) = (attend.segments as usize, heads.head_dim);
         let group = heads.n_heads / heads.n_kv_heads;
         let shared = if group == 1 { 1 } else { HEADS };
-        let width = dim.next_power_of_two().max(64);
-        let kernel = format!("attend_{width}_{shared}");
+        let kernel = format!("attend_{}_{shared}", dim.next_power_of_two().max(64));
         let grid = [heads.n_kv_heads * group.div_ceil(shared), n_tokens, segments];
-        let shared_bytes = WARPS * shared * (dim + 2) * F32;
-        // SAFETY: all spans were checked against the shapes.
-        unsafe { self.launch(&kernel, (grid, 32 * WARPS, shared_bytes), &arguments)? };
+        // Queries, and a key and a value as f32 and as f16; weights; what warps have summed up.
+        let floats = (shared + 3) * dim + SEGMENT * shared + WARPS * shared * (dim + 2);
+        let shape = (grid, 32 * WARPS, floats * F32);
+        match rotation {
+            Some(rotation) => {
+                let rotate = rotation.arguments(heads, (tokens, store));
+                let arguments = RotatedAttendArgs { attend, rotate };
+                // SAFETY: all spans were checked against the shapes.
+                unsafe { self.launch(&format!("rotate_{kernel}"), shape, &arguments)? };
+            }
+            // SAFETY: as above.
+            None => unsafe { self.launch(&kernel, shape, &attend)? },
+        }
         if segments > 1 {
             let grid = [heads.n_heads, n_tokens, 1];
             // SAFETY: as above.
-            unsafe { self.launch("merge_segments", (grid, 32, 0), &arguments)? };
+            unsafe { self.launch("merge_segments", (grid, 32, 0), &attend)? };
         }
         Ok(())
     }

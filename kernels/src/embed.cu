@@ -10,7 +10,7 @@ struct EmbedArgs {
     uint32_t cols;
     uint32_t padded; // groups of a row in memory
     float scale;
-    uint32_t unused;
+    uint32_t table_rows;
 };
 
 constexpr int EMBED_THREADS = 128;
@@ -22,14 +22,16 @@ template <class T> __device__ __forceinline__ void embed(const EmbedArgs& args) 
     if (chunk >= args.padded / CHUNK) return;
     const size_t row = args.rows ? args.rows[blockIdx.y] : blockIdx.y;
     Raw raw;
-    load_raw<T>(args.planes, row * (args.padded / CHUNK) + chunk, t, raw);
+    const uint32_t chunks = args.padded / CHUNK;
+    load_raw<T>(args.planes, RowPlace(args.table_rows, chunks, row).at(chunk), t, raw);
+    const ScaleRow<T> scales(args.planes, args.table_rows, chunks, row);
     float* out = args.out + static_cast<size_t>(blockIdx.y) * args.cols;
 #pragma unroll
     for (int j = 0; j < CHUNK; j++) {
         const uint32_t group = CHUNK * chunk + j;
         if (group * GROUP >= args.cols) return;
         uint32_t words[4];
-        load_scales<T>(args.planes, row, args.padded, group, words);
+        scales.load(group, words);
         Scales s;
         T::scales(words, group % T::SCALE_GROUPS, s);
 #pragma unroll

@@ -35,7 +35,7 @@ struct EmbedArgs {
     cols: u32,
     padded: u32,
     scale: f32,
-    unused: u32,
+    table_rows: u32,
 }
 
 // SAFETY: plain numbers in the order of `EmbedArgs` in embed.cu.
@@ -62,7 +62,7 @@ impl Gpu {
             cols: cols as u32,
             padded: padded as u32,
             scale: pass.scale,
-            unused: 0,
+            table_rows: table.rows() as u32,
         };
         let threads =
             if dtype.is_quantized() { padded * GROUP / LANE } else { cols.div_ceil(FLOATS) };

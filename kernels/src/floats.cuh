@@ -2,14 +2,14 @@
 #pragma once
 #include "tensor_cores.cuh"
 
-// Elements in a row: 8 or 4 of memory as f32, or the words of 4 times a unit as f16.
+// Elements in a row: 8 or 4 of memory as f32, or the words of 4 times a unit as f16, even ones and then odd ones.
 struct F32 {
     static constexpr int BYTES = 4;
     static __device__ __forceinline__ uint2 halves(const uint32_t words[4], float unit) {
         float w[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) w[i] = unit * __uint_as_float(words[i]);
-        return make_uint2(bits_of(__floats2half2_rn(w[0], w[1])), bits_of(__floats2half2_rn(w[2], w[3])));
+        return make_uint2(bits_of(__floats2half2_rn(w[0], w[2])), bits_of(__floats2half2_rn(w[1], w[3])));
     }
     static __device__ __forceinline__ void load4(const uint8_t* at, float w[4]) {
         const float4 v = __ldg(reinterpret_cast<const float4*>(at));
@@ -25,7 +25,8 @@ struct F32 {
 template <class Pair> struct ShortFloat {
     static constexpr int BYTES = 2;
     static __device__ __forceinline__ uint2 halves(const uint32_t words[2], float unit) {
-        return make_uint2(bits_of(Pair::times(words[0], unit)), bits_of(Pair::times(words[1], unit)));
+        const uint32_t even = __byte_perm(words[0], words[1], 0x5410), odd = __byte_perm(words[0], words[1], 0x7632);
+        return make_uint2(bits_of(Pair::times(even, unit)), bits_of(Pair::times(odd, unit)));
     }
     static __device__ __forceinline__ void load4(const uint8_t* at, float w[4]) {
         const uint2 q = __ldg(reinterpret_cast<const uint2*>(at));

@@ -6,19 +6,15 @@
 
 use crate::driver::{Driver, DriverError};
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr, result,
-    sys,
+    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, result, sys,
 };
 use cudarc::nvrtc::Ptx;
 use std::collections::HashMap;
 use std::marker::PhantomData;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// The compiled kernels of all architectures (`build.rs`).
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
-
-/// First `__CUDA_ARCH__`, over ten, whose kernels can wait for the one before them.
-const OVERLAPS_SINCE: i32 = 90;
 
 /// What went wrong on a GPU.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -65,8 +61,8 @@ pub enum GpuError {
 /// An open GPU.
 pub struct Gpu {
     stream: Arc<CudaStream>,
-    module: Arc<CudaModule>,
-    functions: Mutex<HashMap<String, (CudaFunction, bool)>>,
+    pub(crate) module: Arc<CudaModule>,
+    pub(crate) functions: Mutex<HashMap<String, (CudaFunction, bool)>>,
     multiprocessors: usize,
     shared_bytes: usize,
     has_wgmma: bool,
@@ -230,72 +226,6 @@ impl Gpu {
     /// What any kernel before has failed with.
     pub fn synchronize(&self) -> Result<(), GpuError> {
         self.stream.synchronize().map_err(|error| self.failed("waiting for it", error))
-    }
-
-    /// Starts a kernel with one struct as its argument.
-    ///
-    /// # Safety
-    /// `A` is what the kernel takes, and what it points to is large enough for the grid.
-    pub(crate) unsafe fn launch<A: DeviceRepr>(
-        &self,
-        kernel: &str,
-        (grid, threads, shared_bytes): ([usize; 3], usize, usize),
-        arguments: &A,
-    ) -> Result<(), GpuError> {
-        if grid.contains(&0) {
-            return Ok(());
-        }
-        let (function, overlaps) = self.function(kernel)?;
-        let [x, y, z] = grid.map(|size| u32::try_from(size).unwrap_or(u32::MAX));
-        let mut overlap = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        };
-        let config = sys::CUlaunchConfig {
-            gridDimX: x,
-            gridDimY: y,
-            gridDimZ: z,
-            blockDimX: threads as u32,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: shared_bytes as u32,
-            hStream: self.stream.cu_stream(),
-            attrs: &raw mut overlap,
-            numAttrs: u32::from(overlaps),
-        };
-        self.bound()?;
-        let mut pointers = [std::ptr::from_ref(arguments).cast_mut().cast::<std::ffi::c_void>()];
-        // SAFETY: the kernel takes one argument, which the driver copies; the rest is passed on.
-        let started = unsafe {
-            let (function, none) = (function.cu_function(), std::ptr::null_mut());
-            sys::cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), none)
-        };
-        started.result().map_err(|error| self.failed("starting a kernel", error))
-    }
-
-    /// A kernel, and whether it may start while the one before it works: whether what the driver
-    /// runs was compiled for a GPU that can wait for that (`launch.cuh`).
-    fn function(&self, kernel: &str) -> Result<(CudaFunction, bool), GpuError> {
-        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(function) = functions.get(kernel) {
-            return Ok(function.clone());
-        }
-        let function = self.module.load_function(kernel);
-        let function = function.map_err(|error| self.failed("finding a kernel", error))?;
-        let wanted =
-            sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        let attribute = |which| {
-            function.get_attribute(which).map_err(|error| self.failed("what a kernel has", error))
-        };
-        use sys::CUfunction_attribute_enum as Attribute;
-        let fixed = attribute(Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
-        let overlaps = attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)? >= OVERLAPS_SINCE;
-        function
-            .set_attribute(wanted, self.shared_bytes as i32 - fixed)
-            .map_err(|error| self.failed("giving a kernel shared memory", error))?;
-        functions.insert(kernel.to_owned(), (function.clone(), overlaps));
-        Ok((function, overlaps))
     }
 
     /// Makes the context this thread's.

@@ -8,7 +8,7 @@
 // A single column stands in for all eight: each lane then adds up its own sum alone. Within a range, groups are
 // added up in their order; then the ranges' sums are, in theirs. Kernels for up to 32 columns have eight ranges,
 // that for more has four: among either a column's bits do not depend on how many columns there are.
-#include "stream.cuh"
+#include "narrow.cuh"
 
 // Warps with the same range.
 template <int RANGES> constexpr int ROW_WARPS = NARROW_WARPS / RANGES;
@@ -19,43 +19,6 @@ template <int RANGES> __device__ __forceinline__ void meet(uint32_t range) {
         __syncwarp();
     } else {
         asm volatile("bar.sync %0, %1;" ::"r"(1 + range), "n"(32 * ROW_WARPS<RANGES>) : "memory");
-    }
-}
-
-// acc += a chunk of MTILES · 16 rows times the columns of a slot.
-template <class T, int MTILES, int TILES, bool SINGLE, class X>
-__device__ __forceinline__ void multiply_slot(const Raw raw[2 * MTILES], const float factors[2 * MTILES][CHUNK][Counts<T>::ALL],
-                                              const X& x, uint32_t slot, float acc[MTILES][TILES][4]) {
-    constexpr int ALL = Counts<T>::ALL, SUMS = SINGLE ? 1 : 2;
-#pragma unroll
-    for (int pair = 0; pair < CHUNK / 2; pair++) {
-        uint32_t a[2][MTILES][4];
-#pragma unroll
-        for (int k = 0; k < 2; k++)
-#pragma unroll
-            for (int m = 0; m < MTILES; m++)
-#pragma unroll
-                for (int word = 0; word < 4; word++) a[k][m][word] = T::decode(raw[2 * m + word % 2], 2 * pair + k, word / 2);
-#pragma unroll
-        for (int n = 0; n < TILES; n++) {
-            const uint4 words = x.words_of(slot, pair, n);
-            int4 scales[SUMS];
-#pragma unroll
-            for (int i = 0; i < SUMS; i++) scales[i] = x.scales_of(slot, pair, n, i);
-#pragma unroll
-            for (int k = 0; k < 2; k++) {
-                ColumnScale<T> of[SUMS];
-#pragma unroll
-                for (int i = 0; i < SUMS; i++) of[i].set(k ? scales[i].z : scales[i].x, k ? scales[i].w : scales[i].y);
-#pragma unroll
-                for (int m = 0; m < MTILES; m++) {
-                    float scale[ALL][2];
-#pragma unroll
-                    for (int i = 0; i < 2 * ALL; i++) scale[i / 2][i % 2] = factors[2 * m + i % 2][2 * pair + k][i / 2];
-                    add_group<T, SUMS>(acc[m][n], a[k][m], k ? words.z : words.x, k ? words.w : words.y, scale, of);
-                }
-            }
-        }
     }
 }
 
@@ -94,10 +57,10 @@ template <class T, int RANGES, int MTILES, int TILES, int DEPTH, bool SINGLE> __
     using Weights = Stream<T, RANGES, 2 * MTILES, DEPTH>;
     using X = Columns<ROW_WARPS<RANGES>, TILES, SINGLE>;
     extern __shared__ __align__(128) uint8_t narrow_ring[];
-    const Part& part = part_of(args, blockIdx.x);
+    const Part& part = part_of(args.parts, args.n_parts, blockIdx.x);
     const uint32_t lane = threadIdx.x % 32, range = threadIdx.x / 32 % RANGES, row_warp = threadIdx.x / 32 / RANGES;
     const uint32_t first_row = (blockIdx.x - part.first_block) * (16 * MTILES * ROW_WARPS<RANGES>), first = blockIdx.y * (SINGLE ? 1 : TILES * 8);
-    Weights stream(args, part, narrow_ring, range, first_row + row_warp * (16 * MTILES) + lane / 4, 8);
+    Weights stream(args, part, narrow_ring, range, first_row + row_warp * (16 * MTILES) + lane / 4);
     let_next_start();
     stream.start();
     wait_for_earlier();
@@ -129,7 +92,7 @@ template <class T, int RANGES, int MTILES, int TILES, int DEPTH, bool SINGLE> __
         meet<RANGES>(range);
         if (step + DEPTH < steps) ask(slot, step + DEPTH);
         if (is_last_pass) {
-            if (index + DEPTH < stream.count) stream.copy(weights_slot, index + DEPTH);
+            if (index + DEPTH < stream.count) stream.ring.copy(weights_slot, stream.rows, index + DEPTH);
             weights_slot = weights_slot + 1 == DEPTH ? 0 : weights_slot + 1;
         }
         commit_copies();

@@ -70,8 +70,8 @@ struct PackArgs {
     const uint8_t* file; // rows `first_row` on
     uint8_t *quants, *highs, *scales;
     uint64_t first_row, rows;
-    uint32_t groups; // of a row in the file
-    uint32_t unused;
+    uint32_t groups;   // of a row in the file
+    uint32_t all_rows; // of the matrix
 };
 
 // Packs what a lane has of a chunk: BITS bits of each element, in the order of `decode`.
@@ -97,7 +97,8 @@ template <class T> __device__ void pack(const PackArgs& args) {
     const uint32_t chunk = index / 4 % chunks;
     if (row >= args.rows) return;
     const uint8_t* blocks = args.file + row * (args.groups / T::SCALE_GROUPS) * File<T>::BLOCK_BYTES;
-    const uint64_t lane = ((args.first_row + row) * chunks + chunk) * 4 + t;
+    const uint32_t own = args.first_row + row;
+    const uint64_t lane = RowPlace(args.all_rows, chunks, own).at(chunk) * uint64_t{4} + t;
     const auto block_of = [&](int j) { return blocks + (CHUNK * chunk + j) / T::SCALE_GROUPS * File<T>::BLOCK_BYTES; };
     const auto is_there = [&](int j) { return CHUNK * chunk + j < args.groups; };
     pack_lane<T::LOW_BITS>(args.quants + lane * LANE_QUANTS<T>, t, [&](int j, int e) -> uint32_t {
@@ -110,12 +111,13 @@ template <class T> __device__ void pack(const PackArgs& args) {
     }
     const uint32_t group = CHUNK * chunk + t;
     if (group % T::SCALE_GROUPS != 0) return;
-    const uint64_t block = (args.first_row + row) * (chunks * CHUNK / T::SCALE_GROUPS) + group / T::SCALE_GROUPS;
+    const Planes planes{args.quants, args.highs, args.scales};
+    const size_t start = ScaleRow<T>(planes, args.all_rows, chunks, own).of(chunk) - args.scales + (T::SCALE_GROUPS == 1 ? t * T::SCALE_BYTES : 0);
     const uint8_t* from = blocks + group / T::SCALE_GROUPS * File<T>::BLOCK_BYTES;
     for (int i = 0; i < T::SCALE_BYTES; i++) {
         // Q2_K has d and m behind its 64 bytes of quants.
         const int place = T::MIN == Min::Pair && i >= 16 ? i + 64 : i;
-        args.scales[block * T::SCALE_BYTES + i] = is_there(t) ? from[File<T>::SCALES + place] : 0;
+        args.scales[start + i] = is_there(t) ? from[File<T>::SCALES + place] : 0;
     }
 }
 

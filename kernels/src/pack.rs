@@ -16,6 +16,10 @@
 //! | Q6_K | 16 | 8: 2-bit fields | of 8 groups: 16 × i8, d |
 //! | IQ4_XS | 16 | | of 8 groups: d, 6 bytes |
 //!
+//! Rows lie in blocks of 16, or what is left of them: of a block chunk after chunk, of a chunk row
+//! after row (of scales, block of groups after block), so that what a warp reads at a time lies in
+//! one piece. A row's chunks a step apart would be as many places of the memory for each warp.
+//!
 //! Not a bit is added or lost, but that rows whose length is no multiple of 128 elements are filled
 //! up to one with zeros.
 
@@ -85,7 +89,7 @@ struct PackArgs {
     first_row: u64,
     rows: u64,
     groups: u32,
-    unused: u32,
+    all_rows: u32,
 }
 
 // SAFETY: plain numbers in the order of `PackArgs` in pack.cu.
@@ -218,7 +222,7 @@ impl DeviceMatrix {
             first_row: rows.start as u64,
             rows: rows.len() as u64,
             groups: (self.cols / GROUP) as u32,
-            unused: 0,
+            all_rows: self.rows as u32,
         };
         let lanes = 4 * (self.cols / GROUP).div_ceil(CHUNK);
         let kernel = format!("pack_{}", self.dtype.name().to_ascii_lowercase());

@@ -22,19 +22,16 @@ struct ProductArgs {
     const int8_t* quants;     // [passes][padded / 4][stride][128], see EightBits
     const GroupScale* scales; // [passes][padded / 4][stride][4]
     uint32_t n_parts;
-    uint32_t groups;
     uint32_t padded; // the same as whole chunks: what weights and activations have in memory
     uint32_t columns;
     uint32_t stride; // columns that there is room for
     uint32_t passes; // 2 where what 8 bits miss of values is multiplied, too
-    uint32_t unused;
 };
 
 // The matrix that a block works on.
-__device__ __forceinline__ const Part& part_of(const ProductArgs& args, uint32_t block) {
-    uint32_t index = 0;
-    while (index + 1 < args.n_parts && block >= args.parts[index + 1].first_block) index++;
-    return args.parts[index];
+__device__ __forceinline__ const Part& part_of(const Part parts[PARTS], uint32_t n_parts, uint32_t block) {
+    static_assert(PARTS == 3, "two borders");
+    return parts[(n_parts > 1 && block >= parts[1].first_block) + (n_parts > 2 && block >= parts[2].first_block)];
 }
 
 __device__ __forceinline__ float warp_sum(float value) {

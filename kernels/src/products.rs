@@ -1,49 +1,33 @@
 //! Products of weights with the activations of some tokens.
 //!
-//! Up to [`NARROW_MAX`] tokens reading the weights takes longest (`narrow.cu`): quantised weights
-//! meet activations in 8 bits with a scale per 32 elements, as on the CPU. The integer sums are the
-//! same, and only the order in which groups are added up differs; floats meet floats (`floats.cu`).
-//! A token's product has the same bits in any batch of up to [`SAME_SUMS_MAX`], and in any of
-//! more. For more tokens the arithmetic takes longest (`wide.cu`): weights of any type and activations
-//! meet as f16, with sums in f32, and the same bits in any batch of so many.
+//! With few tokens reading the weights takes longest (`stream.cu`, `narrow.cu`): quantised weights
+//! meet activations in 8 bits with a scale per 32 elements, as on the CPU. The integer sums are
+//! the same, and only the order in which groups are added up differs; floats meet floats
+//! (`floats.cu`). With more than [`Gpu::narrow_max`] tokens decoding weights, and then arithmetic,
+//! takes longest: weights and activations meet as f16, with sums in f32 (`middle.cu`, `wide.cu`).
+//!
+//! A token's product has the same bits in any batch of up to [`Gpu::same_sums_max`] tokens, of more
+//! up to 128, and of more than that.
 //!
 //! Activations have their elements in orders that tensor cores take without a shuffle. In 8 bits
-//! byte `16 t + 8 g + 4 h + e` of a pair of groups of 32 is element `16 h + 4 t + e` of group g; the
-//! order as f16 is told in `halves.cuh`.
+//! byte `16 t + 8 g + 4 h + e` of a pair of groups of 32 is element `16 h + 4 t + e` of group g;
+//! the order as f16 is told in `halves.cuh`.
 
 use crate::gpu::{Gpu, GpuError, Span};
-use crate::pack::{DeviceMatrix, Planes, lane_bytes};
+use crate::pack::{DeviceMatrix, Planes};
 use cudarc::driver::DeviceRepr;
 use tandem_cpu_kernels::DType;
 use tandem_cpu_kernels::blocks::GROUP;
 
-/// Most tokens of a product that meets activations in 8 bits.
-pub const NARROW_MAX: usize = 128;
-/// Most of them whose order of sums is that of one token.
-pub const SAME_SUMS_MAX: usize = 32;
-/// Warps of a block of the kernels for few tokens.
-const NARROW_WARPS: usize = 8;
 /// Groups that rows and columns are filled up to multiples of.
 pub(crate) const CHUNK: usize = 4;
-/// Shared memory of the wide kernel for each column of a tile of activations.
-const WIDE_COLUMN_BYTES: usize = 128;
-/// What its first tile's start may be moved by, and its barriers.
-const WIDE_EXTRA_BYTES: usize = 1024 + 128;
-/// Blocks of the wide kernel where it has wgmma, and elsewhere (`wide.cu`).
-const WGMMA_TILES: [WideTile; 3] = [
-    WideTile { rows: 128, columns: 256, threads: 384, copies: 6, cost: 48 },
-    WideTile { rows: 192, columns: 128, threads: 512, copies: 6, cost: 40 },
-    WideTile { rows: 128, columns: 128, threads: 384, copies: 6, cost: 30 },
-];
-const MMA_TILES: [WideTile; 2] = [
-    WideTile { rows: 128, columns: 128, threads: 256, copies: 2, cost: 18 },
-    WideTile { rows: 128, columns: 64, threads: 256, copies: 2, cost: 10 },
-];
+/// Most tokens whose activations float weights meet as f32.
+const FLOATS_MAX: usize = 128;
 const FLOAT_WARPS: usize = 4;
 /// Matrices that one launch can multiply.
-const PARTS: usize = 3;
+pub(crate) const PARTS: usize = 3;
 /// Bytes of a group's scale and sums.
-const SCALE_BYTES: usize = 8;
+pub(crate) const SCALE_BYTES: usize = 8;
 
 /// Activations of some tokens, `[columns, cols]`.
 #[derive(Clone, Copy, Debug)]
@@ -57,8 +41,8 @@ pub struct Columns<'a> {
     /// The 8-bit form, for quantised weights.
     pub eight_bits: Option<EightBits<'a>>,
     /// `[columns, cols]` f16, in the order of `halves.cuh` and filled up to multiples of 128
-    /// elements: a sixteenth of the values. Where it is given, weights of all types are multiplied
-    /// with it, by the wide kernel.
+    /// elements: a sixteenth of the values. Where it is given, quantised weights are multiplied
+    /// with it, and float ones where there are many columns.
     pub halves: Option<Span<'a>>,
 }
 
@@ -94,7 +78,7 @@ pub struct Product<'a> {
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct Part {
+pub(crate) struct Part {
     planes: Planes,
     bias: u64,
     out: u64,
@@ -102,33 +86,6 @@ struct Part {
     stride: u32,
     first_block: u32,
     unused: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ProductArgs {
-    parts: [Part; PARTS],
-    quants: u64,
-    scales: u64,
-    n_parts: u32,
-    groups: u32,
-    padded: u32,
-    columns: u32,
-    stride: u32,
-    passes: u32,
-    unused: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct WideArgs {
-    parts: [Part; PARTS],
-    x: u64,
-    n_parts: u32,
-    groups: u32,
-    padded: u32,
-    columns: u32,
-    cols: u32,
 }
 
 #[repr(C)]
@@ -144,56 +101,8 @@ struct FloatArgs {
     stride: u32,
 }
 
-// SAFETY: plain numbers in the order of `ProductArgs` in products.cuh.
-unsafe impl DeviceRepr for ProductArgs {}
-// SAFETY: plain numbers in the order of `WideArgs` in wide.cuh.
-unsafe impl DeviceRepr for WideArgs {}
 // SAFETY: plain numbers in the order of `FloatArgs` in floats.cu.
 unsafe impl DeviceRepr for FloatArgs {}
-
-/// A kernel for few tokens.
-struct NarrowKernel {
-    /// Tiles of eight columns; 0 for a single column.
-    tiles: usize,
-    /// Columns of a block.
-    columns: usize,
-    /// Rows of a block.
-    rows: usize,
-    /// Shared memory of a block.
-    shared: usize,
-}
-
-impl NarrowKernel {
-    /// The widest that products with some columns fill and whose blocks have the shared memory.
-    fn of(dtype: DType, columns: usize, shared_bytes: usize) -> NarrowKernel {
-        let wanted = match columns {
-            0 | 1 => 0,
-            2..=8 => 1,
-            9..=16 => 2,
-            17..=SAME_SUMS_MAX => 4,
-            _ => 8,
-        };
-        let narrower = [8, 4, 2, 1].into_iter().filter(|tiles| *tiles <= wanted);
-        let fits = |kernel: &NarrowKernel| kernel.shared <= shared_bytes;
-        let widest = narrower.map(|tiles| NarrowKernel::with_tiles(dtype, tiles)).find(fits);
-        widest.unwrap_or_else(|| NarrowKernel::with_tiles(dtype, 0))
-    }
-
-    /// Rows, ranges and depth as in narrow.cu.
-    fn with_tiles(dtype: DType, tiles: usize) -> NarrowKernel {
-        let lane = lane_bytes(dtype);
-        let (rows, ranges, depth) = match tiles {
-            0 => (16, 8, if lane > 16 { 3 } else { 4 }),
-            8 => (64, 4, 3),
-            _ => (32, 8, 3),
-        };
-        let columns = (8 * tiles).max(1);
-        // Of one chunk: each lane has some rows, each range all columns.
-        let weights = 32 * rows * ranges / 8 * lane;
-        let activations = ranges * columns * CHUNK * (GROUP + SCALE_BYTES);
-        NarrowKernel { tiles, columns, rows, shared: depth * (weights + activations) }
-    }
-}
 
 impl EightBits<'_> {
     /// Rows that there is room for where there are `rows`: whole tiles of the kernels.
@@ -238,78 +147,20 @@ impl Gpu {
     pub fn multiply(&self, products: &[Product<'_>], x: &Columns<'_>) -> Result<(), GpuError> {
         for run in products.chunk_by(|a, b| a.matrix.dtype() == b.matrix.dtype()) {
             for run in run.chunks(PARTS) {
-                if let Some(halves) = x.halves {
-                    self.multiply_wide(run, x, halves)?;
-                } else if run[0].matrix.dtype().is_quantized() {
-                    self.multiply_narrow(run, x)?;
+                let is_quantized = run[0].matrix.dtype().is_quantized();
+                let halves = x.halves.filter(|_| is_quantized || x.columns > FLOATS_MAX);
+                if let Some(halves) = halves {
+                    self.multiply_halves(run, x, halves)?;
+                } else if is_quantized {
+                    if !self.multiply_stream(run, x)? {
+                        self.multiply_narrow(run, x)?;
+                    }
                 } else {
                     run.iter().try_for_each(|product| self.multiply_floats(product, x))?;
                 }
             }
         }
         Ok(())
-    }
-
-    fn multiply_narrow(&self, run: &[Product<'_>], x: &Columns<'_>) -> Result<(), GpuError> {
-        let eight_bits = x.eight_bits.expect("quantised weights need activations in 8 bits");
-        let (quants, scales) = eight_bits.pointers(x.columns, x.cols);
-        let dtype = run[0].matrix.dtype();
-        let kernel = NarrowKernel::of(dtype, x.columns, self.shared_bytes());
-        let (parts, blocks) = parts(run, x, kernel.rows);
-        let groups = x.cols / GROUP;
-        let arguments = ProductArgs {
-            parts,
-            quants,
-            scales,
-            n_parts: run.len() as u32,
-            groups: groups as u32,
-            padded: groups.next_multiple_of(CHUNK) as u32,
-            columns: x.columns as u32,
-            stride: EightBits::stride(x.columns) as u32,
-            passes: eight_bits.passes as u32,
-            unused: 0,
-        };
-        let grid = [blocks, x.columns.div_ceil(kernel.columns), 1];
-        let name = format!("narrow_{}_{}", lower_name(dtype), kernel.tiles);
-        // SAFETY: all spans were checked against the shapes.
-        unsafe { self.launch(&name, (grid, NARROW_WARPS * 32, kernel.shared), &arguments) }
-    }
-
-    fn multiply_wide(
-        &self,
-        run: &[Product<'_>],
-        x: &Columns<'_>,
-        halves: Span<'_>,
-    ) -> Result<(), GpuError> {
-        let tile = self.wide_tile(run, x.columns);
-        let (parts, blocks) = parts(run, x, tile.rows);
-        let groups = x.cols.div_ceil(GROUP);
-        let arguments = WideArgs {
-            parts,
-            x: halves.of(half_bytes(x.columns, x.cols), 1),
-            n_parts: run.len() as u32,
-            groups: groups as u32,
-            padded: groups.next_multiple_of(CHUNK) as u32,
-            columns: x.columns as u32,
-            cols: x.cols as u32,
-        };
-        let name = lower_name(run[0].matrix.dtype());
-        let kernel = format!("wide_{name}_{}_{}", tile.rows, tile.columns);
-        let grid = [x.columns.div_ceil(tile.columns), blocks, 1];
-        // SAFETY: all spans were checked against the shapes.
-        unsafe { self.launch(&kernel, (grid, tile.threads, tile.shared_bytes()), &arguments) }
-    }
-
-    /// The tile whose blocks, as many at a time as there are multiprocessors, are done first.
-    fn wide_tile(&self, run: &[Product<'_>], columns: usize) -> WideTile {
-        let tiles = if self.has_wgmma() { &WGMMA_TILES[..] } else { &MMA_TILES[..] };
-        let cost = |tile: &WideTile| {
-            let row_blocks = run.iter().map(|product| product.matrix.rows().div_ceil(tile.rows));
-            let blocks = row_blocks.sum::<usize>() * columns.div_ceil(tile.columns);
-            blocks.div_ceil(self.multiprocessors()) * tile.cost
-        };
-        let fitting = tiles.iter().filter(|tile| tile.shared_bytes() <= self.shared_bytes());
-        *fitting.min_by_key(|tile| cost(tile)).expect("a tile that fits")
     }
 
     fn multiply_floats(&self, product: &Product<'_>, x: &Columns<'_>) -> Result<(), GpuError> {
@@ -333,24 +184,6 @@ impl Gpu {
     }
 }
 
-/// A block of the wide kernel.
-#[derive(Clone, Copy)]
-struct WideTile {
-    rows: usize,
-    columns: usize,
-    threads: usize,
-    /// Tiles of activations in shared memory.
-    copies: usize,
-    /// How long it takes next to others, in µs for 4096 weights per row on an H200.
-    cost: usize,
-}
-
-impl WideTile {
-    fn shared_bytes(&self) -> usize {
-        self.copies * self.columns * WIDE_COLUMN_BYTES + WIDE_EXTRA_BYTES
-    }
-}
-
 impl Product<'_> {
     /// Of the bias, or null, and of the output.
     fn pointers(&self, x: &Columns<'_>) -> (u64, u64) {
@@ -364,7 +197,11 @@ impl Product<'_> {
 }
 
 /// The matrices of a run as kernels take them, and how many blocks of rows they have.
-fn parts(run: &[Product<'_>], x: &Columns<'_>, block_rows: usize) -> ([Part; PARTS], usize) {
+pub(crate) fn parts(
+    run: &[Product<'_>],
+    x: &Columns<'_>,
+    block_rows: usize,
+) -> ([Part; PARTS], usize) {
     let mut parts = [Part::default(); PARTS];
     let mut blocks = 0;
     for (part, product) in parts.iter_mut().zip(run) {
@@ -384,6 +221,6 @@ fn parts(run: &[Product<'_>], x: &Columns<'_>, block_rows: usize) -> ([Part; PAR
     (parts, blocks)
 }
 
-fn lower_name(dtype: DType) -> String {
+pub(crate) fn lower_name(dtype: DType) -> String {
     dtype.name().to_ascii_lowercase()
 }

@@ -13,8 +13,9 @@ struct GroupScale {
     int16_t sums[2]; // of the integers of elements 0..16 and 16..32
 };
 
-// A matrix in the device layout. Planes hold all chunks of all rows, row after row; the last chunk of
-// a row is filled up with zeros.
+// A matrix in the device layout. Rows lie in blocks of 16, the last of which may have fewer; of a block chunk
+// after chunk, of a chunk row after row: what a warp multiplies at a time lies in one piece. The last chunk of a
+// row is filled up with zeros. Scales that two chunks share lie so, too.
 struct Planes {
     const uint8_t* quants;
     const uint8_t* highs;
@@ -26,6 +27,20 @@ enum class Min { None, One, Pair };
 // A chunk is four groups of a row. Four lanes next to each other share it, as tensor cores want it:
 // lane t has elements 4t .. 4t + 4 ("lower") and 16 + 4t .. 16 + 4t + 4 ("upper") of each group.
 constexpr int CHUNK = 4;
+
+// Where a row lies among `rows` rows of `units` chunks, or pairs of these: the number of its first one, and how
+// many lie from one to the next.
+struct RowPlace {
+    uint32_t first, step;
+
+    __device__ __forceinline__ RowPlace(uint32_t rows, uint32_t units, uint32_t row) {
+        constexpr uint32_t BLOCK_ROWS = 16;
+        const uint32_t block = row / BLOCK_ROWS * BLOCK_ROWS;
+        step = min(BLOCK_ROWS, rows - block), first = block * units + row - block;
+    }
+
+    __device__ __forceinline__ uint32_t at(uint32_t unit) const { return first + unit * step; }
+};
 
 // What a lane has of a chunk: its quants and their high bits.
 struct Raw {
@@ -107,38 +122,74 @@ struct Facts {
     static constexpr int LOW_BITS = 4, HIGH_BITS = 0, SCALE_BYTES = 2, SCALE_GROUPS = 1;
     static constexpr bool HALVES = false;
     static constexpr Min MIN = Min::None;
+    // Of types whose scales are plain f16: what decoded integers are too large by.
+    static constexpr int UNIT = 1;
+    // Of types that have nibbles alone, the one that stands for zero.
+    static constexpr int NIBBLE_ZERO = -1;
     // The words of the scales of group `i` of the block at `block`.
     static __device__ __forceinline__ void load_scales(const uint8_t* block, int, uint32_t s[4]) { load_words<2>(block, s); }
 };
 
 constexpr uint32_t SIGNS = 0x80808080u;
 
+// (w & mask) ^ bits, and (w & mask) | bits, in one instruction.
+__device__ __forceinline__ uint32_t toggled(uint32_t w, uint32_t mask, uint32_t bits) {
+    asm("lop3.b32 %0, %0, %1, %2, 0x6a;" : "+r"(w) : "r"(mask), "r"(bits));
+    return w;
+}
+
+__device__ __forceinline__ uint32_t selected(uint32_t w, uint32_t mask, uint32_t bits) {
+    asm("lop3.b32 %0, %0, %1, %2, 0xea;" : "+r"(w) : "r"(mask), "r"(bits));
+    return w;
+}
+
 // Bytes of a lane of a chunk: it has 32 elements.
 template <class T> constexpr int LANE_QUANTS = 4 * T::LOW_BITS;
 template <class T> constexpr int LANE_HIGHS = 4 * T::HIGH_BITS;
 
-// This lane's part of chunk `chunk` of all.
-template <class T> __device__ __forceinline__ void load_raw(const Planes& p, size_t chunk, uint32_t t, Raw& raw) {
-    load_words<LANE_QUANTS<T>>(p.quants + (chunk * 4 + t) * LANE_QUANTS<T>, raw.quants);
-    if constexpr (T::HIGH_BITS > 0) load_words<LANE_HIGHS<T>>(p.highs + (chunk * 4 + t) * LANE_HIGHS<T>, raw.highs);
+// This lane's part of the chunk that lies at `place`.
+template <class T> __device__ __forceinline__ void load_raw(const Planes& p, uint32_t place, uint32_t t, Raw& raw) {
+    const size_t lane = place * 4 + t;
+    load_words<LANE_QUANTS<T>>(p.quants + lane * LANE_QUANTS<T>, raw.quants);
+    if constexpr (T::HIGH_BITS > 0) load_words<LANE_HIGHS<T>>(p.highs + lane * LANE_HIGHS<T>, raw.highs);
 }
 
-// The words of the scales of a group; `row_groups` is a multiple of a chunk.
-template <class T>
-__device__ __forceinline__ void load_scales(const Planes& p, size_t row, uint32_t row_groups, uint32_t group, uint32_t s[4]) {
-    const size_t block = row * (row_groups / T::SCALE_GROUPS) + group / T::SCALE_GROUPS;
-    T::load_scales(p.scales + block * T::SCALE_BYTES, group % T::SCALE_GROUPS, s);
-}
+// Chunks whose scales lie together, and bytes of these.
+template <class T> constexpr uint32_t UNIT_CHUNKS = T::SCALE_GROUPS == 1 ? 1 : T::SCALE_GROUPS / CHUNK;
+template <class T> constexpr uint32_t UNIT_BYTES = T::SCALE_GROUPS == 1 ? CHUNK * T::SCALE_BYTES : T::SCALE_BYTES;
+
+// Scales of a row.
+template <class T> struct ScaleRow {
+    const uint8_t* first; // of its first chunk
+    uint32_t step;        // bytes from unit to unit
+
+    __device__ __forceinline__ ScaleRow() {}
+    __device__ __forceinline__ ScaleRow(const Planes& p, uint32_t rows, uint32_t chunks, uint32_t row) {
+        const RowPlace place(rows, chunks / UNIT_CHUNKS<T>, row);
+        first = p.scales + static_cast<size_t>(place.first) * UNIT_BYTES<T>, step = place.step * UNIT_BYTES<T>;
+    }
+
+    // Those of a chunk, or of the block that it belongs to.
+    __device__ __forceinline__ const uint8_t* of(uint32_t chunk) const { return first + static_cast<size_t>(chunk / UNIT_CHUNKS<T> * step); }
+
+    // The words of a group's.
+    __device__ __forceinline__ void load(uint32_t group, uint32_t s[4]) const {
+        const uint8_t* const at = of(group / CHUNK);
+        if constexpr (T::SCALE_GROUPS == 1) T::load_scales(at + group % CHUNK * T::SCALE_BYTES, 0, s);
+        if constexpr (T::SCALE_GROUPS > 1) T::load_scales(at, group % T::SCALE_GROUPS, s);
+    }
+};
 
 struct Q4_0 : Facts {
+    static constexpr int UNIT = 16, NIBBLE_ZERO = 8;
     static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) {
-        return ((upper ? raw.quants[j] : raw.quants[j] << 4) & 0xf0f0f0f0u) ^ SIGNS;
+        return toggled(upper ? raw.quants[j] : raw.quants[j] << 4, 0xf0f0f0f0u, SIGNS);
     }
     static __device__ __forceinline__ void scales(const uint32_t w[4], int, Scales& s) { s.scale[0] = half_of(w[0]) * (1.0f / 16); }
 };
 
 struct Q4_1 : Facts {
-    static constexpr int SCALE_BYTES = 4;
+    static constexpr int SCALE_BYTES = 4, NIBBLE_ZERO = 0;
     static constexpr Min MIN = Min::One;
     static __device__ __forceinline__ void load_scales(const uint8_t* block, int, uint32_t s[4]) { load_words<4>(block, s); }
     static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) {
@@ -151,7 +202,7 @@ struct Q4_1 : Facts {
 };
 
 struct Q5_0 : Facts {
-    static constexpr int HIGH_BITS = 1;
+    static constexpr int HIGH_BITS = 1, UNIT = 8;
     static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) {
         const uint32_t low = (upper ? raw.quants[j] >> 1 : raw.quants[j] << 3) & 0x78787878u;
         return (low | bits(raw.highs[0], 2 * j + upper) << 7) ^ SIGNS;
@@ -160,7 +211,7 @@ struct Q5_0 : Facts {
 };
 
 struct Q5_1 : Q4_1 {
-    static constexpr int HIGH_BITS = 1;
+    static constexpr int HIGH_BITS = 1, NIBBLE_ZERO = -1;
     static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) {
         return Q4_1::decode(raw, j, upper) | bits(raw.highs[0], 2 * j + upper) << 4;
     }
@@ -187,7 +238,7 @@ struct Iq4Xs : Iq4Nl {
 };
 
 struct Q4K : Facts {
-    static constexpr int SCALE_BYTES = 16, SCALE_GROUPS = 8;
+    static constexpr int SCALE_BYTES = 16, SCALE_GROUPS = 8, NIBBLE_ZERO = 0;
     static constexpr Min MIN = Min::One;
     static __device__ __forceinline__ void load_scales(const uint8_t* block, int, uint32_t s[4]) { load_words<16>(block, s); }
     static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) { return Q4_1::decode(raw, j, upper); }
@@ -200,7 +251,7 @@ struct Q4K : Facts {
 };
 
 struct Q5K : Q4K {
-    static constexpr int HIGH_BITS = 1;
+    static constexpr int HIGH_BITS = 1, NIBBLE_ZERO = -1;
     static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) { return Q5_1::decode(raw, j, upper); }
 };
 

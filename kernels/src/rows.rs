@@ -7,7 +7,7 @@ use cudarc::driver::DeviceRepr;
 use tandem_cpu_kernels::blocks::GROUP;
 
 const ROW_THREADS: usize = 256;
-const NORM_THREADS: usize = 512;
+const NORM_THREADS_MAX: usize = 1024;
 const F32: usize = size_of::<f32>();
 
 /// Root-mean-square norm (arXiv 1910.07467): `x · weight / sqrt(mean(x²) + eps)`.
@@ -80,8 +80,8 @@ pub struct RoundRows<'a> {
 }
 
 #[repr(C)]
-#[derive(Clone, Copy)]
-struct EightBitsArg {
+#[derive(Clone, Copy, Default)]
+pub(crate) struct EightBitsArg {
     quants: u64,
     scales: u64,
     stride: u32,
@@ -122,7 +122,8 @@ unsafe impl DeviceRepr for NormArgs {}
 // SAFETY: plain numbers in the order of `RoundArgs` in rows.cu.
 unsafe impl DeviceRepr for RoundArgs {}
 
-fn eight_bits(of: Option<EightBits<'_>>, rows: usize, cols: usize) -> EightBitsArg {
+/// As kernels take it.
+pub(crate) fn eight_bits(of: Option<EightBits<'_>>, rows: usize, cols: usize) -> EightBitsArg {
     let Some(of) = of else { return EightBitsArg { quants: 0, scales: 0, stride: 0, passes: 0 } };
     assert!(cols.is_multiple_of(GROUP), "8-bit activations need cols % 32 == 0, got {cols}");
     let (quants, scales) = of.pointers(rows, cols);
@@ -161,9 +162,12 @@ impl Gpu {
             eps: pass.norm.eps,
             cols: cols as u32,
         };
-        let shape = ([n, 1, 1], NORM_THREADS, cols * F32);
+        // Each thread holds one four, or two or four of them.
+        let fours = cols.next_multiple_of(CHUNK * GROUP) / 4;
+        let each = fours.div_ceil(NORM_THREADS_MAX).next_power_of_two();
+        let shape = ([n, 1, 1], fours.div_ceil(each).next_multiple_of(32), 0);
         // SAFETY: all spans were checked against the shapes.
-        unsafe { self.launch("norm_rows", shape, &arguments) }
+        unsafe { self.launch(&format!("norm_rows_{each}"), shape, &arguments) }
     }
 
     /// Rounds rows to 8 bits, or `activation(values) · up`.

@@ -6,7 +6,7 @@ use cudarc::driver::DeviceRepr;
 
 const THREADS: usize = 256;
 /// Blocks that share a row.
-const PARTS: usize = 16;
+const PARTS: usize = 64;
 /// Bytes of what one of them finds.
 const PART_BYTES: usize = 16;
 

@@ -15,9 +15,7 @@
 template <class Loads, class Shape> __device__ __forceinline__ void wide(const WideArgs& args) {
     extern __shared__ __align__(1024) uint8_t wide_shared[];
     uint8_t* shared = wide_shared + (1024 - shared_address(wide_shared) % 1024) % 1024;
-    uint32_t index = 0;
-    while (index + 1 < args.n_parts && blockIdx.y >= args.parts[index + 1].first_block) index++;
-    const Part& part = args.parts[index];
+    const Part& part = part_of(args.parts, args.n_parts, blockIdx.y);
     const Walk walk{args, part, (blockIdx.y - part.first_block) * Shape::ROWS, blockIdx.x * Shape::COLUMNS};
     wide_loop<Loads, Shape>(walk, shared);
 }

@@ -17,7 +17,6 @@ struct WideArgs {
     Part parts[PARTS];
     const __half* x; // see halves.cuh
     uint32_t n_parts;
-    uint32_t groups;
     uint32_t padded;
     uint32_t columns;
     uint32_t cols; // elements of a row of floats
@@ -37,11 +36,11 @@ template <class T> struct WideScales {
     static constexpr bool OWN = T::SCALE_GROUPS == 1;
     uint32_t words[OWN ? T::SCALE_BYTES : T::HALVES ? 5 : 4];
 
-    __device__ __forceinline__ void load(const Planes& p, size_t row, uint32_t padded, uint32_t chunk) {
+    __device__ __forceinline__ void load(const ScaleRow<T>& row, uint32_t chunk) {
+        const uint8_t* const block = row.of(chunk);
         if constexpr (OWN) {
-            load_words<CHUNK * T::SCALE_BYTES>(p.scales + (row * (padded / CHUNK) + chunk) * CHUNK * T::SCALE_BYTES, words);
+            load_words<CHUNK * T::SCALE_BYTES>(block, words);
         } else {
-            const uint8_t* const block = p.scales + (row * (padded / CHUNK / 2) + chunk / 2) * T::SCALE_BYTES;
             if constexpr (!T::HALVES) T::load_scales(block, 0, words);
             if constexpr (T::HALVES) {
                 uint32_t s[CHUNK][4];
@@ -53,47 +52,72 @@ template <class T> struct WideScales {
         }
     }
 
+    // Of group j of the chunk, where groups share blocks.
     __device__ __forceinline__ Scales of(uint32_t chunk, int j) const {
         Scales scales;
         const int group = (CHUNK * chunk + j) % T::SCALE_GROUPS;
         if constexpr (T::HALVES) {
             const uint32_t own[3] = {words[j / 2] >> 16 * (j % 2), words[2 + j % 2], words[4]};
             T::scales(own, group, scales);
-        } else if constexpr (T::SCALE_BYTES == 2) {
-            const uint32_t own = words[j / 2] >> 16 * (j % 2);
-            T::scales(&own, group, scales);
         } else {
-            T::scales(OWN ? words + j : words, group, scales);
+            T::scales(words, group, scales);
         }
         return scales;
     }
 };
 
-// scale · w + min of four signed bytes, as f16.
-__device__ __forceinline__ uint2 decoded(uint32_t w, __half2 scale, __half2 min) {
-    const uint32_t u = w ^ SIGNS, a = __byte_perm(u, 0x64646464u, 0x4140), b = __byte_perm(u, 0x64646464u, 0x4342);
+__device__ __forceinline__ __half2 pair_of(uint32_t bits) { return *reinterpret_cast<__half2*>(&bits); }
+
+// Four signed bytes as f16: the first and third, and the other two.
+__device__ __forceinline__ void split_bytes(uint32_t w, __half2 pairs[2]) {
     const __half2 offset = __float2half2_rn(-1152.0f);
-    const __half2 low = __hadd2(*reinterpret_cast<const __half2*>(&a), offset);
-    const __half2 high = __hadd2(*reinterpret_cast<const __half2*>(&b), offset);
-    return make_uint2(bits_of(__hfma2(low, scale, min)), bits_of(__hfma2(high, scale, min)));
+    const uint32_t u = w ^ SIGNS;
+    pairs[0] = __hadd2(pair_of(__byte_perm(u, 0x64646464u, 0x4240)), offset);
+    pairs[1] = __hadd2(pair_of(__byte_perm(u, 0x64646464u, 0x4341)), offset);
+}
+
+// The same of the lower or upper nibbles of four bytes, less `zero`: where their bits lie, they are the last of
+// 1024 and more, whole or in sixteenths.
+template <int zero> __device__ __forceinline__ void split_nibbles(uint32_t w, bool upper, __half2 pairs[2]) {
+    const uint32_t mask = upper ? 0x00f000f0u : 0x000f000fu;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const __half2 of = pair_of(selected(w >> 8 * i, mask, 0x64006400u));
+        pairs[i] = upper ? __hfma2(of, __float2half2_rn(1.0f / 16), __float2half2_rn(-64.0f - zero)) : __hadd2(of, __float2half2_rn(-1024.0f - zero));
+    }
 }
 
 // Lane t's part of a row, UNIT_GROUPS groups of it: on its way, and then as f16, of a lower or upper half of
-// a group elements (4t, 4t + 1) and (4t + 2, 4t + 3).
+// a group elements (4t, 4t + 2) and (4t + 1, 4t + 3).
 template <class T> struct WideLoads {
     static constexpr int UNIT_GROUPS = CHUNK;
     Raw raw;
     WideScales<T> scales;
 
-    __device__ __forceinline__ void load(const WideArgs& args, const Planes& p, uint32_t row, uint32_t chunk, uint32_t t) {
-        load_raw<T>(p, static_cast<size_t>(row) * (args.padded / CHUNK) + chunk, t, raw);
-        scales.load(p, row, args.padded, chunk);
+    __device__ __forceinline__ void load(const WideArgs& args, const Part& part, uint32_t row, uint32_t chunk, uint32_t t) {
+        const uint32_t chunks = args.padded / CHUNK;
+        load_raw<T>(part.planes, RowPlace(part.rows, chunks, row).at(chunk), t, raw);
+        scales.load(ScaleRow<T>(part.planes, part.rows, chunks, row), chunk);
     }
 
     __device__ __forceinline__ uint2 decode(uint32_t chunk, int j, int half) const {
-        const Scales s = scales.of(chunk, j);
-        const float scale = s.scale[T::HALVES ? half : 0], min = T::MIN == Min::None ? 0.0f : s.min[T::MIN == Min::Pair ? half : 0];
-        return decoded(T::decode(raw, j, half), __float2half2_rn(WEIGHT_UNIT * scale), __float2half2_rn(WEIGHT_UNIT * min));
+        constexpr bool HAS_NIBBLES = T::NIBBLE_ZERO >= 0, HAS_MIN = T::MIN != Min::None;
+        __half2 pairs[2], scale, min;
+        if constexpr (HAS_NIBBLES) split_nibbles<T::NIBBLE_ZERO>(raw.quants[j], half, pairs);
+        if constexpr (!HAS_NIBBLES) split_bytes(T::decode(raw, j, half), pairs);
+        if constexpr (T::SCALE_GROUPS == 1) {
+            constexpr float FACTOR = WEIGHT_UNIT / (HAS_NIBBLES ? 1 : T::UNIT);
+            const uint32_t word = scales.words[HAS_MIN ? j : j / 2], selector = !HAS_MIN && j % 2 ? 0x3232 : 0x1010;
+            scale = __hmul2(pair_of(__byte_perm(word, 0, selector)), __float2half2_rn(FACTOR));
+            if constexpr (HAS_MIN) min = __hmul2(pair_of(__byte_perm(word, 0, 0x3232)), __float2half2_rn(WEIGHT_UNIT));
+        } else {
+            const Scales s = scales.of(chunk, j);
+            scale = __float2half2_rn(WEIGHT_UNIT * s.scale[T::HALVES ? half : 0]);
+            if constexpr (HAS_MIN) min = __float2half2_rn(WEIGHT_UNIT * s.min[T::MIN == Min::Pair ? half : 0]);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) pairs[i] = HAS_MIN ? __hfma2(pairs[i], scale, min) : __hmul2(pairs[i], scale);
+        return make_uint2(bits_of(pairs[0]), bits_of(pairs[1]));
     }
 };
 
@@ -102,9 +126,9 @@ template <class T> struct WideFloats {
     static constexpr int UNIT_GROUPS = 4 / T::BYTES;
     uint32_t words[UNIT_GROUPS][2][T::BYTES];
 
-    __device__ __forceinline__ void load(const WideArgs& args, const Planes& p, uint32_t row, uint32_t unit, uint32_t t) {
+    __device__ __forceinline__ void load(const WideArgs& args, const Part& part, uint32_t row, uint32_t unit, uint32_t t) {
         const uint32_t first = unit * UNIT_GROUPS * GROUP + 4 * t;
-        const uint8_t* const from = p.quants + (static_cast<size_t>(row) * args.cols + first) * T::BYTES;
+        const uint8_t* const from = part.planes.quants + (static_cast<size_t>(row) * args.cols + first) * T::BYTES;
 #pragma unroll
         for (int i = 0; i < 2 * UNIT_GROUPS; i++) {
             uint32_t* const to = words[i / 2][i % 2];
@@ -125,7 +149,7 @@ template <class Loads> struct RowPair {
         const uint32_t last = walk.part.rows - 1, t = threadIdx.x % 4;
         unit = min(unit, walk.args.padded / Loads::UNIT_GROUPS - 1);
 #pragma unroll
-        for (int i = 0; i < 2; i++) rows[i].load(walk.args, walk.part.planes, min(walk.first_row + row + 8 * i, last), unit, t);
+        for (int i = 0; i < 2; i++) rows[i].load(walk.args, walk.part, min(walk.first_row + row + 8 * i, last), unit, t);
     }
 
     // A half of group j of the unit, as tensor cores take it.

@@ -4,272 +4,12 @@
 
 mod gpu;
 
-use gpu::{Random, distance, from_gpu, gpu, on_gpu};
+use gpu::world::{Shape, World, shapes};
+use gpu::{EightBitMemory, Random, distance, from_gpu, gpu, on_gpu};
 use half::f16;
-use tandem_kernels::{Attend, Gpu, HeadCounts, KvSpans, RotateHeads, Runs, Span, TokenTables};
-
-#[derive(Clone, Copy, Debug)]
-struct Shape {
-    heads: HeadCounts,
-    block_tokens: usize,
-    window: Option<usize>,
-    softcap: Option<f32>,
-    interleaved: bool,
-}
-
-/// Some sequences' heads, one step per prompt: all tokens of sequence s have positions 0 ...
-struct World {
-    shape: Shape,
-    /// `[tokens, width]`
-    heads: Vec<f32>,
-    /// `[tokens, 2 · pairs]`
-    angles: Vec<f32>,
-    positions: Vec<u32>,
-    tables: Vec<u32>,
-    blocks: Vec<u32>,
-    n_blocks: usize,
-}
-
-impl World {
-    fn new(shape: Shape, lengths: &[usize], random: &mut Random) -> World {
-        let HeadCounts { n_heads, n_kv_heads, head_dim } = shape.heads;
-        let tokens: usize = lengths.iter().sum();
-        let mut world = World {
-            shape,
-            heads: random.floats(tokens * (n_heads + 2 * n_kv_heads) * head_dim),
-            angles: Vec::new(),
-            positions: Vec::new(),
-            tables: Vec::new(),
-            blocks: Vec::new(),
-            n_blocks: 0,
-        };
-        for length in lengths {
-            let table = world.blocks.len() as u32;
-            for position in 0..*length {
-                let angle = |pair: usize| position as f32 * 0.9f32.powi(pair as i32);
-                world.angles.extend((0..head_dim / 2).map(|pair| angle(pair).cos()));
-                world.angles.extend((0..head_dim / 2).map(|pair| angle(pair).sin()));
-                world.positions.push(position as u32);
-                world.tables.push(table);
-            }
-            let count = length.div_ceil(shape.block_tokens);
-            world.blocks.extend((0..count).map(|block| (world.n_blocks + block) as u32));
-            world.n_blocks += count;
-        }
-        // Blocks of a sequence lie anywhere.
-        let last = world.n_blocks as u32 - 1;
-        world.blocks.iter_mut().for_each(|block| *block = last - *block);
-        world
-    }
-
-    /// Elements `head` of token `token`, rotated as they should be, in f32: rounding to f16 must
-    /// see the same numbers.
-    fn rotated(&self, token: usize, head: usize) -> Vec<f32> {
-        let HeadCounts { n_heads, n_kv_heads, head_dim } = self.shape.heads;
-        let at = (token * (n_heads + 2 * n_kv_heads) + head) * head_dim;
-        let mut values = self.heads[at..][..head_dim].to_vec();
-        let pairs = head_dim / 2;
-        let (cos, sin) = self.angles[token * head_dim..][..head_dim].split_at(pairs);
-        for pair in 0..pairs {
-            let (a, b) = if self.shape.interleaved {
-                (2 * pair, 2 * pair + 1)
-            } else {
-                (pair, pair + pairs)
-            };
-            let (x, y, c, s) = (values[a], values[b], cos[pair], sin[pair]);
-            (values[a], values[b]) = (x.mul_add(c, -(y * s)), x.mul_add(s, y * c));
-        }
-        values
-    }
-
-    /// A key or value as the store has it.
-    fn stored(values: &[f32]) -> Vec<f64> {
-        values.iter().map(|x| f16::from_f32(*x).to_f64()).collect()
-    }
-
-    /// Keys and values of all tokens, `[tokens · n_kv_heads]` heads each.
-    fn store(&self) -> (Vec<Vec<f64>>, Vec<Vec<f64>>) {
-        let HeadCounts { n_heads, n_kv_heads, head_dim } = self.shape.heads;
-        let (mut keys, mut values) = (Vec::new(), Vec::new());
-        for token in 0..self.positions.len() {
-            for head in n_heads..n_heads + n_kv_heads {
-                keys.push(Self::stored(&self.rotated(token, head)));
-                let at = (token * (n_heads + 2 * n_kv_heads) + head + n_kv_heads) * head_dim;
-                values.push(Self::stored(&self.heads[at..][..head_dim]));
-            }
-        }
-        (keys, values)
-    }
-
-    /// The attention of tokens from `first` on.
-    fn naive(&self, first: usize) -> Vec<f32> {
-        self.naive_of(first, f64::from)
-    }
-
-    /// The same with queries that `rounded` changes.
-    fn naive_of(&self, first: usize, rounded: impl Fn(f32) -> f64) -> Vec<f32> {
-        let HeadCounts { n_heads, n_kv_heads, head_dim } = self.shape.heads;
-        let (keys, values) = self.store();
-        let mut out = Vec::new();
-        for (token, position) in self.positions.iter().enumerate().skip(first) {
-            let position = *position as usize;
-            let start = token - position;
-            let from = self.shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
-            for head in 0..n_heads {
-                let kv = head / (n_heads / n_kv_heads);
-                let at = |key: usize| (start + key) * n_kv_heads + kv;
-                let q = self.rotated(token, head);
-                let score = |key: usize| {
-                    let pairs = q.iter().zip(&keys[at(key)]);
-                    let score = 0.3 * pairs.map(|(q, k)| rounded(*q) * k).sum::<f64>();
-                    let cap = self.shape.softcap.map(f64::from);
-                    cap.map_or(score, |cap| cap * (score / cap).tanh())
-                };
-                let scores: Vec<f64> = (from..=position).map(score).collect();
-                let max = scores.iter().copied().fold(f64::MIN, f64::max);
-                let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
-                let mut sums = vec![0.0; head_dim];
-                for (key, score) in (from..=position).zip(&scores) {
-                    let weight = (score - max).exp() / total;
-                    sums.iter_mut().zip(&values[at(key)]).for_each(|(sum, v)| *sum += weight * v);
-                }
-                out.extend(sums.iter().map(|x| *x as f32));
-            }
-        }
-        out
-    }
-
-    /// On the GPU: all tokens rotated and stored in one step, then the attention of those from
-    /// `first` on.
-    fn on_gpu(&self, gpu: &Gpu, first: usize) -> Vec<f32> {
-        self.with_store(gpu, |pass, heads, (tokens, store)| {
-            let n = tokens.tokens - first;
-            let width = self.width();
-            fn part(span: Span<'_>, first: usize, n: usize) -> Span<'_> {
-                span.part(4 * first, 4 * n)
-            }
-            let positions = part(tokens.positions, first, n);
-            let tables = part(tokens.tables, first, n);
-            let table = TokenTables { tokens: n, positions, tables, ..*tokens };
-            let positions_max = self.positions[first..].iter().max().map_or(0, |p| *p as usize + 1);
-            let out = on_gpu(gpu, &vec![f32::NAN; n * heads.n_heads * heads.head_dim]);
-            let partials = Attend::partial_bytes(heads, n, positions_max);
-            let partials = gpu.alloc(partials).expect("room");
-            let pass = Attend {
-                heads: pass.heads.part(4 * first * width, 4 * n * width),
-                out: out.span(),
-                partials: partials.span(),
-                positions_max,
-                ..*pass
-            };
-            gpu.attend(&pass, heads, (&table, store)).expect("an attention");
-            from_gpu(gpu, &out, n * heads.n_heads * heads.head_dim)
-        })
-    }
-
-    /// The same for runs of tokens on tensor cores; others stay NaN.
-    fn runs_on_gpu(&self, gpu: &Gpu, runs: &[[u32; 2]]) -> Vec<f32> {
-        self.with_store(gpu, |pass, heads, (tokens, store)| {
-            let count = tokens.tokens * heads.n_heads * heads.head_dim;
-            let out = on_gpu(gpu, &vec![f32::NAN; count]);
-            let lengths = on_gpu(gpu, runs);
-            let runs = Runs { lengths: runs, on_gpu: lengths.span() };
-            let pass = Attend { out: out.span(), ..*pass };
-            gpu.attend_runs(&pass, heads, (tokens, store), &runs).expect("an attention");
-            from_gpu(gpu, &out, count)
-        })
-    }
-
-    /// The same for some tokens, one by one.
-    fn chosen_on_gpu(&self, gpu: &Gpu, chosen: &[u32]) -> Vec<f32> {
-        self.with_store(gpu, |pass, heads, (tokens, store)| {
-            let count = tokens.tokens * heads.n_heads * heads.head_dim;
-            let out = on_gpu(gpu, &vec![f32::NAN; count]);
-            let positions_max = self.positions.iter().max().map_or(0, |p| *p as usize + 1);
-            let partials = Attend::partial_bytes(heads, chosen.len(), positions_max);
-            let partials = gpu.alloc(partials).expect("room");
-            let list = on_gpu(gpu, chosen);
-            let pass = Attend {
-                chosen: Some((list.span(), chosen.len())),
-                out: out.span(),
-                partials: partials.span(),
-                positions_max,
-                ..*pass
-            };
-            gpu.attend(&pass, heads, (tokens, store)).expect("an attention");
-            from_gpu(gpu, &out, count)
-        })
-    }
-
-    /// Elements of a token's heads.
-    fn width(&self) -> usize {
-        let HeadCounts { n_heads, n_kv_heads, head_dim } = self.shape.heads;
-        (n_heads + 2 * n_kv_heads) * head_dim
-    }
-
-    /// Rotates and stores all tokens in one step; `then` gets an attention without an output.
-    fn with_store<T>(
-        &self,
-        gpu: &Gpu,
-        then: impl FnOnce(&Attend<'_>, HeadCounts, (&TokenTables<'_>, &KvSpans<'_>)) -> T,
-    ) -> T {
-        let Shape { heads, block_tokens, window, softcap, interleaved } = self.shape;
-        let bytes = self.n_blocks * KvSpans::block_bytes(heads, block_tokens);
-        // What nobody wrote must not be read as numbers.
-        let nothing = vec![u16::MAX; bytes / 2];
-        let (keys, values) = (on_gpu(gpu, &nothing), on_gpu(gpu, &nothing));
-        let (keys, values, blocks) = (keys.span(), values.span(), self.n_blocks);
-        let store = KvSpans { keys, values, blocks, block_tokens };
-        let (rows, angles) = (on_gpu(gpu, &self.heads), on_gpu(gpu, &self.angles));
-        let (positions, tables) = (on_gpu(gpu, &self.positions), on_gpu(gpu, &self.tables));
-        let blocks = on_gpu(gpu, &self.blocks);
-        let table = TokenTables {
-            tokens: self.positions.len(),
-            positions: positions.span(),
-            tables: tables.span(),
-            blocks: blocks.span(),
-        };
-        let pass = RotateHeads {
-            heads: rows.span(),
-            angles: angles.span(),
-            angle_stride: heads.head_dim,
-            pairs: heads.head_dim / 2,
-            interleaved,
-            query_norm: None,
-            key_norm: None,
-        };
-        gpu.rotate_heads(&pass, heads, (&table, &store)).expect("a rotation");
-        let none = rows.span().part(0, 0);
-        let (heads_span, chosen, scale) = (rows.span(), None, 0.3);
-        let pass = Attend {
-            heads: heads_span,
-            chosen,
-            out: none,
-            partials: none,
-            scale,
-            softcap,
-            window,
-            positions_max: 0,
-        };
-        then(&pass, heads, (&table, &store))
-    }
-}
-
-fn shapes() -> Vec<Shape> {
-    let mut shapes = Vec::new();
-    let counts = [(1, 1), (3, 1), (4, 2), (6, 1), (8, 8), (7, 1)];
-    let dims = [64, 128, 256, 32, 80, 96];
-    for ((index, (n_heads, n_kv_heads)), head_dim) in counts.into_iter().enumerate().zip(dims) {
-        shapes.push(Shape {
-            heads: HeadCounts { n_heads, n_kv_heads, head_dim },
-            block_tokens: [32, 16, 48, 64, 32, 128][index],
-            window: [None, Some(7), None, Some(100), None, Some(600)][index],
-            softcap: [None, None, Some(2.0), None, None, None][index],
-            interleaved: index % 2 == 1,
-        });
-    }
-    shapes
-}
+use tandem_kernels::{
+    Attend, Gpu, HeadCounts, KvSpans, RotateHeads, RoundRows, Span, TokenTables, half_bytes,
+};
 
 #[test]
 fn attention_matches_a_naive_f64_softmax() {
@@ -374,5 +114,129 @@ fn chosen_tokens_attend_as_they_do_among_all() {
                 assert!(some.iter().all(|x| x.is_nan()), "{shape:?}: token {token} was written");
             }
         }
+    }
+}
+
+/// All bits of some f32.
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+/// Of `n` tokens from `first` on, which have `each` numbers.
+fn part(span: Span<'_>, (first, n): (usize, usize), each: usize) -> Span<'_> {
+    span.part(4 * first * each, 4 * n * each)
+}
+
+/// Some tokens' attention with their rotation on the way, after all others were rotated and stored:
+/// their results, and all keys and values.
+fn rotated_on_the_way(gpu: &Gpu, world: &World, chosen: &[u32]) -> (Vec<f32>, [Vec<u8>; 2]) {
+    let heads = world.shape.heads;
+    world.prepared(gpu, |rotate, attend, (tokens, store)| {
+        let mut first = 0;
+        for last in chosen.iter().map(|token| *token as usize) {
+            let range = (first, last - first);
+            if last > first {
+                let table = TokenTables {
+                    tokens: last - first,
+                    positions: part(tokens.positions, range, 1),
+                    tables: part(tokens.tables, range, 1),
+                    ..*tokens
+                };
+                let pass = RotateHeads {
+                    heads: part(rotate.heads, range, world.width()),
+                    angles: part(rotate.angles, range, heads.head_dim),
+                    ..*rotate
+                };
+                gpu.rotate_heads(&pass, heads, (&table, store)).expect("a rotation");
+            }
+            first = last + 1;
+        }
+        let count = tokens.tokens * heads.n_heads * heads.head_dim;
+        let (out, list) = (on_gpu(gpu, &vec![f32::NAN; count]), on_gpu(gpu, chosen));
+        let partials = Attend::partial_bytes(heads, chosen.len(), attend.positions_max);
+        let partials = gpu.alloc(partials).expect("room");
+        let pass = Attend {
+            chosen: Some((list.span(), chosen.len())),
+            out: out.span(),
+            partials: partials.span(),
+            ..*attend
+        };
+        gpu.attend(&pass, heads, (tokens, store), Some(rotate)).expect("an attention");
+        (from_gpu(gpu, &out, count), stored(gpu, store))
+    })
+}
+
+fn stored(gpu: &Gpu, store: &KvSpans<'_>) -> [Vec<u8>; 2] {
+    [store.keys, store.values].map(|span| {
+        let mut bytes = vec![0u8; span.bytes()];
+        gpu.download(span, &mut bytes).expect("a download");
+        bytes
+    })
+}
+
+#[test]
+fn rotating_on_the_way_changes_no_bit() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random(15);
+    for shape in shapes() {
+        let world = World::new(shape, &[33, 1, 257, 700, 256], &mut random);
+        let chosen = [32, 33, 290, 990, 1246];
+        let wanted = world.chosen_on_gpu(&gpu, &chosen);
+        let (got, store) = rotated_on_the_way(&gpu, &world, &chosen);
+        assert_eq!(bits(&got), bits(&wanted), "{shape:?}");
+        let wanted = world.prepared(&gpu, |rotate, _, places| {
+            gpu.rotate_heads(rotate, shape.heads, places).expect("a rotation");
+            stored(&gpu, places.1)
+        });
+        assert!(store == wanted, "{shape:?}: the store");
+    }
+}
+
+#[test]
+fn what_attends_is_rounded_as_rows_are() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random(16);
+    let heads = HeadCounts { n_heads: 8, n_kv_heads: 2, head_dim: 128 };
+    let usual = Shape { heads, ..shapes()[0] };
+    let whole = shapes().into_iter().filter(|shape| shape.heads.are_whole_chunks());
+    for shape in whole.chain([usual]) {
+        let world = World::new(shape, &[20, 600], &mut random);
+        let (heads, rows) = (shape.heads, 620);
+        let cols = heads.n_heads * heads.head_dim;
+        world.prepared(&gpu, |rotate, attend, places| {
+            gpu.rotate_heads(rotate, heads, places).expect("a rotation");
+            let out = on_gpu(&gpu, &vec![f32::NAN; rows * cols]);
+            let partials = Attend::partial_bytes(heads, rows, attend.positions_max);
+            let partials = gpu.alloc(partials).expect("room");
+            let forms = [0, 1].map(|_| {
+                let halves = on_gpu(&gpu, &vec![0xffu8; half_bytes(rows, cols)]);
+                (EightBitMemory::new(&gpu, rows, cols, true), halves)
+            });
+            let pass = Attend {
+                out: out.span(),
+                partials: partials.span(),
+                eight_bits: Some(forms[0].0.view()),
+                halves: Some(forms[0].1.span()),
+                ..*attend
+            };
+            gpu.attend(&pass, heads, places, None).expect("an attention");
+            let pass = RoundRows {
+                values: out.span(),
+                up: None,
+                out: None,
+                eight_bits: Some(forms[1].0.view()),
+                halves: Some(forms[1].1.span()),
+                rows,
+                cols,
+            };
+            gpu.round_rows(&pass).expect("rounding");
+            assert!(forms[0].0.bytes(&gpu) == forms[1].0.bytes(&gpu), "{shape:?}: 8 bits");
+            let halves = forms.each_ref().map(|(_, halves)| {
+                let mut bytes = vec![0u8; half_bytes(rows, cols)];
+                gpu.download(halves.span(), &mut bytes).expect("a download");
+                bytes
+            });
+            assert!(halves[0] == halves[1], "{shape:?}: f16");
+        });
     }
 }

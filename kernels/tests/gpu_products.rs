@@ -9,9 +9,7 @@ use tandem_cpu_kernels::{
     ActivationBuffer, Activations, DType, Layout, MatrixView, OutputColumns, dequantize_row,
     quantize_row,
 };
-use tandem_kernels::{
-    Columns, DeviceMatrix, Gpu, NARROW_MAX, Product, RoundRows, SAME_SUMS_MAX, Staging, half_bytes,
-};
+use tandem_kernels::{Columns, DeviceMatrix, Gpu, Product, RoundRows, Staging, half_bytes};
 
 fn file_bytes(dtype: DType, rows: usize, cols: usize, random: &mut Random) -> Vec<u8> {
     let mut bytes = vec![0; rows * dtype.row_bytes(cols).expect("whole blocks")];
@@ -41,19 +39,31 @@ fn wanted(dtype: DType, (rows, cols): (usize, usize), file: &[u8], x: &[f32]) ->
     out
 }
 
+/// What makes the forms of activations that are wanted.
+fn round<'a>(x: &Columns<'a>) -> RoundRows<'a> {
+    RoundRows {
+        values: x.values.expect("values"),
+        up: None,
+        out: None,
+        eight_bits: x.eight_bits,
+        halves: x.halves,
+        rows: x.columns,
+        cols: x.cols,
+    }
+}
+
 /// The same products on the GPU, `[columns, rows]` of each matrix.
 fn got(gpu: &Gpu, matrices: &[&DeviceMatrix], x: &[f32], second: bool) -> Vec<Vec<f32>> {
     let cols = matrices[0].cols();
     let columns = x.len() / cols;
     let values = on_gpu(gpu, x);
-    let is_narrow = columns <= NARROW_MAX;
+    let is_narrow = columns <= gpu.narrow_max();
     let eight_bits = EightBitMemory::new(gpu, columns, cols, second);
     let half_memory = on_gpu(gpu, &vec![0xffu8; half_bytes(columns, cols)]);
     let eight_bits = (is_narrow && cols.is_multiple_of(32)).then(|| eight_bits.view());
     let halves = (!is_narrow).then(|| half_memory.span());
-    let (values, rows) = (values.span(), columns);
-    let pass = RoundRows { values, up: None, out: None, eight_bits, halves, rows, cols };
-    gpu.round_rows(&pass).expect("rounding");
+    let x = Columns { columns, cols, values: Some(values.span()), eight_bits, halves };
+    gpu.round_rows(&round(&x)).expect("rounding");
     let out: Vec<_> = matrices
         .iter()
         .map(|matrix| on_gpu(gpu, &vec![f32::NAN; columns * matrix.rows()]))
@@ -66,7 +76,6 @@ fn got(gpu: &Gpu, matrices: &[&DeviceMatrix], x: &[f32], second: bool) -> Vec<Ve
             Product { matrix, bias: None, out, stride }
         })
         .collect();
-    let x = Columns { columns, cols, values: Some(values), eight_bits, halves };
     gpu.multiply(&products, &x).expect("products");
     let sizes = matrices.iter().map(|matrix| columns * matrix.rows());
     out.iter().zip(sizes).map(|(out, size)| from_gpu(gpu, out, size)).collect()
@@ -90,11 +99,12 @@ fn every_type_has_the_products_of_the_specification_at_odd_shapes() {
                 let x = random.floats(columns * cols);
                 let got = got(&gpu, &[&matrix], &x, false).remove(0);
                 // Many columns meet the weights as f16: both are off by up to 2^-11 of a value.
-                let (wanted, bound) = if columns <= NARROW_MAX {
-                    (wanted(dtype, (rows, cols), &file, &x), 4e-6)
-                } else {
-                    (wanted(DType::F32, (rows, cols), &exact, &x), 1e-3)
-                };
+                let (wanted, bound) =
+                    if columns <= gpu.narrow_max() || !dtype.is_quantized() && columns <= 128 {
+                        (wanted(dtype, (rows, cols), &file, &x), 4e-6)
+                    } else {
+                        (wanted(DType::F32, (rows, cols), &exact, &x), 1e-3)
+                    };
                 let (off, largest) = distance(&got, &wanted);
                 let shape = format!("{dtype} [{rows}, {cols}] × {columns}");
                 assert!(off <= bound * largest, "{shape}: {off} of {largest} off");
@@ -115,9 +125,10 @@ fn a_column_has_the_same_bits_in_any_batch_up_to_a_width_and_in_any_above() {
         let matrix = matrix.expect("an upload");
         let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
         for (most, part, second) in [
-            (SAME_SUMS_MAX, 1, true),
-            (SAME_SUMS_MAX, 11, false),
-            (NARROW_MAX, 64, true),
+            (gpu.same_sums_max(), 1, true),
+            (gpu.same_sums_max(), 5, false),
+            (128, 64, true),
+            (120, 40, false),
             (450, 150, true),
         ] {
             let x = random.floats(most * cols);
@@ -203,4 +214,58 @@ fn a_second_row_of_8_bits_makes_products_nearly_exact() {
     let (twice, _) = distance(&got(&gpu, &[&matrix], &x, true)[0], &wanted);
     assert!(once > 1e-4 * largest, "8 bits are seen: {once} of {largest}");
     assert!(twice < once / 50.0, "once {once}, twice {twice} of {largest} off");
+}
+
+#[test]
+fn blocks_take_many_tiles_in_turn() {
+    let Some(gpu) = gpu() else { return };
+    let staging = Staging::new(&gpu).expect("staging memory");
+    let mut random = Random(6);
+    for dtype in DType::ALL
+        .into_iter()
+        .filter(|dtype| DeviceMatrix::supports(*dtype) && dtype.is_quantized())
+    {
+        for (rows, cols) in [(4500, 256), (2200, 1280)] {
+            let file = file_bytes(dtype, rows, cols, &mut random);
+            let matrix = DeviceMatrix::upload(&gpu, &staging, dtype, (rows, cols), &file);
+            let matrix = matrix.expect("an upload");
+            let x = random.floats(8 * cols);
+            for columns in [1, 8] {
+                let x = &x[..columns * cols];
+                let got = got(&gpu, &[&matrix], x, false).remove(0);
+                let (off, largest) = distance(&got, &wanted(dtype, (rows, cols), &file, x));
+                let shape = format!("{dtype} [{rows}, {cols}] × {columns}");
+                assert!(off <= 4e-6 * largest, "{shape}: {off} of {largest} off");
+            }
+        }
+    }
+}
+
+/// Products of up to 128 columns divide what lies along rows between blocks, those of more don't:
+/// the order of sums differs. Tensor cores add 16 products at a time, and cut a sum in its last
+/// place.
+#[test]
+fn products_of_many_columns_agree_with_those_of_more_at_the_shapes_of_models() {
+    let Some(gpu) = gpu() else { return };
+    let staging = Staging::new(&gpu).expect("staging memory");
+    let mut random = Random(8);
+    for (dtype, rows, cols) in [
+        (DType::Q4_0, 6144, 4096),
+        (DType::Q4_0, 4096, 14336),
+        (DType::Q4_0, 28672, 4096),
+        (DType::Q6_K, 6144, 4096),
+    ] {
+        let file = file_bytes(dtype, 64, cols, &mut random).repeat(rows / 64);
+        let matrix = DeviceMatrix::upload(&gpu, &staging, dtype, (rows, cols), &file);
+        let matrix = matrix.expect("an upload");
+        let x = random.floats(256 * cols);
+        let more = got(&gpu, &[&matrix], &x, false).remove(0);
+        for columns in [17, 40, 124, 128] {
+            let some = got(&gpu, &[&matrix], &x[..columns * cols], false).remove(0);
+            let (off, largest) = distance(&some, &more[..columns * rows]);
+            let shape = format!("{dtype} [{rows}, {cols}] × {columns}");
+            let bound = (cols / 16) as f32 * f32::EPSILON;
+            assert!(off <= bound * largest, "{shape}: {off} of {largest} off");
+        }
+    }
 }

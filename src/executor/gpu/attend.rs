@@ -8,9 +8,11 @@ use super::ops::counts;
 use crate::executor::ExecutorError;
 use crate::executor::program::{HeadShape, KvLayerId, Op, Precision, Program};
 use crate::step::StepPlan;
-use tandem_kernels::{Attend, Gpu, NARROW_MAX, RoundRows, Runs};
+use tandem_kernels::{Attend, Gpu, RotateHeads, RoundRows, Runs};
 
 const U32: usize = size_of::<u32>();
+/// Most tokens of a step of which each attends for itself.
+const SINGLE_TOKENS_MAX: usize = 128;
 /// Fewest tokens of a sequence that fill enough of a tile.
 const RUN_TOKENS_MIN: usize = 16;
 
@@ -37,7 +39,8 @@ impl HostBuffers {
     pub(super) fn find_runs(&mut self, plan: &StepPlan, has_flash: bool) {
         self.runs.clear();
         self.single.clear();
-        let is_wide = plan.tokens.len() > NARROW_MAX;
+        self.is_each_alone = plan.sequences.iter().all(|sequence| sequence.tokens.len() == 1);
+        let is_wide = plan.tokens.len() > SINGLE_TOKENS_MAX;
         for tokens in plan.sequences.iter().map(|sequence| sequence.tokens.clone()) {
             if is_wide && has_flash && tokens.len() >= RUN_TOKENS_MIN {
                 self.runs.push([tokens.start as u32, tokens.len() as u32]);
@@ -53,14 +56,20 @@ impl GpuStage {
         &self,
         shape: &StepShape,
         attention: &Attention,
+        rotation: Option<&RotateHeads<'_>>,
     ) -> Result<(), ExecutorError> {
         let (gpu, heads) = (self.weights.gpu(), counts(attention.shape));
         let (host, attended) = (&self.buffers.host, &self.buffers.attended);
         let (tokens, store) = (self.tokens(shape.tokens), self.kv.layer(attention.layer));
+        let eight_bits = attended.eight_bits(shape.tokens, Precision::Eight);
+        let halves = attended.halves(shape.tokens);
+        let rounds = host.runs.is_empty() && heads.are_whole_chunks();
         let pass = Attend {
             heads: self.buffers.heads.values(),
             chosen: None,
             out: attended.values(),
+            eight_bits: eight_bits.filter(|_| rounds),
+            halves: halves.filter(|_| rounds),
             partials: self.buffers.partials.span(),
             scale: attention.scale,
             softcap: attention.softcap,
@@ -78,14 +87,17 @@ impl GpuStage {
             let n = at_once.min(count - first);
             let part = self.buffers.inputs.span(Part::Single).part(first * U32, n * U32);
             let chosen = (n < shape.tokens).then_some((part, n));
-            gpu.attend(&Attend { chosen, ..pass }, heads, (&tokens, &store))?;
+            gpu.attend(&Attend { chosen, ..pass }, heads, (&tokens, &store), rotation)?;
+        }
+        if rounds {
+            return Ok(());
         }
         let pass = RoundRows {
             values: attended.values(),
             up: None,
             out: None,
-            eight_bits: attended.eight_bits(shape.tokens, Precision::Eight),
-            halves: attended.halves(shape.tokens),
+            eight_bits,
+            halves,
             rows: shape.tokens,
             cols: attended.cols,
         };

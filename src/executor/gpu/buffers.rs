@@ -7,8 +7,8 @@ use crate::executor::ExecutorError;
 use crate::executor::program::{Buffer, Op, Precision, Program};
 use tandem_cpu_kernels::blocks::GROUP;
 use tandem_kernels::{
-    Attend, Columns, DeviceMatrix, DeviceMemory, EightBits, Gpu, HeadCounts, NARROW_MAX,
-    RowMeasures, Span, half_bytes,
+    Attend, Columns, DeviceMatrix, DeviceMemory, EightBits, Gpu, HeadCounts, RowMeasures, Span,
+    half_bytes,
 };
 
 /// Bytes of unmerged segments of attention that exist at once, if one token needs no more.
@@ -20,6 +20,8 @@ pub(super) struct RowMemory {
     values: DeviceMemory,
     eight_bits: Option<(DeviceMemory, DeviceMemory)>,
     halves: Option<DeviceMemory>,
+    /// Most rows of a narrow step.
+    narrow_max: usize,
     pub cols: usize,
 }
 
@@ -51,6 +53,8 @@ pub(super) struct HostBuffers {
     pub wanted: Vec<u32>,
     pub runs: Vec<[u32; 2]>,
     pub single: Vec<u32>,
+    /// Whether each token is its sequence's only one.
+    pub is_each_alone: bool,
     pub rows: Vec<u32>,
     /// `[rows, vocab]`
     pub logits: Vec<f32>,
@@ -67,7 +71,8 @@ enum Form {
 
 impl RowMemory {
     fn new(gpu: &Gpu, rows: usize, cols: usize, form: Form) -> Result<Self, ExecutorError> {
-        let narrow = rows.min(NARROW_MAX);
+        let narrow_max = gpu.narrow_max();
+        let narrow = rows.min(narrow_max);
         let passes = if form == Form::Twice { 2 } else { 1 };
         let eight_bits = match form {
             Form::EightBits | Form::Twice if cols.is_multiple_of(GROUP) => Some((
@@ -77,12 +82,12 @@ impl RowMemory {
             _ => None,
         };
         let halves = match form {
-            Form::EightBits | Form::Twice if rows > NARROW_MAX => {
+            Form::EightBits | Form::Twice if rows > narrow_max => {
                 Some(gpu.alloc(half_bytes(rows, cols))?)
             }
             _ => None,
         };
-        Ok(Self { values: gpu.alloc(rows * cols * F32)?, eight_bits, halves, cols })
+        Ok(Self { values: gpu.alloc(rows * cols * F32)?, eight_bits, halves, narrow_max, cols })
     }
 
     /// f32 rows.
@@ -93,14 +98,14 @@ impl RowMemory {
     /// The 8-bit form of `rows` rows, if there are few and products of this width can be quantised
     /// ones.
     pub fn eight_bits(&self, rows: usize, precision: Precision) -> Option<EightBits<'_>> {
-        let (quants, scales) = self.eight_bits.as_ref().filter(|_| rows <= NARROW_MAX)?;
+        let (quants, scales) = self.eight_bits.as_ref().filter(|_| rows <= self.narrow_max)?;
         let passes = if precision == Precision::Sixteen { 2 } else { 1 };
         Some(EightBits { quants: quants.span(), scales: scales.span(), passes })
     }
 
     /// The f16 form of `rows` rows, if there are many.
     pub fn halves(&self, rows: usize) -> Option<Span<'_>> {
-        self.halves.as_ref().filter(|_| rows > NARROW_MAX).map(DeviceMemory::span)
+        self.halves.as_ref().filter(|_| rows > self.narrow_max).map(DeviceMemory::span)
     }
 
     /// The first `rows` rows as the input of products.

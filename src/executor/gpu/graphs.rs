@@ -15,6 +15,8 @@ pub(super) struct StepShape {
     pub rows: usize,
     /// Positions that attention is laid out for.
     pub positions_max: usize,
+    /// Whether each token is its sequence's only one.
+    pub is_each_alone: bool,
 }
 
 /// What is known of a shape.

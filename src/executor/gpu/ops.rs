@@ -47,6 +47,7 @@ impl GpuStage {
             tokens: plan.tokens.len(),
             rows: plan.logits.len().min(LOGITS_TILE_ROWS),
             positions_max: self.positions_max().next_multiple_of(POSITIONS_UNIT),
+            is_each_alone: self.buffers.host.is_each_alone,
         };
         let mut graphs = std::mem::take(&mut self.graphs);
         // Prompts launch faster than they compute, and are divided anew each time.
@@ -65,6 +66,8 @@ impl GpuStage {
     /// Starts all kernels of a step, up to the first tile of logits.
     fn launch(&self, shape: &StepShape) -> Result<(), ExecutorError> {
         let tokens = shape.tokens;
+        // Where tokens are alone, who attends rotates on the way.
+        let mut on_the_way = None;
         for op in &self.weights.program().ops {
             match op {
                 Op::Embed { scale, .. } => self.embed(tokens, *scale)?,
@@ -75,12 +78,17 @@ impl GpuStage {
                 Op::Project { input, output, parts, precision } => {
                     self.project(tokens, (*input, *precision), (*output, parts))?;
                 }
-                &Op::Rotate { shape, query_norm, key_norm, rope, layer } => {
-                    self.rotate(tokens, &Rotation { shape, query_norm, key_norm, rope, layer })?;
+                &Op::Rotate { shape: heads, query_norm, key_norm, rope, layer } => {
+                    let rotation = Rotation { shape: heads, query_norm, key_norm, rope, layer };
+                    if shape.is_each_alone {
+                        on_the_way = Some(self.rotation(&rotation));
+                    } else {
+                        self.rotate(tokens, &rotation)?;
+                    }
                 }
                 &Op::Attend { shape: heads, layer, window, scale, softcap } => {
                     let attention = Attention { shape: heads, layer, window, scale, softcap };
-                    self.attend(shape, &attention)?;
+                    self.attend(shape, &attention, on_the_way.take().as_ref())?;
                 }
                 Op::Gate { gate, up, activation } => {
                     self.gate(tokens, [*gate, *up], *activation)?;
@@ -242,13 +250,13 @@ impl GpuStage {
         }
     }
 
-    fn rotate(&self, tokens: usize, rotation: &Rotation) -> Result<(), ExecutorError> {
+    fn rotation(&self, rotation: &Rotation) -> RotateHeads<'_> {
         let (pairs, style, offset) = self.weights.rotations().shape(rotation.rope);
         let width = self.weights.rotations().width();
         let angles = self.buffers.inputs.span(Part::Angles);
         let norm =
             |norm: Option<Norm>| norm.map(|norm| (self.weights.vector(norm.weight), norm.eps));
-        let pass = RotateHeads {
+        RotateHeads {
             heads: self.buffers.heads.values(),
             angles: angles.part(offset * F32, angles.bytes() - offset * F32),
             angle_stride: width,
@@ -256,7 +264,11 @@ impl GpuStage {
             interleaved: style == RopeStyle::Interleaved,
             query_norm: norm(rotation.query_norm),
             key_norm: norm(rotation.key_norm),
-        };
+        }
+    }
+
+    fn rotate(&self, tokens: usize, rotation: &Rotation) -> Result<(), ExecutorError> {
+        let pass = self.rotation(rotation);
         let tokens = self.tokens(tokens);
         let store = self.kv.layer(rotation.layer);
         let heads = counts(rotation.shape);

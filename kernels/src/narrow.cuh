@@ -3,7 +3,7 @@
 // chunk at a time, with some chunks always on their way.
 #pragma once
 #include "products.cuh"
-#include "tensor_cores.cuh"
+#include "ring.cuh"
 
 constexpr int NARROW_WARPS = 8;
 
@@ -13,13 +13,9 @@ template <class T> struct ChunkScales {
     static constexpr bool HAS_ALL = T::SCALE_GROUPS == 1;
     uint32_t words[HAS_ALL ? CHUNK * T::SCALE_BYTES / 4 : 4];
 
-    // Of chunk `chunk` of the row whose scales start at `row`.
-    __device__ __forceinline__ void load(const uint8_t* row, uint32_t chunk) {
-        if constexpr (HAS_ALL) {
-            load_words<CHUNK * T::SCALE_BYTES>(row + chunk * (CHUNK * T::SCALE_BYTES), words);
-        } else {
-            T::load_scales(row + chunk / 2 * T::SCALE_BYTES, chunk % 2 * CHUNK + threadIdx.x % 4, words);
-        }
+    __device__ __forceinline__ void load(const ScaleRow<T>& row, uint32_t chunk) {
+        if constexpr (HAS_ALL) load_words<CHUNK * T::SCALE_BYTES>(row.of(chunk), words);
+        if constexpr (!HAS_ALL) T::load_scales(row.of(chunk), chunk % UNIT_CHUNKS<T> * CHUNK + threadIdx.x % 4, words);
     }
 
     // Scales and offsets of all groups.
@@ -42,62 +38,29 @@ template <class T> struct ChunkScales {
     }
 };
 
-// BYTES bytes to shared memory: 4, 8, 16 or 32.
-template <int BYTES> __device__ __forceinline__ void copy_bytes(uint8_t* to, const uint8_t* from) {
-    if constexpr (BYTES > 16) {
-        copy_16_bytes(to, from);
-        copy_16_bytes(to + 16, from + 16);
-    } else if constexpr (BYTES == 16) {
-        copy_16_bytes(to, from);
-    } else {
-#if __CUDA_ARCH__ >= 800
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES));
-#else
-        for (int i = 0; i < BYTES / 4; i++) reinterpret_cast<uint32_t*>(to)[i] = reinterpret_cast<const uint32_t*>(from)[i];
-#endif
-    }
-}
-
 constexpr int STREAM_THREADS = 32 * NARROW_WARPS;
-
-template <class T> constexpr int LANE_BYTES = LANE_QUANTS<T> + LANE_HIGHS<T>;
 
 // ROWS rows of a range per lane: quants of DEPTH chunks of each are on their way to shared memory, of which a
 // lane reads only what it copied itself; and scales of the next chunk, to registers.
 template <class T, int RANGES, int ROWS, int DEPTH> struct Stream {
-    static constexpr int SLOT = ROWS * STREAM_THREADS * LANE_BYTES<T>, BYTES = DEPTH * SLOT;
+    using Ring = LaneRing<T, ROWS, DEPTH, STREAM_THREADS>;
+    static constexpr int BYTES = Ring::BYTES;
 
-    uint8_t* ring; // [DEPTH][ROWS][threads] quants, and then high bits: from this lane's on
+    Ring ring;
     uint32_t first, count; // chunks
-    const uint8_t *quants[ROWS], *highs[ROWS], *scales_of[ROWS];
+    LaneRow<T> rows[ROWS];
+    ScaleRow<T> scales_of[ROWS];
     ChunkScales<T> scales[ROWS];
 
-    __device__ __forceinline__ Stream(const ProductArgs& args, const Part& part, uint8_t* shared, uint32_t range, uint32_t row, uint32_t distance) : ring(shared) {
-        const uint32_t chunks = args.padded / CHUNK, each = (chunks + RANGES - 1) / RANGES, t = threadIdx.x % 4;
+    // Rows `row`, `row` + 8, ..., of which two at a time are of one block of rows.
+    __device__ __forceinline__ Stream(const ProductArgs& args, const Part& part, uint8_t* shared, uint32_t range, uint32_t row) : ring{shared} {
+        const uint32_t chunks = args.padded / CHUNK, each = (chunks + RANGES - 1) / RANGES;
         first = min(range * each, chunks), count = min(each, chunks - first);
 #pragma unroll
         for (int k = 0; k < ROWS; k++) {
-            const size_t own = min(row + k * distance, part.rows - 1), lane = (own * chunks + first) * 4 + t;
-            quants[k] = part.planes.quants + lane * LANE_QUANTS<T>;
-            highs[k] = part.planes.highs + lane * LANE_HIGHS<T>;
-            scales_of[k] = part.planes.scales + own * (args.padded / T::SCALE_GROUPS) * T::SCALE_BYTES;
-        }
-    }
-
-    __device__ __forceinline__ uint8_t* quants_at(uint32_t slot, int k) const {
-        return ring + slot * SLOT + threadIdx.x * LANE_QUANTS<T> + k * STREAM_THREADS * LANE_QUANTS<T>;
-    }
-
-    __device__ __forceinline__ uint8_t* highs_at(uint32_t slot, int k) const {
-        return ring + slot * SLOT + ROWS * STREAM_THREADS * LANE_QUANTS<T> + threadIdx.x * LANE_HIGHS<T> + k * STREAM_THREADS * LANE_HIGHS<T>;
-    }
-
-    // Asks for chunk `index` of the range.
-    __device__ __forceinline__ void copy(uint32_t slot, uint32_t index) {
-#pragma unroll
-        for (int k = 0; k < ROWS; k++) {
-            copy_bytes<LANE_QUANTS<T>>(quants_at(slot, k), quants[k] + index * (4 * LANE_QUANTS<T>));
-            if constexpr (T::HIGH_BITS > 0) copy_bytes<LANE_HIGHS<T>>(highs_at(slot, k), highs[k] + index * (4 * LANE_HIGHS<T>));
+            const uint32_t own = min(row + k * 8, part.rows - 1);
+            rows[k] = LaneRow<T>(part.planes, part.rows, chunks, own, first);
+            scales_of[k] = ScaleRow<T>(part.planes, part.rows, chunks, own);
         }
     }
 
@@ -110,29 +73,14 @@ template <class T, int RANGES, int ROWS, int DEPTH> struct Stream {
 
     __device__ __forceinline__ void take(uint32_t slot, Raw raw[ROWS]) const {
 #pragma unroll
-        for (int k = 0; k < ROWS; k++) {
-            copy_words<LANE_QUANTS<T>>(quants_at(slot, k), raw[k].quants);
-            if constexpr (T::HIGH_BITS > 0) copy_words<LANE_HIGHS<T>>(highs_at(slot, k), raw[k].highs);
-        }
-    }
-
-    // Asks the second cache for scales of 512 bytes of each row, which most ranges don't exceed.
-    __device__ __forceinline__ void expect_scales() const {
-        constexpr uint32_t LINE = 128;
-#pragma unroll
-        for (int k = 0; k < ROWS; k++) {
-            const uint8_t* from = scales_of[k] + first * CHUNK / T::SCALE_GROUPS * T::SCALE_BYTES;
-            const uint32_t at = threadIdx.x % 4 * LINE;
-            if (at < count * CHUNK * T::SCALE_BYTES / T::SCALE_GROUPS) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
-        }
+        for (int k = 0; k < ROWS; k++) ring.take(slot, k, raw[k]);
     }
 
     // Asks for the first chunks: weights may come before the kernel ahead of this one is done.
     __device__ __forceinline__ void start() {
-        expect_scales();
 #pragma unroll
         for (uint32_t slot = 0; slot < DEPTH; slot++) {
-            if (slot < count) copy(slot, slot);
+            if (slot < count) ring.copy(slot, rows, slot);
             commit_copies();
         }
         load_scales_of(0);
@@ -153,7 +101,8 @@ template <int WARPS, int TILES, bool SINGLE> struct Columns {
 
     // Columns from `first` on; this is lane `member` of all. To be made when activations are there: no load of
     // them comes before.
-    __device__ __forceinline__ Columns(const ProductArgs& args, uint8_t* shared, uint32_t first, uint32_t member) : ring(shared), stride(args.stride), member(member) {
+    template <class Args>
+    __device__ __forceinline__ Columns(const Args& args, uint8_t* shared, uint32_t first, uint32_t member) : ring(shared), stride(args.stride), member(member) {
         const int8_t* quants = args.quants;
         const GroupScale* from = args.scales;
         asm volatile("" : "+l"(quants), "+l"(from)::"memory");
@@ -193,3 +142,40 @@ template <int WARPS, int TILES, bool SINGLE> struct Columns {
         return *reinterpret_cast<const int4*>(ring + slot * SLOT + WORDS + place * 16);
     }
 };
+
+// acc += a chunk of MTILES · 16 rows times the columns of a slot.
+template <class T, int MTILES, int TILES, bool SINGLE, class X>
+__device__ __forceinline__ void multiply_slot(const Raw raw[2 * MTILES], const float factors[2 * MTILES][CHUNK][Counts<T>::ALL],
+                                              const X& x, uint32_t slot, float acc[MTILES][TILES][4]) {
+    constexpr int ALL = Counts<T>::ALL, SUMS = SINGLE ? 1 : 2;
+#pragma unroll
+    for (int pair = 0; pair < CHUNK / 2; pair++) {
+        uint32_t a[2][MTILES][4];
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+#pragma unroll
+            for (int m = 0; m < MTILES; m++)
+#pragma unroll
+                for (int word = 0; word < 4; word++) a[k][m][word] = T::decode(raw[2 * m + word % 2], 2 * pair + k, word / 2);
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+            const uint4 words = x.words_of(slot, pair, n);
+            int4 scales[SUMS];
+#pragma unroll
+            for (int i = 0; i < SUMS; i++) scales[i] = x.scales_of(slot, pair, n, i);
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                ColumnScale<T> of[SUMS];
+#pragma unroll
+                for (int i = 0; i < SUMS; i++) of[i].set(k ? scales[i].z : scales[i].x, k ? scales[i].w : scales[i].y);
+#pragma unroll
+                for (int m = 0; m < MTILES; m++) {
+                    float scale[ALL][2];
+#pragma unroll
+                    for (int i = 0; i < 2 * ALL; i++) scale[i / 2][i % 2] = factors[2 * m + i % 2][2 * pair + k][i / 2];
+                    add_group<T, SUMS>(acc[m][n], a[k][m], k ? words.z : words.x, k ? words.w : words.y, scale, of);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! How kernels are found and started.
+
+use crate::gpu::{Gpu, GpuError};
+use cudarc::driver::{CudaFunction, DeviceRepr, sys};
+use std::sync::PoisonError;
+use sys::CUlaunchAttributeID as Id;
+
+/// First `__CUDA_ARCH__`, over ten, whose kernels can wait for the one before them.
+const OVERLAPS_SINCE: i32 = 90;
+
+impl Gpu {
+    /// Starts a kernel with one struct as its argument.
+    ///
+    /// # Safety
+    /// `A` is what the kernel takes, and what it points to is large enough for the grid.
+    pub(crate) unsafe fn launch<A: DeviceRepr>(
+        &self,
+        kernel: &str,
+        shape: ([usize; 3], usize, usize),
+        arguments: &A,
+    ) -> Result<(), GpuError> {
+        // SAFETY: as the caller promises.
+        unsafe { self.launch_in_clusters(kernel, shape, 1, arguments) }
+    }
+
+    /// The same, where each `cluster` blocks next to each other in x read each other's shared
+    /// memory.
+    ///
+    /// # Safety
+    /// As of [`Gpu::launch`].
+    pub(crate) unsafe fn launch_in_clusters<A: DeviceRepr>(
+        &self,
+        kernel: &str,
+        (grid, threads, shared_bytes): ([usize; 3], usize, usize),
+        cluster: usize,
+        arguments: &A,
+    ) -> Result<(), GpuError> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let (function, overlaps) = self.function(kernel)?;
+        let [x, y, z] = grid.map(|size| u32::try_from(size).unwrap_or(u32::MAX));
+        let mut attributes = [
+            sys::CUlaunchAttribute {
+                id: Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                pad: [0; 4],
+                value: sys::CUlaunchAttributeValue {
+                    programmaticStreamSerializationAllowed: i32::from(overlaps),
+                },
+            },
+            sys::CUlaunchAttribute {
+                id: Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+                pad: [0; 4],
+                value: sys::CUlaunchAttributeValue {
+                    clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+                        x: cluster as u32,
+                        y: 1,
+                        z: 1,
+                    },
+                },
+            },
+        ];
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes as u32,
+            hStream: self.stream().cu_stream(),
+            attrs: attributes.as_mut_ptr(),
+            // Older GPUs know neither.
+            numAttrs: if cluster > 1 { 2 } else { u32::from(overlaps) },
+        };
+        self.bound()?;
+        let mut pointers = [std::ptr::from_ref(arguments).cast_mut().cast::<std::ffi::c_void>()];
+        // SAFETY: the kernel takes one argument, which the driver copies; the rest is passed on.
+        let started = unsafe {
+            let (function, none) = (function.cu_function(), std::ptr::null_mut());
+            sys::cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), none)
+        };
+        started.result().map_err(|error| self.failed("starting a kernel", error))
+    }
+
+    /// A kernel, and whether it may start while the one before it works: whether what the driver
+    /// runs was compiled for a GPU that can wait for that (`launch.cuh`).
+    fn function(&self, kernel: &str) -> Result<(CudaFunction, bool), GpuError> {
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = functions.get(kernel) {
+            return Ok(function.clone());
+        }
+        let function = self.module.load_function(kernel);
+        let function = function.map_err(|error| self.failed("finding a kernel", error))?;
+        let wanted =
+            sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let attribute = |which| {
+            function.get_attribute(which).map_err(|error| self.failed("what a kernel has", error))
+        };
+        use sys::CUfunction_attribute_enum as Attribute;
+        let fixed = attribute(Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
+        let overlaps = attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)? >= OVERLAPS_SINCE;
+        function
+            .set_attribute(wanted, self.shared_bytes() as i32 - fixed)
+            .map_err(|error| self.failed("giving a kernel shared memory", error))?;
+        functions.insert(kernel.to_owned(), (function.clone(), overlaps));
+        Ok((function, overlaps))
+    }
+}

@@ -1,0 +1,160 @@
+//! Products in which weights of any type meet activations as f16: `middle.cu`, `wide.cu`.
+
+use crate::gpu::{Gpu, GpuError, Span};
+use crate::products::{CHUNK, Columns, Part, Product, half_bytes, lower_name, parts};
+use cudarc::driver::DeviceRepr;
+use tandem_cpu_kernels::blocks::GROUP;
+
+/// Most tokens of a product whose blocks may divide what lies along rows, where there is wgmma.
+pub(crate) const MIDDLE_MAX: usize = 128;
+/// Rows and threads of its blocks.
+const MIDDLE_ROWS: usize = 128;
+const MIDDLE_THREADS: usize = 256;
+/// Most blocks of a cluster, and fewest chunks of one.
+const CLUSTER_MAX: usize = 8;
+const CLUSTER_CHUNKS_MIN: usize = 4;
+/// Bytes of weights on their way to a block (at most), and of activations of a column's chunk.
+const MIDDLE_WEIGHT_BYTES: usize = 56 << 10;
+const CHUNK_BYTES: usize = 2 * CHUNK * GROUP;
+/// Shared memory of the wide kernel for each column of a tile of activations.
+const WIDE_COLUMN_BYTES: usize = 128;
+/// What the first tile's start may be moved by, and barriers.
+const EXTRA_BYTES: usize = 1024 + 128;
+/// Blocks of the wide kernel where it has wgmma, and elsewhere (`wide.cu`).
+const WGMMA_TILES: [WideTile; 3] = [
+    WideTile { rows: 128, columns: 256, threads: 384, copies: 6, cost: 48 },
+    WideTile { rows: 192, columns: 128, threads: 512, copies: 6, cost: 40 },
+    WideTile { rows: 128, columns: 128, threads: 384, copies: 6, cost: 30 },
+];
+const MMA_TILES: [WideTile; 2] = [
+    WideTile { rows: 128, columns: 128, threads: 256, copies: 2, cost: 18 },
+    WideTile { rows: 128, columns: 64, threads: 256, copies: 2, cost: 10 },
+];
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct WideArgs {
+    parts: [Part; crate::products::PARTS],
+    x: u64,
+    n_parts: u32,
+    padded: u32,
+    columns: u32,
+    cols: u32,
+}
+
+// SAFETY: plain numbers in the order of `WideArgs` in wide.cuh.
+unsafe impl DeviceRepr for WideArgs {}
+
+impl WideArgs {
+    /// For blocks of some rows, and how many of these there are.
+    fn new(
+        run: &[Product<'_>],
+        x: &Columns<'_>,
+        halves: Span<'_>,
+        block_rows: usize,
+    ) -> (WideArgs, usize) {
+        let (parts, blocks) = parts(run, x, block_rows);
+        let arguments = WideArgs {
+            parts,
+            x: halves.of(half_bytes(x.columns, x.cols), 1),
+            n_parts: run.len() as u32,
+            padded: x.cols.div_ceil(GROUP).next_multiple_of(CHUNK) as u32,
+            columns: x.columns as u32,
+            cols: x.cols as u32,
+        };
+        (arguments, blocks)
+    }
+}
+
+impl Gpu {
+    /// Most tokens whose products meet activations in 8 bits: Hopper has faster ones for more.
+    pub fn narrow_max(&self) -> usize {
+        if self.has_wgmma() { 8 } else { MIDDLE_MAX }
+    }
+
+    pub(crate) fn multiply_halves(
+        &self,
+        run: &[Product<'_>],
+        x: &Columns<'_>,
+        halves: Span<'_>,
+    ) -> Result<(), GpuError> {
+        if x.columns <= MIDDLE_MAX && self.has_wgmma() && run[0].matrix.dtype().is_quantized() {
+            self.multiply_middle(run, x, halves)
+        } else {
+            self.multiply_wide(run, x, halves)
+        }
+    }
+
+    fn multiply_middle(
+        &self,
+        run: &[Product<'_>],
+        x: &Columns<'_>,
+        halves: Span<'_>,
+    ) -> Result<(), GpuError> {
+        let (arguments, blocks) = WideArgs::new(run, x, halves, MIDDLE_ROWS);
+        // As many as there is room for at a time, whatever the number of columns.
+        let chunks = arguments.padded as usize / CHUNK;
+        let (room, mut cluster) = (2 * self.multiprocessors(), 1);
+        while 2 * cluster <= CLUSTER_MAX
+            && 2 * cluster * blocks <= room
+            && chunks >= 2 * cluster * CLUSTER_CHUNKS_MIN
+        {
+            cluster *= 2;
+        }
+        let (columns, tiles) = match x.columns {
+            0..=32 => (32, 4),
+            33..=64 => (64, 3),
+            _ => (128, 4),
+        };
+        let shared_bytes = tiles * columns * CHUNK_BYTES + MIDDLE_WEIGHT_BYTES + EXTRA_BYTES;
+        let kernel = format!("middle_{}_{columns}", lower_name(run[0].matrix.dtype()));
+        let shape = ([cluster, blocks, 1], MIDDLE_THREADS, shared_bytes);
+        // SAFETY: all spans were checked against the shapes.
+        unsafe { self.launch_in_clusters(&kernel, shape, cluster, &arguments) }
+    }
+
+    fn multiply_wide(
+        &self,
+        run: &[Product<'_>],
+        x: &Columns<'_>,
+        halves: Span<'_>,
+    ) -> Result<(), GpuError> {
+        let tile = self.wide_tile(run, x.columns);
+        let (arguments, blocks) = WideArgs::new(run, x, halves, tile.rows);
+        let name = lower_name(run[0].matrix.dtype());
+        let kernel = format!("wide_{name}_{}_{}", tile.rows, tile.columns);
+        let grid = [x.columns.div_ceil(tile.columns), blocks, 1];
+        // SAFETY: all spans were checked against the shapes.
+        unsafe { self.launch(&kernel, (grid, tile.threads, tile.shared_bytes()), &arguments) }
+    }
+
+    /// The tile whose blocks, as many at a time as there are multiprocessors, are done first.
+    fn wide_tile(&self, run: &[Product<'_>], columns: usize) -> WideTile {
+        let tiles = if self.has_wgmma() { &WGMMA_TILES[..] } else { &MMA_TILES[..] };
+        let cost = |tile: &WideTile| {
+            let row_blocks = run.iter().map(|product| product.matrix.rows().div_ceil(tile.rows));
+            let blocks = row_blocks.sum::<usize>() * columns.div_ceil(tile.columns);
+            blocks.div_ceil(self.multiprocessors()) * tile.cost
+        };
+        let fitting = tiles.iter().filter(|tile| tile.shared_bytes() <= self.shared_bytes());
+        *fitting.min_by_key(|tile| cost(tile)).expect("a tile that fits")
+    }
+}
+
+/// A block of the wide kernel.
+#[derive(Clone, Copy)]
+struct WideTile {
+    rows: usize,
+    columns: usize,
+    threads: usize,
+    /// Tiles of activations in shared memory.
+    copies: usize,
+    /// How long it takes next to others, in µs for 4096 weights per row on an H200.
+    cost: usize,
+}
+
+impl WideTile {
+    fn shared_bytes(&self) -> usize {
+        self.copies * self.columns * WIDE_COLUMN_BYTES + EXTRA_BYTES
+    }
+}
