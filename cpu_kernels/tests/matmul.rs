@@ -262,6 +262,36 @@ fn a_wide_prefill_has_the_bits_of_single_columns() {
 }
 
 #[test]
+fn a_part_of_the_columns_has_the_bits_that_they_have_among_all() {
+    let mut random = Random(4);
+    let (rows, cols, columns) = (50, 512, 600);
+    let x = random.floats(columns * cols);
+    let weights = quantized_weights(DType::Q4_0, rows, cols, &mut random);
+    for isa in Isa::available().filter(|isa| *isa > Isa::Scalar) {
+        let kernels = Kernels::for_isa(isa).expect("available");
+        let mut buffer = ActivationBuffer::new(kernels.activation_form(), columns, cols);
+        // SAFETY: one thread, and all is filled before the view is made.
+        let target = unsafe { buffer.writer(columns, cols) };
+        for (column, values) in x.chunks_exact(cols).enumerate() {
+            kernels.quantize_activations(values, target, column, 0..cols);
+        }
+        for &layout in weights.layouts() {
+            let view = weights.view(layout);
+            let all = multiply(kernels, &view, &x, std::slice::from_ref(&(0..rows)));
+            for part in [0..1, 5..6, 15..17, 3..20, 9..41, 592..600, 7..65, 3..596, 16..595] {
+                let mut out = vec![f32::NAN; part.len() * rows];
+                // SAFETY: the pointer is that of `out`, and only this thread writes.
+                let output = unsafe { OutputColumns::new(out.as_mut_ptr(), part.len(), rows) };
+                let activations = target.view(&x).slice(part.clone());
+                kernels.matmul(&view, &activations, 0..rows, output);
+                let among_all = &all[part.start * rows..part.end * rows];
+                assert_eq!(bits(&out), bits(among_all), "{isa} {layout:?} {part:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn threads_with_their_own_rows_give_the_bits_of_one_thread() {
     let mut random = Random(3);
     let (rows, cols, columns) = (96, 512, 6);

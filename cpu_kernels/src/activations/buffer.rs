@@ -1,8 +1,7 @@
 //! Memory of rounded activations: allocated once, viewed with the shape of each step.
 
 use super::{
-    ActivationForm, Activations, Bf16, GroupScale, Line, Quantized, Rounded, groups_apart,
-    lines_apart,
+    ActivationForm, Activations, Bf16, GroupScale, Line, LinesMut, Quantized, Rounded, groups_apart,
 };
 use crate::blocks::GROUP;
 use std::marker::PhantomData;
@@ -33,14 +32,14 @@ pub struct ActivationsMut<'a> {
 enum Pointers {
     /// `[columns, groups_apart · 32]` and `[columns, groups_apart]`
     Int8(*mut i8, *mut GroupScale),
-    /// `[columns, lines_apart]`
+    /// What `lines.rs` says.
     Bf16(*mut Line),
 }
 
 /// A stretch of a column, for writing.
 pub(super) enum Memory<'a> {
     Int8(&'a mut [i8], &'a mut [GroupScale]),
-    Bf16(&'a mut [Line]),
+    Bf16(LinesMut<'a>),
 }
 
 // SAFETY: the promise made at `writer` is exactly that uses on several threads do not conflict.
@@ -59,9 +58,7 @@ impl ActivationBuffer {
                 quants = vec![0; groups * GROUP];
                 scales = vec![GroupScale::default(); groups];
             }
-            ActivationForm::Bf16 => {
-                lines = vec![Line::default(); columns_max * lines_apart(groups)]
-            }
+            ActivationForm::Bf16 => lines = vec![Line::default(); columns_max * groups],
         }
         ActivationBuffer { form, lines, quants, scales }
     }
@@ -97,7 +94,7 @@ impl ActivationBuffer {
         assert!(cols.is_multiple_of(GROUP), "rounded activations need cols % 32 == 0, got {cols}");
         let (apart, have) = match self.form {
             ActivationForm::Int8 => (groups_apart(cols / GROUP), self.scales.len()),
-            ActivationForm::Bf16 => (lines_apart(cols / GROUP), self.lines.len()),
+            ActivationForm::Bf16 => (cols / GROUP, self.lines.len()),
         };
         let need = columns.saturating_mul(apart);
         assert!(need <= have, "activations [{columns}, {cols}] exceed a buffer of {have} groups");
@@ -151,9 +148,9 @@ impl<'a> ActivationsMut<'a> {
                     })
                 }
                 Pointers::Bf16(lines) => {
-                    let lines_apart = lines_apart(self.cols / GROUP);
-                    let lines = std::slice::from_raw_parts(lines, self.columns * lines_apart);
-                    Rounded::Bf16(Bf16 { lines, lines_apart })
+                    let groups = self.cols / GROUP;
+                    let lines = std::slice::from_raw_parts(lines, self.columns * groups);
+                    Rounded::Bf16(Bf16::new(lines, self.columns, groups))
                 }
             }
         };
@@ -173,8 +170,10 @@ impl<'a> ActivationsMut<'a> {
                 quants.copy_from_slice(&source.quants[first * GROUP..][..cols]);
                 scales.copy_from_slice(&source.scales[first..][..cols / GROUP]);
             }
-            (Memory::Bf16(lines), Some(Rounded::Bf16(source))) => {
-                lines.copy_from_slice(&source.lines[from * source.lines_apart..][..cols / GROUP]);
+            (Memory::Bf16(mut lines), Some(Rounded::Bf16(source))) => {
+                for (group, line) in lines.iter_mut().enumerate() {
+                    *line = *source.line(from, group);
+                }
             }
             _ => panic!("{:?} to {:?} activations", source.form(), self.form()),
         }
@@ -204,8 +203,8 @@ impl<'a> ActivationsMut<'a> {
                     )
                 }
                 Pointers::Bf16(lines) => {
-                    let first = column * lines_apart(self.cols / GROUP) + group;
-                    Memory::Bf16(std::slice::from_raw_parts_mut(lines.add(first), groups))
+                    let shape = (self.columns, self.cols / GROUP);
+                    Memory::Bf16(LinesMut::new(lines, shape, column, (group, groups)))
                 }
             }
         }

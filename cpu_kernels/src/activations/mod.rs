@@ -14,6 +14,7 @@
 //! Within each four elements the order is 0, 2, 1, 3, which makes weights cheap to decode.
 
 mod buffer;
+mod lines;
 pub(crate) mod scalar;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86;
@@ -22,6 +23,7 @@ use crate::blocks::GROUP;
 use crate::dispatch::Kernels;
 use buffer::Memory;
 pub use buffer::{ActivationBuffer, ActivationsMut};
+pub(crate) use lines::{Bf16, ColumnTile, Line, LinesMut, TILE_COLUMNS};
 use std::ops::Range;
 
 /// Smallest group maximum that is represented: below it `127 / amax` overflows.
@@ -59,7 +61,7 @@ pub(crate) type QuantizeFn = unsafe fn(&[f32], &mut [i8], &mut [GroupScale]);
 pub(crate) type ResidualFn = unsafe fn(&[f32], &[i8], &[GroupScale], &mut [f32]);
 
 /// Rounds whole groups to bf16: `(values, lines)` of `n·32` and `n` elements.
-pub(crate) type RoundFn = unsafe fn(&[f32], &mut [Line]);
+pub(crate) type RoundFn = unsafe fn(&[f32], LinesMut<'_>);
 
 /// The activation kernels of one instruction set, by what its matmuls read.
 pub(crate) enum ActivationTable {
@@ -82,11 +84,6 @@ pub(crate) const BF16_EXPONENT: i32 = 64;
 /// Which element of four lies at each place of them.
 pub(crate) const BF16_ORDER: [usize; 4] = [0, 2, 1, 3];
 
-/// A group of 32 elements in bf16, in the order of [`BF16_ORDER`].
-#[derive(Clone, Copy, Default)]
-#[repr(C, align(64))]
-pub(crate) struct Line(pub [u16; GROUP]);
-
 /// Activations of a step, `[columns, cols]`: one column per token.
 #[derive(Clone, Copy)]
 pub struct Activations<'a> {
@@ -103,15 +100,6 @@ pub struct Activations<'a> {
 enum Rounded<'a> {
     Int8(Quantized<'a>),
     Bf16(Bf16<'a>),
-}
-
-/// The bf16 form of `[columns, cols]` activations.
-#[derive(Clone, Copy)]
-pub(crate) struct Bf16<'a> {
-    /// `[columns, lines_apart]`; beyond a column's groups lies nothing of use.
-    pub lines: &'a [Line],
-    /// Lines from one column to the next.
-    pub lines_apart: usize,
 }
 
 /// The 8-bit form of `[columns, cols]` activations.
@@ -131,11 +119,6 @@ pub(crate) struct Quantized<'a> {
 pub(crate) fn groups_apart(groups: usize) -> usize {
     const PER_LINE: usize = 64 / GROUP;
     (groups.div_ceil(PER_LINE) | 1) * PER_LINE
-}
-
-/// The same for bf16, where a group is a cache line.
-pub(crate) fn lines_apart(groups: usize) -> usize {
-    groups | 1
 }
 
 impl<'a> Activations<'a> {
@@ -165,10 +148,7 @@ impl<'a> Activations<'a> {
                     ..all
                 })
             }
-            Rounded::Bf16(all) => {
-                let lines = columns.start * all.lines_apart..columns.end * all.lines_apart;
-                Rounded::Bf16(Bf16 { lines: &all.lines[lines], ..all })
-            }
+            Rounded::Bf16(all) => Rounded::Bf16(all.slice(columns.clone())),
         });
         let values = &self.values[columns.start * cols..columns.end * cols];
         Activations { columns: columns.len(), cols, values, rounded }

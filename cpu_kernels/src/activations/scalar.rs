@@ -1,15 +1,15 @@
 //! The specification of rounded activations.
 
-use super::{AMAX_MIN, ActivationTable, BF16_EXPONENT, BF16_ORDER, GroupScale, Line};
+use super::{AMAX_MIN, ActivationTable, BF16_EXPONENT, BF16_ORDER, GroupScale, LinesMut};
 use crate::blocks::GROUP;
 use half::bf16;
 
 pub(crate) const TABLE: ActivationTable = ActivationTable::Int8 { quantize, residual };
 pub(crate) const BF16: ActivationTable = ActivationTable::Bf16 { round };
 
-fn round(values: &[f32], lines: &mut [Line]) {
+fn round(values: &[f32], mut lines: LinesMut<'_>) {
     let factor = 2f32.powi(BF16_EXPONENT);
-    for (values, line) in values.as_chunks::<GROUP>().0.iter().zip(lines) {
+    for (values, line) in values.as_chunks::<GROUP>().0.iter().zip(lines.iter_mut()) {
         for (place, out) in line.0.iter_mut().enumerate() {
             let value = values[place / 4 * 4 + BF16_ORDER[place % 4]];
             *out = bf16::from_f32(value * factor).to_bits();

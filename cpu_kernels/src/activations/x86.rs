@@ -2,7 +2,7 @@
 //! 16, so the bits cannot differ. Groups do not depend on each other, and the processor works on
 //! several at a time: what counts is how many instructions a group takes.
 
-use super::{AMAX_MIN, ActivationTable, BF16_EXPONENT, GroupScale, Line, scalar};
+use super::{AMAX_MIN, ActivationTable, BF16_EXPONENT, GroupScale, LinesMut, scalar};
 use crate::blocks::GROUP;
 use crate::lanes::Lanes;
 use crate::lanes::avx2::Avx2;
@@ -119,10 +119,10 @@ unsafe fn avx512(values: &[f32], quants: &mut [i8], scales: &mut [GroupScale]) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn round(values: &[f32], lines: &mut [Line]) {
+unsafe fn round(values: &[f32], mut lines: LinesMut<'_>) {
     const { assert!(BF16_EXPONENT > 0 && BF16_EXPONENT < 127) };
     let factor = _mm512_set1_ps(f32::from_bits((127 + BF16_EXPONENT as u32) << 23));
-    for (values, line) in values.as_chunks::<GROUP>().0.iter().zip(lines) {
+    for (values, line) in values.as_chunks::<GROUP>().0.iter().zip(lines.iter_mut()) {
         // SAFETY: two vectors are a group, and one is a line.
         unsafe {
             let [low, high] =

@@ -132,8 +132,8 @@ fn quantized(
             }
             let line = self::weights(dtype, block, group % groups_per_block);
             for column in 0..out.columns() {
-                let x = &x.lines[column * x.lines_apart + group];
-                let acc = add_products(scalar::read(out, column, row), &line, x);
+                let sum = scalar::read(out, column, row);
+                let acc = add_products(sum, &line, x.line(column, group));
                 scalar::write(out, column, row, acc);
             }
         }

@@ -16,6 +16,7 @@ use super::super::packed::{Block, MinKind, Packed};
 use super::unit::Weights;
 use crate::blocks::{DType, GROUP};
 use crate::repack::{ROWS, unpack_row};
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 type Vectors = Wide<true>;
@@ -104,7 +105,11 @@ impl Largest {
     }
 }
 
+/// Steps of [`decode`] between which its caller may do something else.
+pub(super) const STEPS: usize = 8;
+
 /// Decodes a group of 32 elements of 16 rows. The result is right if [`Largest::is_in_range`].
+/// `between` is called before each of its [`STEPS`], with the step's number.
 ///
 /// # Safety
 /// The CPU has AVX-512 with VBMI and FP16; the block and the group exist, and so does the tile.
@@ -114,29 +119,43 @@ pub(super) unsafe fn decode<P: Packed>(
     group: usize,
     tile: *mut Weights,
     largest: &mut Largest,
+    mut between: impl FnMut(usize),
 ) {
     let line = |at: usize| tile.cast::<__m512i>().wrapping_add(at);
-    let parts = if P::HALVES { 2 } else { 1 };
+    // Written out, not a loop: `between` shall know the step when it is compiled.
+    macro_rules! part {
+        ($part:literal, $($word:literal)*) => {
+            let (step, offset) = factors::<P>(block, group, $part, largest);
+            $(
+                between($word);
+                let [even, odd] = integers::<P>(block, group, $word);
+                _mm512_store_si512(line(2 * $word), weight::<P>(even, step, offset));
+                _mm512_store_si512(line(2 * $word + 1), weight::<P>(odd, step, offset));
+            )*
+        };
+    }
     // SAFETY: the caller's promises; a tile has 16 lines.
     unsafe {
-        for part in 0..parts {
-            let (step, offset) = factors::<P>(block, group, part, largest);
-            let weight = |integers: __m512h| {
-                let weight = match P::MIN {
-                    MinKind::None => _mm512_mul_ph(integers, step),
-                    _ => _mm512_fmadd_ph(integers, step, offset),
-                };
-                let shifted =
-                    _mm512_mulhrs_epi16(_mm512_castph_si512(weight), _mm512_set1_epi16(1 << 12));
-                _mm512_and_si512(shifted, _mm512_set1_epi16(0x8fff_u16 as i16))
-            };
-            let words = 8 / parts;
-            for word in part * words..(part + 1) * words {
-                let [even, odd] = integers::<P>(block, group, word);
-                _mm512_store_si512(line(2 * word), weight(even));
-                _mm512_store_si512(line(2 * word + 1), weight(odd));
-            }
+        if P::HALVES {
+            part!(0, 0 1 2 3);
+            part!(1, 4 5 6 7);
+        } else {
+            part!(0, 0 1 2 3 4 5 6 7);
         }
+    }
+}
+
+/// Weights of two elements of each row as bf16.
+#[inline(always)]
+unsafe fn weight<P: Packed>(integers: __m512h, step: __m512h, offset: __m512h) -> __m512i {
+    // SAFETY: the caller has AVX-512 with FP16.
+    unsafe {
+        let weight = match P::MIN {
+            MinKind::None => _mm512_mul_ph(integers, step),
+            _ => _mm512_fmadd_ph(integers, step, offset),
+        };
+        let shifted = _mm512_mulhrs_epi16(_mm512_castph_si512(weight), _mm512_set1_epi16(1 << 12));
+        _mm512_and_si512(shifted, _mm512_set1_epi16(0x8fff_u16 as i16))
     }
 }
 
@@ -152,10 +171,10 @@ unsafe fn integers<P: Packed>(block: Block, group: usize, word: usize) -> [__m51
                 (block.words::<Vectors>(offset, 8 * (group / 2) + word), group % 2 == 1)
             }
         };
-        const ODD_BYTES: __mmask64 = 0xaaaa_aaaa_aaaa_aaaa;
+        let odd_bytes = odd_bytes();
         let table = _mm512_loadu_si512(NIBBLE_LESS_EIGHT.as_ptr().cast());
         let look_up = |index: __m512i| {
-            _mm512_castsi512_ph(_mm512_maskz_permutexvar_epi8(ODD_BYTES, index, table))
+            _mm512_castsi512_ph(_mm512_maskz_permutexvar_epi8(odd_bytes, index, table))
         };
         if is_high {
             [look_up(_mm512_slli_epi16::<4>(bytes)), look_up(_mm512_srli_epi16::<4>(bytes))]
@@ -163,6 +182,16 @@ unsafe fn integers<P: Packed>(block: Block, group: usize, word: usize) -> [__m51
             [look_up(_mm512_slli_epi16::<8>(bytes)), look_up(bytes)]
         }
     }
+}
+
+/// The mask of odd bytes. The compiler must not know which it is: it would turn the masked
+/// instruction into one without a mask and another that clears bytes.
+#[inline(always)]
+fn odd_bytes() -> __mmask64 {
+    let mut mask: __mmask64 = 0xaaaa_aaaa_aaaa_aaaa;
+    // SAFETY: no instruction at all.
+    unsafe { asm!("/* {0} */", inout(reg) mask, options(pure, nomem, nostack, preserves_flags)) };
+    mask
 }
 
 /// The same for whole bytes: 0x6400 | b is the f16 of 1024 + b.

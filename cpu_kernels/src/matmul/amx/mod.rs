@@ -12,12 +12,11 @@ use super::avx512::{self, Wide};
 use super::bf16::{self, RESULT_FACTOR};
 use super::packed::Packed;
 use super::{Layout, MatmulFn, MatmulTable, MatrixView, OutputColumns};
-use crate::activations::{Activations, Line};
+use crate::activations::{Activations, Bf16, ColumnTile, Line, TILE_COLUMNS};
 use crate::repack::ROWS;
-use narrow::Columns;
 use std::arch::x86_64::*;
 use std::ops::Range;
-use unit::{Sums, TILE_COLUMNS};
+use unit::Sums;
 
 type Vectors = Wide<true>;
 
@@ -40,20 +39,69 @@ unsafe fn matmul<P: Packed>(
     // SAFETY: the caller checked the CPU and the shapes; registers are configured for the columns.
     unsafe {
         if out.columns() > NARROW_COLUMNS && weights.layout() == Layout::Rows16 {
-            wide::multiply::<P>(weights, x, rows, out);
+            wide::<P>(weights, x, rows, out);
         } else {
-            for first in (0..out.columns()).step_by(NARROW_COLUMNS) {
-                let count = (out.columns() - first).min(NARROW_COLUMNS);
-                let columns = Columns { x, first, count };
-                unit::configure(count);
-                if count > TILE_COLUMNS {
-                    narrow::multiply::<P, 2>(weights, columns, rows.clone(), out);
-                } else {
-                    narrow::multiply::<P, 1>(weights, columns, rows.clone(), out);
+            let mut first = 0;
+            while first < out.columns() {
+                let pair = Pair::new(x, first, out.columns());
+                unit::configure(pair.columns());
+                match pair {
+                    Pair::One(tile) => {
+                        narrow::multiply::<P, 1>(weights, (first, [tile]), &rows, out);
+                    }
+                    Pair::Two(tiles) => {
+                        narrow::multiply::<P, 2>(weights, (first, tiles), &rows, out);
+                    }
                 }
+                first += pair.columns().iter().sum::<usize>();
             }
         }
         unit::release();
+    }
+}
+
+/// [`wide::multiply`] with its buffers in a frame of their own, whose pages are touched at each
+/// call.
+///
+/// # Safety
+/// As for [`wide::multiply`].
+#[target_feature(
+    enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512fp16"
+)]
+#[inline(never)]
+unsafe fn wide<P: Packed>(
+    weights: &MatrixView<'_>,
+    x: Bf16<'_>,
+    rows: Range<usize>,
+    out: OutputColumns<'_>,
+) {
+    // SAFETY: passed on.
+    unsafe { wide::multiply::<P>(weights, x, rows, out) }
+}
+
+/// What registers are configured for: one tile of columns, or two.
+#[derive(Clone, Copy)]
+enum Pair {
+    One(ColumnTile),
+    Two([ColumnTile; 2]),
+}
+
+impl Pair {
+    /// The tiles from column `first` on, none of them beyond column `end`.
+    fn new(x: Bf16<'_>, first: usize, end: usize) -> Pair {
+        let tile = x.tile(first, end - first);
+        match end - first - tile.columns {
+            0 => Pair::One(tile),
+            left => Pair::Two([tile, x.tile(first + tile.columns, left)]),
+        }
+    }
+
+    /// Columns of either.
+    fn columns(&self) -> [usize; 2] {
+        match self {
+            Pair::One(tile) => [tile.columns, 0],
+            Pair::Two(tiles) => tiles.each_ref().map(|tile| tile.columns),
+        }
     }
 }
 
@@ -72,7 +120,7 @@ pub(crate) fn multiplies() -> bool {
         let tile = &mut weights[row / ROWS];
         tile.0[place / 2][2 * (row % ROWS) + place % 2] = of_row[row].0[place];
     }
-    [32, 16, 19, 3].into_iter().all(|columns| {
+    [[16, 16], [16, 0], [16, 3], [3, 0], [5, 16]].into_iter().all(|columns: [usize; 2]| {
         let mut sums = [[Sums([[0.0; ROWS]; TILE_COLUMNS]); 2]; 2];
         let places = sums.each_mut().map(|sums| sums.each_mut().map(|sums| &raw mut *sums));
         // SAFETY: the caller asked for AMX; there are 32 lines of one column each.
@@ -80,16 +128,18 @@ pub(crate) fn multiplies() -> bool {
             unit::configure(columns);
             for _ in 0..2 {
                 let tiles = weights.each_ref().map(|tile| &raw const *tile);
-                unit::multiply::<2, 2>(x.as_ptr(), size_of::<Line>(), tiles);
+                let second = &raw const x[columns[0]..][0];
+                unit::multiply::<2, 2>([x.as_ptr(), second], tiles);
             }
             unit::store::<2, 2>(places);
             unit::release();
         }
-        (0..columns).all(|column| {
+        let places = columns.iter().enumerate().flat_map(|(a, n)| (0..*n).map(move |at| (a, at)));
+        places.enumerate().all(|(column, (a, at))| {
             (0..2 * ROWS).all(|row| {
                 let add = |sum| bf16::add_products(sum, &of_row[row], &x[column]);
-                let got = sums[column / TILE_COLUMNS][row / ROWS].0[column % TILE_COLUMNS];
-                got[row % ROWS].to_bits() == add(add(0.0)).to_bits()
+                let got = sums[a][row / ROWS].0[at][row % ROWS];
+                got.to_bits() == add(add(0.0)).to_bits()
             })
         })
     })

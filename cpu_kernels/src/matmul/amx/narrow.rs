@@ -1,11 +1,13 @@
 //! Up to 32 columns: sums stay in the tile registers over the whole row, and weights are decoded
 //! into a ring in the first-level cache, a few groups ahead of the tile unit, so that vectors and
-//! tiles work at the same time.
+//! tiles work at the same time. Their instructions alternate: a core whose other half is in use
+//! looks ahead by half as many, which would be those of one unit alone otherwise, and takes 1.5
+//! times as long.
 //!
 //! ```text
 //! for each R groups of 16 rows:            R = 2, so that products need not wait for each other
 //!   for each group of 32 elements:
-//!     decode R tiles of weights into the ring
+//!     decode R tiles of weights into the ring, and between the steps of that
 //!     multiply the group of 4 groups ago: A·R products, A = 2 beyond 16 columns
 //!   store the sums
 //! ```
@@ -16,10 +18,10 @@ use super::super::interleaved::{CHUNK_BYTES, CHUNK_ELEMENTS, pack_chunk, stream_
 use super::super::lanes::Lanes;
 use super::super::packed::{Block, Packed};
 use super::super::{Layout, MatrixView, OutputColumns};
-use super::decode::{Largest, decode, decode_any};
-use super::unit::{self, Sums, TILE_COLUMNS, Weights};
+use super::decode::{Largest, STEPS, decode, decode_any};
+use super::unit::{self, Sums, Weights};
 use super::{Vectors, write_sums};
-use crate::activations::{Bf16, Line};
+use crate::activations::{ColumnTile, Line};
 use crate::blocks::GROUP;
 use crate::repack::ROWS;
 use std::mem::MaybeUninit;
@@ -27,18 +29,11 @@ use std::ops::Range;
 
 /// Groups from a decoded tile to its use.
 const AHEAD: usize = 4;
+const _: () = assert!(unit::INSTRUCTIONS == STEPS);
 /// Places of the ring, a power of two beyond that.
 const PLACES: usize = 8;
 /// How far ahead of its use packed weights are fetched: hardware prefetchers stop at each page.
 const PREFETCH_BYTES: usize = 12 << 10;
-
-/// Columns that are multiplied at once.
-#[derive(Clone, Copy)]
-pub(super) struct Columns<'a> {
-    pub x: Bf16<'a>,
-    pub first: usize,
-    pub count: usize,
-}
 
 /// Packed blocks of `R` groups of rows, side by side in memory.
 #[derive(Clone, Copy)]
@@ -51,7 +46,8 @@ struct Panel<const R: usize> {
 
 type Ring<const R: usize> = [[MaybeUninit<Weights>; R]; PLACES];
 
-/// Rows `rows` of up to 32 columns, for which the registers are configured.
+/// Rows `rows` of the columns of some tiles, for which the registers are configured; the first one
+/// is column `first` of the output.
 ///
 /// # Safety
 /// The CPU has AMX and what [`decode`] needs; shapes were checked by `Kernels::matmul`; `weights`
@@ -59,11 +55,10 @@ type Ring<const R: usize> = [[MaybeUninit<Weights>; R]; PLACES];
 #[inline(always)]
 pub(super) unsafe fn multiply<P: Packed, const A: usize>(
     weights: &MatrixView<'_>,
-    columns: Columns<'_>,
-    rows: Range<usize>,
+    (first, tiles): (usize, [ColumnTile; A]),
+    rows: &Range<usize>,
     out: OutputColumns<'_>,
 ) {
-    let group_bytes = ROWS * weights.row_bytes();
     let mut first_row = rows.start / ROWS * ROWS;
     while first_row < rows.end {
         let pair = weights.layout() == Layout::Rows16 && first_row + ROWS < rows.end;
@@ -72,9 +67,9 @@ pub(super) unsafe fn multiply<P: Packed, const A: usize>(
         // SAFETY: our own contract; the rows of a group exist in whole, padding included.
         unsafe {
             if pair {
-                strip::<P, A, 2>((weights, group_bytes), columns, (first_row, covered), out);
+                strip::<P, A, 2>(weights, (first, &tiles), (first_row, covered), out);
             } else {
-                strip::<P, A, 1>((weights, group_bytes), columns, (first_row, covered), out);
+                strip::<P, A, 1>(weights, (first, &tiles), (first_row, covered), out);
             }
         }
         first_row += height;
@@ -84,34 +79,35 @@ pub(super) unsafe fn multiply<P: Packed, const A: usize>(
 /// `R` groups of rows, on the fast way if it is right.
 #[inline(always)]
 unsafe fn strip<P: Packed, const A: usize, const R: usize>(
-    (weights, group_bytes): (&MatrixView<'_>, usize),
-    columns: Columns<'_>,
+    weights: &MatrixView<'_>,
+    (first, tiles): (usize, &[ColumnTile; A]),
     (first_row, covered): (usize, Range<usize>),
     out: OutputColumns<'_>,
 ) {
-    let blocks = weights.cols() / P::DTYPE.block_elements();
+    let (blocks, group_bytes) =
+        (weights.cols() / P::DTYPE.block_elements(), ROWS * weights.row_bytes());
     // SAFETY: our own contract, passed on; the packed groups of rows exist.
     unsafe {
         match weights.layout() {
             Layout::Rows16 => {
-                let first = weights.bytes().as_ptr().wrapping_add(first_row / ROWS * group_bytes);
-                let packed = std::array::from_fn(|r| first.wrapping_add(r * group_bytes));
+                let rows = weights.bytes().as_ptr().wrapping_add(first_row / ROWS * group_bytes);
+                let packed = std::array::from_fn(|r| rows.wrapping_add(r * group_bytes));
                 let panel = Panel { packed, blocks, apart: group_bytes };
                 unit::clear();
-                if !sum::<P, A, R>(&panel, columns, 0) {
+                if !sum::<P, A, R>(&panel, tiles, 0) {
                     unit::clear();
-                    sum_any::<P, A, R>(&panel, columns, 0);
+                    sum_any::<P, A, R>(&panel, tiles, 0);
                 }
             }
-            Layout::RowMajor => row_major::<P, A>(weights, columns, first_row),
+            Layout::RowMajor => row_major::<P, A>(weights, tiles, first_row),
         }
         let mut sums = [[const { MaybeUninit::<Sums>::uninit() }; R]; A];
         let places = std::array::from_fn(|a| std::array::from_fn(|r| sums[a][r].as_mut_ptr()));
         unit::store::<A, R>(places);
-        for (a, sums) in sums.iter().enumerate() {
-            let first = a * TILE_COLUMNS;
-            let these =
-                columns.first + first..columns.first + columns.count.min(first + TILE_COLUMNS);
+        let mut column = first;
+        for (tile, sums) in tiles.iter().zip(&sums) {
+            let these = column..column + tile.columns;
+            column = these.end;
             for (r, sums) in sums.iter().enumerate() {
                 write_sums(sums.as_ptr(), these.clone(), (first_row + r * ROWS, &covered), out);
             }
@@ -123,7 +119,7 @@ unsafe fn strip<P: Packed, const A: usize, const R: usize>(
 #[inline(always)]
 unsafe fn row_major<P: Packed, const A: usize>(
     weights: &MatrixView<'_>,
-    columns: Columns<'_>,
+    tiles: &[ColumnTile; A],
     first_row: usize,
 ) {
     let blocks = weights.cols() / P::DTYPE.block_elements();
@@ -141,9 +137,9 @@ unsafe fn row_major<P: Packed, const A: usize>(
             let panel = Panel { packed: [scratch.as_ptr()], blocks: count, apart: CHUNK_BYTES };
             let first_group = start * (P::DTYPE.block_elements() / GROUP);
             if is_fast {
-                is_right &= sum::<P, A, 1>(&panel, columns, first_group);
+                is_right &= sum::<P, A, 1>(&panel, tiles, first_group);
             } else {
-                sum_any::<P, A, 1>(&panel, columns, first_group);
+                sum_any::<P, A, 1>(&panel, tiles, first_group);
             }
         }
         is_right
@@ -157,24 +153,30 @@ unsafe fn row_major<P: Packed, const A: usize>(
 #[inline(always)]
 unsafe fn sum<P: Packed, const A: usize, const R: usize>(
     panel: &Panel<R>,
-    columns: Columns<'_>,
+    tiles: &[ColumnTile; A],
     first_group: usize,
 ) -> bool {
     let block_groups = const { P::DTYPE.block_elements() / GROUP };
     let block_bytes = const { ROWS * P::DTYPE.block_bytes() };
     let groups = panel.blocks * block_groups;
     let mut ring: Ring<R> = [[const { MaybeUninit::uninit() }; R]; PLACES];
-    let (x, stride) = line_of(columns, first_group);
     let mut fetched = Fetched::new(panel);
     // SAFETY: blocks and groups below their number exist; a tile is read after it was decoded.
     unsafe {
         let mut largest = Largest::none();
         let (mut block, mut group) = (0, 0);
         for step in 0..groups {
-            let place = &mut ring[step % PLACES];
-            for (r, tile) in place.iter_mut().enumerate() {
-                let bytes = panel.packed[r].wrapping_add(block);
-                decode::<P>(Block { bytes, lane: 0 }, group, tile.as_mut_ptr(), &mut largest);
+            let is_due = step >= AHEAD;
+            let (x, due) = operands(&ring, step.wrapping_sub(AHEAD), tiles, first_group);
+            let place: [*mut Weights; R] =
+                ring[step % PLACES].each_mut().map(MaybeUninit::as_mut_ptr);
+            for (r, tile) in place.into_iter().enumerate() {
+                let block = Block { bytes: panel.packed[r].wrapping_add(block), lane: 0 };
+                decode::<P>(block, group, tile, &mut largest, |word| {
+                    if is_due && (r * STEPS + word).is_multiple_of(R) {
+                        unit::instruction::<A, R>((r * STEPS + word) / R, x, due);
+                    }
+                });
                 for line in 0..const { stream_lines::<P>() } {
                     Vectors::prefetch(fetched.at[r].wrapping_add(64 * line));
                 }
@@ -184,12 +186,9 @@ unsafe fn sum<P: Packed, const A: usize, const R: usize>(
             if group == block_groups {
                 (group, block) = (0, block + block_bytes);
             }
-            if step >= AHEAD {
-                multiply_group::<A, R>(&ring, step - AHEAD, x, stride);
-            }
         }
         for step in groups.saturating_sub(AHEAD)..groups {
-            multiply_group::<A, R>(&ring, step, x, stride);
+            multiply_group::<A, R>(&ring, step, tiles, first_group);
         }
         largest.is_in_range::<P>()
     }
@@ -200,12 +199,11 @@ unsafe fn sum<P: Packed, const A: usize, const R: usize>(
 #[inline(never)]
 unsafe fn sum_any<P: Packed, const A: usize, const R: usize>(
     panel: &Panel<R>,
-    columns: Columns<'_>,
+    tiles: &[ColumnTile; A],
     first_group: usize,
 ) {
     let block_groups = P::DTYPE.block_elements() / GROUP;
     let mut ring: Ring<R> = [[const { MaybeUninit::uninit() }; R]; PLACES];
-    let (x, stride) = line_of(columns, first_group);
     for step in 0..panel.blocks * block_groups {
         let block = step / block_groups * ROWS * P::DTYPE.block_bytes();
         // SAFETY: as in `sum`.
@@ -214,29 +212,36 @@ unsafe fn sum_any<P: Packed, const A: usize, const R: usize>(
                 let packed = packed.wrapping_add(block);
                 decode_any(P::DTYPE, packed, step % block_groups, tile.as_mut_ptr());
             }
-            multiply_group::<A, R>(&ring, step, x, stride);
+            multiply_group::<A, R>(&ring, step, tiles, first_group);
         }
     }
 }
 
-/// The first column's line of a group, and the bytes from column to column.
-fn line_of(columns: Columns<'_>, group: usize) -> (*const Line, usize) {
-    let Bf16 { lines, lines_apart } = columns.x;
-    let first = lines.as_ptr().wrapping_add(columns.first * lines_apart + group);
-    (first, lines_apart * size_of::<Line>())
+/// What is multiplied at step `step`, which is group `first_group + step` of the columns.
+#[inline(always)]
+fn operands<const A: usize, const R: usize>(
+    ring: &Ring<R>,
+    step: usize,
+    tiles: &[ColumnTile; A],
+    first_group: usize,
+) -> ([*const Line; A], [*const Weights; R]) {
+    let place = &ring[step % PLACES];
+    let line = first_group.wrapping_add(step);
+    let x = tiles.map(|tile| tile.lines.wrapping_add(line.wrapping_mul(tile.apart)));
+    (x, std::array::from_fn(|r| place[r].as_ptr()))
 }
 
+/// Multiplies what [`operands`] names.
 #[inline(always)]
 unsafe fn multiply_group<const A: usize, const R: usize>(
     ring: &Ring<R>,
     step: usize,
-    x: *const Line,
-    stride: usize,
+    tiles: &[ColumnTile; A],
+    first_group: usize,
 ) {
-    let place = &ring[step % PLACES];
-    let weights = std::array::from_fn(|r| place[r].as_ptr());
+    let (x, weights) = operands(ring, step, tiles, first_group);
     // SAFETY: the tiles were decoded; the columns have a line of this group.
-    unsafe { unit::multiply::<A, R>(x.wrapping_add(step), stride, weights) };
+    unsafe { unit::multiply::<A, R>(x, weights) };
 }
 
 /// What is fetched: some way ahead in the same rows, or at the start of those that follow them.

@@ -11,12 +11,10 @@
 //! that do not wait for each other are in flight. `A` is the number of registers of columns in use,
 //! `R` that of weights.
 
-use crate::activations::Line;
+use crate::activations::{Line, TILE_COLUMNS};
 use crate::repack::ROWS;
 use std::arch::asm;
 
-/// Columns of a tile.
-pub(super) const TILE_COLUMNS: usize = 16;
 /// Bytes of a row of any tile: a cache line.
 const LINE: usize = 64;
 
@@ -41,15 +39,15 @@ struct TileShapes {
     rows: [u8; 16],
 }
 
-/// Prepares the registers for up to 32 columns. Sums are zero after it.
+/// Prepares the registers for two tiles of up to 16 columns, or for one and none. Sums are zero
+/// after it.
 ///
 /// # Safety
 /// The system has granted AMX.
-pub(super) unsafe fn configure(columns: usize) {
-    debug_assert!((1..=2 * TILE_COLUMNS).contains(&columns));
+pub(super) unsafe fn configure([first, second]: [usize; 2]) {
+    debug_assert!((1..=TILE_COLUMNS).contains(&first) && second <= TILE_COLUMNS);
     // A register without rows is invalid; nobody uses the second of none.
-    let first = columns.min(TILE_COLUMNS) as u8;
-    let second = columns.saturating_sub(TILE_COLUMNS).max(1) as u8;
+    let (first, second) = (first as u8, second.max(1) as u8);
     let mut shapes = TileShapes {
         palette: 1,
         start_row: 0,
@@ -90,44 +88,66 @@ pub(super) unsafe fn clear() {
     }
 }
 
-/// Adds the products of a group of 32 elements: columns from `x` on, `stride` bytes apart.
+/// Instructions that [`multiply`] is made of, those that `A` and `R` leave out included.
+pub(super) const INSTRUCTIONS: usize = 8;
+
+/// Adds the products of a group of 32 elements: `x` has the group's lines of `A` tiles of columns.
 ///
 /// # Safety
 /// Registers are configured for columns that exist.
 #[inline(always)]
 pub(super) unsafe fn multiply<const A: usize, const R: usize>(
-    x: *const Line,
-    stride: usize,
+    x: [*const Line; A],
     weights: [*const Weights; R],
 ) {
-    let second = x.cast::<u8>().wrapping_add(TILE_COLUMNS * stride);
+    // SAFETY: passed on.
+    unsafe {
+        instruction::<A, R>(0, x, weights);
+        instruction::<A, R>(1, x, weights);
+        instruction::<A, R>(2, x, weights);
+        instruction::<A, R>(3, x, weights);
+        instruction::<A, R>(4, x, weights);
+        instruction::<A, R>(5, x, weights);
+        instruction::<A, R>(6, x, weights);
+        instruction::<A, R>(7, x, weights);
+    }
+}
+
+/// Instruction `index` of [`multiply`], for who has something else to do between them. Loads come
+/// first: in the half of a core that another thread leaves, they then run beside the products of
+/// the group before, and not between those of their own.
+///
+/// # Safety
+/// As for [`multiply`], and no other instruction comes between those of one product.
+#[inline(always)]
+pub(super) unsafe fn instruction<const A: usize, const R: usize>(
+    index: usize,
+    x: [*const Line; A],
+    weights: [*const Weights; R],
+) {
+    macro_rules! load {
+        ($register:literal, $from:expr) => {
+            asm!(concat!("tileloadd ", $register, ", [{from} + {line}*1]"), from = in(reg) $from,
+                line = in(reg) LINE, options(nostack, readonly, preserves_flags))
+        };
+    }
+    macro_rules! add {
+        ($operands:literal) => {
+            asm!(concat!("tdpbf16ps ", $operands), options(nostack, nomem, preserves_flags))
+        };
+    }
     // SAFETY: configured, says the caller, and all that is loaded exists.
     unsafe {
-        asm!(
-            "tileloadd tmm6, [{w} + {line}*1]",
-            "tileloadd tmm4, [{x} + {stride}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            w = in(reg) weights[0], x = in(reg) x, stride = in(reg) stride, line = in(reg) LINE,
-            options(nostack, readonly, preserves_flags),
-        );
-        if R == 2 {
-            asm!(
-                "tileloadd tmm7, [{w} + {line}*1]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                w = in(reg) weights[R - 1], line = in(reg) LINE,
-                options(nostack, readonly, preserves_flags),
-            );
-        }
-        if A == 2 {
-            asm!(
-                "tileloadd tmm5, [{x} + {stride}*1]",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                x = in(reg) second, stride = in(reg) stride,
-                options(nostack, readonly, preserves_flags),
-            );
-            if R == 2 {
-                asm!("tdpbf16ps tmm3, tmm5, tmm7", options(nostack, nomem, preserves_flags));
-            }
+        match index {
+            0 => load!("tmm6", weights[0]),
+            1 => load!("tmm4", x[0]),
+            2 if R == 2 => load!("tmm7", weights[R - 1]),
+            3 if A == 2 => load!("tmm5", x[A - 1]),
+            4 => add!("tmm0, tmm4, tmm6"),
+            5 if R == 2 => add!("tmm1, tmm4, tmm7"),
+            6 if A == 2 => add!("tmm2, tmm5, tmm6"),
+            7 if A == 2 && R == 2 => add!("tmm3, tmm5, tmm7"),
+            _ => {}
         }
     }
 }
