@@ -21,14 +21,17 @@ const NARROW_TOKENS: usize = 4;
 const FREE_TOKENS: usize = 8;
 /// Weights that are worth a claim of their own: some microseconds of a thread's bandwidth.
 const CLAIM_BYTES: usize = 32 << 10;
-/// Beyond so many tokens, kernels on tiles read all activations once for 128 rows, from a cache
-/// that is shared: fewer rows would wait for it.
+/// Beyond so many tokens, kernels on tiles read all activations once for some rows, from a cache
+/// that is shared, and few rows would wait for it.
 const TILED_TOKENS: usize = 32;
-/// The units that these rows are.
-const TILED_UNITS: usize = 128 / PAIRED_MATMUL_ROWS;
+/// The units of the smallest claim then: workers differ in speed by as much as four times where two
+/// of them share a core's tiles, and 128 rows at the end of a loop kept all others waiting.
+const TILED_UNITS: usize = 64 / PAIRED_MATMUL_ROWS;
 /// Hidden rows whose gate and up are computed before the activation runs over them: the products
 /// of a wide step are then still in the second-level cache.
 const GATE_ROWS: usize = 128;
+/// The same for kernels on tiles: as many as they take at once.
+const TILED_GATE_ROWS: usize = 256;
 
 impl Step<'_> {
     pub(super) fn project(
@@ -78,9 +81,13 @@ impl Step<'_> {
 
     /// How many units of `bytes` bytes of weights are worth a claim.
     fn grain(&self, bytes: usize, n_tokens: usize) -> usize {
-        let in_tiles = self.kernels.activation_form() == ActivationForm::Bf16;
-        let least = if in_tiles && n_tokens > TILED_TOKENS { TILED_UNITS } else { 0 };
+        let least = if self.is_tiled(n_tokens) { TILED_UNITS } else { 0 };
         least.max(CLAIM_BYTES / (bytes * n_tokens.div_ceil(FREE_TOKENS)).max(1))
+    }
+
+    /// Whether kernels decode weights once for all tokens.
+    fn is_tiled(&self, n_tokens: usize) -> bool {
+        self.kernels.activation_form() == ActivationForm::Bf16 && n_tokens > TILED_TOKENS
     }
 
     /// Rows `own` of `part · input (+ bias)` into the output's columns from `first` on.
@@ -140,7 +147,8 @@ impl Step<'_> {
         let (normed, hidden) = ((self.buffers.normed, Precision::Eight), self.buffers.hidden);
         let bytes = [&gate, &up].map(|part| self.row_bytes(part)).iter().sum::<usize>() * GROUP;
         let pieces = worker.deal(hidden.values.width, GROUP, self.grain(bytes, hidden.values.rows));
-        for rows in pieces.flat_map(|piece| tiles(piece, GATE_ROWS)) {
+        let at_once = if self.is_tiled(hidden.values.rows) { TILED_GATE_ROWS } else { GATE_ROWS };
+        for rows in pieces.flat_map(|piece| tiles(piece, at_once)) {
             self.multiply(&gate, normed, (hidden.values, 0), rows.clone());
             self.multiply(&up, normed, (self.buffers.up, 0), rows.clone());
             for token in 0..hidden.values.rows {
