@@ -8,7 +8,7 @@ mod case;
 #[path = "matmul/table.rs"]
 mod table;
 
-use case::{Random, Weights, bits, multiply, quantized_weights};
+use case::{Random, Weights, bits, multiply, quantized_weights, round_all};
 
 fn every_dtype() -> impl Strategy<Value = DType> {
     prop::sample::select(DType::ALL.to_vec())
@@ -272,9 +272,7 @@ fn a_part_of_the_columns_has_the_bits_that_they_have_among_all() {
         let mut buffer = ActivationBuffer::new(kernels.activation_form(), columns, cols);
         // SAFETY: one thread, and all is filled before the view is made.
         let target = unsafe { buffer.writer(columns, cols) };
-        for (column, values) in x.chunks_exact(cols).enumerate() {
-            kernels.quantize_activations(values, target, column, 0..cols);
-        }
+        round_all(kernels, target, &x);
         for &layout in weights.layouts() {
             let view = weights.view(layout);
             let all = multiply(kernels, &view, &x, std::slice::from_ref(&(0..rows)));

@@ -86,9 +86,7 @@ pub fn multiply(
     let activations = if view.dtype().is_quantized() {
         // SAFETY: one thread, and all is filled before the view is made.
         let target = unsafe { buffer.writer(columns, cols) };
-        for (column, values) in x.chunks_exact(cols).enumerate() {
-            kernels.quantize_activations(values, target, column, 0..cols);
-        }
+        round_all(kernels, target, x);
         target.view(x)
     } else {
         Activations::float(x, columns, cols)
@@ -99,6 +97,14 @@ pub fn multiply(
         kernels.matmul(view, &activations, range.clone(), out);
     }
     out
+}
+
+/// Fills the rounded form of all columns of `x`.
+pub fn round_all(kernels: &Kernels, target: ActivationsMut<'_>, x: &[f32]) {
+    let cols = target.cols();
+    for (column, values) in x.chunks_exact(cols).enumerate() {
+        kernels.quantize_activations(values, target, column, 0..cols);
+    }
 }
 
 pub fn bits(values: &[f32]) -> Vec<u32> {

@@ -45,17 +45,11 @@ struct Chunk {
     /// First packed block, and bytes from one group of rows to the next.
     packed: *const u8,
     apart: usize,
-    blocks: usize,
+    groups: usize,
     first_group: usize,
     height: usize,
     /// The chunk that is decoded next: fetched while the first columns are multiplied.
     next: *const u8,
-}
-
-impl Chunk {
-    fn groups<P: Packed>(&self) -> usize {
-        self.blocks * const { P::DTYPE.block_elements() / GROUP }
-    }
 }
 
 /// Rows `rows` of all columns.
@@ -126,7 +120,7 @@ unsafe fn block<P: Packed>(
         let chunk = Chunk {
             packed: at(start),
             apart,
-            blocks: count,
+            groups: count * block_groups,
             first_group: start * block_groups,
             height,
             next: if is_last { rows.wrapping_add(height * apart) } else { at(start + count) },
@@ -151,14 +145,13 @@ unsafe fn decode_chunk<P: Packed>(
             let rows = chunk.packed.wrapping_add(r * chunk.apart);
             let at = |block: usize| rows.wrapping_add(block * ROWS * P::DTYPE.block_bytes());
             let mut largest = Largest::none();
-            for (step, tile) in weights.iter_mut().enumerate().take(chunk.blocks * block_groups) {
+            for (step, tile) in weights.iter_mut().enumerate().take(chunk.groups) {
                 let block = Block { bytes: at(step / block_groups), lane: 0 };
                 let (group, tile) = (step % block_groups, tile.as_mut_ptr());
                 decode::<P>(block, group, tile, &mut largest, |_| {});
             }
             if !largest.is_in_range::<P>() {
-                for (step, tile) in weights.iter_mut().enumerate().take(chunk.blocks * block_groups)
-                {
+                for (step, tile) in weights.iter_mut().enumerate().take(chunk.groups) {
                     let group = step % block_groups;
                     decode_any(P::DTYPE, at(step / block_groups), group, tile.as_mut_ptr());
                 }
@@ -188,10 +181,10 @@ unsafe fn add_chunk<P: Packed>(chunk: Chunk, tiles: &[ColumnTile], scratch: &mut
                 }
                 let at = (2 * index, r);
                 match (pair, r + 1 < chunk.height) {
-                    (Pair::Two(tiles), true) => add::<P, 2, 2>(tiles, chunk, at, scratch),
-                    (Pair::Two(tiles), false) => add::<P, 2, 1>(tiles, chunk, at, scratch),
-                    (Pair::One(tile), true) => add::<P, 1, 2>([tile], chunk, at, scratch),
-                    (Pair::One(tile), false) => add::<P, 1, 1>([tile], chunk, at, scratch),
+                    (Pair::Two(tiles), true) => add::<2, 2>(tiles, chunk, at, scratch),
+                    (Pair::Two(tiles), false) => add::<2, 1>(tiles, chunk, at, scratch),
+                    (Pair::One(tile), true) => add::<1, 2>([tile], chunk, at, scratch),
+                    (Pair::One(tile), false) => add::<1, 1>([tile], chunk, at, scratch),
                 }
             }
         }
@@ -201,11 +194,10 @@ unsafe fn add_chunk<P: Packed>(chunk: Chunk, tiles: &[ColumnTile], scratch: &mut
 /// Asks for what two groups of rows have in the chunk that is decoded next.
 #[inline(always)]
 unsafe fn fetch<P: Packed>(chunk: Chunk, row: usize) {
-    let groups = chunk.groups::<P>();
     let bytes = const { ROWS * P::DTYPE.block_bytes() * GROUP / P::DTYPE.block_elements() };
     for row in row..chunk.height.min(row + 2) {
         let rows = chunk.next.wrapping_add(row * chunk.apart);
-        for line in (0..groups * bytes).step_by(64) {
+        for line in (0..chunk.groups * bytes).step_by(64) {
             // SAFETY: a prefetch of any address is harmless.
             unsafe { Vectors::prefetch(rows.wrapping_add(line)) };
         }
@@ -214,7 +206,7 @@ unsafe fn fetch<P: Packed>(chunk: Chunk, row: usize) {
 
 /// `A` tiles of columns times `R` groups of rows.
 #[inline(always)]
-unsafe fn add<P: Packed, const A: usize, const R: usize>(
+unsafe fn add<const A: usize, const R: usize>(
     tiles: [ColumnTile; A],
     chunk: Chunk,
     (tile, row): (usize, usize),
@@ -232,7 +224,7 @@ unsafe fn add<P: Packed, const A: usize, const R: usize>(
         } else {
             unit::load::<A, R>(sums.map(|sums| sums.map(|sums| sums.cast_const())));
         }
-        for group in 0..chunk.groups::<P>() {
+        for group in 0..chunk.groups {
             let x =
                 tiles.map(|tile| tile.lines.wrapping_add((chunk.first_group + group) * tile.apart));
             unit::multiply::<A, R>(x, weights.map(|weights| weights.wrapping_add(group).cast()));
