@@ -193,9 +193,7 @@ impl Attend<'_> {
             segments => tokens * heads.n_heads * segments * (heads.head_dim + 2) * F32,
         }
     }
-}
 
-impl Attend<'_> {
     /// As kernels take it, for `n_tokens` tokens with partial sums.
     pub(crate) fn arguments(
         &self,
@@ -208,8 +206,8 @@ impl Attend<'_> {
         let is_rounded = self.eight_bits.is_some() || self.halves.is_some();
         assert!(!is_rounded || heads.are_whole_chunks(), "rounded heads: {heads:?}");
         AttendArgs {
-            heads: self.heads.of(tokens.tokens * heads.width(), F32),
-            out: self.out.of(tokens.tokens * heads.n_heads * heads.head_dim, F32),
+            heads: self.heads.of(all * heads.width(), F32),
+            out: self.out.of(all * cols, F32),
             partials: self.partials.of(partials, 1),
             chosen: self.chosen.map_or(0, |(list, n)| list.unaligned(n, size_of::<u32>())),
             tokens: tokens.argument(),

@@ -2,8 +2,7 @@
 
 use crate::gpu::{Gpu, GpuError};
 use crate::pack::lane_bytes;
-use crate::products::{CHUNK, Columns, EightBits, Part, Product, SCALE_BYTES, lower_name, parts};
-use cudarc::driver::DeviceRepr;
+use crate::products::{CHUNK, Columns, Product, ProductArgs, SCALE_BYTES, lower_name};
 use tandem_cpu_kernels::DType;
 use tandem_cpu_kernels::blocks::GROUP;
 
@@ -11,22 +10,6 @@ use tandem_cpu_kernels::blocks::GROUP;
 const NARROW_WARPS: usize = 8;
 /// Most tokens of kernels with eight ranges, where not all have as many.
 const EIGHT_RANGES_MAX: usize = 32;
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ProductArgs {
-    parts: [Part; crate::products::PARTS],
-    quants: u64,
-    scales: u64,
-    n_parts: u32,
-    padded: u32,
-    columns: u32,
-    stride: u32,
-    passes: u32,
-}
-
-// SAFETY: plain numbers in the order of `ProductArgs` in products.cuh.
-unsafe impl DeviceRepr for ProductArgs {}
 
 /// A kernel for few tokens.
 struct NarrowKernel {
@@ -83,22 +66,9 @@ impl Gpu {
         run: &[Product<'_>],
         x: &Columns<'_>,
     ) -> Result<(), GpuError> {
-        let eight_bits = x.eight_bits.expect("quantised weights need activations in 8 bits");
-        let (quants, scales) = eight_bits.pointers(x.columns, x.cols);
         let dtype = run[0].matrix.dtype();
         let kernel = NarrowKernel::of(dtype, x.columns, self.shared_bytes());
-        let (parts, blocks) = parts(run, x, kernel.rows);
-        let groups = x.cols / GROUP;
-        let arguments = ProductArgs {
-            parts,
-            quants,
-            scales,
-            n_parts: run.len() as u32,
-            padded: groups.next_multiple_of(CHUNK) as u32,
-            columns: x.columns as u32,
-            stride: EightBits::stride(x.columns) as u32,
-            passes: eight_bits.passes as u32,
-        };
+        let (arguments, blocks) = ProductArgs::new(run, x, kernel.rows);
         let grid = [blocks, x.columns.div_ceil(kernel.columns), 1];
         let name = format!("narrow_{}_{}", lower_name(dtype), kernel.tiles);
         // SAFETY: all spans were checked against the shapes.

@@ -104,6 +104,50 @@ struct FloatArgs {
 // SAFETY: plain numbers in the order of `FloatArgs` in floats.cu.
 unsafe impl DeviceRepr for FloatArgs {}
 
+/// What products in 8 bits take: `ProductArgs` of products.cuh and, with `tiles` where that one
+/// ends in padding, `StreamArgs` of stream.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct ProductArgs {
+    parts: [Part; PARTS],
+    quants: u64,
+    scales: u64,
+    n_parts: u32,
+    padded: u32,
+    columns: u32,
+    stride: u32,
+    passes: u32,
+    tiles: u32,
+}
+
+// SAFETY: plain numbers in the order of both structures.
+unsafe impl DeviceRepr for ProductArgs {}
+
+impl ProductArgs {
+    /// For blocks (or tiles) of some rows, and how many of these there are.
+    pub(crate) fn new(
+        run: &[Product<'_>],
+        x: &Columns<'_>,
+        block_rows: usize,
+    ) -> (ProductArgs, usize) {
+        let eight_bits = x.eight_bits.expect("quantised weights need activations in 8 bits");
+        let (quants, scales) = eight_bits.pointers(x.columns, x.cols);
+        let (parts, blocks) = parts(run, x, block_rows);
+        let arguments = ProductArgs {
+            parts,
+            quants,
+            scales,
+            n_parts: run.len() as u32,
+            padded: x.cols.div_ceil(GROUP).next_multiple_of(CHUNK) as u32,
+            columns: x.columns as u32,
+            stride: EightBits::stride(x.columns) as u32,
+            passes: eight_bits.passes as u32,
+            tiles: blocks as u32,
+        };
+        (arguments, blocks)
+    }
+}
+
 impl EightBits<'_> {
     /// Rows that there is room for where there are `rows`: whole tiles of the kernels.
     pub fn stride(rows: usize) -> usize {

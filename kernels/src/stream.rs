@@ -2,8 +2,7 @@
 
 use crate::gpu::{Gpu, GpuError};
 use crate::pack::lane_bytes;
-use crate::products::{CHUNK, Columns, EightBits, PARTS, Part, Product, lower_name, parts};
-use cudarc::driver::DeviceRepr;
+use crate::products::{CHUNK, Columns, Product, ProductArgs, SCALE_BYTES, lower_name};
 use tandem_cpu_kernels::DType;
 use tandem_cpu_kernels::blocks::GROUP;
 
@@ -16,24 +15,7 @@ const HALVES: usize = 2;
 const TILE_ROWS: usize = 16;
 const THREADS: usize = 32 * RANGES * HALVES;
 /// Bytes of a column's chunk, with its scales.
-const CHUNK_BYTES: usize = CHUNK * (GROUP + crate::products::SCALE_BYTES);
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct StreamArgs {
-    parts: [Part; PARTS],
-    quants: u64,
-    scales: u64,
-    n_parts: u32,
-    padded: u32,
-    columns: u32,
-    stride: u32,
-    passes: u32,
-    tiles: u32,
-}
-
-// SAFETY: plain numbers in the order of `StreamArgs` in stream.cu.
-unsafe impl DeviceRepr for StreamArgs {}
+const CHUNK_BYTES: usize = CHUNK * (GROUP + SCALE_BYTES);
 
 /// How a block of the kernel for some weights and columns is made.
 struct StreamKernel {
@@ -72,20 +54,7 @@ impl Gpu {
         let Some(kernel) = StreamKernel::of(self, run[0].matrix.dtype(), x) else {
             return Ok(false);
         };
-        let eight_bits = x.eight_bits.expect("quantised weights need activations in 8 bits");
-        let (quants, scales) = eight_bits.pointers(x.columns, x.cols);
-        let (parts, tiles) = parts(run, x, TILE_ROWS);
-        let arguments = StreamArgs {
-            parts,
-            quants,
-            scales,
-            n_parts: run.len() as u32,
-            padded: x.cols.div_ceil(GROUP).next_multiple_of(CHUNK) as u32,
-            columns: x.columns as u32,
-            stride: EightBits::stride(x.columns) as u32,
-            passes: eight_bits.passes as u32,
-            tiles: tiles as u32,
-        };
+        let (arguments, tiles) = ProductArgs::new(run, x, TILE_ROWS);
         // One block per multiprocessor at most.
         let blocks = tiles.min(self.multiprocessors());
         let shape = ([blocks, 1, 1], THREADS, kernel.shared_bytes);
