@@ -247,7 +247,10 @@ impl Gpu {
         let attend = pass.arguments(heads, n_tokens, (tokens, store));
         let (segments, dim) = (attend.segments as usize, heads.head_dim);
         let group = heads.n_heads / heads.n_kv_heads;
-        let shared = if group == 1 { 1 } else { HEADS };
+        // Heads of a group share keys and values that are read; where there are too few of them for
+        // all multiprocessors, each has a block. A head's bits are the same.
+        let blocks = heads.n_heads * n_tokens * segments;
+        let shared = if group == 1 || blocks <= self.multiprocessors() { 1 } else { HEADS };
         let kernel = format!("attend_{}_{shared}", dim.next_power_of_two().max(64));
         let grid = [heads.n_kv_heads * group.div_ceil(shared), n_tokens, segments];
         // Queries, and a key and a value as f32 and as f16; weights; what warps have summed up.

@@ -54,6 +54,18 @@ template <class T, class Shape> struct MiddleWork {
     LaneRow<T> rows[2];
     ScaleRow<T> scales[2];
     uint32_t row, first, count;
+    // Where a block begins: if all did with their first chunk, they would read the same places of all pages.
+    uint32_t offset;
+
+    // Number `index` of the chunks, from the first on.
+    __device__ __forceinline__ uint32_t chunk(uint32_t index) const { return index + offset < count ? index + offset : index + offset - count; }
+
+    // Asks for a chunk. Scales are read a chunk ahead: they are to be nearer by then.
+    __device__ __forceinline__ void ask(uint32_t slot, uint32_t chunk) const {
+        weights.copy(slot, rows, chunk);
+#pragma unroll
+        for (int k = 0; k < 2; k++) prefetch(scales[k].of(first + chunk));
+    }
 
     __device__ __forceinline__ void start(const Part& part, uint32_t chunks) {
 #pragma unroll
@@ -64,7 +76,7 @@ template <class T, class Shape> struct MiddleWork {
         }
 #pragma unroll
         for (uint32_t slot = 0; slot < Shape::DEPTH; slot++) {
-            if (slot < count) weights.copy(slot, rows, slot);
+            if (slot < count) ask(slot, chunk(slot));
             commit_copies();
         }
     }
@@ -93,7 +105,7 @@ __device__ __forceinline__ void multiply_chunks(const Walk& walk, TileRing<Shape
 #pragma unroll
         for (int k = 0; k < 2; k++) coming[k].load(work.scales[k], chunk);
     };
-    if (work.count > 0) load_scales(work.first);
+    if (work.count > 0) load_scales(work.first + work.chunk(0));
     hold(sums);
     uint32_t a[SETS][4], slot = 0;
     RowPair<WideLoads<T>> loads;
@@ -105,11 +117,11 @@ __device__ __forceinline__ void multiply_chunks(const Walk& walk, TileRing<Shape
             work.weights.take(slot, k, loads.rows[k].raw);
             loads.rows[k].scales = coming[k];
         }
-        load_scales(work.first + min(index + 1, work.count - 1));
+        load_scales(work.first + work.chunk(min(index + 1, work.count - 1)));
         uint64_t b = 0;
 #pragma unroll
         for (int i = 0; i < ALL; i++) {
-            loads.decode(work.first + index, i / 2, i % 2, a[i % SETS]);
+            loads.decode(work.first + work.chunk(index), i / 2, i % 2, a[i % SETS]);
             if (i % BATCH != BATCH - 1) continue;
             if (i < BATCH) {
                 wait_at(ring.full(), ring.parity);
@@ -123,7 +135,7 @@ __device__ __forceinline__ void multiply_chunks(const Walk& walk, TileRing<Shape
             wait_for_products<1>();
         }
         ring.advance();
-        if (index + Shape::DEPTH < work.count) work.weights.copy(slot, work.rows, index + Shape::DEPTH);
+        if (index + Shape::DEPTH < work.count) work.ask(slot, work.chunk(index + Shape::DEPTH));
         commit_copies();
         slot = slot + 1 == Shape::DEPTH ? 0 : slot + 1;
         if (index == 0) continue;
@@ -133,7 +145,7 @@ __device__ __forceinline__ void multiply_chunks(const Walk& walk, TileRing<Shape
         const uint32_t next = index - Shape::LAG + Shape::TILES;
         if (threadIdx.x == 0 && next < work.count) {
             wait_at(again.free(), again.parity);
-            bring_chunk(walk, again, work.first + next);
+            bring_chunk(walk, again, work.first + work.chunk(next));
         }
         __syncwarp();
         again.advance();
@@ -190,7 +202,7 @@ template <class T, class Shape> __device__ __forceinline__ void middle(const Wid
     const uint32_t chunks = args.padded / CHUNK, each = (chunks + gridDim.x - 1) / gridDim.x;
     const uint32_t first = min(blockIdx.x * each, chunks), count = min(each, chunks - first);
     const uint32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-    MiddleWork<T, Shape> work{{memory + Shape::WEIGHTS}, {}, {}, walk.first_row + row, first, count};
+    MiddleWork<T, Shape> work{{memory + Shape::WEIGHTS}, {}, {}, walk.first_row + row, first, count, count > 0 ? 5 * blockIdx.y % count : 0};
     TileRing<Shape> ring{shared_address(memory)};
     let_next_start();
     work.start(part, chunks);
@@ -198,7 +210,7 @@ template <class T, class Shape> __device__ __forceinline__ void middle(const Wid
     __syncthreads();
     wait_for_earlier();
     if (threadIdx.x == 0) {
-        for (uint32_t i = 0; i < min(count, static_cast<uint32_t>(Shape::TILES)); i++, ring.advance()) bring_chunk(walk, ring, first + i);
+        for (uint32_t i = 0; i < min(count, static_cast<uint32_t>(Shape::TILES)); i++, ring.advance()) bring_chunk(walk, ring, first + work.chunk(i));
         ring.index = 0, ring.parity = 0;
     }
     __syncwarp();

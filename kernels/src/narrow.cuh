@@ -130,6 +130,14 @@ template <int WARPS, int TILES, bool SINGLE> struct Columns {
         }
     }
 
+    // Where piece `index` of 16 bytes of all columns' words, and then of their scales, belongs in a slot.
+    static __device__ __forceinline__ uint32_t place_of(uint32_t index) {
+        if (SINGLE) return index * 16;
+        if (index < COUNT * 8) return index / 8 * 128 + (index % 8 ^ index / 8 % 2 * 4) * 16;
+        const uint32_t column = (index - COUNT * 8) / 2;
+        return WORDS + ((index % 2 * 2 + column % 2) * HALF + column / 2) * 16;
+    }
+
     // A lane's words of a pair of groups of tile n: of column g, or the only one.
     __device__ __forceinline__ uint4 words_of(uint32_t slot, int pair, int n) const {
         const uint32_t g = SINGLE ? 0 : threadIdx.x % 32 / 4, t = threadIdx.x % 4;

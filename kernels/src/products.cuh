@@ -26,6 +26,7 @@ struct ProductArgs {
     uint32_t columns;
     uint32_t stride; // columns that there is room for
     uint32_t passes; // 2 where what 8 bits miss of values is multiplied, too
+    uint32_t tiles;  // blocks of rows of all parts, or of those that are gated
 };
 
 // The matrix that a block works on.

@@ -104,8 +104,7 @@ struct FloatArgs {
 // SAFETY: plain numbers in the order of `FloatArgs` in floats.cu.
 unsafe impl DeviceRepr for FloatArgs {}
 
-/// What products in 8 bits take: `ProductArgs` of products.cuh and, with `tiles` where that one
-/// ends in padding, `StreamArgs` of stream.cu.
+/// What products in 8 bits take.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct ProductArgs {
@@ -117,10 +116,11 @@ pub(crate) struct ProductArgs {
     columns: u32,
     stride: u32,
     passes: u32,
-    tiles: u32,
+    /// Blocks of rows of all parts, or what else has a block in turn.
+    pub(crate) tiles: u32,
 }
 
-// SAFETY: plain numbers in the order of both structures.
+// SAFETY: plain numbers in the order of `ProductArgs` in products.cuh.
 unsafe impl DeviceRepr for ProductArgs {}
 
 impl ProductArgs {

@@ -84,6 +84,9 @@ template <int BYTES> __device__ __forceinline__ void copy_words(const uint8_t* a
     if constexpr (BYTES == 32) copy_words<16>(at + 16, words + 4);
 }
 
+// Asks for a line of memory, to the second cache.
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // Two bits of four elements: `field` counts lower and upper of a pair of groups.
 __device__ __forceinline__ uint32_t crumbs(uint32_t word, int field) { return word >> 2 * field & 0x03030303u; }
 

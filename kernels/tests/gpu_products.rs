@@ -9,7 +9,9 @@ use tandem_cpu_kernels::{
     ActivationBuffer, Activations, DType, Layout, MatrixView, OutputColumns, dequantize_row,
     quantize_row,
 };
-use tandem_kernels::{Columns, DeviceMatrix, Gpu, Product, RoundRows, Staging, half_bytes};
+use tandem_kernels::{
+    Columns, DeviceMatrix, Gate, Gated, Gpu, Product, RoundRows, Staging, half_bytes,
+};
 
 fn file_bytes(dtype: DType, rows: usize, cols: usize, random: &mut Random) -> Vec<u8> {
     let mut bytes = vec![0; rows * dtype.row_bytes(cols).expect("whole blocks")];
@@ -237,6 +239,62 @@ fn blocks_take_many_tiles_in_turn() {
                 let shape = format!("{dtype} [{rows}, {cols}] × {columns}");
                 assert!(off <= 4e-6 * largest, "{shape}: {off} of {largest} off");
             }
+        }
+    }
+}
+
+#[test]
+fn gated_products_are_rounded_as_rows_are() {
+    let Some(gpu) = gpu() else { return };
+    let staging = Staging::new(&gpu).expect("staging memory");
+    let (mut random, rows, cols) = (Random(7), 4608, 640);
+    for dtype in [DType::Q4_0, DType::Q6_K, DType::Q4_K, DType::Q8_0, DType::Q2_K, DType::IQ4_NL] {
+        let cols = if dtype.row_bytes(cols).is_some() { cols } else { 768 };
+        let matrices = [0, 1].map(|_| {
+            let file = file_bytes(dtype, rows, cols, &mut random);
+            DeviceMatrix::upload(&gpu, &staging, dtype, (rows, cols), &file).expect("an upload")
+        });
+        let bias = on_gpu(&gpu, &random.floats(rows));
+        let counters = gpu.alloc(Gated::counter_bytes(rows)).expect("room");
+        for columns in [1, 3, 8, 9, 40] {
+            let values = on_gpu(&gpu, &random.floats(columns * cols));
+            let is_narrow = columns <= gpu.narrow_max();
+            let (eight_bits, halves) = (
+                EightBitMemory::new(&gpu, columns, cols, true),
+                gpu.alloc(half_bytes(columns, cols)).expect("room"),
+            );
+            let x = Columns {
+                columns,
+                cols,
+                values: Some(values.span()),
+                eight_bits: is_narrow.then(|| eight_bits.view()),
+                halves: (!is_narrow).then(|| halves.span()),
+            };
+            gpu.round_rows(&round(&x)).expect("rounding");
+            let [fused, apart] = [true, false].map(|fused| {
+                let outs = [0, 1].map(|_| on_gpu(&gpu, &vec![f32::NAN; columns * rows]));
+                let target = EightBitMemory::new(&gpu, columns, rows, true);
+                let product = |i: usize| Product {
+                    matrix: &matrices[i],
+                    bias: (i == 0).then(|| bias.span()),
+                    out: outs[i].span(),
+                    stride: rows,
+                };
+                let gated = Gated {
+                    gate: product(0),
+                    up: product(1),
+                    activation: Gate::Silu,
+                    // Elsewhere than in the gate's place it is not done on the way.
+                    out: Some(outs[usize::from(!fused)].span()),
+                    eight_bits: Some(target.view()),
+                    halves: None,
+                    counters: counters.span(),
+                };
+                gpu.multiply_gated(&gated, &x).expect("a gated product");
+                let values = from_gpu(&gpu, &outs[usize::from(!fused)], columns * rows);
+                (values.iter().map(|v| v.to_bits()).collect::<Vec<_>>(), target.bytes(&gpu))
+            });
+            assert!(fused == apart, "{dtype} × {columns}");
         }
     }
 }

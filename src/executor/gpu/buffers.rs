@@ -7,8 +7,8 @@ use crate::executor::ExecutorError;
 use crate::executor::program::{Buffer, Op, Precision, Program};
 use tandem_cpu_kernels::blocks::GROUP;
 use tandem_kernels::{
-    Attend, Columns, DeviceMatrix, DeviceMemory, EightBits, Gpu, HeadCounts, RowMeasures, Span,
-    half_bytes,
+    Attend, Columns, DeviceMatrix, DeviceMemory, EightBits, Gated, Gpu, HeadCounts, RowMeasures,
+    Span, half_bytes,
 };
 
 /// Bytes of unmerged segments of attention that exist at once, if one token needs no more.
@@ -38,6 +38,8 @@ pub(super) struct GpuBuffers {
     pub logits: RowMemory,
     pub measures: RowMeasures,
     pub partials: DeviceMemory,
+    /// Of gated products: zeros between them.
+    pub gate_counters: DeviceMemory,
     pub inputs: Inputs,
     /// Rows of the embedding, where it lies in host memory.
     pub looked_up: Option<DeviceMatrix>,
@@ -168,6 +170,7 @@ impl GpuBuffers {
             logits: RowMemory::new(gpu, logits_rows, program.dims.vocab, Form::Plain)?,
             measures: RowMeasures::new(gpu, logits_rows)?,
             partials: gpu.alloc(partial_bytes(program, block_tokens * device_blocks))?,
+            gate_counters: gpu.alloc(Gated::counter_bytes(program.dims.hidden))?,
             inputs: Inputs::new(gpu, (tokens, device_blocks), (angles, row_bytes))?,
             looked_up,
             host: HostBuffers::default(),
@@ -211,6 +214,7 @@ impl GpuBuffers {
         rows.iter().map(|rows| rows.bytes()).sum::<usize>()
             + self.measures.bytes()
             + self.partials.bytes()
+            + self.gate_counters.bytes()
             + self.inputs.bytes()
             + self.looked_up.as_ref().map_or(0, DeviceMatrix::bytes)
     }

@@ -13,7 +13,7 @@ use crate::model::Activation;
 use crate::step::StepPlan;
 use tandem_cpu_kernels::RopeStyle;
 use tandem_kernels::{
-    Added, EmbedRows, Gate, HeadCounts, NormRows, Product, RotateHeads, RoundRows, RowNorm, Span,
+    Added, EmbedRows, Gate, Gated, HeadCounts, NormRows, Product, RotateHeads, RowNorm, Span,
     TokenTables,
 };
 
@@ -283,25 +283,19 @@ impl GpuStage {
     ) -> Result<(), ExecutorError> {
         let (gpu, hidden) = (self.weights.gpu(), &self.buffers.hidden);
         let x = self.buffers.normed.columns(tokens, Precision::Eight);
-        let products = [
-            self.product(&gate, hidden.values(), (0, hidden.cols)),
-            self.product(&up, self.buffers.up.values(), (0, hidden.cols)),
-        ];
-        gpu.multiply(&products, &x)?;
-        let gate = match activation {
-            Activation::Silu => Gate::Silu,
-            Activation::GeluTanh => Gate::GeluTanh,
-        };
-        let pass = RoundRows {
-            values: hidden.values(),
-            up: Some((self.buffers.up.values(), gate)),
+        let gated = Gated {
+            gate: self.product(&gate, hidden.values(), (0, hidden.cols)),
+            up: self.product(&up, self.buffers.up.values(), (0, hidden.cols)),
+            activation: match activation {
+                Activation::Silu => Gate::Silu,
+                Activation::GeluTanh => Gate::GeluTanh,
+            },
             out: self.weights.has_floats().then(|| hidden.values()),
             eight_bits: hidden.eight_bits(tokens, Precision::Eight),
             halves: hidden.halves(tokens),
-            rows: tokens,
-            cols: hidden.cols,
+            counters: self.buffers.gate_counters.span(),
         };
-        Ok(gpu.round_rows(&pass)?)
+        Ok(gpu.multiply_gated(&gated, &x)?)
     }
 
     /// Norms and products of some wanted rows, and their measures.
