@@ -6,8 +6,9 @@
 //   for each group: 16 rows, decoded in registers, times 8 columns at a time on tensor cores
 //
 // A single column stands in for all eight: each lane then adds up its own sum alone. Within a range, groups are
-// added up in their order; then the ranges' sums are, in theirs. Kernels for up to 32 columns have eight ranges,
-// that for more has four: among either a column's bits do not depend on how many columns there are.
+// added up in their order, of up to eight columns in four sums; then the ranges' sums are, in theirs. Kernels for
+// up to 32 columns have eight ranges, that for more has four. So a column's bits do not depend on how many columns
+// there are among up to 8, up to 32, and more.
 #include "narrow.cuh"
 
 // Warps with the same range.
@@ -23,9 +24,9 @@ template <int RANGES> __device__ __forceinline__ void meet(uint32_t range) {
 }
 
 // Adds up the ranges' sums and stores them.
-template <int RANGES, int MTILES, int TILES, bool SINGLE>
+template <int RANGES, int MTILES, int TILES, bool SINGLE, bool SPLIT>
 __device__ __forceinline__ void store_sums(const ProductArgs& args, const Part& part, uint32_t first_row, uint32_t first,
-                                           const float acc[MTILES][TILES][4], uint8_t* shared) {
+                                           const TileSums<MTILES, TILES, SPLIT>& acc, uint8_t* shared) {
     // Floats from a column to the next: no two lanes share a bank.
     constexpr int ROWS = 16 * MTILES * ROW_WARPS<RANGES>, COLUMNS = SINGLE ? 1 : TILES * 8, STRIDE = ROWS + 4;
     // In place of weights.
@@ -39,7 +40,7 @@ __device__ __forceinline__ void store_sums(const ProductArgs& args, const Part& 
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 if (SINGLE && (i % 2 || lane % 4)) continue;
-                sums[range][SINGLE ? 0 : 8 * n + lane % 4 * 2 + i % 2][own + 16 * m + i / 2 * 8 + lane / 4] = acc[m][n][i];
+                sums[range][SINGLE ? 0 : 8 * n + lane % 4 * 2 + i % 2][own + 16 * m + i / 2 * 8 + lane / 4] = acc.total(m, n, i);
             }
     __syncthreads();
     for (uint32_t index = threadIdx.x; index < COLUMNS * ROWS; index += NARROW_WARPS * 32) {
@@ -73,7 +74,7 @@ template <class T, int RANGES, int MTILES, int TILES, int DEPTH, bool SINGLE> __
         if (step < steps) ask(step, step);
         commit_copies();
     }
-    float acc[MTILES][TILES][4] = {};
+    TileSums<MTILES, TILES, TILES == 1> acc;
     Raw raw[2 * MTILES];
     float factors[2 * MTILES][CHUNK][Counts<T>::ALL];
     uint32_t slot = 0, weights_slot = 0;
@@ -89,6 +90,7 @@ template <class T, int RANGES, int MTILES, int TILES, int DEPTH, bool SINGLE> __
             stream.load_scales_of(index + 1);
         }
         multiply_slot<T, MTILES, TILES, SINGLE>(raw, factors, x, slot, acc);
+        if (is_last_pass) acc.turn();
         meet<RANGES>(range);
         if (step + DEPTH < steps) ask(slot, step + DEPTH);
         if (is_last_pass) {

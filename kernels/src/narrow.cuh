@@ -13,7 +13,7 @@ template <class T> struct ChunkScales {
     static constexpr bool HAS_ALL = T::SCALE_GROUPS == 1;
     uint32_t words[HAS_ALL ? CHUNK * T::SCALE_BYTES / 4 : 4];
 
-    __device__ __forceinline__ void load(const ScaleRow<T>& row, uint32_t chunk) {
+    template <class Row> __device__ __forceinline__ void load(const Row& row, uint32_t chunk) {
         if constexpr (HAS_ALL) load_words<CHUNK * T::SCALE_BYTES>(row.of(chunk), words);
         if constexpr (!HAS_ALL) T::load_scales(row.of(chunk), chunk % UNIT_CHUNKS<T> * CHUNK + threadIdx.x % 4, words);
     }
@@ -151,10 +151,35 @@ template <int WARPS, int TILES, bool SINGLE> struct Columns {
     }
 };
 
+// Sums of MTILES · 16 rows and TILES · 8 columns. Where they are SPLIT, those of the first two groups of a chunk and of
+// the last two are apart, and so are every other chunk's: the order in which single.cuh adds, too.
+template <int MTILES, int TILES, bool SPLIT> struct TileSums {
+    static constexpr int HALVES = SPLIT ? 2 : 1;
+    float own[HALVES][MTILES][TILES][4] = {}, other[HALVES][MTILES][TILES][4] = {};
+
+    // Between one chunk and the next.
+    __device__ __forceinline__ void turn() {
+        if constexpr (!SPLIT) return;
+#pragma unroll
+        for (int i = 0; i < HALVES * MTILES * TILES * 4; i++) {
+            float &a = (&own[0][0][0][0])[i], &b = (&other[0][0][0][0])[i];
+            const float kept = a;
+            a = b, b = kept;
+        }
+    }
+
+    // All of them; it is the same whose turn it is.
+    __device__ __forceinline__ float total(int m, int n, int i) const {
+        if constexpr (!SPLIT) return own[0][m][n][i];
+        const float of_own = own[0][m][n][i] + own[HALVES - 1][m][n][i], of_other = other[0][m][n][i] + other[HALVES - 1][m][n][i];
+        return of_own + of_other;
+    }
+};
+
 // acc += a chunk of MTILES · 16 rows times the columns of a slot.
-template <class T, int MTILES, int TILES, bool SINGLE, class X>
+template <class T, int MTILES, int TILES, bool SINGLE, bool SPLIT, class X>
 __device__ __forceinline__ void multiply_slot(const Raw raw[2 * MTILES], const float factors[2 * MTILES][CHUNK][Counts<T>::ALL],
-                                              const X& x, uint32_t slot, float acc[MTILES][TILES][4]) {
+                                              const X& x, uint32_t slot, TileSums<MTILES, TILES, SPLIT>& acc) {
     constexpr int ALL = Counts<T>::ALL, SUMS = SINGLE ? 1 : 2;
 #pragma unroll
     for (int pair = 0; pair < CHUNK / 2; pair++) {
@@ -181,7 +206,7 @@ __device__ __forceinline__ void multiply_slot(const Raw raw[2 * MTILES], const f
                     float scale[ALL][2];
 #pragma unroll
                     for (int i = 0; i < 2 * ALL; i++) scale[i / 2][i % 2] = factors[2 * m + i % 2][2 * pair + k][i / 2];
-                    add_group<T, SUMS>(acc[m][n], a[k][m], k ? words.z : words.x, k ? words.w : words.y, scale, of);
+                    add_group<T, SUMS>(acc.own[SPLIT ? pair : 0][m][n], a[k][m], k ? words.z : words.x, k ? words.w : words.y, scale, of);
                 }
             }
         }

@@ -10,6 +10,8 @@ use tandem_cpu_kernels::blocks::GROUP;
 const NARROW_WARPS: usize = 8;
 /// Most tokens of kernels with eight ranges, where not all have as many.
 const EIGHT_RANGES_MAX: usize = 32;
+/// Most tokens of kernels that add up groups in four sums.
+const FOUR_SUMS_MAX: usize = 8;
 
 /// A kernel for few tokens.
 struct NarrowKernel {
@@ -58,7 +60,7 @@ impl NarrowKernel {
 impl Gpu {
     /// Most tokens whose products have the bits of one token's.
     pub fn same_sums_max(&self) -> usize {
-        EIGHT_RANGES_MAX.min(self.narrow_max())
+        FOUR_SUMS_MAX
     }
 
     pub(crate) fn multiply_narrow(

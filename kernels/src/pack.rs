@@ -120,6 +120,12 @@ pub(crate) fn lane_bytes(dtype: DType) -> usize {
     plane_bytes(dtype).map_or(0, |bytes| bytes.quants + bytes.highs)
 }
 
+/// Bytes of the scales of a row's chunk, or of what more chunks share.
+pub(crate) fn unit_bytes(dtype: DType) -> usize {
+    let of = |bytes: PlaneBytes| bytes.scales * CHUNK.div_ceil(bytes.scale_groups.max(1)).max(1);
+    plane_bytes(dtype).map_or(0, of)
+}
+
 /// Where the planes of a matrix start, and its bytes.
 fn places(dtype: DType, rows: usize, cols: usize) -> ([usize; 3], usize) {
     let Some(bytes) = plane_bytes(dtype) else {

@@ -49,43 +49,52 @@ constexpr float MAGIC_VALUE = 12582912.0f;
 // A step of activations, whose last two bits are zero, and minus its exact product with MAGIC_VALUE.
 __device__ __forceinline__ float2 step_and_offset(float step) { return make_float2(step, -MAGIC_VALUE * step); }
 
-// d = a · b + MAGIC for 16 rows, 8 columns and 32 elements: lane 4g + t has of a, in words of four
-// elements, (row g, word t), (g + 8, t), (g, t + 4), (g + 8, t + 4); of b words t and t + 4 of
-// column g; of d (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
-__device__ __forceinline__ void multiply_group(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-    int sums[4];
+// sums += a · b for 16 rows, 8 columns and 32 elements: lane 4g + t has of a, in words of four elements,
+// (row g, word t), (g + 8, t), (g, t + 4), (g + 8, t + 4); of b words t and t + 4 of column g; of sums
+// (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+__device__ __forceinline__ void accumulate_group(int sums[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-        : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(MAGIC));
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        int lower[2];
-        asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%4,%4};"
-            : "=r"(lower[0]), "=r"(lower[1]) : "r"(a[half]), "r"(b0), "r"(MAGIC));
-        asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%4,%5};"
-            : "=r"(sums[2 * half]), "=r"(sums[2 * half + 1]) : "r"(a[half + 2]), "r"(b1), "r"(lower[0]), "r"(lower[1]));
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+                : "+r"(sums[2 * half]), "+r"(sums[2 * half + 1]) : "r"(a[half + 2 * k]), "r"(k ? b1 : b0));
+        }
     }
 #endif
+}
+
+// The same for 16 elements: a has two words, b one.
+__device__ __forceinline__ void accumulate_half(int sums[4], const uint32_t a[2], uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
+#else
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+            : "+r"(sums[2 * half]), "+r"(sums[2 * half + 1]) : "r"(a[half]), "r"(b));
+    }
+#endif
+}
+
+// d = a · b + MAGIC, as floats.
+__device__ __forceinline__ void multiply_group(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+    int sums[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
+    accumulate_group(sums, a, b0, b1);
 #pragma unroll
     for (int i = 0; i < 4; i++) d[i] = __int_as_float(sums[i]);
 }
 
-// The same for 16 elements: a has two words, b one.
 __device__ __forceinline__ void multiply_half(float d[4], const uint32_t a[2], uint32_t b) {
-    int sums[4];
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
-        : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(b), "r"(MAGIC));
-#else
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%4,%4};"
-            : "=r"(sums[2 * half]), "=r"(sums[2 * half + 1]) : "r"(a[half]), "r"(b), "r"(MAGIC));
-    }
-#endif
+    int sums[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
+    accumulate_half(sums, a, b);
 #pragma unroll
     for (int i = 0; i < 4; i++) d[i] = __int_as_float(sums[i]);
 }

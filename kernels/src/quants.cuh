@@ -87,6 +87,28 @@ template <int BYTES> __device__ __forceinline__ void copy_words(const uint8_t* a
 // Asks for a line of memory, to the second cache.
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
+// A place in shared memory by its own address.
+struct SharedAt {
+    uint32_t at;
+    __device__ __forceinline__ SharedAt operator+(uint32_t bytes) const { return {at + bytes}; }
+};
+
+__device__ __forceinline__ uint32_t short_at(SharedAt from) {
+    unsigned short value;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(from.at));
+    return value;
+}
+
+template <int BYTES> __device__ __forceinline__ void load_words(SharedAt from, uint32_t* w) {
+    if constexpr (BYTES == 2) w[0] = short_at(from);
+    if constexpr (BYTES == 4) asm volatile("ld.shared.b32 %0, [%1];" : "=r"(w[0]) : "r"(from.at));
+    if constexpr (BYTES == 8) asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(from.at));
+    if constexpr (BYTES >= 16) {
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "r"(from.at));
+    }
+    if constexpr (BYTES == 32) load_words<16>(from + 16, w + 4);
+}
+
 // Two bits of four elements: `field` counts lower and upper of a pair of groups.
 __device__ __forceinline__ uint32_t crumbs(uint32_t word, int field) { return word >> 2 * field & 0x03030303u; }
 
@@ -130,7 +152,7 @@ struct Facts {
     // Of types that have nibbles alone, the one that stands for zero.
     static constexpr int NIBBLE_ZERO = -1;
     // The words of the scales of group `i` of the block at `block`.
-    static __device__ __forceinline__ void load_scales(const uint8_t* block, int, uint32_t s[4]) { load_words<2>(block, s); }
+    template <class At> static __device__ __forceinline__ void load_scales(At block, int, uint32_t s[4]) { load_words<2>(block, s); }
 };
 
 constexpr uint32_t SIGNS = 0x80808080u;
@@ -194,7 +216,7 @@ struct Q4_0 : Facts {
 struct Q4_1 : Facts {
     static constexpr int SCALE_BYTES = 4, NIBBLE_ZERO = 0;
     static constexpr Min MIN = Min::One;
-    static __device__ __forceinline__ void load_scales(const uint8_t* block, int, uint32_t s[4]) { load_words<4>(block, s); }
+    template <class At> static __device__ __forceinline__ void load_scales(At block, int, uint32_t s[4]) { load_words<4>(block, s); }
     static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) {
         return (upper ? raw.quants[j] >> 4 : raw.quants[j]) & 0x0f0f0f0fu;
     }
@@ -233,7 +255,7 @@ struct Iq4Nl : Facts {
 
 struct Iq4Xs : Iq4Nl {
     static constexpr int SCALE_BYTES = 8, SCALE_GROUPS = 8;
-    static __device__ __forceinline__ void load_scales(const uint8_t* block, int, uint32_t s[4]) { load_words<8>(block, s); }
+    template <class At> static __device__ __forceinline__ void load_scales(At block, int, uint32_t s[4]) { load_words<8>(block, s); }
     static __device__ __forceinline__ void scales(const uint32_t w[4], int i, Scales& s) {
         const int high = w[0] >> (16 + 2 * i) & 3, low = w[1] >> 4 * i & 15;
         s.scale[0] = half_of(w[0]) * static_cast<float>((low | high << 4) - 32);
@@ -243,7 +265,7 @@ struct Iq4Xs : Iq4Nl {
 struct Q4K : Facts {
     static constexpr int SCALE_BYTES = 16, SCALE_GROUPS = 8, NIBBLE_ZERO = 0;
     static constexpr Min MIN = Min::One;
-    static __device__ __forceinline__ void load_scales(const uint8_t* block, int, uint32_t s[4]) { load_words<16>(block, s); }
+    template <class At> static __device__ __forceinline__ void load_scales(At block, int, uint32_t s[4]) { load_words<16>(block, s); }
     static __device__ __forceinline__ uint32_t decode(const Raw& raw, int j, bool upper) { return Q4_1::decode(raw, j, upper); }
     static __device__ __forceinline__ void scales(const uint32_t w[4], int i, Scales& s) {
         uint32_t scale, min;
@@ -261,7 +283,7 @@ struct Q5K : Q4K {
 struct Q6K : Facts {
     static constexpr int HIGH_BITS = 2, SCALE_BYTES = 18, SCALE_GROUPS = 8;
     static constexpr bool HALVES = true;
-    static __device__ __forceinline__ void load_scales(const uint8_t* block, int i, uint32_t s[4]) {
+    template <class At> static __device__ __forceinline__ void load_scales(At block, int i, uint32_t s[4]) {
         s[0] = short_at(block + 2 * i);
         s[1] = short_at(block + 16);
     }
@@ -279,7 +301,7 @@ struct Q6K : Facts {
 struct Q3K : Facts {
     static constexpr int LOW_BITS = 2, HIGH_BITS = 1, SCALE_BYTES = 14, SCALE_GROUPS = 8;
     static constexpr bool HALVES = true;
-    static __device__ __forceinline__ void load_scales(const uint8_t* block, int i, uint32_t s[4]) {
+    template <class At> static __device__ __forceinline__ void load_scales(At block, int i, uint32_t s[4]) {
         s[0] = short_at(block + 2 * i % 8);
         s[1] = short_at(block + 8 + 2 * i % 4);
         s[2] = short_at(block + 12);
@@ -301,7 +323,7 @@ struct Q2K : Facts {
     static constexpr int LOW_BITS = 2, SCALE_BYTES = 20, SCALE_GROUPS = 8;
     static constexpr bool HALVES = true;
     static constexpr Min MIN = Min::Pair;
-    static __device__ __forceinline__ void load_scales(const uint8_t* block, int i, uint32_t s[4]) {
+    template <class At> static __device__ __forceinline__ void load_scales(At block, int i, uint32_t s[4]) {
         s[0] = short_at(block + 2 * i);
         load_words<4>(block + 16, s + 1);
     }

@@ -1,20 +1,22 @@
 // Products of quantised weights with one column of 8-bit activations, or up to eight, at the speed of memory, where
-// shared memory holds all activations.
+// shared memory holds all activations, rows are a multiple of 16, and activations were rounded once.
 //
 // A block has two halves of eight warps, which take tiles of 16 rows in turn. What lies along rows is divided into
 // eight ranges of chunks, one for each warp of a half, which streams its weights through a ring in shared memory
 // from one tile to the next without a pause:
 //
 //   for each tile, for each chunk of the range:
-//     for each group: 16 rows, decoded in registers, times 8 columns on tensor cores
+//     for each group: 16 rows, decoded in registers, times 8 columns on tensor cores; or, of a single column, times
+//       8 groups of which 7 are zeros (single.cuh)
 //     the chunk DEPTH chunks later is asked for, of this tile or another
 //   the ranges' sums are added up in their order
 //
 // Sums have the order of those in narrow.cu, and the same bits. Of a gated product each half has the tiles of one
 // matrix. The activated sums of one are multiplied with those of the other; whoever finishes the second half of
 // a group of 32 of these rounds it to 8 bits for the product that follows. Grid: a block per multiprocessor.
-#include "narrow.cuh"
 #include "rounding.cuh"
+#include "single.cuh"
+#include "warp_ring.cuh"
 
 constexpr int STREAM_RANGES = 8;
 
@@ -41,7 +43,7 @@ template <class T, bool SINGLE_, bool GATED_> struct StreamShape {
     static constexpr int STRIDE = 16 + 4, SUMS = STREAM_RANGES * COLUMNS * STRIDE;
     // Threads that finish a tile: of gated ones others than stream, else some of those in turn.
     static constexpr int FINISHING = SINGLE ? 32 : 128, TURNS = HALF / FINISHING, THREADS = STREAMING + (GATED ? FINISHING : 0);
-    using Ring = LaneRing<T, 2, DEPTH, STREAMING>;
+    using Ring = WarpRing<T, DEPTH, STREAMING / 32>;
     using X = Columns<1, 1, SINGLE>;
 };
 
@@ -57,40 +59,68 @@ template <int COUNT> __device__ __forceinline__ void pass_by(uint32_t barrier) {
 // or read.
 enum Barrier : uint32_t { OF_HALF = 1, OF_FINISHING = 3, FILLED = 4, READ = 6 };
 
-// A place in a warp's stream: a chunk of its range of a tile, and where the rows of this lane begin there.
-template <class T, class Shape> struct StreamPlace {
-    uint32_t tile, chunk = 0;
-    LaneRow<T> rows[2];
-    ScaleRow<T> scales[2];
+// Where a warp's rows begin in a tile.
+template <class T, class Shape> __device__ __forceinline__ void aim(TileRows<T>& rows, const StreamArgs& args, uint32_t tile, uint32_t first) {
+    if (tile >= args.tiles) return;
+    const Part& part = Shape::GATED ? args.parts[threadIdx.x / Shape::HALF] : part_of(args.parts, args.n_parts, tile);
+    rows.aim(part.planes, args.padded / CHUNK, tile - (Shape::GATED ? 0 : part.first_block), first);
+}
 
-    __device__ __forceinline__ void aim(const StreamArgs& args, uint32_t first) {
-        if (tile >= args.tiles) return;
-        const uint32_t chunks = args.padded / CHUNK, lane = threadIdx.x % 32;
-        const Part& part = Shape::GATED ? args.parts[threadIdx.x / Shape::HALF] : part_of(args.parts, args.n_parts, tile);
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            const uint32_t row = min((tile - (Shape::GATED ? 0 : part.first_block)) * 16 + lane / 4 + 8 * k, part.rows - 1);
-            rows[k] = LaneRow<T>(part.planes, part.rows, chunks, row, first);
-            scales[k] = ScaleRow<T>(part.planes, part.rows, chunks, row);
+// What a warp streams: chunks `first` .. `first + count` of tiles `tile`, `tile + step`, ...; and what is to be asked for
+// next.
+template <class T, class Shape> struct Streaming {
+    typename Shape::Ring ring;
+    uint32_t first, count, step, tile;
+    uint32_t chunk = 0;
+    TileRows<T> next{};
+
+    // Whether the scales of a chunk are there with it, or with the one before.
+    __device__ __forceinline__ bool has_scales(uint32_t chunk) const { return !Shape::SINGLE || UNIT_CHUNKS<T> == 1 || chunk % 2 == 0 || chunk == first; }
+
+    // Asks for a chunk, to take the place of the one that was taken last.
+    __device__ __forceinline__ void ask(const StreamArgs& args) {
+        if (tile < args.tiles && count > 0) {
+            ring.copy(next, has_scales(first + chunk));
+            if (++chunk == count) {
+                chunk = 0, tile += step;
+                aim<T, Shape>(next, args, tile, first);
+            } else {
+                next.advance(first + chunk);
+            }
         }
+        commit_copies();
+        ring.advance();
     }
 
-    // To the next chunk; whether it is another tile's.
-    __device__ __forceinline__ bool advance(uint32_t count) {
-        if (++chunk < count) return false;
-        chunk = 0, tile += Shape::GATED ? gridDim.x : 2 * gridDim.x;
-        return true;
+    // Asks for the first chunks.
+    __device__ __forceinline__ void start(const StreamArgs& args) {
+        aim<T, Shape>(next, args, tile, first);
+#pragma unroll 1
+        for (uint32_t i = 0; i < Shape::DEPTH; i++) ask(args);
+    }
+
+    // Waits for the next chunk.
+    __device__ __forceinline__ void wait() const {
+        wait_for_copies<Shape::DEPTH - 1>();
+        __syncwarp();
     }
 };
 
 // Keeps the sums of a tile's range where those of all ranges are added up.
-template <class Shape> __device__ __forceinline__ void keep_sums(float* sums, const float acc[1][1][4]) {
+template <class Shape> __device__ __forceinline__ void keep_sums(float* sums, const TileSums<1, 1, true>& acc) {
     const uint32_t lane = threadIdx.x % 32, range = threadIdx.x / 32 % STREAM_RANGES;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (Shape::SINGLE && (i % 2 || lane % 4)) continue;
-        const uint32_t column = Shape::SINGLE ? 0 : lane % 4 * 2 + i % 2;
-        sums[(range * Shape::COLUMNS + column) * Shape::STRIDE + i / 2 * 8 + lane / 4] = acc[0][0][i];
+    for (int i = 0; i < 4; i++) sums[(range * Shape::COLUMNS + lane % 4 * 2 + i % 2) * Shape::STRIDE + i / 2 * 8 + lane / 4] = acc.total(0, 0, i);
+}
+
+template <class Shape> __device__ __forceinline__ void keep_sums(float* sums, const float acc[2]) {
+    const uint32_t lane = threadIdx.x % 32, range = threadIdx.x / 32 % STREAM_RANGES;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        float sum = acc[k];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        if (lane % 4 == 0) sums[range * Shape::STRIDE + k * 8 + lane / 4] = sum;
     }
 }
 
@@ -153,14 +183,14 @@ template <class Shape> __device__ __forceinline__ void finish_all_gated(const St
 template <class Shape>
 __device__ __forceinline__ void bring_activations(const StreamArgs& args, uint8_t* to, uint32_t first, uint32_t count, uint32_t half) {
     constexpr uint32_t WORDS = Shape::COLUMNS * 8, PIECES = Shape::COLUMNS * 10, AT_ONCE = 4, LANES = 64;
-    const uint32_t chunks = args.padded / CHUNK, all = count * args.passes * PIECES;
+    const uint32_t all = count * PIECES;
     for (uint32_t start = threadIdx.x % 32 + 32 * half; start < all; start += LANES * AT_ONCE) {
         uint4 pieces[AT_ONCE];
 #pragma unroll
         for (uint32_t k = 0; k < AT_ONCE; k++) {
             const uint32_t index = start + LANES * k, slot = index / PIECES, piece = index % PIECES;
             if (index >= all) break;
-            const size_t column = static_cast<size_t>(slot % args.passes * chunks + first + slot / args.passes) * args.stride;
+            const size_t column = static_cast<size_t>(first + slot) * args.stride;
             const uint4* const words = reinterpret_cast<const uint4*>(args.quants) + column * 8;
             const uint4* const scales = reinterpret_cast<const uint4*>(args.scales) + column * 2;
             pieces[k] = __ldcg(piece < WORDS ? words + piece : scales + piece - WORDS);
@@ -174,78 +204,101 @@ __device__ __forceinline__ void bring_activations(const StreamArgs& args, uint8_
     }
 }
 
+// Hands over the sums of a tile, the `turn`-th of this half of the block.
+template <class Shape, class Sums>
+__device__ __forceinline__ void hand_over(const StreamArgs& args, float* sums, const Sums& acc, uint32_t tile, uint32_t turn) {
+    // Those of the turn before may still be read.
+    const uint32_t half = threadIdx.x / Shape::HALF;
+    float* const kept = sums + (turn % 2 * 2 + half) * Shape::SUMS;
+    if constexpr (Shape::GATED) {
+        if (turn >= 2) meet_some<Shape::THREADS>(READ + turn % 2);
+        keep_sums<Shape>(kept, acc);
+        pass_by<Shape::THREADS>(FILLED + turn % 2);
+    } else {
+        keep_sums<Shape>(kept, acc);
+        meet_some<Shape::HALF>(OF_HALF + half);
+        finish_tile<Shape>(args, kept, tile, turn);
+    }
+}
+
+// A warp's part of all tiles: of a single column.
+template <class T, class Shape>
+__device__ __forceinline__ void multiply_single(const StreamArgs& args, Streaming<T, Shape>& weights, uint32_t tile, const SingleColumn& x, float* sums) {
+    const uint32_t begin = x.first / 2, end = (x.end + 1) / 2;
+    for (uint32_t turn = 0; tile < args.tiles; tile += weights.step, turn++) {
+        float acc[2] = {};
+        for (uint32_t pair = begin; pair < end; pair++) {
+            PairSums<T> of;
+            of.start();
+            PairScales<T> scales;
+#pragma unroll
+            for (uint32_t parity = 0; parity < 2; parity++) {
+                const uint32_t chunk = 2 * pair + parity;
+                if (chunk < x.first || chunk >= x.end) continue;
+                Raw raw[2];
+                weights.wait();
+                weights.ring.take(raw);
+                if (weights.has_scales(chunk)) scales.load(weights.ring.scales(), chunk);
+                of.add(raw, x.words_of(chunk));
+                __syncwarp();
+                weights.ask(args);
+            }
+            add_pair(acc, of, scales, x.scales_of(pair));
+        }
+        hand_over<Shape>(args, sums, acc, tile, turn);
+    }
+}
+
+// Scales of a row of a chunk that has come.
+template <class T> struct TakenScaleRow {
+    SharedAt at;
+    __device__ __forceinline__ SharedAt of(uint32_t) const { return at; }
+};
+
+// The same of up to eight columns.
+template <class T, class Shape>
+__device__ __forceinline__ void multiply_columns(const StreamArgs& args, Streaming<T, Shape>& weights, uint32_t tile, const typename Shape::X& x, float* sums) {
+    const uint32_t first = weights.first, count = weights.count, g = threadIdx.x % 32 / 4;
+    for (uint32_t turn = 0; tile < args.tiles; tile += weights.step, turn++) {
+        TileSums<1, 1, true> acc;
+        for (uint32_t chunk = 0; chunk < count; chunk++) {
+            Raw raw[2];
+            float factors[2][CHUNK][Counts<T>::ALL];
+            weights.wait();
+            weights.ring.take(raw);
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                ChunkScales<T> scales;
+                scales.load(TakenScaleRow<T>{weights.ring.scales() + (g + 8 * k) * UNIT_BYTES<T>}, first + chunk);
+                scales.factors(first + chunk, factors[k]);
+            }
+            __syncwarp();
+            multiply_slot<T, 1, 1, false>(raw, factors, x, chunk, acc);
+            acc.turn();
+            weights.ask(args);
+        }
+        hand_over<Shape>(args, sums, acc, tile, turn);
+    }
+}
+
 template <class T, class Shape> __device__ __forceinline__ void stream(const StreamArgs& args) {
-    constexpr int DEPTH = Shape::DEPTH;
     extern __shared__ __align__(128) uint8_t stream_shared[];
     float* const sums = reinterpret_cast<float*>(stream_shared + Shape::Ring::BYTES);
     let_next_start();
     if (Shape::GATED && threadIdx.x >= Shape::STREAMING) return finish_all_gated<Shape>(args, sums);
-    const uint32_t half = threadIdx.x / Shape::HALF, range = threadIdx.x / 32 % STREAM_RANGES, lane = threadIdx.x % 32, passes = args.passes;
+    const uint32_t half = threadIdx.x / Shape::HALF, range = threadIdx.x / 32 % STREAM_RANGES;
     const uint32_t chunks = args.padded / CHUNK, each = (chunks + STREAM_RANGES - 1) / STREAM_RANGES;
     const uint32_t first = min(range * each, chunks), count = min(each, chunks - first);
-    const typename Shape::Ring ring{stream_shared};
     // A half's first tile, and how far it is to its next.
-    const uint32_t start = blockIdx.x + (Shape::GATED ? 0 : half * gridDim.x), step = Shape::GATED ? gridDim.x : 2 * gridDim.x;
-    // Where chunks are asked for, how many of these are left, and where scales are.
-    StreamPlace<T, Shape> next{start}, own{start};
-    next.aim(args, first);
-    own.aim(args, first);
-    uint32_t left = start < args.tiles ? (args.tiles - start + step - 1) / step * count : 0;
-    const auto ask = [&](uint32_t slot) {
-        if (left > 0) {
-            ring.copy(slot, next.rows, next.chunk);
-            // Scales are read a chunk ahead: they are to be as near as that by then.
-#pragma unroll
-            for (int k = 0; k < 2; k++) prefetch(next.scales[k].of(first + next.chunk));
-            left--;
-            if (next.advance(count)) next.aim(args, first);
-        }
-        commit_copies();
-    };
-#pragma unroll
-    for (uint32_t slot = 0; slot < DEPTH; slot++) ask(slot);
-    ChunkScales<T> scales[2];
-    const auto load_scales = [&] {
-        if (own.tile >= args.tiles) return;
-#pragma unroll
-        for (int k = 0; k < 2; k++) scales[k].load(own.scales[k], first + own.chunk);
-    };
-    if (count > 0) load_scales();
+    const uint32_t tile = blockIdx.x + (Shape::GATED ? 0 : half * gridDim.x), step = Shape::GATED ? gridDim.x : 2 * gridDim.x;
+    Streaming<T, Shape> weights{typename Shape::Ring(stream_shared), first, count, step, tile};
+    weights.start(args);
     wait_for_earlier();
-    uint8_t* const activations = stream_shared + Shape::Ring::BYTES + 4 * Shape::SUMS * sizeof(float) + range * each * passes * Shape::X::SLOT;
+    uint8_t* const activations = stream_shared + Shape::Ring::BYTES + 4 * Shape::SUMS * sizeof(float) + range * each * Shape::X::SLOT;
     bring_activations<Shape>(args, activations, first, count, half);
-    const typename Shape::X x(args, activations, 0, lane);
     __syncthreads();
-    uint32_t slot = 0;
-    for (uint32_t tile = start, turn = 0; tile < args.tiles; tile += step, turn++) {
-        float acc[1][1][4] = {};
-        for (uint32_t chunk = 0; chunk < count; chunk++) {
-            wait_for_copies<DEPTH - 1>();
-            Raw raw[2];
-            float factors[2][CHUNK][Counts<T>::ALL];
-#pragma unroll
-            for (int k = 0; k < 2; k++) {
-                ring.take(slot, k, raw[k]);
-                scales[k].factors(first + chunk, factors[k]);
-            }
-            if (own.advance(count)) own.aim(args, first);
-            load_scales();
-            for (uint32_t pass = 0; pass < passes; pass++) multiply_slot<T, 1, 1, Shape::SINGLE>(raw, factors, x, chunk * passes + pass, acc);
-            ask(slot);
-            slot = slot + 1 == DEPTH ? 0 : slot + 1;
-        }
-        // Those of the turn before may still be read.
-        float* const kept = sums + turn % 2 * (2 * Shape::SUMS);
-        if constexpr (Shape::GATED) {
-            if (turn >= 2) meet_some<Shape::THREADS>(READ + turn % 2);
-            keep_sums<Shape>(kept + half * Shape::SUMS, acc);
-            pass_by<Shape::THREADS>(FILLED + turn % 2);
-        } else {
-            keep_sums<Shape>(kept + half * Shape::SUMS, acc);
-            meet_some<Shape::HALF>(OF_HALF + half);
-            finish_tile<Shape>(args, kept + half * Shape::SUMS, tile, turn);
-        }
-    }
+    if constexpr (Shape::SINGLE) multiply_single<T, Shape>(args, weights, tile, SingleColumn(activations, first, first + count), sums);
+    if constexpr (!Shape::SINGLE) multiply_columns<T, Shape>(args, weights, tile, {args, activations, 0, threadIdx.x % 32}, sums);
 }
 
 #define STREAM_KERNEL(kernel, T, ...)                                                                                       \

@@ -1,11 +1,10 @@
 //! Products of quantised weights with up to eight columns in 8 bits (`stream.cu`), and gated ones.
 
 use crate::gpu::{Gpu, GpuError, Span};
-use crate::pack::lane_bytes;
+use crate::pack::{lane_bytes, unit_bytes};
 use crate::products::{CHUNK, Columns, EightBits, Product, ProductArgs, SCALE_BYTES, lower_name};
 use crate::rows::{EightBitsArg, Gate, RoundRows, eight_bits};
 use cudarc::driver::DeviceRepr;
-use tandem_cpu_kernels::DType;
 use tandem_cpu_kernels::blocks::GROUP;
 
 /// Most columns.
@@ -16,6 +15,8 @@ const RANGES: usize = 8;
 const HALVES: usize = 2;
 const TILE_ROWS: usize = 16;
 const THREADS: usize = 32 * RANGES * HALVES;
+/// What kernels of gated products are called.
+const GATED: &str = "gated";
 /// Shared memory that kernels have in any case, at most.
 const STATIC_BYTES: usize = 128;
 /// Bytes of a column's chunk, with its scales.
@@ -60,29 +61,33 @@ struct StreamKernel {
 }
 
 impl StreamKernel {
-    /// If there are few columns, and a block's shared memory holds them.
-    fn of(gpu: &Gpu, dtype: DType, x: &Columns<'_>, matrices: usize) -> Option<StreamKernel> {
-        let is_quantized = dtype.is_quantized();
-        let passes = x.eight_bits.filter(|_| is_quantized && x.columns <= COLUMNS_MAX)?.passes;
+    /// If there are few columns, rounded once, that a block's shared memory holds; and whole tiles.
+    fn of(gpu: &Gpu, run: &[Product<'_>], x: &Columns<'_>, kind: &str) -> Option<StreamKernel> {
+        let dtype = run[0].matrix.dtype();
+        let is_rounded = x.eight_bits.is_some_and(|eight_bits| eight_bits.passes == 1);
+        let are_whole = run.iter().all(|product| product.matrix.rows().is_multiple_of(TILE_ROWS));
+        if !(dtype.is_quantized() && is_rounded && are_whole && x.columns <= COLUMNS_MAX) {
+            return None;
+        }
         let columns = if x.columns == 1 { 1 } else { COLUMNS_MAX };
         let lane = lane_bytes(dtype);
         let kib = if columns > 1 {
             48
         } else if gpu.has_wgmma() {
-            128
+            std::env::var("TANDEM_KIB").map_or(128, |k| k.parse().unwrap())
         } else {
             64
         };
         let fitting = kib / lane;
-        let weights = fitting.max(3) * 2 * THREADS * lane;
+        let chunk_bytes = 64 * lane + TILE_ROWS * unit_bytes(dtype);
+        let weights = fitting.max(3) * THREADS / 32 * chunk_bytes;
         let sums = 2 * HALVES * RANGES * columns * (TILE_ROWS + 4) * size_of::<f32>();
         let each = x.cols.div_ceil(CHUNK * GROUP).div_ceil(RANGES);
-        let shared_bytes = weights + sums + RANGES * each * passes * columns * CHUNK_BYTES;
-        let kind = if matrices == 2 { "gated" } else { "stream" };
+        let shared_bytes = weights + sums + RANGES * each * columns * CHUNK_BYTES;
         let name = format!("{kind}_{}_{columns}", lower_name(dtype));
         // Gated ones have threads, and some memory, for what comes after products.
         let finishing = if columns == 1 { 32 } else { 128 };
-        let threads = THREADS + if matrices == 2 { finishing } else { 0 };
+        let threads = THREADS + if kind == GATED { finishing } else { 0 };
         let fits = shared_bytes + STATIC_BYTES <= gpu.shared_bytes();
         fits.then_some(StreamKernel { name, threads, shared_bytes })
     }
@@ -102,7 +107,7 @@ impl Gpu {
         run: &[Product<'_>],
         x: &Columns<'_>,
     ) -> Result<bool, GpuError> {
-        let Some(kernel) = StreamKernel::of(self, run[0].matrix.dtype(), x, 1) else {
+        let Some(kernel) = StreamKernel::of(self, run, x, "stream") else {
             return Ok(false);
         };
         let (products, _) = ProductArgs::new(run, x, TILE_ROWS);
@@ -126,7 +131,7 @@ impl Gpu {
         let stays = gated.out.is_none_or(|out| out.pointer == gate.out.pointer)
             && gate.out.pointer.is_multiple_of(16);
         let rounded = gated.eight_bits.filter(|_| is_even && stays && gated.halves.is_none());
-        let kernel = StreamKernel::of(self, dtype, x, 2);
+        let kernel = StreamKernel::of(self, &[*gate, *up], x, GATED);
         if let (Some(kernel), Some(_)) = (kernel, rounded) {
             let (mut products, _) = ProductArgs::new(&[*gate, *up], x, TILE_ROWS);
             products.tiles = (rows / TILE_ROWS) as u32;

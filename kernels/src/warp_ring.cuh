@@ -1,0 +1,87 @@
+// How a warp streams tiles of 16 rows of a matrix whose rows are a multiple of that: a chunk of a tile lies in one
+// piece in memory, its quants, its high bits and its scales, and so it does in shared memory. A lane reads quants
+// and high bits that it copied itself, and scales that others did.
+#pragma once
+#include "ring.cuh"
+
+constexpr int TILE_ROWS = 16;
+
+// BYTES bytes to shared memory by its own address, which compilers do not make anew.
+template <int BYTES> __device__ __forceinline__ void copy_to(uint32_t to, const uint8_t* from) {
+#if __CUDA_ARCH__ >= 800
+    if constexpr (BYTES >= 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+    if constexpr (BYTES == 32) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + 16), "l"(from + 16));
+    if constexpr (BYTES < 16) asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES));
+#else
+#pragma unroll
+    for (int i = 0; i < BYTES / 4; i++) asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + 4 * i), "r"(__ldg(reinterpret_cast<const uint32_t*>(from) + i)));
+#endif
+}
+
+// What is asked for of a tile: this lane's part of quants and high bits of a chunk, rows g and g + 8, and of scales.
+template <class T> struct TileRows {
+    // Bytes of a chunk of a tile, and of what scales lie together.
+    static constexpr uint32_t QUANTS = 64 * LANE_QUANTS<T>, HIGHS = 64 * LANE_HIGHS<T>, SCALES = TILE_ROWS * UNIT_BYTES<T>;
+    static_assert(SCALES % 16 == 0 && SCALES <= 32 * 16, "a copy of 16 bytes for each lane");
+    const uint8_t *quants, *highs, *scales;
+
+    // From chunk `first` of tile `tile` on, of a matrix of `chunks` chunks.
+    __device__ __forceinline__ void aim(const Planes& planes, uint32_t chunks, uint32_t tile, uint32_t first) {
+        const uint32_t lane = threadIdx.x % 32;
+        const size_t chunk = static_cast<size_t>(tile) * chunks + first;
+        quants = planes.quants + chunk * QUANTS + lane * LANE_QUANTS<T>;
+        highs = planes.highs + chunk * HIGHS + lane * LANE_HIGHS<T>;
+        scales = planes.scales + (static_cast<size_t>(tile) * (chunks / UNIT_CHUNKS<T>) + first / UNIT_CHUNKS<T>) * SCALES + lane * 16;
+    }
+
+    // To chunk `next` from the one before it.
+    __device__ __forceinline__ void advance(uint32_t next) {
+        quants += QUANTS, highs += HIGHS;
+        if (next % UNIT_CHUNKS<T> == 0) scales += SCALES;
+    }
+};
+
+// The ring of one of WARPS warps: DEPTH slots for a chunk.
+template <class T, int DEPTH, int WARPS> struct WarpRing {
+    using Rows = TileRows<T>;
+    static constexpr uint32_t CHUNK_BYTES = Rows::QUANTS + Rows::HIGHS + Rows::SCALES, SLOT = WARPS * CHUNK_BYTES, BYTES = DEPTH * SLOT;
+
+    uint32_t start, at; // addresses in shared memory, of the first slot and of one
+
+    __device__ __forceinline__ explicit WarpRing(const void* shared) {
+        start = shared_address(shared) + threadIdx.x / 32 * CHUNK_BYTES;
+        // Or else it is made anew wherever it is needed.
+        asm volatile("" : "+r"(start));
+        at = start;
+    }
+
+    __device__ __forceinline__ void copy(const Rows& from, bool with_scales) const {
+        constexpr int OF_QUANTS = LANE_QUANTS<T>, OF_HIGHS = LANE_HIGHS<T>;
+        const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            copy_to<OF_QUANTS>(at + lane * OF_QUANTS + k * (32 * OF_QUANTS), from.quants + k * (32 * OF_QUANTS));
+            if constexpr (OF_HIGHS > 0) copy_to<OF_HIGHS>(at + lane * OF_HIGHS + (Rows::QUANTS + k * (32 * OF_HIGHS)), from.highs + k * (32 * OF_HIGHS));
+        }
+        if (with_scales && lane < Rows::SCALES / 16) copy_to<16>(scales().at + lane * 16, from.scales);
+    }
+
+    // What lies in a slot, rows g and g + 8.
+    __device__ __forceinline__ void take(Raw raw[2]) const {
+        constexpr int OF_QUANTS = LANE_QUANTS<T>, OF_HIGHS = LANE_HIGHS<T>;
+        const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            load_words<OF_QUANTS>(SharedAt{at + lane * OF_QUANTS + k * (32 * OF_QUANTS)}, raw[k].quants);
+            if constexpr (OF_HIGHS > 0) load_words<OF_HIGHS>(SharedAt{at + lane * OF_HIGHS + (Rows::QUANTS + k * (32 * OF_HIGHS))}, raw[k].highs);
+        }
+    }
+
+    // Of row 0.
+    __device__ __forceinline__ SharedAt scales() const { return {at + Rows::QUANTS + Rows::HIGHS}; }
+
+    __device__ __forceinline__ void advance() {
+        at += SLOT;
+        if (at == start + BYTES) at = start;
+    }
+};
