@@ -41,4 +41,4 @@ pub use products::{Columns, EightBits, Product, half_bytes};
 pub use rotate::RotateHeads;
 pub use rows::{Added, Gate, NormRows, RoundRows, RowNorm};
 pub use sample::{RowMeasure, RowMeasures};
-pub use stream::Gated;
+pub use stream::{Gated, NormBefore};

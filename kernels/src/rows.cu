@@ -2,16 +2,11 @@
 // residual stream before, gated activations, and rounding alone.
 #include "halves.cuh"
 #include "launch.cuh"
+#include "norm.cuh"
 #include "rounding.cuh"
 
 constexpr int ROW_THREADS = 256;
 constexpr int NORM_THREADS_MAX = 1024;
-
-__device__ __forceinline__ float sum_over_warp(float value) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
-    return value;
-}
 
 // The sum over the block, in every thread; `parts` has room for each warp.
 __device__ __forceinline__ float sum_over_block(float value, float* parts) {
@@ -19,15 +14,6 @@ __device__ __forceinline__ float sum_over_block(float value, float* parts) {
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
     __syncthreads();
     return sum_over_warp(threadIdx.x % 32 < blockDim.x / 32 ? parts[threadIdx.x % 32] : 0.0f);
-}
-
-// Four elements in a row of `cols`, zeros beyond it; `cols` is a multiple of four.
-__device__ __forceinline__ float4 quad_at(const float* row, uint32_t i, uint32_t cols) {
-    return i < cols ? *reinterpret_cast<const float4*>(row + i) : make_float4(0, 0, 0, 0);
-}
-
-__device__ __forceinline__ float quad_squares(float4 v, float sum) {
-    return __fmaf_rn(v.w, v.w, __fmaf_rn(v.z, v.z, __fmaf_rn(v.y, v.y, __fmaf_rn(v.x, v.x, sum))));
 }
 
 struct NormArgs {
@@ -42,10 +28,6 @@ struct NormArgs {
     float added_eps, eps;
     uint32_t cols;
 };
-
-__device__ __forceinline__ float4 scaled(float4 v, float scale, float4 weight) {
-    return make_float4(v.x * scale * weight.x, v.y * scale * weight.y, v.z * scale * weight.z, v.w * scale * weight.w);
-}
 
 // One block per row, of which each thread holds QUADS fours.
 template <int QUADS> __device__ __forceinline__ void norm_row(const NormArgs& args) {
@@ -67,17 +49,17 @@ template <int QUADS> __device__ __forceinline__ void norm_row(const NormArgs& ar
         float squares = 0;
 #pragma unroll
         for (int k = 0; k < QUADS; k++) squares = quad_squares(a[k], squares);
-        const float scale = 1.0f / sqrtf(sum_over_block(squares, parts[0]) / static_cast<float>(cols) + args.added_eps);
+        const float scale = norm_scale(sum_over_block(squares, parts[0]), cols, args.added_eps);
 #pragma unroll
         for (int k = 0; k < QUADS; k++) a[k] = scaled(a[k], scale, quad_at(args.added_norm, at(k), cols));
     }
     float squares = 0;
 #pragma unroll
     for (int k = 0; k < QUADS; k++) {
-        v[k] = make_float4(v[k].x + a[k].x, v[k].y + a[k].y, v[k].z + a[k].z, v[k].w + a[k].w);
+        v[k] = sum_of_quads(v[k], a[k]);
         squares = quad_squares(v[k], squares);
     }
-    const float scale = 1.0f / sqrtf(sum_over_block(squares, parts[1]) / static_cast<float>(cols) + args.eps);
+    const float scale = norm_scale(sum_over_block(squares, parts[1]), cols, args.eps);
 #pragma unroll
     for (int k = 0; k < QUADS; k++) {
         const uint32_t i = at(k);

@@ -131,6 +131,13 @@ pub(crate) fn eight_bits(of: Option<EightBits<'_>>, rows: usize, cols: usize) ->
     EightBitsArg { quants, scales, stride, passes }
 }
 
+/// Threads that normalise a row, and the fours that each of them holds: one, two or four.
+pub(crate) fn norm_threads(cols: usize) -> (usize, usize) {
+    let fours = cols.next_multiple_of(CHUNK * GROUP) / 4;
+    let each = fours.div_ceil(NORM_THREADS_MAX).next_power_of_two();
+    (fours.div_ceil(each).next_multiple_of(32), each)
+}
+
 impl Gpu {
     /// Longest row of [`Gpu::norm_rows`], in elements.
     pub const NORM_COLS_MAX: usize = 16 << 10;
@@ -162,10 +169,8 @@ impl Gpu {
             eps: pass.norm.eps,
             cols: cols as u32,
         };
-        // Each thread holds one four, or two or four of them.
-        let fours = cols.next_multiple_of(CHUNK * GROUP) / 4;
-        let each = fours.div_ceil(NORM_THREADS_MAX).next_power_of_two();
-        let shape = ([n, 1, 1], fours.div_ceil(each).next_multiple_of(32), 0);
+        let (threads, each) = norm_threads(cols);
+        let shape = ([n, 1, 1], threads, 0);
         // SAFETY: all spans were checked against the shapes.
         unsafe { self.launch(&format!("norm_rows_{each}"), shape, &arguments) }
     }

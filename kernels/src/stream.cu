@@ -14,17 +14,30 @@
 // Sums have the order of those in narrow.cu, and the same bits. Of a gated product each half has the tiles of one
 // matrix. The activated sums of one are multiplied with those of the other; whoever finishes the second half of
 // a group of 32 of these rounds it to 8 bits for the product that follows. Grid: a block per multiprocessor.
+#include "norm.cuh"
 #include "rounding.cuh"
 #include "single.cuh"
 #include "warp_ring.cuh"
 
 constexpr int STREAM_RANGES = 8;
 
+// What activations are the norm of, as in NormArgs: one row, which all blocks normalise for themselves.
+struct StreamNorm {
+    const float* residual; // [cols]
+    const float* added;    // [cols], or null
+    float* sum;            // [cols]: the residual stream from here on; elsewhere than `residual`
+    const float* weight;   // [cols], or null: activations are there
+    float eps;
+    uint32_t cols;
+    uint32_t threads, quads; // of the kernel that normalises rows: its sums are those of this one
+};
+
 // Where products are gated, the first part is the gate, whose output gets what comes of both, and the second
 // what it gates.
 struct StreamArgs : ProductArgs {
     EightBits rounded;     // of what is gated
     uint32_t* halves_done; // [rows / 32]: halves of groups of 32 that are there, of a gated product; zeros between launches
+    StreamNorm norm;
     uint64_t activation;
 };
 
@@ -57,7 +70,7 @@ template <int COUNT> __device__ __forceinline__ void pass_by(uint32_t barrier) {
 
 // Barriers of a block: of a half; of who finishes gated tiles; where one of two places for sums has been filled,
 // or read.
-enum Barrier : uint32_t { OF_HALF = 1, OF_FINISHING = 3, FILLED = 4, READ = 6 };
+enum Barrier : uint32_t { OF_HALF = 1, OF_FINISHING = 3, FILLED = 4, READ = 6, OF_NORM = 8 };
 
 // Where a warp's rows begin in a tile.
 template <class T, class Shape> __device__ __forceinline__ void aim(TileRows<T>& rows, const StreamArgs& args, uint32_t tile, uint32_t first) {
@@ -204,6 +217,44 @@ __device__ __forceinline__ void bring_activations(const StreamArgs& args, uint8_
     }
 }
 
+// Normalises a row to where X reads it, chunk after chunk, with the bits of norm_rows. A thread does the work of two
+// of its threads, which have a four or two each.
+template <class Shape> __device__ __forceinline__ void norm_activations(const StreamNorm& norm, uint8_t* to) {
+    __shared__ float parts[32];
+    constexpr int TWICE = 2, QUADS = 2;
+    const uint32_t lane = threadIdx.x % 32, cols = norm.cols;
+    float4 v[TWICE][QUADS] = {}, weight[TWICE][QUADS];
+    const auto at = [&](int j, int k) { return 4 * (k * norm.threads + j * Shape::STREAMING + threadIdx.x); };
+    const auto is_one = [&](int j, int k) { return j * Shape::STREAMING + threadIdx.x < norm.threads && k < norm.quads; };
+#pragma unroll
+    for (int j = 0; j < TWICE; j++) {
+        float squares = 0;
+#pragma unroll
+        for (int k = 0; k < QUADS; k++) {
+            if (!is_one(j, k)) continue;
+            const uint32_t i = at(j, k);
+            weight[j][k] = quad_at(norm.weight, i, cols);
+            v[j][k] = sum_of_quads(quad_at(norm.residual, i, cols), norm.added ? quad_at(norm.added, i, cols) : make_float4(0, 0, 0, 0));
+            squares = quad_squares(v[j][k], squares);
+        }
+        squares = sum_over_warp(squares);
+        if (lane == 0) parts[j * (Shape::STREAMING / 32) + threadIdx.x / 32] = squares;
+    }
+    meet_some<Shape::STREAMING>(OF_NORM);
+    const float scale = norm_scale(sum_over_warp(lane < norm.threads / 32 ? parts[lane] : 0.0f), cols, norm.eps);
+#pragma unroll
+    for (int j = 0; j < TWICE; j++)
+#pragma unroll
+        for (int k = 0; k < QUADS; k++) {
+            const uint32_t i = at(j, k), group = i / GROUP;
+            if (!is_one(j, k) || i >= padded_groups(cols) * GROUP) continue;
+            if (norm.added && blockIdx.x == 0 && i < cols) *reinterpret_cast<float4*>(norm.sum + i) = v[j][k];
+            uint8_t* const slot = to + group / CHUNK * Shape::X::SLOT;
+            int8_t* const pair = reinterpret_cast<int8_t*>(slot) + group % CHUNK / 2 * (2 * GROUP);
+            round_group(scaled(v[j][k], scale, weight[j][k]), pair, group % 2, reinterpret_cast<GroupScale*>(slot + Shape::X::WORDS) + group % CHUNK);
+        }
+}
+
 // Hands over the sums of a tile, the `turn`-th of this half of the block.
 template <class Shape, class Sums>
 __device__ __forceinline__ void hand_over(const StreamArgs& args, float* sums, const Sums& acc, uint32_t tile, uint32_t turn) {
@@ -294,8 +345,13 @@ template <class T, class Shape> __device__ __forceinline__ void stream(const Str
     Streaming<T, Shape> weights{typename Shape::Ring(stream_shared), first, count, step, tile};
     weights.start(args);
     wait_for_earlier();
-    uint8_t* const activations = stream_shared + Shape::Ring::BYTES + 4 * Shape::SUMS * sizeof(float) + range * each * Shape::X::SLOT;
-    bring_activations<Shape>(args, activations, first, count, half);
+    uint8_t* const all = stream_shared + Shape::Ring::BYTES + 4 * Shape::SUMS * sizeof(float);
+    uint8_t* const activations = all + range * each * Shape::X::SLOT;
+    if (Shape::SINGLE && args.norm.weight) {
+        norm_activations<Shape>(args.norm, all);
+    } else {
+        bring_activations<Shape>(args, activations, first, count, half);
+    }
     __syncthreads();
     if constexpr (Shape::SINGLE) multiply_single<T, Shape>(args, weights, tile, SingleColumn(activations, first, first + count), sums);
     if constexpr (!Shape::SINGLE) multiply_columns<T, Shape>(args, weights, tile, {args, activations, 0, threadIdx.x % 32}, sums);

@@ -2,8 +2,10 @@
 
 use crate::gpu::{Gpu, GpuError, Span};
 use crate::pack::{lane_bytes, unit_bytes};
-use crate::products::{CHUNK, Columns, EightBits, Product, ProductArgs, SCALE_BYTES, lower_name};
-use crate::rows::{EightBitsArg, Gate, RoundRows, eight_bits};
+use crate::products::{
+    CHUNK, Columns, EightBits, PARTS, Product, ProductArgs, SCALE_BYTES, lower_name,
+};
+use crate::rows::{EightBitsArg, Gate, NormRows, RoundRows, eight_bits, norm_threads};
 use cudarc::driver::DeviceRepr;
 use tandem_cpu_kernels::blocks::GROUP;
 
@@ -18,7 +20,9 @@ const THREADS: usize = 32 * RANGES * HALVES;
 /// What kernels of gated products are called.
 const GATED: &str = "gated";
 /// Shared memory that kernels have in any case, at most.
-const STATIC_BYTES: usize = 128;
+const STATIC_BYTES: usize = 2048;
+/// Fours that a thread of `norm_rows` holds, at most, where products normalise on the way.
+const NORM_QUADS_MAX: usize = 2;
 /// Bytes of a column's chunk, with its scales.
 const CHUNK_BYTES: usize = CHUNK * (GROUP + SCALE_BYTES);
 
@@ -28,11 +32,35 @@ struct StreamArgs {
     products: ProductArgs,
     rounded: EightBitsArg,
     halves_done: u64,
+    norm: NormArg,
     activation: u64,
+}
+
+/// `StreamNorm` of stream.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct NormArg {
+    residual: u64,
+    added: u64,
+    sum: u64,
+    weight: u64,
+    eps: f32,
+    cols: u32,
+    threads: u32,
+    quads: u32,
 }
 
 // SAFETY: plain numbers in the order of `StreamArgs` in stream.cu.
 unsafe impl DeviceRepr for StreamArgs {}
+
+/// A norm of one row that products over it can make on the way, each block for itself.
+#[derive(Clone, Copy, Debug)]
+pub struct NormBefore<'a> {
+    /// The norm; its 8-bit result is what the products read.
+    pub pass: NormRows<'a>,
+    /// `[cols]` f32: where the residual stream is put then, since others still read it.
+    pub sum: Span<'a>,
+}
 
 /// `activation(gate) · up` of two products, and the same rounded for the next one.
 #[derive(Clone, Copy)]
@@ -93,7 +121,53 @@ impl StreamKernel {
     }
 }
 
+impl NormBefore<'_> {
+    /// As kernels take it, where they can make it.
+    fn argument(&self, x: &Columns<'_>) -> Option<NormArg> {
+        let (pass, cols) = (&self.pass, self.pass.cols);
+        let is_plain = pass.gather.is_none() && pass.values.is_none() && pass.halves.is_none();
+        let added = pass.added.filter(|added| added.norm.is_none());
+        let (threads, quads) = norm_threads(cols);
+        let fits = x.columns == 1 && quads <= NORM_QUADS_MAX && threads <= 2 * THREADS;
+        if !(is_plain && fits && added.is_some() == pass.added.is_some()) {
+            return None;
+        }
+        assert_eq!(cols, x.cols, "elements of a row and of a token");
+        assert_ne!(pass.residual.pointer, self.sum.pointer, "others read the residual stream");
+        Some(NormArg {
+            residual: pass.residual.of(cols, size_of::<f32>()),
+            added: added.map_or(0, |added| added.values.of(cols, size_of::<f32>())),
+            sum: self.sum.of(cols, size_of::<f32>()),
+            weight: pass.norm.weight.of(cols, size_of::<f32>()),
+            eps: pass.norm.eps,
+            cols: cols as u32,
+            threads: threads as u32,
+            quads: quads as u32,
+        })
+    }
+}
+
 impl Gated<'_> {
+    /// What makes it at once, if that can be.
+    fn stream(&self, gpu: &Gpu, x: &Columns<'_>) -> Option<(StreamKernel, StreamArgs)> {
+        let (gate, up) = (&self.gate, &self.up);
+        let (dtype, rows) = (gate.matrix.dtype(), gate.matrix.rows());
+        assert_eq!(up.matrix.rows(), rows, "rows of a gate and of what it gates");
+        assert!(gate.stride == rows && up.stride == rows, "rows without gaps");
+        let is_even = rows.is_multiple_of(CHUNK * GROUP) && up.matrix.dtype() == dtype;
+        let stays = self.out.is_none_or(|out| out.pointer == gate.out.pointer)
+            && gate.out.pointer.is_multiple_of(16);
+        let rounded = self.eight_bits.filter(|_| is_even && stays && self.halves.is_none())?;
+        let kernel = StreamKernel::of(gpu, &[*gate, *up], x, GATED)?;
+        let (mut products, _) = ProductArgs::new(&[*gate, *up], x, TILE_ROWS);
+        products.tiles = (rows / TILE_ROWS) as u32;
+        let mut arguments = StreamArgs::new(products);
+        arguments.rounded = eight_bits(Some(rounded), x.columns, rows);
+        arguments.halves_done = self.counters.of(Gated::counter_bytes(rows), 1);
+        arguments.activation = self.activation as u64;
+        Some((kernel, arguments))
+    }
+
     /// Bytes of the counters of results with `rows` elements.
     pub fn counter_bytes(rows: usize) -> usize {
         rows.div_ceil(GROUP) * size_of::<u32>()
@@ -115,32 +189,64 @@ impl Gpu {
         Ok(true)
     }
 
-    /// `activation(gate) · up`, rounded.
+    /// [`Gpu::norm_rows`] and then [`Gpu::multiply`], at once where that can be. Says whether the
+    /// residual stream is at [`NormBefore::sum`] now.
     ///
     /// # Errors
     /// What the driver refuses.
     ///
     /// # Panics
-    /// As [`Gpu::multiply`] and [`Gpu::round_rows`].
-    pub fn multiply_gated(&self, gated: &Gated<'_>, x: &Columns<'_>) -> Result<(), GpuError> {
-        let (gate, up) = (&gated.gate, &gated.up);
-        let (dtype, rows) = (gate.matrix.dtype(), gate.matrix.rows());
-        assert_eq!(up.matrix.rows(), rows, "rows of a gate and of what it gates");
-        assert!(gate.stride == rows && up.stride == rows, "rows without gaps");
-        let is_even = rows.is_multiple_of(CHUNK * GROUP) && up.matrix.dtype() == dtype;
-        let stays = gated.out.is_none_or(|out| out.pointer == gate.out.pointer)
-            && gate.out.pointer.is_multiple_of(16);
-        let rounded = gated.eight_bits.filter(|_| is_even && stays && gated.halves.is_none());
-        let kernel = StreamKernel::of(self, &[*gate, *up], x, GATED);
-        if let (Some(kernel), Some(_)) = (kernel, rounded) {
-            let (mut products, _) = ProductArgs::new(&[*gate, *up], x, TILE_ROWS);
-            products.tiles = (rows / TILE_ROWS) as u32;
-            let mut arguments = StreamArgs::new(products);
-            arguments.rounded = eight_bits(rounded, x.columns, rows);
-            arguments.halves_done = gated.counters.of(Gated::counter_bytes(rows), 1);
-            arguments.activation = gated.activation as u64;
-            return self.launch_stream(&kernel, &arguments);
+    /// As these.
+    pub fn multiply_after(
+        &self,
+        norm: &NormBefore<'_>,
+        products: &[Product<'_>],
+        x: &Columns<'_>,
+    ) -> Result<bool, GpuError> {
+        let runs = products.chunk_by(|a, b| a.matrix.dtype() == b.matrix.dtype());
+        let runs = runs.flat_map(|run| run.chunks(PARTS));
+        let kernels = runs.map(|run| Some((run, StreamKernel::of(self, run, x, "stream")?)));
+        let kernels = kernels.collect::<Option<Vec<_>>>();
+        let (Some(argument), Some(kernels)) = (norm.argument(x), kernels) else {
+            self.norm_rows(&norm.pass, x.columns)?;
+            self.multiply(products, x)?;
+            return Ok(false);
+        };
+        for (run, kernel) in kernels {
+            let mut arguments = StreamArgs::new(ProductArgs::new(run, x, TILE_ROWS).0);
+            arguments.norm = argument;
+            self.launch_stream(&kernel, &arguments)?;
         }
+        Ok(norm.pass.added.is_some())
+    }
+
+    /// `activation(gate) · up`, rounded; after a norm, if there is one. Says whether the residual
+    /// stream is at [`NormBefore::sum`] now.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Panics
+    /// As [`Gpu::norm_rows`], [`Gpu::multiply`] and [`Gpu::round_rows`].
+    pub fn multiply_gated(
+        &self,
+        norm: Option<&NormBefore<'_>>,
+        gated: &Gated<'_>,
+        x: &Columns<'_>,
+    ) -> Result<bool, GpuError> {
+        let argument = match norm {
+            Some(norm) => norm.argument(x),
+            None => Some(NormArg::default()),
+        };
+        if let (Some(norm_arg), Some((kernel, mut arguments))) = (argument, gated.stream(self, x)) {
+            arguments.norm = norm_arg;
+            self.launch_stream(&kernel, &arguments)?;
+            return Ok(norm.is_some_and(|norm| norm.pass.added.is_some()));
+        }
+        if let Some(norm) = norm {
+            self.norm_rows(&norm.pass, x.columns)?;
+        }
+        let (gate, up) = (&gated.gate, &gated.up);
         self.multiply(&[*gate, *up], x)?;
         self.round_rows(&RoundRows {
             values: gate.out,
@@ -149,8 +255,9 @@ impl Gpu {
             eight_bits: gated.eight_bits,
             halves: gated.halves,
             rows: x.columns,
-            cols: rows,
-        })
+            cols: gate.matrix.rows(),
+        })?;
+        Ok(false)
     }
 
     /// One block per multiprocessor at most.
@@ -164,6 +271,12 @@ impl Gpu {
 
 impl StreamArgs {
     fn new(products: ProductArgs) -> Self {
-        Self { products, rounded: EightBitsArg::default(), halves_done: 0, activation: 0 }
+        Self {
+            products,
+            rounded: EightBitsArg::default(),
+            halves_done: 0,
+            norm: NormArg::default(),
+            activation: 0,
+        }
     }
 }

@@ -290,7 +290,7 @@ fn gated_products_are_rounded_as_rows_are() {
                     halves: None,
                     counters: counters.span(),
                 };
-                gpu.multiply_gated(&gated, &x).expect("a gated product");
+                gpu.multiply_gated(None, &gated, &x).expect("a gated product");
                 let values = from_gpu(&gpu, &outs[usize::from(!fused)], columns * rows);
                 (values.iter().map(|v| v.to_bits()).collect::<Vec<_>>(), target.bytes(&gpu))
             });

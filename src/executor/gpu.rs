@@ -12,6 +12,7 @@ mod buffers;
 mod graphs;
 mod inputs;
 mod kv;
+mod norms;
 mod ops;
 mod weights;
 
@@ -27,6 +28,7 @@ use crate::step::{StepOutput, StepPlan};
 use buffers::GpuBuffers;
 use graphs::Graphs;
 use kv::GpuKv;
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -59,6 +61,8 @@ pub struct GpuStage {
     buffers: GpuBuffers,
     samplers: RowSamplers,
     has_flash: bool,
+    /// Whether the residual stream of the step that is launched is at its second place.
+    has_moved: Cell<bool>,
     last: LastOps,
     graphs: Graphs,
     failure: Option<String>,
@@ -87,6 +91,7 @@ impl GpuStage {
             limits,
             batch: Batch::new(tokens, options.kv.device_blocks, Vec::new()),
             has_flash: attend::has_flash(weights.gpu(), program),
+            has_moved: Cell::new(false),
             last: last_ops(&program.ops),
             graphs: Graphs::default(),
             kv: GpuKv::new(weights.gpu(), &program.kv_layers, options.kv)?,

@@ -183,5 +183,7 @@ fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
     // Rows of an embedding in host memory, as they come and as they are taken apart.
     let row_bytes = spec.embedding.bytes() / spec.embedding.rows as u64;
     let rows = if spec.is_output_tied() { 0 } else { 2 * tokens * (row_bytes + 128) };
-    tokens * 4 * plain + narrow + wide + rows + logits + PARTIAL_BYTES + STAGING_BYTES
+    // Second place of a single token's residual stream, and counters of gated products.
+    let single = 4 * embedding + hidden / 8 + 4;
+    tokens * 4 * plain + narrow + wide + rows + logits + single + PARTIAL_BYTES + STAGING_BYTES
 }

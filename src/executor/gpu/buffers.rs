@@ -28,6 +28,8 @@ pub(super) struct RowMemory {
 /// All activations.
 pub(super) struct GpuBuffers {
     pub residual: RowMemory,
+    /// `[embedding_dim]` f32: the second place for that of a single token.
+    pub residual_sum: DeviceMemory,
     pub normed: RowMemory,
     pub heads: RowMemory,
     pub attended: RowMemory,
@@ -160,6 +162,7 @@ impl GpuBuffers {
         };
         Ok(Self {
             residual: rows(Buffer::Residual, Form::Plain)?,
+            residual_sum: gpu.alloc(embedding * F32)?,
             normed: rows(Buffer::Normed, normed)?,
             heads: rows(Buffer::Heads, Form::Plain)?,
             attended: rows(Buffer::Attended, Form::EightBits)?,
@@ -214,6 +217,7 @@ impl GpuBuffers {
         rows.iter().map(|rows| rows.bytes()).sum::<usize>()
             + self.measures.bytes()
             + self.partials.bytes()
+            + self.residual_sum.bytes()
             + self.gate_counters.bytes()
             + self.inputs.bytes()
             + self.looked_up.as_ref().map_or(0, DeviceMatrix::bytes)

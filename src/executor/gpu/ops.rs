@@ -3,22 +3,18 @@
 use super::attend::Attention;
 use super::graphs::StepShape;
 use super::inputs::Part;
+use super::norms::ComingNorm;
 use super::weights::width_of;
 use super::{GpuStage, LOGITS_TILE_ROWS};
 use crate::executor::ExecutorError;
-use crate::executor::program::{
-    Buffer, HeadShape, KvLayerId, Linear, Norm, Op, Pending, Precision, RopeId,
-};
+use crate::executor::program::{Buffer, HeadShape, KvLayerId, Linear, Norm, Op, Precision, RopeId};
 use crate::model::Activation;
 use crate::step::StepPlan;
 use tandem_cpu_kernels::RopeStyle;
-use tandem_kernels::{
-    Added, EmbedRows, Gate, Gated, HeadCounts, NormRows, Product, RotateHeads, RowNorm, Span,
-    TokenTables,
-};
+use tandem_kernels::{EmbedRows, Gate, Gated, HeadCounts, Product, RotateHeads, Span, TokenTables};
 
 const F32: usize = size_of::<f32>();
-const U32: usize = size_of::<u32>();
+pub(super) const U32: usize = size_of::<u32>();
 /// Contexts are laid out by multiples of this: a segment of attention.
 const POSITIONS_UNIT: usize = 256;
 /// Widest step that is recorded.
@@ -39,6 +35,7 @@ impl GpuStage {
         let weights = std::sync::Arc::clone(&self.weights);
         let gpu = weights.gpu();
         self.kv.copy(gpu, &plan.copies)?;
+        self.has_moved.set(false);
         if plan.tokens.is_empty() {
             return Ok(());
         }
@@ -68,15 +65,22 @@ impl GpuStage {
         let tokens = shape.tokens;
         // Where tokens are alone, who attends rotates on the way.
         let mut on_the_way = None;
-        for op in &self.weights.program().ops {
+        // Where there is one token, products normalise on theirs.
+        let mut before = None;
+        let ops = &self.weights.program().ops;
+        let after = ops.iter().skip(1).map(Some).chain([None]);
+        for (op, next) in ops.iter().zip(after) {
             match op {
                 Op::Embed { scale, .. } => self.embed(tokens, *scale)?,
                 Op::Select { .. } => {}
                 Op::Norm { pending, norm, precision } => {
-                    self.norm(tokens, *pending, (*norm, *precision))?;
+                    let coming =
+                        ComingNorm { pending: *pending, norm: *norm, precision: *precision };
+                    before = self.norm_now_or_later(tokens, coming, next)?;
                 }
                 Op::Project { input, output, parts, precision } => {
-                    self.project(tokens, (*input, *precision), (*output, parts))?;
+                    let (from, to) = ((*input, *precision), (*output, &parts[..]));
+                    self.project(tokens, before.take(), from, to)?;
                 }
                 &Op::Rotate { shape: heads, query_norm, key_norm, rope, layer } => {
                     let rotation = Rotation { shape: heads, query_norm, key_norm, rope, layer };
@@ -91,7 +95,7 @@ impl GpuStage {
                     self.attend(shape, &attention, on_the_way.take().as_ref())?;
                 }
                 Op::Gate { gate, up, activation } => {
-                    self.gate(tokens, [*gate, *up], *activation)?;
+                    self.gate(tokens, before.take(), [*gate, *up], *activation)?;
                 }
                 Op::Logits { .. } => self.logits_tile((0, shape.rows), tokens)?,
                 Op::Receive
@@ -172,40 +176,6 @@ impl GpuStage {
         Ok(gpu.embed_rows(&EmbedRows { table, rows, tokens, scale, out })?)
     }
 
-    fn row_norm(&self, norm: Norm) -> RowNorm<'_> {
-        RowNorm { weight: self.weights.vector(norm.weight), eps: norm.eps }
-    }
-
-    fn added(&self, pending: Pending) -> Option<Added<'_>> {
-        let values = self.buffers.projected.values();
-        match pending {
-            Pending::Nothing => None,
-            Pending::Add => Some(Added { values, norm: None }),
-            Pending::AddNormed(norm) => Some(Added { values, norm: Some(self.row_norm(norm)) }),
-        }
-    }
-
-    fn norm(
-        &self,
-        tokens: usize,
-        pending: Pending,
-        (norm, precision): (Norm, Precision),
-    ) -> Result<(), ExecutorError> {
-        let normed = &self.buffers.normed;
-        let pass = NormRows {
-            residual: self.buffers.residual.values(),
-            added: self.added(pending),
-            norm: self.row_norm(norm),
-            gather: None,
-            values: self.weights.has_floats().then(|| normed.values()),
-            eight_bits: normed.eight_bits(tokens, precision),
-            halves: normed.halves(tokens),
-            rows: tokens,
-            cols: normed.cols,
-        };
-        Ok(self.weights.gpu().norm_rows(&pass, tokens)?)
-    }
-
     /// A product into columns `first ..` of rows of `stride` elements.
     fn product<'a>(
         &'a self,
@@ -224,6 +194,7 @@ impl GpuStage {
     fn project(
         &self,
         tokens: usize,
+        before: Option<ComingNorm>,
         (input, precision): (Buffer, Precision),
         (output, parts): (Buffer, &[Linear]),
     ) -> Result<(), ExecutorError> {
@@ -236,7 +207,12 @@ impl GpuStage {
             first += product.matrix.rows();
             product
         });
-        Ok(self.weights.gpu().multiply(&products.collect::<Vec<_>>(), &x)?)
+        let (gpu, products) = (self.weights.gpu(), products.collect::<Vec<_>>());
+        match before {
+            Some(norm) => self.moved(gpu.multiply_after(&self.norm_before(norm), &products, &x)?),
+            None => gpu.multiply(&products, &x)?,
+        }
+        Ok(())
     }
 
     /// Where the tokens of the step stand.
@@ -278,6 +254,7 @@ impl GpuStage {
     fn gate(
         &self,
         tokens: usize,
+        before: Option<ComingNorm>,
         [gate, up]: [Linear; 2],
         activation: Activation,
     ) -> Result<(), ExecutorError> {
@@ -295,7 +272,9 @@ impl GpuStage {
             halves: hidden.halves(tokens),
             counters: self.buffers.gate_counters.span(),
         };
-        Ok(gpu.multiply_gated(&gated, &x)?)
+        let norm = before.map(|norm| self.norm_before(norm));
+        self.moved(gpu.multiply_gated(norm.as_ref(), &gated, &x)?);
+        Ok(())
     }
 
     /// Norms and products of some wanted rows, and their measures.
@@ -305,20 +284,8 @@ impl GpuStage {
         tokens: usize,
     ) -> Result<(), ExecutorError> {
         let (gpu, buffers, last) = (self.weights.gpu(), &self.buffers, &self.last);
-        let wanted = buffers.inputs.span(Part::Wanted);
         let selected = &buffers.selected;
-        let pass = NormRows {
-            residual: buffers.residual.values(),
-            added: self.added(last.pending),
-            norm: self.row_norm(last.norm),
-            gather: Some(wanted.part(first * U32, rows * U32)),
-            values: Some(selected.values()),
-            eight_bits: selected.eight_bits(rows, Precision::Eight),
-            halves: selected.halves(rows),
-            rows: tokens,
-            cols: selected.cols,
-        };
-        gpu.norm_rows(&pass, rows)?;
+        self.select((first, rows), tokens)?;
         let (logits, vocab) = (buffers.logits.values(), buffers.logits.cols);
         let product = self.product(&last.output, logits, (0, vocab));
         gpu.multiply(&[product], &selected.columns(rows, Precision::Eight))?;

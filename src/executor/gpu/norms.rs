@@ -1,0 +1,103 @@
+//! Norms of the residual stream, and those that products make on the way: of a single token each
+//! block of a product normalises the row for itself, which takes less than a kernel that others
+//! wait for. Since all of them read the residual stream then, its sum is put elsewhere: two places
+//! take turns.
+
+use super::GpuStage;
+use super::inputs::Part;
+use super::ops::U32;
+use crate::executor::ExecutorError;
+use crate::executor::program::{Buffer, Norm, Op, Pending, Precision};
+use tandem_kernels::{Added, NormBefore, NormRows, RowNorm, Span};
+
+/// A norm that the product after it is to make.
+#[derive(Clone, Copy)]
+pub(super) struct ComingNorm {
+    pub pending: Pending,
+    pub norm: Norm,
+    pub precision: Precision,
+}
+
+impl GpuStage {
+    /// Where the residual stream is, and where its next sum may be put.
+    fn residual(&self) -> [Span<'_>; 2] {
+        let places = [self.buffers.residual.values(), self.buffers.residual_sum.span()];
+        if self.has_moved.get() { [places[1], places[0]] } else { places }
+    }
+
+    /// A product has put the residual stream where its sum was to go, or has not.
+    pub(super) fn moved(&self, has_moved: bool) {
+        self.has_moved.set(self.has_moved.get() ^ has_moved);
+    }
+
+    fn row_norm(&self, norm: Norm) -> RowNorm<'_> {
+        RowNorm { weight: self.weights.vector(norm.weight), eps: norm.eps }
+    }
+
+    fn added(&self, pending: Pending) -> Option<Added<'_>> {
+        let values = self.buffers.projected.values();
+        match pending {
+            Pending::Nothing => None,
+            Pending::Add => Some(Added { values, norm: None }),
+            Pending::AddNormed(norm) => Some(Added { values, norm: Some(self.row_norm(norm)) }),
+        }
+    }
+
+    fn norm_pass(&self, tokens: usize, coming: ComingNorm) -> NormRows<'_> {
+        let normed = &self.buffers.normed;
+        NormRows {
+            residual: self.residual()[0],
+            added: self.added(coming.pending),
+            norm: self.row_norm(coming.norm),
+            gather: None,
+            values: self.weights.has_floats().then(|| normed.values()),
+            eight_bits: normed.eight_bits(tokens, coming.precision),
+            halves: normed.halves(tokens),
+            rows: tokens,
+            cols: normed.cols,
+        }
+    }
+
+    /// Normalises, unless the op after it is a product that may do so: then the norm is returned.
+    pub(super) fn norm_now_or_later(
+        &self,
+        tokens: usize,
+        coming: ComingNorm,
+        next: Option<&Op>,
+    ) -> Result<Option<ComingNorm>, ExecutorError> {
+        let is_read_once =
+            matches!(next, Some(Op::Gate { .. } | Op::Project { input: Buffer::Normed, .. }));
+        if tokens == 1 && is_read_once {
+            return Ok(Some(coming));
+        }
+        self.weights.gpu().norm_rows(&self.norm_pass(tokens, coming), tokens)?;
+        Ok(None)
+    }
+
+    /// A norm of one token for the product that comes after it.
+    pub(super) fn norm_before(&self, coming: ComingNorm) -> NormBefore<'_> {
+        NormBefore { pass: self.norm_pass(1, coming), sum: self.residual()[1] }
+    }
+
+    /// The last norm, of some wanted rows.
+    pub(super) fn select(
+        &self,
+        (first, rows): (usize, usize),
+        tokens: usize,
+    ) -> Result<(), ExecutorError> {
+        let (last, selected) = (&self.last, &self.buffers.selected);
+        let wanted = self.buffers.inputs.span(Part::Wanted);
+        let pass = NormRows {
+            residual: self.residual()[0],
+            added: self.added(last.pending),
+            norm: self.row_norm(last.norm),
+            gather: Some(wanted.part(first * U32, rows * U32)),
+            values: Some(selected.values()),
+            eight_bits: selected.eight_bits(rows, Precision::Eight),
+            halves: selected.halves(rows),
+            rows: tokens,
+            cols: selected.cols,
+        };
+        Ok(self.weights.gpu().norm_rows(&pass, rows)?)
+    }
+}
