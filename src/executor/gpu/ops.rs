@@ -94,11 +94,16 @@ impl GpuStage {
                     self.gate(tokens, [*gate, *up], *activation)?;
                 }
                 Op::Logits { .. } => self.logits_tile((0, shape.rows), tokens)?,
-                Op::Receive
-                | Op::Send { .. }
-                | Op::Route { .. }
-                | Op::GateExperts { .. }
-                | Op::DownExperts { .. } => unreachable!("refused when the weights were loaded"),
+                &Op::Route { router, weight_scale, .. } => {
+                    self.route(tokens, router, weight_scale)?;
+                }
+                &Op::GateExperts { gate, up, activation, .. } => {
+                    self.gate_experts(tokens, [gate, up], activation)?;
+                }
+                &Op::DownExperts { down, .. } => self.down_experts(tokens, down)?,
+                Op::Receive | Op::Send { .. } => {
+                    unreachable!("refused when the weights were loaded")
+                }
             }
         }
         Ok(())
@@ -288,13 +293,9 @@ impl GpuStage {
             self.product(&up, self.buffers.up.values(), (0, hidden.cols)),
         ];
         gpu.multiply(&products, &x)?;
-        let gate = match activation {
-            Activation::Silu => Gate::Silu,
-            Activation::GeluTanh => Gate::GeluTanh,
-        };
         let pass = RoundRows {
             values: hidden.values(),
-            up: Some((self.buffers.up.values(), gate)),
+            up: Some((self.buffers.up.values(), gate_of(activation))),
             out: self.weights.has_floats().then(|| hidden.values()),
             eight_bits: hidden.eight_bits(tokens, Precision::Eight),
             halves: hidden.halves(tokens),
@@ -362,6 +363,13 @@ impl GpuStage {
         }
         self.buffers.host.logits = logits;
         Ok(())
+    }
+}
+
+pub(super) fn gate_of(activation: Activation) -> Gate {
+    match activation {
+        Activation::Silu => Gate::Silu,
+        Activation::GeluTanh => Gate::GeluTanh,
     }
 }
 
