@@ -3,12 +3,13 @@
 // come to shared memory. Grid: blocks of rows of one or two matrices × slots, of which slot i has the i-th expert with
 // tokens, so that one token's experts fill the GPU; slots without one end at once.
 //
-// Steps with activations in 8 bits (expert_narrow): as narrow.cu with eight ranges, 16 rows and up to 8 columns at a time.
+// Steps with activations in 8 bits (expert_narrow): as narrow.cu, up to 8 columns at a time. Rows of up to 32 chunks
+// have two ranges, so that a warp has some chunks to stream, and a block 64 of them; longer ones eight, and 16 rows.
 //
-// Steps with f16 activations (expert_wide): 128 rows, a warp for each 16, and up to 64 columns at a time, in chunks of
-// 128 elements:
+// Steps with f16 activations (expert_wide): 128 rows, a warp for each 16, and up to 16 or 64 columns at a time, in
+// chunks of 128 elements:
 //
-//   the activations of the next chunk and the weights of the one after that are asked for
+//   activations and weights of a later chunk are asked for
 //   for each 16 elements: weights, decoded in registers, times 16 columns at a time on tensor cores
 //
 // Float weights meet f32 activations in both (expert_floats), a warp a row.
@@ -102,8 +103,8 @@ template <class T, int DEPTH, class Weights> __device__ __forceinline__ void mul
     }
 }
 
-template <class T> __device__ __forceinline__ void expert_narrow(const ExpertNarrowArgs& args) {
-    constexpr int RANGES = 8, DEPTH = LANE_BYTES<T> > 16 ? 2 : 3;
+template <class T, int RANGES> __device__ __forceinline__ void expert_narrow(const ExpertNarrowArgs& args) {
+    constexpr int ROWS = 16 * ROW_WARPS<RANGES>, DEPTH = LANE_BYTES<T> > 16 ? 2 : 3;
     using Weights = Stream<T, RANGES, 2, DEPTH>;
     extern __shared__ __align__(128) uint8_t expert_ring[];
     begin();
@@ -111,14 +112,15 @@ template <class T> __device__ __forceinline__ void expert_narrow(const ExpertNar
     if (!args.experts.routes.take(blockIdx.y, slot)) return;
     const ExpertWalk walk(args.experts, slot);
     const Part& part = args.product.parts[blockIdx.x / args.experts.row_blocks];
-    const uint32_t first_row = blockIdx.x % args.experts.row_blocks * 16, range = threadIdx.x / 32;
-    Weights stream(args.product, part, expert_ring, range, walk.first_row + first_row + threadIdx.x % 32 / 4);
+    const uint32_t first_row = blockIdx.x % args.experts.row_blocks * ROWS, warp = threadIdx.x / 32, range = warp % RANGES;
+    Weights stream(args.product, part, expert_ring, range, walk.first_row + first_row + warp / RANGES * 16 + threadIdx.x % 32 / 4);
     for (uint32_t first = 0; first < walk.count; first += 8) {
-        const GatheredColumns x(args.product, expert_ring + Weights::BYTES + range * DEPTH * GatheredColumns::SLOT, walk, first);
+        const GatheredColumns x(args.product, expert_ring + Weights::BYTES + warp * DEPTH * GatheredColumns::SLOT, walk, first);
         float acc[1][1][4] = {};
         multiply_range<T, DEPTH>(stream, x, acc);
         add_ranges<RANGES, 1, 1, false>(acc, expert_ring, [&](uint32_t column, uint32_t row, float sum) {
-            if (column < x.count) part.out[static_cast<size_t>(walk.pairs[first + column]) * part.stride + first_row + row] = sum;
+            const uint32_t at = first_row + row;
+            if (column < x.count && at < args.experts.rows) part.out[static_cast<size_t>(walk.pairs[first + column]) * part.stride + at] = sum;
         });
         __syncthreads();
     }
@@ -129,12 +131,22 @@ struct ExpertWideArgs {
     Experts experts;
 };
 
-constexpr int EXPERT_WARPS = 8, EXPERT_THREADS = 32 * EXPERT_WARPS, EXPERT_COLUMNS = 64;
-constexpr int EXPERT_CHUNK = EXPERT_COLUMNS * CHUNK * GROUP * 2; // bytes of activations
+constexpr int EXPERT_WARPS = 8, EXPERT_THREADS = 32 * EXPERT_WARPS;
+
+// Columns of a tile, and how many chunks of activations and weights have places in shared memory.
+template <class T, int COLUMNS_> struct ExpertShape {
+    static constexpr int COLUMNS = COLUMNS_, STEP = COLUMNS * ROW_BYTES, X_BYTES = CHUNK / STEP_GROUPS * STEP;
+#if __CUDA_ARCH__ >= 800
+    static constexpr int DEPTH = COLUMNS == 16 && LANE_BYTES<T> <= 16 ? 4 : 3;
+#else
+    static constexpr int DEPTH = 2;
+#endif
+    using Ring = LaneRing<T, 2, DEPTH, EXPERT_THREADS>;
+};
 
 // This thread's part of the activations of a tile of columns: a piece of each of some columns.
-struct GatheredHalves {
-    static constexpr int EACH = EXPERT_COLUMNS * 8 / EXPERT_THREADS;
+template <class Shape> struct GatheredHalves {
+    static constexpr int PIECES = Shape::COLUMNS * 8, EACH = (PIECES + EXPERT_THREADS - 1) / EXPERT_THREADS;
 
     const __half* from[EACH];
     uint32_t to[EACH], columns;
@@ -145,7 +157,7 @@ struct GatheredHalves {
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             const uint32_t column = (i * EXPERT_THREADS + threadIdx.x) / 8;
-            is_there[i] = first + column < walk.count;
+            is_there[i] = column < Shape::COLUMNS && first + column < walk.count;
             const uint32_t source = is_there[i] ? walk.column(first + column) : 0;
             from[i] = args.x + static_cast<size_t>(source) * STEP_ELEMENTS + (piece ^ source % 8) * 8;
             to[i] = column * ROW_BYTES + (piece ^ column % 8) * 16;
@@ -158,15 +170,15 @@ struct GatheredHalves {
             const size_t offset = static_cast<size_t>(chunk * (CHUNK / STEP_GROUPS) + step) * columns * STEP_ELEMENTS;
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
-                if (is_there[i]) copy_16_bytes(slot + step * (EXPERT_COLUMNS * ROW_BYTES) + to[i], from[i] + offset);
+                if (is_there[i]) copy_16_bytes(slot + step * Shape::STEP + to[i], from[i] + offset);
             }
         }
     }
 };
 
 // sums += a chunk of 16 rows times the first `count` columns, in sixteens.
-template <class T> __device__ __forceinline__ void multiply_chunk(const WideLoads<T> rows[2], uint32_t chunk, const uint8_t* x, uint32_t count,
-                                                                  float sums[EXPERT_COLUMNS / 8][4]) {
+template <class T, class Shape> __device__ __forceinline__ void multiply_chunk(const WideLoads<T> rows[2], uint32_t chunk, const uint8_t* x, uint32_t count,
+                                                                               float sums[Shape::COLUMNS / 8][4]) {
     const uint32_t lane = threadIdx.x % 32;
 #pragma unroll
     for (int j = 0; j < CHUNK; j++)
@@ -174,10 +186,10 @@ template <class T> __device__ __forceinline__ void multiply_chunk(const WideLoad
         for (int half = 0; half < 2; half++) {
             const uint2 upper = rows[0].decode(chunk, j, half), lower = rows[1].decode(chunk, j, half);
             const uint32_t a[4] = {upper.x, lower.x, upper.y, lower.y};
-            const uint8_t* const step = x + j / STEP_GROUPS * (EXPERT_COLUMNS * ROW_BYTES);
+            const uint8_t* const step = x + j / STEP_GROUPS * Shape::STEP;
             const uint32_t piece = j % STEP_GROUPS * 4 + 2 * half + lane / 8 % 2;
 #pragma unroll
-            for (int n = 0; n < EXPERT_COLUMNS / 16; n++) {
+            for (int n = 0; n < Shape::COLUMNS / 16; n++) {
                 if (16 * n >= count) break;
                 const uint32_t column = 16 * n + lane / 16 * 8 + lane % 8;
                 uint32_t b[4];
@@ -189,12 +201,14 @@ template <class T> __device__ __forceinline__ void multiply_chunk(const WideLoad
 }
 
 // A tile of columns from `first` on, times the rows of which this lane has `row` and `row` + 8.
-template <class T> __device__ __forceinline__ void expert_tile(const ExpertWideArgs& args, const ExpertWalk& walk, const Part& part, uint32_t row, uint32_t first) {
-    using Ring = LaneRing<T, 2, 2, EXPERT_THREADS>;
+template <class T, class Shape>
+__device__ __forceinline__ void expert_tile(const ExpertWideArgs& args, const ExpertWalk& walk, const Part& part, uint32_t row, uint32_t first) {
+    using Ring = typename Shape::Ring;
+    constexpr int DEPTH = Shape::DEPTH;
     extern __shared__ __align__(128) uint8_t expert_tiles[];
     uint8_t* const x_tiles = expert_tiles + Ring::BYTES;
-    const uint32_t chunks = args.product.padded / CHUNK, count = min(walk.count - first, EXPERT_COLUMNS);
-    const GatheredHalves x(args.product, walk, first);
+    const uint32_t chunks = args.product.padded / CHUNK, count = min(walk.count - first, Shape::COLUMNS);
+    const GatheredHalves<Shape> x(args.product, walk, first);
     const Ring ring{expert_tiles};
     LaneRow<T> rows[2];
     ScaleRow<T> scales[2];
@@ -206,32 +220,34 @@ template <class T> __device__ __forceinline__ void expert_tile(const ExpertWideA
         scales[k] = ScaleRow<T>(part.planes, part.rows, chunks, at);
         coming[k].scales.load(scales[k], 0);
     }
-    const auto ask = [&](uint32_t chunk) {
-        if (chunk < chunks) ring.copy(chunk % 2, rows, chunk);
+    const auto ask = [&](uint32_t slot, uint32_t chunk) {
+        if (chunk < chunks) {
+            x.copy(x_tiles + slot * Shape::X_BYTES, chunk);
+            ring.copy(slot, rows, chunk);
+        }
         commit_copies();
     };
-    x.copy(x_tiles, 0);
-    ask(0);
-    ask(1);
-    float sums[EXPERT_COLUMNS / 8][4] = {};
+#pragma unroll
+    for (uint32_t slot = 0; slot < DEPTH - 1; slot++) ask(slot, slot);
+    float sums[Shape::COLUMNS / 8][4] = {};
+    uint32_t slot = 0;
     for (uint32_t chunk = 0; chunk < chunks; chunk++) {
-        wait_for_copies<1>();
+        wait_for_copies<DEPTH - 2>();
+        // All warps are done with the slot before.
         __syncthreads();
-        if (chunk + 1 < chunks) x.copy(x_tiles + (chunk + 1) % 2 * EXPERT_CHUNK, chunk + 1);
+        ask(slot == 0 ? DEPTH - 1 : slot - 1, chunk + DEPTH - 1);
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             own[k].scales = coming[k].scales;
             coming[k].scales.load(scales[k], min(chunk + 1, chunks - 1));
-            ring.take(chunk % 2, k, own[k].raw);
+            ring.take(slot, k, own[k].raw);
         }
-        // Weights are taken before others come to their place.
-        commit_copies();
-        ask(chunk + 2);
-        multiply_chunk<T>(own, chunk, x_tiles + chunk % 2 * EXPERT_CHUNK, count, sums);
+        multiply_chunk<T, Shape>(own, chunk, x_tiles + slot * Shape::X_BYTES, count, sums);
+        slot = slot + 1 == DEPTH ? 0 : slot + 1;
     }
     __syncthreads();
 #pragma unroll
-    for (int n = 0; n < EXPERT_COLUMNS / 8; n++)
+    for (int n = 0; n < Shape::COLUMNS / 8; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const uint32_t column = 8 * n + threadIdx.x % 4 * 2 + i % 2, at = row + i / 2 * 8;
@@ -240,14 +256,16 @@ template <class T> __device__ __forceinline__ void expert_tile(const ExpertWideA
 }
 
 // Grid: beside rows and slots, tiles of columns that are taken in turn.
-template <class T> __device__ __forceinline__ void expert_wide(const ExpertWideArgs& args) {
+template <class T, int COLUMNS> __device__ __forceinline__ void expert_wide(const ExpertWideArgs& args) {
     begin();
     ExpertSlot slot;
     if (!args.experts.routes.take(blockIdx.y, slot)) return;
     const ExpertWalk walk(args.experts, slot);
     const Part& part = args.product.parts[blockIdx.x / args.experts.row_blocks];
     const uint32_t row = (blockIdx.x % args.experts.row_blocks * EXPERT_WARPS + threadIdx.x / 32) * 16 + threadIdx.x % 32 / 4;
-    for (uint32_t first = blockIdx.z * EXPERT_COLUMNS; first < walk.count; first += gridDim.z * EXPERT_COLUMNS) expert_tile<T>(args, walk, part, row, first);
+    for (uint32_t first = blockIdx.z * COLUMNS; first < walk.count; first += gridDim.z * COLUMNS) {
+        expert_tile<T, ExpertShape<T, COLUMNS>>(args, walk, part, row, first);
+    }
 }
 
 struct ExpertFloatArgs {
@@ -306,14 +324,14 @@ extern "C" __global__ void __launch_bounds__(EXPERT_THREADS) sum_experts(const _
     *reinterpret_cast<float4*>(args.out + static_cast<size_t>(token) * args.cols + i) = sum;
 }
 
-#define EXPERT_KERNEL(function, name, T, Args, blocks)                                                                      \
-    extern "C" __global__ void __launch_bounds__(EXPERT_THREADS, blocks) function##_##name(const __grid_constant__ Args args) { \
-        function<T>(args);                                                                                                  \
-    }
-#define EXPERT_PRODUCTS(name, T)                             \
-    EXPERT_KERNEL(expert_narrow, name, T, ExpertNarrowArgs, 2) \
-    EXPERT_KERNEL(expert_wide, name, T, ExpertWideArgs, 2)
+#define EXPERT_KERNEL(kernel, Args, blocks, ...)                                                                        \
+    extern "C" __global__ void __launch_bounds__(EXPERT_THREADS, blocks) kernel(const __grid_constant__ Args args) { __VA_ARGS__(args); }
+#define EXPERT_PRODUCTS(name, T)                                                                   \
+    EXPERT_KERNEL(expert_narrow_##name##_2, ExpertNarrowArgs, 2, expert_narrow<T, 2>)              \
+    EXPERT_KERNEL(expert_narrow_##name##_8, ExpertNarrowArgs, 2, expert_narrow<T, 8>)              \
+    EXPERT_KERNEL(expert_wide_##name##_16, ExpertWideArgs, T::HALVES ? 2 : 3, expert_wide<T, 16>)  \
+    EXPERT_KERNEL(expert_wide_##name##_64, ExpertWideArgs, 2, expert_wide<T, 64>)
 FOR_QUANTIZED(EXPERT_PRODUCTS)
-EXPERT_KERNEL(expert_floats, f32, F32, ExpertFloatArgs, 1)
-EXPERT_KERNEL(expert_floats, f16, F16, ExpertFloatArgs, 1)
-EXPERT_KERNEL(expert_floats, bf16, Bf16, ExpertFloatArgs, 1)
+EXPERT_KERNEL(expert_floats_f32, ExpertFloatArgs, 1, expert_floats<F32>)
+EXPERT_KERNEL(expert_floats_f16, ExpertFloatArgs, 1, expert_floats<F16>)
+EXPERT_KERNEL(expert_floats_bf16, ExpertFloatArgs, 1, expert_floats<Bf16>)

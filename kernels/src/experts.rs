@@ -17,11 +17,15 @@ use tandem_cpu_kernels::blocks::GROUP;
 const MATRICES: usize = 2;
 const WARPS: usize = 8;
 const THREADS: usize = 32 * WARPS;
-/// Rows and columns that a block multiplies at once, with 8 bits and with f16.
-const NARROW_ROWS: usize = 16;
+/// Rows that a warp multiplies at once, and columns that it does with 8 bits.
+const WARP_ROWS: usize = 16;
 const NARROW_COLUMNS: usize = 8;
-const WIDE_ROWS: usize = 16 * WARPS;
-const WIDE_COLUMNS: usize = 64;
+/// Longest rows, in chunks, that are divided into two ranges instead of eight.
+const TWO_RANGES_MAX: usize = 32;
+/// Columns that a block multiplies at once with f16, and how many an expert has on average where it
+/// is the fewer.
+const WIDE_COLUMNS: [usize; 2] = [16, 64];
+const FEW_COLUMNS: usize = 12;
 /// Most blocks that share an expert's columns.
 const SPLITS_MAX: usize = 16;
 const F32: usize = size_of::<f32>();
@@ -141,7 +145,7 @@ impl DeviceMatrix {
     /// Whether the kernels can multiply with experts of so many rows each: those of quantised
     /// weights lie in blocks of 16.
     pub fn supports_experts(dtype: DType, rows: usize) -> bool {
-        !dtype.is_quantized() || rows.is_multiple_of(NARROW_ROWS)
+        !dtype.is_quantized() || rows.is_multiple_of(WARP_ROWS)
     }
 }
 
@@ -186,7 +190,8 @@ impl Gpu {
     }
 
     fn experts_narrow(&self, run: &ExpertRun<'_>) -> Result<(), GpuError> {
-        let (experts, [blocks, slots]) = run.experts(NARROW_ROWS);
+        let ranges = if run.x.cols.div_ceil(CHUNK * GROUP) <= TWO_RANGES_MAX { 2 } else { 8 };
+        let (experts, [blocks, slots]) = run.experts(WARPS / ranges * WARP_ROWS);
         let parts = (run.products.len(), blocks);
         let product = ProductArgs::with_parts(run.parts(), parts, run.x);
         let arguments = ExpertArgs { product, experts };
@@ -194,25 +199,31 @@ impl Gpu {
         let depth = if lane > 16 { 2 } else { 3 };
         let activations = WARPS * NARROW_COLUMNS * CHUNK * (GROUP + SCALE_BYTES);
         let shared_bytes = depth * (2 * THREADS * lane + activations);
-        let kernel = format!("expert_narrow_{}", lower_name(run.dtype()));
+        let kernel = format!("expert_narrow_{}_{ranges}", lower_name(run.dtype()));
         // SAFETY: all spans were checked against the shapes, and routes name no other pairs.
         unsafe { self.launch(&kernel, ([blocks, slots, 1], THREADS, shared_bytes), &arguments) }
     }
 
     fn experts_wide(&self, run: &ExpertRun<'_>, halves: Span<'_>) -> Result<(), GpuError> {
-        let (experts, [blocks, slots]) = run.experts(WIDE_ROWS);
+        let (experts, [blocks, slots]) = run.experts(WARPS * WARP_ROWS);
         let product = WideArgs::with_parts((run.parts(), run.products.len()), run.x, halves);
         let arguments = ExpertArgs { product, experts };
+        let average = run.routed.pairs().div_ceil(run.routed.routes.n_experts());
+        let columns = WIDE_COLUMNS[usize::from(average > FEW_COLUMNS)];
         // As many blocks as an expert's columns fill where all experts have as many.
-        let each = run.routed.pairs().div_ceil(run.routed.routes.n_experts());
-        let splits = each.div_ceil(WIDE_COLUMNS).clamp(1, SPLITS_MAX);
-        let activations = WIDE_COLUMNS * 2 * CHUNK * GROUP;
-        let shared_bytes = 2 * (2 * THREADS * lane_bytes(run.dtype()) + activations);
-        let kernel = format!("expert_wide_{}", lower_name(run.dtype()));
+        let splits = average.div_ceil(columns).clamp(1, SPLITS_MAX);
+        let lane = lane_bytes(run.dtype());
+        let depth = match columns {
+            // Compute capability 7.5.
+            _ if self.shared_bytes() <= 64 << 10 => 2,
+            16 if lane <= 16 => 4,
+            _ => 3,
+        };
+        let shared_bytes = depth * (2 * THREADS * lane + 2 * columns * CHUNK * GROUP);
+        let kernel = format!("expert_wide_{}_{columns}", lower_name(run.dtype()));
+        let grid = [blocks, slots, splits];
         // SAFETY: as in `experts_narrow`.
-        unsafe {
-            self.launch(&kernel, ([blocks, slots, splits], THREADS, shared_bytes), &arguments)
-        }
+        unsafe { self.launch(&kernel, (grid, THREADS, shared_bytes), &arguments) }
     }
 
     fn experts_floats(&self, run: &ExpertRun<'_>) -> Result<(), GpuError> {

@@ -3,11 +3,11 @@
 //
 //   a warp for each token: n_used times the largest of its logits, of equals that of lower index
 //                          weights = softmax over these, by ascending expert, times a factor
-//   a group for each expert: pairs before its own are counted, then its own are listed, tokens ascending
+//   for each expert: pairs before its own are counted, then its own are listed, tokens ascending
 //
-// A token's experts are bits of a few words, so that counting is counting of bits. Where a token is a lane's, one
-// block does all (route_few), else a warp a token and a block an expert (choose_experts, group_pairs). How many
-// threads and blocks there are follows from the numbers of tokens and experts alone.
+// A token's experts are bits of a few words, so that counting is counting of bits. For up to 32 tokens one block does
+// all, an expert's list a thread (route_few); for more an expert's list is a block's (choose_experts, group_pairs).
+// How many threads and blocks there are follows from the numbers of tokens and experts alone.
 #include "launch.cuh"
 #include "routes.cuh"
 
@@ -29,14 +29,22 @@ __device__ __forceinline__ uint32_t words_of(const RouteArgs& args) { return (ar
 // Bits of lanes below this one.
 __device__ __forceinline__ uint32_t lanes_below() { return (1u << threadIdx.x % 32) - 1; }
 
-__device__ __forceinline__ float largest_of_warp(float value, uint32_t& index) {
+// A number that is larger for a larger float, and never 0. Zeros of both signs have the same.
+__device__ __forceinline__ uint32_t rank_of(float value) {
+    const uint32_t bits = __float_as_uint(value + 0.0f);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float value_of(uint32_t rank) { return __uint_as_float(rank >> 31 ? rank & 0x7fffffffu : ~rank); }
+
+__device__ __forceinline__ uint32_t largest_of_warp(uint32_t value) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(~0u, value);
+#else
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-        const float other = __shfl_xor_sync(~0u, value, distance);
-        const uint32_t at = __shfl_xor_sync(~0u, index, distance);
-        if (other > value || (other == value && at < index)) value = other, index = at;
-    }
+    for (int distance = 16; distance > 0; distance /= 2) value = max(value, __shfl_xor_sync(~0u, value, distance));
     return value;
+#endif
 }
 
 // Chooses a token's experts, a warp at work; lane l has experts l, l + 32, .... Logits that are not finite choose the
@@ -53,18 +61,25 @@ __device__ __forceinline__ void choose(const RouteArgs& args, uint32_t token, ui
         if (expert < args.n_experts && !isfinite(logits[k])) is_finite = false;
     }
     is_finite = __all_sync(~0u, is_finite);
-    uint32_t chosen = 0; // bit k: expert 32k + lane
+    uint32_t chosen = 0, ranks[EXPERT_WORDS]; // bit k: expert 32k + lane
+#pragma unroll
+    for (int k = 0; k < EXPERT_WORDS; k++) ranks[k] = 32 * k + lane < args.n_experts ? rank_of(logits[k]) : 0;
     float largest = 0;
     for (uint32_t place = 0; is_finite && place < args.n_used; place++) {
-        float best = -INFINITY;
-        uint32_t index = ~0u;
+        uint32_t own = 0;
+#pragma unroll
+        for (int k = 0; k < EXPERT_WORDS; k++) own = max(own, ranks[k]);
+        const uint32_t best = largest_of_warp(own);
+        if (place == 0) largest = value_of(best);
+        // Turned around, so that the lowest index is the largest.
+        uint32_t last = 0;
+#pragma unroll
+        for (int k = 0; k < EXPERT_WORDS; k++) last = ranks[k] == best ? max(last, ~(32 * k + lane)) : last;
+        const uint32_t index = ~largest_of_warp(last);
 #pragma unroll
         for (int k = 0; k < EXPERT_WORDS; k++) {
-            if (!(chosen >> k & 1) && logits[k] > best) best = logits[k], index = 32 * k + lane;
+            if (32 * k + lane == index) ranks[k] = 0, chosen |= 1u << k;
         }
-        best = largest_of_warp(best, index);
-        if (place == 0) largest = best;
-        if (index % 32 == lane) chosen |= 1u << index / 32;
     }
     if (!is_finite) chosen = lane < args.n_used;
     float sum = 0;
@@ -89,28 +104,66 @@ __device__ __forceinline__ void choose(const RouteArgs& args, uint32_t token, ui
     }
 }
 
-// The sum over WARPS warps, in each thread of them; `parts` has room for each warp.
-template <int WARPS> __device__ __forceinline__ uint32_t sum_of_warps(uint32_t value, uint32_t* parts) {
-    if constexpr (WARPS == 1) return value;
+// Bits of the experts of word k that are below an expert.
+__device__ __forceinline__ uint32_t below(uint32_t expert, uint32_t k) {
+    return k < expert / 32 ? ~0u : k == expert / 32 ? (1u << expert % 32) - 1 : 0u;
+}
+
+// Where an expert stands among a token's.
+__device__ __forceinline__ uint32_t place_of(const uint32_t* mask, uint32_t expert) {
+    uint32_t place = 0;
+    for (uint32_t k = 0; k <= expert / 32; k++) place += __popc(mask[k] & below(expert, k));
+    return place;
+}
+
+// Lists the pairs of all experts, a thread for each; the block has a thread for each.
+__device__ __forceinline__ void list_few(const RouteArgs& args, const uint32_t* masks) {
+    __shared__ uint32_t pairs[FEW_WARPS], active[FEW_WARPS];
+    const uint32_t expert = threadIdx.x, lane = expert % 32, warp = expert / 32, words = words_of(args);
+    const auto has = [&](uint32_t token) { return expert < args.n_experts && masks[token * words + warp] >> lane & 1; };
+    uint32_t count = 0;
+    for (uint32_t token = 0; token < args.tokens; token++) count += has(token);
+    uint32_t end = count;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const uint32_t other = __shfl_up_sync(~0u, end, distance);
+        if (lane >= distance) end += other;
+    }
+    const uint32_t some = __ballot_sync(~0u, count > 0);
+    if (lane == 31) pairs[warp] = end, active[warp] = __popc(some);
+    __syncthreads();
+    uint32_t first = end - count, slot = __popc(some & lanes_below());
+    for (uint32_t other = 0; other < warp; other++) first += pairs[other], slot += active[other];
+    if (count > 0) args.slots[1 + slot] = ExpertSlot{expert, first, count, 0};
+    // The last thread has seen all.
+    if (expert == blockDim.x - 1) args.slots[0] = ExpertSlot{0, 0, slot + (count > 0), 0};
+    for (uint32_t token = 0; token < args.tokens; token++) {
+        if (has(token)) args.pairs[first++] = token * args.n_used + place_of(masks + token * words, expert);
+    }
+}
+
+// The sum over the block, in each thread; `parts` has room for each warp.
+__device__ __forceinline__ uint32_t sum_of_block(uint32_t value, uint32_t* parts) {
     __syncthreads();
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
     __syncthreads();
     value = 0;
-    for (int warp = 0; warp < WARPS; warp++) value += parts[warp];
+    for (int warp = 0; warp < GROUP_WARPS; warp++) value += parts[warp];
     return value;
 }
 
-// Lists an expert's pairs, WARPS warps at work: the whole block, or one warp of it.
-template <int WARPS> __device__ __forceinline__ void list_pairs(const RouteArgs& args, const uint32_t* masks, uint32_t expert, uint32_t* parts) {
-    const uint32_t thread = threadIdx.x % (32 * WARPS), warp = thread / 32, words = words_of(args), tokens = args.tokens;
-    const auto below = [&](uint32_t k) { return k < expert / 32 ? ~0u : k == expert / 32 ? (1u << expert % 32) - 1 : 0u; };
+// Lists an expert's pairs, the whole block at work.
+__device__ __forceinline__ void list_many(const RouteArgs& args, uint32_t expert) {
+    __shared__ uint32_t parts[GROUP_WARPS], joined[GROUP_WARPS][EXPERT_WORDS];
+    constexpr uint32_t THREADS = 32 * GROUP_WARPS;
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, words = words_of(args), tokens = args.tokens;
     // Pairs of experts before this one, and which experts have any.
     uint32_t before = 0, any[EXPERT_WORDS] = {};
-    for (uint32_t token = thread; token < tokens; token += 32 * WARPS) {
+    for (uint32_t token = threadIdx.x; token < tokens; token += THREADS) {
 #pragma unroll
         for (int k = 0; k < EXPERT_WORDS; k++) {
-            const uint32_t mask = k < words ? masks[token * words + k] : 0;
-            any[k] |= mask, before += __popc(mask & below(k));
+            const uint32_t mask = k < words ? args.masks[token * words + k] : 0;
+            any[k] |= mask, before += __popc(mask & below(expert, k));
         }
     }
 #pragma unroll
@@ -119,42 +172,29 @@ template <int WARPS> __device__ __forceinline__ void list_pairs(const RouteArgs&
 #pragma unroll
         for (int k = 0; k < EXPERT_WORDS; k++) any[k] |= __shfl_xor_sync(~0u, any[k], distance);
     }
-    const uint32_t start = sum_of_warps<WARPS>(before, parts);
-    if constexpr (WARPS > 1) {
-        uint32_t* const joined = parts + WARPS; // [WARPS][EXPERT_WORDS]
-        if (thread % 32 < EXPERT_WORDS) {
-            uint32_t own = 0;
 #pragma unroll
-            for (int k = 0; k < EXPERT_WORDS; k++) own = thread % 32 == k ? any[k] : own;
-            joined[warp * EXPERT_WORDS + thread % 32] = own;
-        }
-        __syncthreads();
-        for (int other = 0; other < WARPS; other++) {
-#pragma unroll
-            for (int k = 0; k < EXPERT_WORDS; k++) any[k] |= joined[other * EXPERT_WORDS + k];
-        }
+    for (int k = 0; k < EXPERT_WORDS; k++) {
+        if (lane == k) joined[warp][k] = any[k];
     }
+    const uint32_t start = sum_of_block(before, parts);
     uint32_t end = start;
-    for (uint32_t first = 0; first < tokens; first += 32 * WARPS) {
-        const uint32_t token = first + thread;
-        uint32_t place = 0, is_own = 0;
-        if (token < tokens) {
-            for (uint32_t k = 0; k <= expert / 32; k++) place += __popc(masks[token * words + k] & below(k));
-            is_own = masks[token * words + expert / 32] >> expert % 32 & 1;
-        }
-        const uint32_t owners = __ballot_sync(~0u, is_own);
-        uint32_t earlier = 0, all = __popc(owners);
-        if constexpr (WARPS > 1) {
-            all = sum_of_warps<WARPS>(all, parts);
-            for (uint32_t other = 0; other < warp; other++) earlier += parts[other];
-        }
-        if (is_own) args.pairs[end + earlier + __popc(owners & lanes_below())] = token * args.n_used + place;
+    for (uint32_t first = 0; first < tokens; first += THREADS) {
+        const uint32_t token = first + threadIdx.x;
+        const uint32_t* const mask = args.masks + static_cast<size_t>(token) * words;
+        const bool is_own = token < tokens && mask[expert / 32] >> expert % 32 & 1;
+        const uint32_t owners = __ballot_sync(~0u, is_own), all = sum_of_block(__popc(owners), parts);
+        uint32_t earlier = __popc(owners & lanes_below());
+        for (uint32_t other = 0; other < warp; other++) earlier += parts[other];
+        if (is_own) args.pairs[end + earlier] = token * args.n_used + place_of(mask, expert);
         end += all;
     }
-    if (thread > 0) return;
+    if (threadIdx.x > 0) return;
     uint32_t slot = 0, active = 0;
-#pragma unroll
-    for (int k = 0; k < EXPERT_WORDS; k++) slot += __popc(any[k] & below(k)), active += __popc(any[k]);
+    for (uint32_t k = 0; k < words; k++) {
+        uint32_t some = 0;
+        for (int other = 0; other < GROUP_WARPS; other++) some |= joined[other][k];
+        slot += __popc(some & below(expert, k)), active += __popc(some);
+    }
     if (end > start) args.slots[1 + slot] = ExpertSlot{expert, start, end - start, 0};
     if (expert == 0) args.slots[0] = ExpertSlot{0, 0, active, 0};
 }
@@ -165,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(32 * FEW_WARPS) route_few(const __g
     begin();
     if (warp < args.tokens) choose(args, warp, masks + warp * words_of(args));
     __syncthreads();
-    for (uint32_t expert = warp; expert < args.n_experts; expert += FEW_WARPS) list_pairs<1>(args, masks, expert, nullptr);
+    list_few(args, masks);
 }
 
 extern "C" __global__ void __launch_bounds__(32 * CHOOSE_WARPS) choose_experts(const __grid_constant__ RouteArgs args) {
@@ -175,7 +215,6 @@ extern "C" __global__ void __launch_bounds__(32 * CHOOSE_WARPS) choose_experts(c
 }
 
 extern "C" __global__ void __launch_bounds__(32 * GROUP_WARPS) group_pairs(const __grid_constant__ RouteArgs args) {
-    __shared__ uint32_t parts[GROUP_WARPS * (1 + EXPERT_WORDS)];
     begin();
-    list_pairs<GROUP_WARPS>(args, args.masks, blockIdx.x, parts);
+    list_many(args, blockIdx.x);
 }

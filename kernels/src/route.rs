@@ -10,9 +10,8 @@ use cudarc::driver::DeviceRepr;
 const WORD_BITS: usize = 32;
 /// Bytes of what is told of an expert with tokens.
 const SLOT_BYTES: usize = 16;
-/// Most tokens that one block routes, and its threads.
+/// Most tokens that one block routes: it has a warp for each, and a thread for each expert.
 const FEW_TOKENS: usize = 32;
-const FEW_THREADS: usize = 1024;
 /// Warps of a block that chooses experts, one for each token; and threads of one that lists pairs.
 const CHOOSE_WARPS: usize = 8;
 const GROUP_THREADS: usize = 256;
@@ -168,7 +167,8 @@ impl Gpu {
             n_used: routes.n_used as u32,
         };
         if tokens <= FEW_TOKENS {
-            let shape = ([tokens.min(1), 1, 1], FEW_THREADS, 0);
+            let threads = (32 * tokens).max(n_experts.next_multiple_of(32));
+            let shape = ([tokens.min(1), 1, 1], threads, 0);
             // SAFETY: all spans were checked against the shapes.
             return unsafe { self.launch("route_few", shape, &arguments) };
         }
