@@ -6,8 +6,8 @@
 // Steps with activations in 8 bits (expert_narrow): as narrow.cu, up to 8 columns at a time. Rows of up to 32 chunks
 // have two ranges, so that a warp has some chunks to stream, and a block 64 of them; longer ones eight, and 16 rows.
 //
-// Steps with f16 activations (expert_wide): 128 rows, a warp for each 16, and up to 16 or 64 columns at a time, in
-// chunks of 128 elements:
+// Steps with f16 activations (expert_wide): 64 rows and up to 16 columns at a time, or 128 and 64, a warp for each 16
+// rows, in chunks of 128 elements:
 //
 //   activations and weights of a later chunk are asked for
 //   for each 16 elements: weights, decoded in registers, times 16 columns at a time on tensor cores
@@ -133,20 +133,18 @@ struct ExpertWideArgs {
 
 constexpr int EXPERT_WARPS = 8, EXPERT_THREADS = 32 * EXPERT_WARPS;
 
-// Columns of a tile, and how many chunks of activations and weights have places in shared memory.
+// Columns of a tile, warps of a block, and how many chunks of activations and weights have places in shared memory.
 template <class T, int COLUMNS_> struct ExpertShape {
-    static constexpr int COLUMNS = COLUMNS_, STEP = COLUMNS * ROW_BYTES, X_BYTES = CHUNK / STEP_GROUPS * STEP;
-#if __CUDA_ARCH__ >= 800
-    static constexpr int DEPTH = COLUMNS == 16 && LANE_BYTES<T> <= 16 ? 4 : 3;
-#else
-    static constexpr int DEPTH = 2;
-#endif
-    using Ring = LaneRing<T, 2, DEPTH, EXPERT_THREADS>;
+    static constexpr int COLUMNS = COLUMNS_, WARPS = COLUMNS == 16 ? 4 : 8, THREADS = 32 * WARPS, DEPTH = COLUMNS == 16 ? 3 : 2;
+    static constexpr int STEP = COLUMNS * ROW_BYTES, X_BYTES = CHUNK / STEP_GROUPS * STEP;
+    // Blocks of a multiprocessor that leave registers enough.
+    static constexpr int BLOCKS = COLUMNS == 64 ? 2 : T::HALVES ? 4 : 6;
+    using Ring = LaneRing<T, 2, DEPTH, THREADS>;
 };
 
 // This thread's part of the activations of a tile of columns: a piece of each of some columns.
 template <class Shape> struct GatheredHalves {
-    static constexpr int PIECES = Shape::COLUMNS * 8, EACH = (PIECES + EXPERT_THREADS - 1) / EXPERT_THREADS;
+    static constexpr int EACH = Shape::COLUMNS * 8 / Shape::THREADS;
 
     const __half* from[EACH];
     uint32_t to[EACH], columns;
@@ -156,8 +154,8 @@ template <class Shape> struct GatheredHalves {
         const uint32_t piece = threadIdx.x % 8;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const uint32_t column = (i * EXPERT_THREADS + threadIdx.x) / 8;
-            is_there[i] = column < Shape::COLUMNS && first + column < walk.count;
+            const uint32_t column = (i * Shape::THREADS + threadIdx.x) / 8;
+            is_there[i] = first + column < walk.count;
             const uint32_t source = is_there[i] ? walk.column(first + column) : 0;
             from[i] = args.x + static_cast<size_t>(source) * STEP_ELEMENTS + (piece ^ source % 8) * 8;
             to[i] = column * ROW_BYTES + (piece ^ column % 8) * 16;
@@ -200,6 +198,9 @@ template <class T, class Shape> __device__ __forceinline__ void multiply_chunk(c
         }
 }
 
+// What was read of shared memory is read before what is asked for afterwards comes there.
+__device__ __forceinline__ void taken_before_copies() { asm volatile("" ::: "memory"); }
+
 // A tile of columns from `first` on, times the rows of which this lane has `row` and `row` + 8.
 template <class T, class Shape>
 __device__ __forceinline__ void expert_tile(const ExpertWideArgs& args, const ExpertWalk& walk, const Part& part, uint32_t row, uint32_t first) {
@@ -220,28 +221,36 @@ __device__ __forceinline__ void expert_tile(const ExpertWideArgs& args, const Ex
         scales[k] = ScaleRow<T>(part.planes, part.rows, chunks, at);
         coming[k].scales.load(scales[k], 0);
     }
-    const auto ask = [&](uint32_t slot, uint32_t chunk) {
-        if (chunk < chunks) {
-            x.copy(x_tiles + slot * Shape::X_BYTES, chunk);
-            ring.copy(slot, rows, chunk);
-        }
+    const auto ask_for_x = [&](uint32_t slot, uint32_t chunk) {
+        if (chunk < chunks) x.copy(x_tiles + slot * Shape::X_BYTES, chunk);
+        commit_copies();
+    };
+    const auto ask_for_weights = [&](uint32_t slot, uint32_t chunk) {
+        if (chunk < chunks) ring.copy(slot, rows, chunk);
         commit_copies();
     };
 #pragma unroll
-    for (uint32_t slot = 0; slot < DEPTH - 1; slot++) ask(slot, slot);
+    for (uint32_t slot = 0; slot < DEPTH - 1; slot++) {
+        ask_for_x(slot, slot);
+        ask_for_weights(slot, slot);
+    }
+    ask_for_weights(DEPTH - 1, DEPTH - 1);
     float sums[Shape::COLUMNS / 8][4] = {};
     uint32_t slot = 0;
     for (uint32_t chunk = 0; chunk < chunks; chunk++) {
-        wait_for_copies<DEPTH - 2>();
+        // Behind those of this chunk come weights of the next, then activations and weights of later ones.
+        wait_for_copies<2 * DEPTH - 3>();
         // All warps are done with the slot before.
         __syncthreads();
-        ask(slot == 0 ? DEPTH - 1 : slot - 1, chunk + DEPTH - 1);
+        ask_for_x(slot == 0 ? DEPTH - 1 : slot - 1, chunk + DEPTH - 1);
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             own[k].scales = coming[k].scales;
             coming[k].scales.load(scales[k], min(chunk + 1, chunks - 1));
             ring.take(slot, k, own[k].raw);
         }
+        taken_before_copies();
+        ask_for_weights(slot, chunk + DEPTH);
         multiply_chunk<T, Shape>(own, chunk, x_tiles + slot * Shape::X_BYTES, count, sums);
         slot = slot + 1 == DEPTH ? 0 : slot + 1;
     }
@@ -262,9 +271,10 @@ template <class T, int COLUMNS> __device__ __forceinline__ void expert_wide(cons
     if (!args.experts.routes.take(blockIdx.y, slot)) return;
     const ExpertWalk walk(args.experts, slot);
     const Part& part = args.product.parts[blockIdx.x / args.experts.row_blocks];
-    const uint32_t row = (blockIdx.x % args.experts.row_blocks * EXPERT_WARPS + threadIdx.x / 32) * 16 + threadIdx.x % 32 / 4;
+    using Shape = ExpertShape<T, COLUMNS>;
+    const uint32_t row = (blockIdx.x % args.experts.row_blocks * Shape::WARPS + threadIdx.x / 32) * 16 + threadIdx.x % 32 / 4;
     for (uint32_t first = blockIdx.z * COLUMNS; first < walk.count; first += gridDim.z * COLUMNS) {
-        expert_tile<T, ExpertShape<T, COLUMNS>>(args, walk, part, row, first);
+        expert_tile<T, Shape>(args, walk, part, row, first);
     }
 }
 
@@ -324,14 +334,16 @@ extern "C" __global__ void __launch_bounds__(EXPERT_THREADS) sum_experts(const _
     *reinterpret_cast<float4*>(args.out + static_cast<size_t>(token) * args.cols + i) = sum;
 }
 
-#define EXPERT_KERNEL(kernel, Args, blocks, ...)                                                                        \
-    extern "C" __global__ void __launch_bounds__(EXPERT_THREADS, blocks) kernel(const __grid_constant__ Args args) { __VA_ARGS__(args); }
-#define EXPERT_PRODUCTS(name, T)                                                                   \
-    EXPERT_KERNEL(expert_narrow_##name##_2, ExpertNarrowArgs, 2, expert_narrow<T, 2>)              \
-    EXPERT_KERNEL(expert_narrow_##name##_8, ExpertNarrowArgs, 2, expert_narrow<T, 8>)              \
-    EXPERT_KERNEL(expert_wide_##name##_16, ExpertWideArgs, T::HALVES ? 2 : 3, expert_wide<T, 16>)  \
-    EXPERT_KERNEL(expert_wide_##name##_64, ExpertWideArgs, 2, expert_wide<T, 64>)
+#define EXPERT_KERNEL(kernel, Args, threads, blocks, ...)                                                            \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) kernel(const __grid_constant__ Args args) { __VA_ARGS__(args); }
+#define EXPERT_WIDE(kernel, T, columns) \
+    EXPERT_KERNEL(kernel, ExpertWideArgs, (ExpertShape<T, columns>::THREADS), (ExpertShape<T, columns>::BLOCKS), expert_wide<T, columns>)
+#define EXPERT_PRODUCTS(name, T)                                                                     \
+    EXPERT_KERNEL(expert_narrow_##name##_2, ExpertNarrowArgs, EXPERT_THREADS, 2, expert_narrow<T, 2>) \
+    EXPERT_KERNEL(expert_narrow_##name##_8, ExpertNarrowArgs, EXPERT_THREADS, 2, expert_narrow<T, 8>) \
+    EXPERT_WIDE(expert_wide_##name##_16, T, 16)                                                      \
+    EXPERT_WIDE(expert_wide_##name##_64, T, 64)
 FOR_QUANTIZED(EXPERT_PRODUCTS)
-EXPERT_KERNEL(expert_floats_f32, ExpertFloatArgs, 1, expert_floats<F32>)
-EXPERT_KERNEL(expert_floats_f16, ExpertFloatArgs, 1, expert_floats<F16>)
-EXPERT_KERNEL(expert_floats_bf16, ExpertFloatArgs, 1, expert_floats<Bf16>)
+EXPERT_KERNEL(expert_floats_f32, ExpertFloatArgs, EXPERT_THREADS, 1, expert_floats<F32>)
+EXPERT_KERNEL(expert_floats_f16, ExpertFloatArgs, EXPERT_THREADS, 1, expert_floats<F16>)
+EXPERT_KERNEL(expert_floats_bf16, ExpertFloatArgs, EXPERT_THREADS, 1, expert_floats<Bf16>)

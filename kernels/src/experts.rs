@@ -22,9 +22,9 @@ const WARP_ROWS: usize = 16;
 const NARROW_COLUMNS: usize = 8;
 /// Longest rows, in chunks, that are divided into two ranges instead of eight.
 const TWO_RANGES_MAX: usize = 32;
-/// Columns that a block multiplies at once with f16, and how many an expert has on average where it
-/// is the fewer.
-const WIDE_COLUMNS: [usize; 2] = [16, 64];
+/// Blocks with f16, and how many columns an expert has on average, at most, where it is the first.
+const WIDE_BLOCKS: [WideBlock; 2] =
+    [WideBlock { columns: 16, warps: 4, depth: 3 }, WideBlock { columns: 64, warps: 8, depth: 2 }];
 const FEW_COLUMNS: usize = 12;
 /// Most blocks that share an expert's columns.
 const SPLITS_MAX: usize = 16;
@@ -97,6 +97,14 @@ unsafe impl DeviceRepr for ExpertArgs<WideArgs> {}
 unsafe impl DeviceRepr for ExpertFloatArgs {}
 // SAFETY: plain numbers in the order of `SumArgs` in experts.cu.
 unsafe impl DeviceRepr for SumArgs {}
+
+/// A block of `expert_wide`: as `ExpertShape` of experts.cu.
+#[derive(Clone, Copy)]
+struct WideBlock {
+    columns: usize,
+    warps: usize,
+    depth: usize,
+}
 
 /// Matrices of one type and shape, over the same activations.
 struct ExpertRun<'a> {
@@ -205,25 +213,20 @@ impl Gpu {
     }
 
     fn experts_wide(&self, run: &ExpertRun<'_>, halves: Span<'_>) -> Result<(), GpuError> {
-        let (experts, [blocks, slots]) = run.experts(WARPS * WARP_ROWS);
+        let average = run.routed.pairs().div_ceil(run.routed.routes.n_experts());
+        let WideBlock { columns, warps, depth } = WIDE_BLOCKS[usize::from(average > FEW_COLUMNS)];
+        let (experts, [blocks, slots]) = run.experts(warps * WARP_ROWS);
         let product = WideArgs::with_parts((run.parts(), run.products.len()), run.x, halves);
         let arguments = ExpertArgs { product, experts };
-        let average = run.routed.pairs().div_ceil(run.routed.routes.n_experts());
-        let columns = WIDE_COLUMNS[usize::from(average > FEW_COLUMNS)];
         // As many blocks as an expert's columns fill where all experts have as many.
         let splits = average.div_ceil(columns).clamp(1, SPLITS_MAX);
-        let lane = lane_bytes(run.dtype());
-        let depth = match columns {
-            // Compute capability 7.5.
-            _ if self.shared_bytes() <= 64 << 10 => 2,
-            16 if lane <= 16 => 4,
-            _ => 3,
-        };
-        let shared_bytes = depth * (2 * THREADS * lane + 2 * columns * CHUNK * GROUP);
+        let threads = 32 * warps;
+        let weights = 2 * threads * lane_bytes(run.dtype());
+        let shared_bytes = depth * (weights + 2 * columns * CHUNK * GROUP);
         let kernel = format!("expert_wide_{}_{columns}", lower_name(run.dtype()));
-        let grid = [blocks, slots, splits];
+        let shape = ([blocks, slots, splits], threads, shared_bytes);
         // SAFETY: as in `experts_narrow`.
-        unsafe { self.launch(&kernel, (grid, THREADS, shared_bytes), &arguments) }
+        unsafe { self.launch(&kernel, shape, &arguments) }
     }
 
     fn experts_floats(&self, run: &ExpertRun<'_>) -> Result<(), GpuError> {

@@ -5,14 +5,14 @@
 //                          weights = softmax over these, by ascending expert, times a factor
 //   for each expert: pairs before its own are counted, then its own are listed, tokens ascending
 //
-// A token's experts are bits of a few words, so that counting is counting of bits. For up to 32 tokens one block does
+// A token's experts are bits of a few words, so that counting is counting of bits. For up to 8 tokens one block does
 // all, an expert's list a thread (route_few); for more an expert's list is a block's (choose_experts, group_pairs).
 // How many threads and blocks there are follows from the numbers of tokens and experts alone.
 #include "launch.cuh"
 #include "routes.cuh"
 
 constexpr int EXPERT_WORDS = 8; // 256 experts
-constexpr int CHOOSE_WARPS = 8, GROUP_WARPS = 8, FEW_WARPS = 32;
+constexpr int CHOOSE_WARPS = 8, GROUP_WARPS = 8, FEW_WARPS = 8;
 
 struct RouteArgs {
     const float* logits; // [tokens][n_experts]
@@ -200,7 +200,7 @@ __device__ __forceinline__ void list_many(const RouteArgs& args, uint32_t expert
 }
 
 extern "C" __global__ void __launch_bounds__(32 * FEW_WARPS) route_few(const __grid_constant__ RouteArgs args) {
-    __shared__ uint32_t masks[32 * EXPERT_WORDS];
+    __shared__ uint32_t masks[FEW_WARPS * EXPERT_WORDS];
     const uint32_t warp = threadIdx.x / 32;
     begin();
     if (warp < args.tokens) choose(args, warp, masks + warp * words_of(args));

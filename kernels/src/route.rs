@@ -11,7 +11,7 @@ const WORD_BITS: usize = 32;
 /// Bytes of what is told of an expert with tokens.
 const SLOT_BYTES: usize = 16;
 /// Most tokens that one block routes: it has a warp for each, and a thread for each expert.
-const FEW_TOKENS: usize = 32;
+const FEW_TOKENS: usize = 8;
 /// Warps of a block that chooses experts, one for each token; and threads of one that lists pairs.
 const CHOOSE_WARPS: usize = 8;
 const GROUP_THREADS: usize = 256;
