@@ -275,7 +275,7 @@ impl ExpertLayer {
         let values = gpu.alloc(pairs * widest * F32)?;
         let is_wide = tokens > gpu.narrow_max();
         let eight_bits = EightBits { quants: quants.span(), scales: scales.span(), passes: 1 };
-        let product = |(matrix, out): (_, &DeviceMemory)| ExpertProduct { matrix, out: out.span() };
+        let outs = [outs[0].span(), outs[1].span()];
         let measure = |matrices: &[DeviceMatrix], columns: usize| -> Outcome<(f64, f64)> {
             let x = Columns {
                 columns,
@@ -284,7 +284,9 @@ impl ExpertLayer {
                 eight_bits: (!is_wide).then_some(eight_bits),
                 halves: is_wide.then_some(halves.span()),
             };
-            let products: Vec<_> = matrices.iter().zip(&outs).map(product).collect();
+            let products = matrices.iter().zip(outs);
+            let products = products.map(|(matrix, out)| ExpertProduct { matrix, out });
+            let products: Vec<_> = products.collect();
             let us = time(gpu, DRAWS, || {
                 draws.iter().try_for_each(|routes| {
                     gpu.multiply_experts(&products, &x, Routed { routes, tokens })
