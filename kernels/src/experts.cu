@@ -15,6 +15,12 @@
 // Float weights meet f32 activations in both (expert_floats), a warp a row.
 //
 // A sum has its elements in one order, however many columns an expert has: a token's bits do not depend on them.
+//
+// µs on an H200 for gate and up, and for down, Q4_0, weights from memory; and GB/s of the experts that have tokens:
+//
+// | tokens                 | 1                  | 8                    | 64                     | 2048                |
+// | 8 of 128, 768 × 2048   | 9.0, 5.7; 1600     | 39, 26; 2400, 1800   | 101, 56; 2200, 2000    | 502, 288; 205 TFLOP/s |
+// | 2 of 8, 14336 × 4096   | 48, 24; 2800       | 159, 80; 3000        | 325, 181; 1600, 1500   | 3922, 1979; 245 TFLOP/s |
 #include "narrow.cuh"
 #include "routes.cuh"
 #include "wide.cuh"
