@@ -1,9 +1,9 @@
 //! What the kernels of a GPU reach, beside its copy roof measured in the same run.
 //!
-//! `cargo bench -p tandem-kernels --bench gpu_kernels -- [products] [experts] [attention] [--type Q4_0,…]
-//! [--columns 1,8,…] [--shape ROWSxCOLS,…]`: without words, all. Products take their weights from
-//! 400 MB or more of matrices in turn, so that no cache holds them; those of experts are of a layer of
-//! Qwen3 30B A3B or Mixtral 8x7B, through whose experts other tokens go each time.
+//! `cargo bench -p tandem-kernels --bench gpu_kernels -- [products] [experts] [attention]
+//! [--type Q4_0,…] [--columns 1,8,…] [--shape ROWSxCOLS,…]`: without words, all. Products take
+//! their weights from 400 MB or more of matrices in turn, so that no cache holds them; those of
+//! experts are of a layer of Qwen3 30B A3B or Mixtral 8x7B, whose tokens take others each time.
 
 #![allow(clippy::print_stdout, reason = "a bench and its figures")]
 
