@@ -11,46 +11,12 @@
 // there are among up to 8, up to 32, and more.
 #include "narrow.cuh"
 
-// Warps with the same range.
-template <int RANGES> constexpr int ROW_WARPS = NARROW_WARPS / RANGES;
-
 // Until all lanes of the warps with range `range` are here.
 template <int RANGES> __device__ __forceinline__ void meet(uint32_t range) {
     if constexpr (ROW_WARPS<RANGES> == 1) {
         __syncwarp();
     } else {
         asm volatile("bar.sync %0, %1;" ::"r"(1 + range), "n"(32 * ROW_WARPS<RANGES>) : "memory");
-    }
-}
-
-// Adds up the ranges' sums and stores them.
-template <int RANGES, int MTILES, int TILES, bool SINGLE, bool SPLIT>
-__device__ __forceinline__ void store_sums(const ProductArgs& args, const Part& part, uint32_t first_row, uint32_t first,
-                                           const TileSums<MTILES, TILES, SPLIT>& acc, uint8_t* shared) {
-    // Floats from a column to the next: no two lanes share a bank.
-    constexpr int ROWS = 16 * MTILES * ROW_WARPS<RANGES>, COLUMNS = SINGLE ? 1 : TILES * 8, STRIDE = ROWS + 4;
-    // In place of weights.
-    float (*sums)[COLUMNS][STRIDE] = reinterpret_cast<float (*)[COLUMNS][STRIDE]>(shared);
-    const uint32_t lane = threadIdx.x % 32, range = threadIdx.x / 32 % RANGES, own = threadIdx.x / 32 / RANGES * (16 * MTILES);
-    __syncthreads();
-#pragma unroll
-    for (int m = 0; m < MTILES; m++)
-#pragma unroll
-        for (int n = 0; n < TILES; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                if (SINGLE && (i % 2 || lane % 4)) continue;
-                sums[range][SINGLE ? 0 : 8 * n + lane % 4 * 2 + i % 2][own + 16 * m + i / 2 * 8 + lane / 4] = acc.total(m, n, i);
-            }
-    __syncthreads();
-    for (uint32_t index = threadIdx.x; index < COLUMNS * ROWS; index += NARROW_WARPS * 32) {
-        const uint32_t column = index / ROWS, row = index % ROWS, at = first + column;
-        float sum = sums[0][column][row];
-#pragma unroll
-        for (int r = 1; r < RANGES; r++) sum += sums[r][column][row];
-        if (first_row + row >= part.rows || at >= args.columns) continue;
-        const float bias = part.bias ? part.bias[first_row + row] : 0.0f;
-        part.out[static_cast<size_t>(at) * part.stride + first_row + row] = sum + bias;
     }
 }
 
@@ -100,7 +66,12 @@ template <class T, int RANGES, int MTILES, int TILES, int DEPTH, bool SINGLE> __
         commit_copies();
         slot = slot + 1 == DEPTH ? 0 : slot + 1;
     }
-    store_sums<RANGES, MTILES, TILES, SINGLE>(args, part, first_row, first, acc, narrow_ring);
+    add_ranges<RANGES, MTILES, TILES, SINGLE>(acc, narrow_ring, [&](uint32_t column, uint32_t row, float sum) {
+        const uint32_t at = first + column;
+        if (first_row + row >= part.rows || at >= args.columns) return;
+        const float bias = part.bias ? part.bias[first_row + row] : 0.0f;
+        part.out[static_cast<size_t>(at) * part.stride + first_row + row] = sum + bias;
+    });
 }
 
 // Blocks of a multiprocessor that leave registers enough.

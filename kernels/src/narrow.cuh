@@ -212,3 +212,34 @@ __device__ __forceinline__ void multiply_slot(const Raw raw[2 * MTILES], const f
         }
     }
 }
+
+// Warps with the same range.
+template <int RANGES> constexpr int ROW_WARPS = NARROW_WARPS / RANGES;
+
+// Adds up the sums that the warps of each range have, of ranges in their order, and stores them: `store` takes a column,
+// a row and its sum. `shared` is where weights and activations came.
+template <int RANGES, int MTILES, int TILES, bool SINGLE, bool SPLIT, class Store>
+__device__ __forceinline__ void add_ranges(const TileSums<MTILES, TILES, SPLIT>& acc, uint8_t* shared, const Store& store) {
+    // Floats from a column to the next: no two lanes share a bank.
+    constexpr int ROWS = 16 * MTILES * ROW_WARPS<RANGES>, COLUMNS = SINGLE ? 1 : TILES * 8, STRIDE = ROWS + 4;
+    float (*sums)[COLUMNS][STRIDE] = reinterpret_cast<float (*)[COLUMNS][STRIDE]>(shared);
+    const uint32_t lane = threadIdx.x % 32, range = threadIdx.x / 32 % RANGES, own = threadIdx.x / 32 / RANGES * (16 * MTILES);
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < MTILES; m++)
+#pragma unroll
+        for (int n = 0; n < TILES; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (SINGLE && (i % 2 || lane % 4)) continue;
+                sums[range][SINGLE ? 0 : 8 * n + lane % 4 * 2 + i % 2][own + 16 * m + i / 2 * 8 + lane / 4] = acc.total(m, n, i);
+            }
+    __syncthreads();
+    for (uint32_t index = threadIdx.x; index < COLUMNS * ROWS; index += NARROW_WARPS * 32) {
+        const uint32_t column = index / ROWS, row = index % ROWS;
+        float sum = sums[0][column][row];
+#pragma unroll
+        for (int r = 1; r < RANGES; r++) sum += sums[r][column][row];
+        store(column, row, sum);
+    }
+}

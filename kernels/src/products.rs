@@ -101,6 +101,19 @@ struct FloatArgs {
     stride: u32,
 }
 
+impl Part {
+    /// The rows of all experts, of each of which a column has `rows` products at `out`.
+    pub(crate) fn of_experts(matrix: &DeviceMatrix, out: u64, rows: usize) -> Part {
+        Part {
+            planes: matrix.planes(),
+            out,
+            rows: matrix.rows() as u32,
+            stride: rows as u32,
+            ..Part::default()
+        }
+    }
+}
+
 // SAFETY: plain numbers in the order of `FloatArgs` in floats.cu.
 unsafe impl DeviceRepr for FloatArgs {}
 
@@ -130,21 +143,29 @@ impl ProductArgs {
         x: &Columns<'_>,
         block_rows: usize,
     ) -> (ProductArgs, usize) {
+        let (parts, blocks) = parts(run, x, block_rows);
+        (Self::with_parts(parts, (run.len(), blocks), x), blocks)
+    }
+
+    /// For parts that are made already, and how many parts and blocks (or tiles) there are.
+    pub(crate) fn with_parts(
+        parts: [Part; PARTS],
+        (n_parts, blocks): (usize, usize),
+        x: &Columns<'_>,
+    ) -> ProductArgs {
         let eight_bits = x.eight_bits.expect("quantised weights need activations in 8 bits");
         let (quants, scales) = eight_bits.pointers(x.columns, x.cols);
-        let (parts, blocks) = parts(run, x, block_rows);
-        let arguments = ProductArgs {
+        ProductArgs {
             parts,
             quants,
             scales,
-            n_parts: run.len() as u32,
+            n_parts: n_parts as u32,
             padded: x.cols.div_ceil(GROUP).next_multiple_of(CHUNK) as u32,
             columns: x.columns as u32,
             stride: EightBits::stride(x.columns) as u32,
             passes: eight_bits.passes as u32,
             tiles: blocks as u32,
-        };
-        (arguments, blocks)
+        }
     }
 }
 

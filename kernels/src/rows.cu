@@ -92,7 +92,7 @@ struct RoundArgs {
 
 // Rounds values, or activation(values) · up: four elements per thread.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) round_rows(const __grid_constant__ RoundArgs args) {
-    const uint32_t i = 4 * (blockIdx.x * ROW_THREADS + threadIdx.x), cols = args.cols, row = blockIdx.y;
+    const uint32_t i = 4 * (blockIdx.y * ROW_THREADS + threadIdx.x), cols = args.cols, row = blockIdx.x;
     begin();
     if (i >= padded_groups(cols) * GROUP) return;
     const size_t start = static_cast<size_t>(row) * cols;

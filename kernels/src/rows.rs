@@ -196,7 +196,7 @@ impl Gpu {
             activation: pass.up.map_or(0, |(_, gate)| gate as u32),
         };
         let blocks = cols.next_multiple_of(CHUNK * GROUP).div_ceil(4 * ROW_THREADS);
-        let shape = ([blocks, pass.rows, 1], ROW_THREADS, 0);
+        let shape = ([pass.rows, blocks, 1], ROW_THREADS, 0);
         // SAFETY: all spans were checked against the shapes.
         unsafe { self.launch("round_rows", shape, &arguments) }
     }

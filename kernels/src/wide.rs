@@ -1,7 +1,7 @@
 //! Products in which weights of any type meet activations as f16: `middle.cu`, `wide.cu`.
 
 use crate::gpu::{Gpu, GpuError, Span};
-use crate::products::{CHUNK, Columns, Part, Product, half_bytes, lower_name, parts};
+use crate::products::{CHUNK, Columns, PARTS, Part, Product, half_bytes, lower_name, parts};
 use cudarc::driver::DeviceRepr;
 use tandem_cpu_kernels::blocks::GROUP;
 
@@ -33,8 +33,8 @@ const MMA_TILES: [WideTile; 2] = [
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct WideArgs {
-    parts: [Part; crate::products::PARTS],
+pub(crate) struct WideArgs {
+    parts: [Part; PARTS],
     x: u64,
     n_parts: u32,
     padded: u32,
@@ -54,15 +54,23 @@ impl WideArgs {
         block_rows: usize,
     ) -> (WideArgs, usize) {
         let (parts, blocks) = parts(run, x, block_rows);
-        let arguments = WideArgs {
+        (Self::with_parts((parts, run.len()), x, halves), blocks)
+    }
+
+    /// For parts that are made already, and how many these are.
+    pub(crate) fn with_parts(
+        (parts, n_parts): ([Part; PARTS], usize),
+        x: &Columns<'_>,
+        halves: Span<'_>,
+    ) -> WideArgs {
+        WideArgs {
             parts,
             x: halves.of(half_bytes(x.columns, x.cols), 1),
-            n_parts: run.len() as u32,
+            n_parts: n_parts as u32,
             padded: x.cols.div_ceil(GROUP).next_multiple_of(CHUNK) as u32,
             columns: x.columns as u32,
             cols: x.cols as u32,
-        };
-        (arguments, blocks)
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 
 mod attend;
 mod buffers;
+mod experts;
 mod graphs;
 mod inputs;
 mod kv;

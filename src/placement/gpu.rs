@@ -3,11 +3,11 @@
 use super::{Device, Room, heads_width};
 use crate::config::{Config, ConfigError, GpuChoice};
 use crate::hardware::{Gpu, HardwareProfile};
-use crate::model::{ModelSpec, TensorRef};
+use crate::model::{ExpertsSpec, ModelSpec, TensorRef};
 use crate::request::RequestError;
 use crate::tensor::KvDType;
 use crate::units::ByteSize;
-use tandem_kernels::DeviceMatrix;
+use tandem_kernels::{DeviceMatrix, ExpertRoutes};
 
 /// Largest head and longest residual stream of a GPU's kernels.
 const HEAD_DIM_MAX: usize = 256;
@@ -129,9 +129,6 @@ fn too_old(gpu: &Gpu) -> Option<String> {
 
 /// What of the model has no kernels on a GPU.
 fn unsupported(spec: &ModelSpec, config: &Config) -> Option<String> {
-    if spec.experts().next().is_some() {
-        return Some("mixtures of experts run on the CPU only".into());
-    }
     if config.kv.dtype != KvDType::F16 {
         return Some(format!("a KV cache of {} is kept on the CPU only", config.kv.dtype));
     }
@@ -143,7 +140,7 @@ fn unsupported(spec: &ModelSpec, config: &Config) -> Option<String> {
     if dim > EMBEDDING_DIM_MAX {
         return Some(format!("embeddings of {dim} run on the CPU only"));
     }
-    let mut refused = None;
+    let mut refused = spec.experts().find_map(unsupported_experts);
     spec.for_each_tensor(&mut |TensorRef { name, dtype, rows, cols, .. }| {
         if refused.is_some() || *rows <= 1 {
             return;
@@ -155,6 +152,20 @@ fn unsupported(spec: &ModelSpec, config: &Config) -> Option<String> {
         }
     });
     refused
+}
+
+/// What of a layer's experts has no kernels on a GPU.
+fn unsupported_experts(experts: &ExpertsSpec) -> Option<String> {
+    let ExpertsSpec { n_experts, n_used, .. } = *experts;
+    if n_experts > ExpertRoutes::EXPERTS_MAX || n_used > ExpertRoutes::USED_MAX {
+        return Some(format!("{n_used} of {n_experts} experts run on the CPU only"));
+    }
+    [&experts.gate, &experts.up, &experts.down].into_iter().find_map(|tensor| {
+        let TensorRef { name, dtype, rows, .. } = tensor;
+        let rows = rows / n_experts;
+        let is_odd = !DeviceMatrix::supports_experts(*dtype, rows);
+        is_odd.then(|| format!("{name} with experts of {rows} rows runs on the CPU only"))
+    })
 }
 
 /// Tokens of a step up to which products read activations in 8 bits, at most, and above which, at
@@ -174,11 +185,20 @@ fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
     let angles = widest(&|layer| layer.attention.rope.dims);
     let hidden = widest(&|layer| layer.ffn.hidden_dim());
     let embedding = spec.embedding_dim as u64;
+    let n_experts = widest(&|layer| layer.ffn.experts().map_or(0, |experts| experts.n_experts));
+    let used = widest(&|layer| layer.ffn.experts().map_or(1, |experts| experts.n_used));
+    // The up projection, and with experts what each of a token's makes; logits and bits of routes,
+    // weights and pairs.
+    let (products, routes) = match n_experts {
+        0 => (hidden, 0),
+        _ => (used * hidden.max(embedding), 2 * n_experts + 2 * used),
+    };
     // residual, normed, projected; angles of up to two rotations; seven numbers of a token.
-    let plain = 3 * embedding + heads + attended + 2 * hidden + 2 * angles + 7;
-    let rounded = 2 * embedding + attended + hidden;
-    let narrow = tokens.min(NARROW_MAX).next_multiple_of(NARROW_TILE) * (rounded + 4 * 128) * 5 / 4;
-    let wide = if tokens > NARROW_MAX_WITH_WGMMA { tokens * 2 * (rounded + 4 * 128) } else { 0 };
+    let plain = 3 * embedding + heads + attended + used * hidden + products + routes;
+    let plain = plain + 2 * angles + 7;
+    let rounded = 2 * embedding + attended + used * (hidden + 128) + 3 * 128;
+    let narrow = tokens.min(NARROW_MAX).next_multiple_of(NARROW_TILE) * rounded * 5 / 4;
+    let wide = if tokens > NARROW_MAX_WITH_WGMMA { tokens * 2 * rounded } else { 0 };
     let logits = LOGITS_ROWS * (4 * spec.vocab_size as u64 + 6 * embedding + MEASURE_BYTES);
     // Rows of an embedding in host memory, as they come and as they are taken apart.
     let row_bytes = spec.embedding.bytes() / spec.embedding.rows as u64;

@@ -7,7 +7,7 @@ use std::path::Path;
 use tandem::config::Config;
 use tandem::formats::Checkpoint;
 use tandem::hardware::{Gpu, Gpus, HardwareProfile};
-use tandem::model::ModelSpec;
+use tandem::model::{ExpertsSpec, FfnSpec, ModelSpec};
 use tandem::placement::{Device, Placement};
 use tandem::request::RequestError;
 use tandem::tensor::{DType, KvDType};
@@ -180,9 +180,18 @@ fn runs_on_the_cpu_only(spec: &ModelSpec, change: impl Fn(&mut Config), why: &st
 
 #[test]
 fn what_has_no_kernels_on_a_gpu_runs_on_the_cpu() {
-    for family in [Family::Mixtral, Family::Qwen3Moe] {
-        runs_on_the_cpu_only(&spec_of(family), |_| (), "mixtures of experts");
-    }
+    let experts = |change: fn(&mut ExpertsSpec)| {
+        let mut spec = spec_of(Family::Qwen3Moe);
+        for layer in &mut spec.layers {
+            let FfnSpec::Experts(experts) = &mut layer.ffn else { panic!("a dense layer") };
+            change(experts);
+        }
+        spec
+    };
+    let many = experts(|experts| experts.n_experts = 512);
+    runs_on_the_cpu_only(&many, |_| (), "3 of 512 experts");
+    let odd = experts(|experts| experts.up.rows = 8 * 40);
+    runs_on_the_cpu_only(&odd, |_| (), "blk.0.ffn_up_exps.weight with experts of 40 rows");
     runs_on_the_cpu_only(&spec(), |config| config.kv.dtype = KvDType::Q8_0, "q8_0");
     for head_dim in [0, 12, 264, 512] {
         let mut spec = spec();

@@ -1,6 +1,7 @@
 //! The activations of a step in a GPU's memory, and what the host prepares for it.
 
 use super::LOGITS_TILE_ROWS;
+use super::experts::ExpertBuffers;
 use super::inputs::Inputs;
 use super::weights::{GpuWeights, width_of};
 use crate::executor::ExecutorError;
@@ -36,6 +37,7 @@ pub(super) struct GpuBuffers {
     pub projected: RowMemory,
     pub hidden: RowMemory,
     pub up: RowMemory,
+    pub experts: Option<ExpertBuffers>,
     pub selected: RowMemory,
     pub logits: RowMemory,
     pub measures: RowMeasures,
@@ -74,8 +76,14 @@ enum Form {
 }
 
 impl RowMemory {
-    fn new(gpu: &Gpu, rows: usize, cols: usize, form: Form) -> Result<Self, ExecutorError> {
-        let narrow_max = gpu.narrow_max();
+    /// `of_token` rows for each of some tokens.
+    fn new(
+        gpu: &Gpu,
+        (tokens, of_token): (usize, usize),
+        cols: usize,
+        form: Form,
+    ) -> Result<Self, ExecutorError> {
+        let (rows, narrow_max) = (tokens * of_token, gpu.narrow_max() * of_token);
         let narrow = rows.min(narrow_max);
         let passes = if form == Form::Twice { 2 } else { 1 };
         let eight_bits = match form {
@@ -143,14 +151,15 @@ impl GpuBuffers {
     ) -> Result<Self, ExecutorError> {
         let (gpu, program) = (weights.gpu(), weights.program());
         let rows = |buffer: Buffer, form: Form| {
-            RowMemory::new(gpu, tokens, width_of(program, buffer), form)
+            RowMemory::new(gpu, (tokens, 1), width_of(program, buffer), form)
         };
         let is_twice = program
             .ops
             .iter()
             .any(|op| matches!(op, Op::Norm { precision: Precision::Sixteen, .. }));
         let normed = if is_twice { Form::Twice } else { Form::EightBits };
-        let (embedding, logits_rows) = (program.dims.embedding, LOGITS_TILE_ROWS.min(tokens));
+        let (dims, logits_rows) = (program.dims, LOGITS_TILE_ROWS.min(tokens));
+        let pairs = (tokens, dims.hidden_rows);
         let angles = weights.rotations().width();
         let (dtype, cols) = weights.embedding_shape();
         let (looked_up, row_bytes) = match weights.embedding() {
@@ -167,10 +176,11 @@ impl GpuBuffers {
             heads: rows(Buffer::Heads, Form::Plain)?,
             attended: rows(Buffer::Attended, Form::EightBits)?,
             projected: rows(Buffer::Projected, Form::Plain)?,
-            hidden: rows(Buffer::Hidden, Form::EightBits)?,
+            hidden: RowMemory::new(gpu, pairs, dims.hidden, Form::EightBits)?,
             up: rows(Buffer::Up, Form::Plain)?,
-            selected: RowMemory::new(gpu, logits_rows, embedding, Form::EightBits)?,
-            logits: RowMemory::new(gpu, logits_rows, program.dims.vocab, Form::Plain)?,
+            experts: ExpertBuffers::new(gpu, dims, tokens)?,
+            selected: RowMemory::new(gpu, (logits_rows, 1), dims.embedding, Form::EightBits)?,
+            logits: RowMemory::new(gpu, (logits_rows, 1), dims.vocab, Form::Plain)?,
             measures: RowMeasures::new(gpu, logits_rows)?,
             partials: gpu.alloc(partial_bytes(program, block_tokens * device_blocks))?,
             gate_counters: gpu.alloc(Gated::counter_bytes(program.dims.hidden))?,
@@ -191,7 +201,7 @@ impl GpuBuffers {
             Buffer::Hidden => &self.hidden,
             Buffer::Up => &self.up,
             Buffer::Selected => &self.selected,
-            Buffer::Routes => unreachable!("programs with experts are refused"),
+            Buffer::Routes => unreachable!("routes are no rows"),
         }
     }
 
@@ -215,6 +225,7 @@ impl GpuBuffers {
             &self.logits,
         ];
         rows.iter().map(|rows| rows.bytes()).sum::<usize>()
+            + self.experts.as_ref().map_or(0, ExpertBuffers::bytes)
             + self.measures.bytes()
             + self.partials.bytes()
             + self.residual_sum.bytes()

@@ -98,11 +98,16 @@ impl GpuStage {
                     self.gate(tokens, before.take(), [*gate, *up], *activation)?;
                 }
                 Op::Logits { .. } => self.logits_tile((0, shape.rows), tokens)?,
-                Op::Receive
-                | Op::Send { .. }
-                | Op::Route { .. }
-                | Op::GateExperts { .. }
-                | Op::DownExperts { .. } => unreachable!("refused when the weights were loaded"),
+                &Op::Route { router, weight_scale, .. } => {
+                    self.route(tokens, router, weight_scale)?;
+                }
+                &Op::GateExperts { gate, up, activation, .. } => {
+                    self.gate_experts(tokens, [gate, up], activation)?;
+                }
+                &Op::DownExperts { down, .. } => self.down_experts(tokens, down)?,
+                Op::Receive | Op::Send { .. } => {
+                    unreachable!("refused when the weights were loaded")
+                }
             }
         }
         Ok(())
@@ -263,10 +268,7 @@ impl GpuStage {
         let gated = Gated {
             gate: self.product(&gate, hidden.values(), (0, hidden.cols)),
             up: self.product(&up, self.buffers.up.values(), (0, hidden.cols)),
-            activation: match activation {
-                Activation::Silu => Gate::Silu,
-                Activation::GeluTanh => Gate::GeluTanh,
-            },
+            activation: gate_of(activation),
             out: self.weights.has_floats().then(|| hidden.values()),
             eight_bits: hidden.eight_bits(tokens, Precision::Eight),
             halves: hidden.halves(tokens),
@@ -323,6 +325,13 @@ impl GpuStage {
         }
         self.buffers.host.logits = logits;
         Ok(())
+    }
+}
+
+pub(super) fn gate_of(activation: Activation) -> Gate {
+    match activation {
+        Activation::Silu => Gate::Silu,
+        Activation::GeluTanh => Gate::GeluTanh,
     }
 }
 

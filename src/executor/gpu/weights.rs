@@ -3,7 +3,9 @@
 
 use crate::executor::ExecutorError;
 use crate::executor::cpu_pool::CpuPool;
-use crate::executor::program::{Buffer, MatrixId, MatrixUse, Op, Program, StagePart, VectorId};
+use crate::executor::program::{
+    Buffer, ExpertShape, MatrixEntry, MatrixId, MatrixUse, Op, Program, StagePart, VectorId,
+};
 use crate::executor::rotations::Rotations;
 use crate::executor::weight_source::{WeightSource, fill_random};
 use crate::executor::weights::{LoadProgress, WeightsRequest, load_rotations, stored};
@@ -13,7 +15,9 @@ use crate::tensor::DType;
 use std::ops::Range;
 use tandem_cpu_kernels::Layout;
 use tandem_cpu_kernels::blocks::GROUP;
-use tandem_kernels::{DeviceMatrix, DeviceMemory, Gpu, HeadCounts, Span, Staging, driver};
+use tandem_kernels::{
+    DeviceMatrix, DeviceMemory, ExpertRoutes, Gpu, HeadCounts, Span, Staging, driver,
+};
 
 /// Rows that the host looks up.
 struct Lookup {
@@ -194,14 +198,31 @@ impl GpuWeights {
         matrices + self.vectors.iter().map(DeviceMemory::bytes).sum::<usize>()
     }
 
-    /// Bytes that a step of one token reads of the weights.
+    /// Bytes that a step of one token reads of the weights: of experts those in use.
     pub fn bytes_per_token(&self) -> usize {
-        self.matrices.iter().flatten().map(DeviceMatrix::bytes).sum()
+        let bytes = |(matrix, used_for)| match (DeviceMatrix::bytes(matrix), used_for) {
+            (bytes, MatrixUse::Experts(shape)) => bytes / shape.n_experts * shape.n_used,
+            (bytes, _) => bytes,
+        };
+        self.multiplied().map(bytes).sum()
+    }
+
+    /// What is multiplied with, and how.
+    fn multiplied(&self) -> impl Iterator<Item = (&DeviceMatrix, MatrixUse)> {
+        let entries = self.matrices.iter().zip(&self.program.matrices);
+        entries.filter_map(|(matrix, entry)| Some((matrix.as_ref()?, entry.used_for)))
     }
 
     /// Whether some products are of float weights, which read activations in f32.
     pub(super) fn has_floats(&self) -> bool {
         self.matrices.iter().flatten().any(|matrix| !matrix.dtype().is_quantized())
+    }
+
+    /// The same of the products of experts alone.
+    pub(super) fn has_float_experts(&self) -> bool {
+        self.multiplied().any(|(matrix, used_for)| {
+            matches!(used_for, MatrixUse::Experts(_)) && !matrix.dtype().is_quantized()
+        })
     }
 
     pub(super) fn rotations(&self) -> &Rotations {
@@ -269,8 +290,11 @@ fn check(program: &Program) -> Result<(), ExecutorError> {
     for op in &program.ops {
         match op {
             Op::Receive | Op::Send { .. } => return refuse("a part of a model on a GPU".into()),
-            Op::Route { .. } | Op::GateExperts { .. } | Op::DownExperts { .. } => {
-                return refuse("a mixture of experts on a GPU".into());
+            Op::Route { shape: ExpertShape { n_experts, n_used }, .. } => {
+                let (most, most_used) = (ExpertRoutes::EXPERTS_MAX, ExpertRoutes::USED_MAX);
+                if *n_experts > most || *n_used > most_used {
+                    return refuse(format!("{n_used} of {n_experts} experts on a GPU"));
+                }
             }
             Op::Attend { shape, .. } => {
                 let (n_heads, n_kv_heads) = (shape.n_heads, shape.n_kv_heads);
@@ -282,13 +306,20 @@ fn check(program: &Program) -> Result<(), ExecutorError> {
             _ => {}
         }
     }
-    for TensorRef { name, dtype, cols, .. } in program.matrices.iter().map(|entry| &entry.tensor) {
+    for MatrixEntry { tensor, used_for } in &program.matrices {
+        let TensorRef { name, dtype, rows, cols } = tensor;
         if !DeviceMatrix::supports(*dtype) {
             return refuse(format!("{name}, whose elements are {dtype}, on a GPU"));
         }
         let unit = if dtype.is_quantized() { GROUP } else { 8 };
         if !cols.is_multiple_of(unit) {
             return refuse(format!("{name} with rows of {cols} elements on a GPU"));
+        }
+        if let MatrixUse::Experts(shape) = used_for
+            && !DeviceMatrix::supports_experts(*dtype, rows / shape.n_experts)
+        {
+            let rows = rows / shape.n_experts;
+            return refuse(format!("{name} of {dtype} with experts of {rows} rows on a GPU"));
         }
     }
     if program.dims.embedding > Gpu::NORM_COLS_MAX {
@@ -304,7 +335,8 @@ pub(super) fn width_of(program: &Program, buffer: Buffer) -> usize {
         Buffer::Residual | Buffer::Normed | Buffer::Projected | Buffer::Selected => dims.embedding,
         Buffer::Heads => dims.heads,
         Buffer::Attended => dims.attended,
-        Buffer::Hidden | Buffer::Up => dims.hidden,
+        Buffer::Hidden => dims.hidden,
+        Buffer::Up => dims.up(),
         Buffer::Routes => 0,
     }
 }
