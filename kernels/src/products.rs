@@ -24,6 +24,8 @@ pub(crate) const CHUNK: usize = 4;
 /// Most tokens whose activations float weights meet as f32.
 const FLOATS_MAX: usize = 128;
 const FLOAT_WARPS: usize = 4;
+/// Columns that a warp has together.
+const FLOAT_COLUMNS: [usize; 3] = [1, 4, 8];
 /// Matrices that one launch can multiply.
 pub(crate) const PARTS: usize = 3;
 /// Bytes of a group's scale and sums.
@@ -221,8 +223,11 @@ impl Gpu {
             columns: x.columns as u32,
             stride: product.stride as u32,
         };
-        let kernel = format!("matvec_{}", lower_name(product.matrix.dtype()));
-        let grid = [rows.div_ceil(FLOAT_WARPS), x.columns, 1];
+        let wider = FLOAT_COLUMNS.into_iter().find(|columns| *columns >= x.columns);
+        let columns = wider.unwrap_or(FLOAT_COLUMNS[FLOAT_COLUMNS.len() - 1]);
+        let kernel = format!("matvec_{}_{columns}", lower_name(product.matrix.dtype()));
+        let block_rows = FLOAT_WARPS * (columns / 2).max(1);
+        let grid = [rows.div_ceil(block_rows), x.columns.div_ceil(columns), 1];
         // SAFETY: all spans were checked against the shapes.
         unsafe { self.launch(&kernel, (grid, 32 * FLOAT_WARPS, 0), &arguments) }
     }
