@@ -2,7 +2,7 @@
 #pragma once
 #include "tensor_cores.cuh"
 
-// Elements in a row: 8 from their words or 4 of memory as f32, or the words of 4 times a unit as f16, even ones and then odd ones.
+// Elements in a row: 8 or 4 of memory as f32, or the words of 4 times a unit as f16, even ones and then odd ones.
 struct F32 {
     static constexpr int BYTES = 4;
     static __device__ __forceinline__ uint2 halves(const uint32_t words[4], float unit) {
@@ -15,9 +15,9 @@ struct F32 {
         const float4 v = __ldg(reinterpret_cast<const float4*>(at));
         w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
     }
-    static __device__ __forceinline__ void unpack(const uint32_t words[8], float w[8]) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) w[i] = __uint_as_float(words[i]);
+    static __device__ __forceinline__ void load(const uint8_t* at, float w[8]) {
+        load4(at, w);
+        load4(at + 16, w + 4);
     }
 };
 
@@ -33,9 +33,12 @@ template <class Pair> struct ShortFloat {
         Pair::split(q.x, w);
         Pair::split(q.y, w + 2);
     }
-    static __device__ __forceinline__ void unpack(const uint32_t words[4], float w[8]) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) Pair::split(words[i], w + 2 * i);
+    static __device__ __forceinline__ void load(const uint8_t* at, float w[8]) {
+        const uint4 q = __ldg(reinterpret_cast<const uint4*>(at));
+        Pair::split(q.x, w);
+        Pair::split(q.y, w + 2);
+        Pair::split(q.z, w + 4);
+        Pair::split(q.w, w + 6);
     }
 };
 

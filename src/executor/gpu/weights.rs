@@ -283,9 +283,6 @@ fn check(program: &Program) -> Result<(), ExecutorError> {
         }
     }
     for TensorRef { name, dtype, cols, .. } in program.matrices.iter().map(|entry| &entry.tensor) {
-        if !DeviceMatrix::supports(*dtype) {
-            return refuse(format!("{name}, whose elements are {dtype}, on a GPU"));
-        }
         let unit = if dtype.is_quantized() { GROUP } else { 8 };
         if !cols.is_multiple_of(unit) {
             return refuse(format!("{name} with rows of {cols} elements on a GPU"));
