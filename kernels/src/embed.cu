@@ -15,6 +15,19 @@ struct EmbedArgs {
 
 constexpr int EMBED_THREADS = 128;
 
+// Four elements as they are before scales.
+template <class T> __device__ __forceinline__ void numbers(uint32_t word, float v[4]) {
+    if constexpr (T::IS_FLOAT) {
+        __half2 pairs[2];
+        split_e4m3(word, pairs);
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = i < 2 ? __low2float(pairs[i]) : __high2float(pairs[i - 2]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = static_cast<float>(static_cast<int8_t>(word >> 8 * i));
+    }
+}
+
 // A lane of a chunk per thread: grid (lanes of a row over threads, tokens).
 template <class T> __device__ __forceinline__ void embed(const EmbedArgs& args) {
     const uint32_t index = blockIdx.x * EMBED_THREADS + threadIdx.x, t = index % 4, chunk = index / 4;
@@ -40,8 +53,9 @@ template <class T> __device__ __forceinline__ void embed(const EmbedArgs& args) 
             const float scale = s.scale[T::HALVES ? upper : 0];
             const float min = T::MIN == Min::None ? 0.0f : s.min[T::MIN == Min::Pair ? upper : 0];
             float v[4];
+            numbers<T>(quants, v);
 #pragma unroll
-            for (int i = 0; i < 4; i++) v[i] = args.scale * __fmaf_rn(scale, static_cast<float>(static_cast<int8_t>(quants >> 8 * i)), min);
+            for (int i = 0; i < 4; i++) v[i] = args.scale * __fmaf_rn(scale, v[i], min);
             *reinterpret_cast<float4*>(out + group * GROUP + 16 * upper + 4 * t) = make_float4(v[0], v[1], v[2], v[3]);
         }
     }
@@ -65,6 +79,7 @@ template <class T> __device__ __forceinline__ void embed_floats(const EmbedArgs&
     }
 #define EMBED(name, T) EMBED_WITH(name, embed<T>)
 FOR_QUANTIZED(EMBED)
+FOR_E4M3(EMBED)
 EMBED_WITH(f32, embed_floats<F32>)
 EMBED_WITH(f16, embed_floats<F16>)
 EMBED_WITH(bf16, embed_floats<Bf16>)

@@ -1,13 +1,13 @@
 //! Rows of an embedding in f32, which a step starts from.
 
 use crate::gpu::{Gpu, GpuError, Span};
-use crate::pack::{DeviceMatrix, Planes};
+use crate::pack::{DeviceMatrix, Planes, has_planes};
 use crate::products::CHUNK;
 use cudarc::driver::DeviceRepr;
 use tandem_cpu_kernels::blocks::GROUP;
 
 const THREADS: usize = 128;
-/// Elements of a thread: of a float row, and of a quantised one.
+/// Elements of a thread: of a float row, and of one in planes.
 const FLOATS: usize = 4;
 const LANE: usize = GROUP * CHUNK / 4;
 
@@ -64,8 +64,7 @@ impl Gpu {
             scale: pass.scale,
             table_rows: table.rows() as u32,
         };
-        let threads =
-            if dtype.is_quantized() { padded * GROUP / LANE } else { cols.div_ceil(FLOATS) };
+        let threads = if has_planes(dtype) { padded * GROUP / LANE } else { cols.div_ceil(FLOATS) };
         let kernel = format!("embed_{}", dtype.name().to_ascii_lowercase());
         let grid = [threads.div_ceil(THREADS), tokens, 1];
         // SAFETY: all spans were checked against the shapes.

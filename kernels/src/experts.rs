@@ -6,7 +6,9 @@
 
 use crate::gpu::{Gpu, GpuError, Span};
 use crate::pack::{DeviceMatrix, lane_bytes};
-use crate::products::{CHUNK, Columns, PARTS, Part, ProductArgs, SCALE_BYTES, lower_name};
+use crate::products::{
+    CHUNK, Columns, PARTS, Part, ProductArgs, SCALE_BYTES, half_bytes, lower_name,
+};
 use crate::route::Routed;
 use crate::wide::WideArgs;
 use cudarc::driver::DeviceRepr;
@@ -154,7 +156,10 @@ impl DeviceMatrix {
     /// Whether the kernels can multiply with experts of so many rows each: those of quantised
     /// weights lie in blocks of 16.
     pub fn supports_experts(dtype: DType, rows: usize) -> bool {
-        !dtype.is_quantized() || rows.is_multiple_of(WARP_ROWS)
+        match dtype {
+            DType::F32 | DType::F16 | DType::BF16 => true,
+            _ => dtype.is_quantized() && rows.is_multiple_of(WARP_ROWS),
+        }
     }
 }
 
@@ -220,7 +225,10 @@ impl Gpu {
         let WideBlock { columns, warps, depth } =
             WIDE_BLOCKS[usize::from(is_long || average > FEW_COLUMNS)];
         let (experts, [blocks, slots]) = run.experts(warps * WARP_ROWS);
-        let product = WideArgs::with_parts((run.parts(), run.products.len()), run.x, halves);
+        let product = WideArgs::with_parts(
+            (run.parts(), run.products.len()),
+            (run.x, halves.of(half_bytes(run.x.columns, run.x.cols), 1)),
+        );
         let arguments = ExpertArgs { product, experts };
         // As many blocks as an expert's columns fill where all experts have as many.
         let splits = average.div_ceil(columns).clamp(1, SPLITS_MAX);

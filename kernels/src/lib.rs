@@ -11,6 +11,7 @@
 mod attention;
 mod device;
 mod driver;
+mod e4m3;
 mod embed;
 mod experts;
 mod flash;

@@ -233,4 +233,5 @@ template <class T, class Shape> __device__ __forceinline__ void middle(const Wid
     MIDDLE_TILE(name, T, 64)     \
     MIDDLE_TILE(name, T, 128)
 FOR_QUANTIZED(MIDDLE)
+FOR_E4M3(MIDDLE)
 #endif

@@ -7,25 +7,26 @@
 
 constexpr int NARROW_WARPS = 8;
 
-// A lane's scales of a chunk of one row, as they come from memory. Of types with a scale for each group it
-// has those of all four groups, of others that of group t.
+// A lane's scales of a chunk of one row, as they come from memory. Of types with a scale for each group, or
+// those of a chunk together, it has those of all four groups, of others that of group t.
 template <class T> struct ChunkScales {
-    static constexpr bool HAS_ALL = T::SCALE_GROUPS == 1;
-    uint32_t words[HAS_ALL ? CHUNK * T::SCALE_BYTES / 4 : 4];
+    static constexpr bool OWN = T::SCALE_GROUPS == 1, HAS_ALL = T::SCALE_GROUPS <= CHUNK;
+    uint32_t words[OWN ? CHUNK * T::SCALE_BYTES / 4 : 4];
 
     template <class Row> __device__ __forceinline__ void load(const Row& row, uint32_t chunk) {
-        if constexpr (HAS_ALL) load_words<CHUNK * T::SCALE_BYTES>(row.of(chunk), words);
-        if constexpr (!HAS_ALL) T::load_scales(row.of(chunk), chunk % UNIT_CHUNKS<T> * CHUNK + threadIdx.x % 4, words);
+        if constexpr (OWN) load_words<CHUNK * T::SCALE_BYTES>(row.of(chunk), words);
+        if constexpr (!OWN) T::load_scales(row.of(chunk), chunk % UNIT_CHUNKS<T> * CHUNK + threadIdx.x % 4, words);
     }
 
     // Scales and offsets of all groups.
     __device__ __forceinline__ void factors(uint32_t chunk, float out[CHUNK][Counts<T>::ALL]) const {
         const uint32_t lane = threadIdx.x % 32;
         Scales s;
-        if constexpr (!HAS_ALL) T::scales(words, chunk % 2 * CHUNK + lane % 4, s);
+        if constexpr (!HAS_ALL) T::scales(words, chunk % UNIT_CHUNKS<T> * CHUNK + lane % 4, s);
 #pragma unroll
         for (int j = 0; j < CHUNK; j++) {
-            if constexpr (HAS_ALL) {
+            if constexpr (HAS_ALL && !OWN) T::scales(words, j, s);
+            if constexpr (OWN) {
                 const uint32_t own[4] = {T::SCALE_BYTES == 2 ? words[j / 2] >> 16 * (j % 2) & 0xffff : words[j]};
                 T::scales(own, 0, s);
             }

@@ -3,14 +3,20 @@
 #include "launch.cuh"
 #include "quants.cuh"
 
-// Blocks of a file: `low` and `high` are the bits of element e of group `index` of a block.
+// Blocks of a file, of GROUPS groups each: `low` and `high` are the bits of element e of group `index` of a block;
+// byte i of the scales that lie together is at `scale(i)` of the first of their blocks, or nowhere.
 template <class T> struct File;
+constexpr int NOWHERE = -1;
+
+// Nibbles as `Q4_0` has them, of a group's 16 bytes.
+__device__ __forceinline__ int own_nibble(const uint8_t* bytes, int e) { return bytes[e % 16] >> e / 16 * 4 & 15; }
 
 // Blocks of 32 elements: scales, high bits, then quants.
 template <class T> struct PlainFile {
-    static constexpr int HIGHS = T::SCALE_BYTES, QUANTS = HIGHS + 4 * T::HIGH_BITS, BLOCK_BYTES = QUANTS + 4 * T::LOW_BITS, SCALES = 0;
+    static constexpr int GROUPS = 1, HIGHS = T::SCALE_BYTES, QUANTS = HIGHS + 4 * T::HIGH_BITS, BLOCK_BYTES = QUANTS + 4 * T::LOW_BITS;
+    static __device__ int scale(int i) { return i; }
     static __device__ int low(const uint8_t* block, int, int e) {
-        return T::LOW_BITS == 8 ? block[QUANTS + e] : block[QUANTS + e % 16] >> e / 16 * 4 & 15;
+        return T::LOW_BITS == 8 ? block[QUANTS + e] : own_nibble(block + QUANTS, e);
     }
     static __device__ int high(const uint8_t* block, int, int e) { return block[HIGHS + e / 8] >> e % 8 & 1; }
 };
@@ -20,6 +26,34 @@ template <> struct File<Q5_0> : PlainFile<Q5_0> {};
 template <> struct File<Q5_1> : PlainFile<Q5_1> {};
 template <> struct File<Q8_0> : PlainFile<Q8_0> {};
 template <> struct File<Iq4Nl> : PlainFile<Iq4Nl> {};
+
+// Blocks of nibbles behind scales and zero points.
+template <int GROUPS_, int QUANTS> struct Int4File {
+    static constexpr int GROUPS = GROUPS_, BLOCK_BYTES = QUANTS + 16 * GROUPS;
+    static __device__ int low(const uint8_t* block, int index, int e) { return own_nibble(block + QUANTS + 16 * index, e); }
+};
+template <> struct File<Int4<128>> : Int4File<4, 3> {
+    static __device__ int scale(int i) { return i < 3 ? i : NOWHERE; }
+};
+template <> struct File<Int4<64>> : Int4File<2, 3> {
+    static __device__ int scale(int i) { return i < 4 ? i / 2 * BLOCK_BYTES + i % 2 : (i - 4) * BLOCK_BYTES + 2; }
+};
+template <> struct File<Int4<32>> : Int4File<2, 5> {
+    static __device__ int scale(int i) { return i < 8 ? i / 4 * BLOCK_BYTES + i % 4 : (i - 8) * BLOCK_BYTES + 4; }
+};
+
+// Blocks of a scale and elements.
+template <int SHARE> struct File<E4m3<SHARE>> {
+    static constexpr int GROUPS = SHARE / GROUP, BLOCK_BYTES = 4 + SHARE;
+    static __device__ int low(const uint8_t* block, int index, int e) { return block[4 + GROUP * index + e]; }
+    static __device__ int scale(int i) { return i / 4 * BLOCK_BYTES + i % 4; }
+};
+
+// Blocks of eight groups, whose scales lie together.
+template <int BYTES, int SCALES> struct BlockFile {
+    static constexpr int GROUPS = 8, BLOCK_BYTES = BYTES;
+    static __device__ int scale(int i) { return SCALES + i; }
+};
 
 // Nibble of element `e` in group `index` of a K block: two groups share 32 bytes.
 __device__ __forceinline__ int paired_nibble(const uint8_t* bytes, int index, int e) {
@@ -31,38 +65,34 @@ __device__ __forceinline__ int shared_crumb(const uint8_t* bytes, int index, int
     return bytes[32 * (index / 4) + e] >> 2 * (index % 4) & 3;
 }
 
-template <> struct File<Iq4Xs> {
-    static constexpr int BLOCK_BYTES = 136, SCALES = 0;
-    static __device__ int low(const uint8_t* block, int index, int e) { return block[8 + 16 * index + e % 16] >> e / 16 * 4 & 15; }
+template <> struct File<Iq4Xs> : BlockFile<136, 0> {
+    static __device__ int low(const uint8_t* block, int index, int e) { return own_nibble(block + 8 + 16 * index, e); }
 };
 
-template <> struct File<Q4K> {
-    static constexpr int BLOCK_BYTES = 144, SCALES = 0;
+template <> struct File<Q4K> : BlockFile<144, 0> {
     static __device__ int low(const uint8_t* block, int index, int e) { return paired_nibble(block + 16, index, e); }
 };
 
-template <> struct File<Q5K> {
-    static constexpr int BLOCK_BYTES = 176, SCALES = 0;
+template <> struct File<Q5K> : BlockFile<176, 0> {
     static __device__ int low(const uint8_t* block, int index, int e) { return paired_nibble(block + 48, index, e); }
     static __device__ int high(const uint8_t* block, int index, int e) { return block[16 + e] >> index & 1; }
 };
 
-template <> struct File<Q6K> {
-    static constexpr int BLOCK_BYTES = 210, SCALES = 192;
+template <> struct File<Q6K> : BlockFile<210, 192> {
     static __device__ int low(const uint8_t* block, int index, int e) {
         return block[64 * (index / 4) + 32 * (index % 2) + e] >> 4 * (index % 4 / 2) & 15;
     }
     static __device__ int high(const uint8_t* block, int index, int e) { return shared_crumb(block + 128, index, e); }
 };
 
-template <> struct File<Q3K> {
-    static constexpr int BLOCK_BYTES = 110, SCALES = 96;
+template <> struct File<Q3K> : BlockFile<110, 96> {
     static __device__ int low(const uint8_t* block, int index, int e) { return shared_crumb(block + 32, index, e); }
     static __device__ int high(const uint8_t* block, int index, int e) { return block[e] >> index & 1; }
 };
 
-template <> struct File<Q2K> {
-    static constexpr int BLOCK_BYTES = 84, SCALES = 0;
+template <> struct File<Q2K> : BlockFile<84, 0> {
+    // d and m are behind 64 bytes of quants.
+    static __device__ int scale(int i) { return i < 16 ? i : i + 64; }
     static __device__ int low(const uint8_t* block, int index, int e) { return shared_crumb(block + 16, index, e); }
 };
 
@@ -88,36 +118,37 @@ template <int BITS, class Get> __device__ void pack_lane(uint8_t* to, uint32_t t
     for (int k = 0; k < BITS; k++) reinterpret_cast<uint32_t*>(to)[k] = words[k];
 }
 
-// Lane t of a chunk of a row, and the scales of its group t; scales of blocks of eight go along with
-// the first group.
+// Lane t of a chunk of a row, and the scales of its group t; those that several groups have together go
+// along with the first group.
 template <class T> __device__ void pack(const PackArgs& args) {
     const uint64_t index = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     const uint32_t chunks = (args.groups + CHUNK - 1) / CHUNK, t = index % 4;
     const uint64_t row = index / 4 / chunks;
     const uint32_t chunk = index / 4 % chunks;
     if (row >= args.rows) return;
-    const uint8_t* blocks = args.file + row * (args.groups / T::SCALE_GROUPS) * File<T>::BLOCK_BYTES;
+    constexpr int GROUPS = File<T>::GROUPS, BLOCK_BYTES = File<T>::BLOCK_BYTES;
+    const uint8_t* blocks = args.file + row * (args.groups / GROUPS) * BLOCK_BYTES;
     const uint32_t own = args.first_row + row;
     const uint64_t lane = RowPlace(args.all_rows, chunks, own).at(chunk) * uint64_t{4} + t;
-    const auto block_of = [&](int j) { return blocks + (CHUNK * chunk + j) / T::SCALE_GROUPS * File<T>::BLOCK_BYTES; };
+    const auto block_of = [&](int j) { return blocks + (CHUNK * chunk + j) / GROUPS * BLOCK_BYTES; };
     const auto is_there = [&](int j) { return CHUNK * chunk + j < args.groups; };
     pack_lane<T::LOW_BITS>(args.quants + lane * LANE_QUANTS<T>, t, [&](int j, int e) -> uint32_t {
-        return is_there(j) ? File<T>::low(block_of(j), (CHUNK * chunk + j) % T::SCALE_GROUPS, e) : 0;
+        return is_there(j) ? File<T>::low(block_of(j), (CHUNK * chunk + j) % GROUPS, e) : 0;
     });
     if constexpr (T::HIGH_BITS > 0) {
         pack_lane<T::HIGH_BITS>(args.highs + lane * LANE_HIGHS<T>, t, [&](int j, int e) -> uint32_t {
-            return is_there(j) ? File<T>::high(block_of(j), (CHUNK * chunk + j) % T::SCALE_GROUPS, e) : 0;
+            return is_there(j) ? File<T>::high(block_of(j), (CHUNK * chunk + j) % GROUPS, e) : 0;
         });
     }
     const uint32_t group = CHUNK * chunk + t;
     if (group % T::SCALE_GROUPS != 0) return;
     const Planes planes{args.quants, args.highs, args.scales};
     const size_t start = ScaleRow<T>(planes, args.all_rows, chunks, own).of(chunk) - args.scales + (T::SCALE_GROUPS == 1 ? t * T::SCALE_BYTES : 0);
-    const uint8_t* from = blocks + group / T::SCALE_GROUPS * File<T>::BLOCK_BYTES;
+    const uint8_t* from = blocks + group / GROUPS * BLOCK_BYTES;
     for (int i = 0; i < T::SCALE_BYTES; i++) {
-        // Q2_K has d and m behind its 64 bytes of quants.
-        const int place = T::MIN == Min::Pair && i >= 16 ? i + 64 : i;
-        args.scales[start + i] = is_there(t) ? from[File<T>::SCALES + place] : 0;
+        const int place = File<T>::scale(i);
+        const bool is_some = place != NOWHERE && group + place / BLOCK_BYTES * GROUPS < args.groups;
+        args.scales[start + i] = is_some ? from[place] : 0;
     }
 }
 
@@ -127,3 +158,4 @@ template <class T> __device__ void pack(const PackArgs& args) {
         pack<T>(args);                                                                                     \
     }
 FOR_QUANTIZED(PACK)
+FOR_E4M3(PACK)

@@ -15,13 +15,17 @@
 //! | Q5_K | 16 | 4: fifth bits | of 8 groups: d, m, 12 bytes |
 //! | Q6_K | 16 | 8: 2-bit fields | of 8 groups: 16 × i8, d |
 //! | IQ4_XS | 16 | | of 8 groups: d, 6 bytes |
+//! | INT4_128 | 16 | | of 4 groups: d, z, a byte of nothing |
+//! | INT4_64 | 16 | | of 4 groups: 2 × d, 2 × z |
+//! | INT4_32 | 16 | | of 4 groups: 4 × d, 4 nibbles z |
+//! | E4M3_128, E4M3_32 | 32: e4m3 | | of 4 groups: s, or 4 × s |
 //!
 //! Rows lie in blocks of 16, or what is left of them: of a block chunk after chunk, of a chunk row
 //! after row (of scales, block of groups after block), so that what a warp reads at a time lies in
 //! one piece. A row's chunks a step apart would be as many places of the memory for each warp.
 //!
-//! Not a bit is added or lost, but that rows whose length is no multiple of 128 elements are filled
-//! up to one with zeros.
+//! Not a bit is added or lost, but that byte, and that rows whose length is no multiple of 128
+//! elements are filled up to one with zeros. F32, F16 and BF16 lie as in their file.
 
 use crate::gpu::{DeviceMemory, Gpu, GpuError, Span};
 use crate::products::CHUNK;
@@ -108,11 +112,19 @@ fn plane_bytes(dtype: DType) -> Option<PlaneBytes> {
         DType::Q5_K => (16, 4, 16, 8),
         DType::Q6_K => (16, 8, 18, 8),
         DType::IQ4_XS => (16, 0, 8, 8),
+        DType::INT4_128 => (16, 0, 4, 4),
+        DType::INT4_64 => (16, 0, 6, 4),
+        DType::INT4_32 => (16, 0, 10, 4),
+        DType::E4M3_128 => (32, 0, 4, 4),
+        DType::E4M3_32 => (32, 0, 16, 4),
         DType::F32 | DType::F16 | DType::BF16 => return None,
-        DType::INT4_128 | DType::INT4_64 | DType::INT4_32 => return None,
-        DType::E4M3_128 | DType::E4M3_32 => return None,
     };
     Some(PlaneBytes { quants, highs, scales, scale_groups })
+}
+
+/// Whether a type is taken apart: floats lie row after row.
+pub(crate) fn has_planes(dtype: DType) -> bool {
+    plane_bytes(dtype).is_some()
 }
 
 /// Bytes of quants and high bits that a lane has of a chunk.
@@ -139,12 +151,6 @@ fn places(dtype: DType, rows: usize, cols: usize) -> ([usize; 3], usize) {
 }
 
 impl DeviceMatrix {
-    /// Whether there are kernels for a type: for those of GGUF files, not for those of AWQ, GPTQ
-    /// and FP8.
-    pub fn supports(dtype: DType) -> bool {
-        plane_bytes(dtype).is_some() || matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
-    }
-
     /// Bytes that a matrix takes: those of its file, less than a KiB, and what fills up its rows.
     pub fn bytes_of(dtype: DType, rows: usize, cols: usize) -> usize {
         places(dtype, rows, cols).1
@@ -164,12 +170,11 @@ impl DeviceMatrix {
         (rows, cols): (usize, usize),
         file: &[u8],
     ) -> Result<DeviceMatrix, GpuError> {
-        assert!(Self::supports(dtype), "{dtype} on a GPU");
         let row_bytes = dtype.row_bytes(cols).expect("whole blocks");
         assert_eq!(file.len(), rows * row_bytes, "bytes of a matrix [{rows}, {cols}] of {dtype}");
         assert!(cols.is_multiple_of(8), "rows of floats are read in eights, got {cols}");
         let matrix = DeviceMatrix::empty(gpu, dtype, (rows, cols))?;
-        if !dtype.is_quantized() {
+        if !has_planes(dtype) {
             gpu.upload(file, matrix.memory.span())?;
             return Ok(matrix);
         }
@@ -221,7 +226,8 @@ impl DeviceMatrix {
             let to = self.memory.span().part(rows.start * row_bytes, bytes);
             return gpu.copy(file.part(0, bytes), to);
         };
-        debug_assert_eq!(self.dtype.block_elements() / GROUP, plane_bytes.scale_groups);
+        let block_groups = self.dtype.block_elements() / GROUP;
+        debug_assert!(plane_bytes.scale_groups.is_multiple_of(block_groups));
         let arguments = PackArgs {
             file: file.of(bytes, 1),
             planes: self.planes(),

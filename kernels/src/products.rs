@@ -3,8 +3,9 @@
 //! With few tokens reading the weights takes longest (`stream.cu`, `narrow.cu`): quantised weights
 //! meet activations in 8 bits with a scale per 32 elements, as on the CPU. The integer sums are
 //! the same, and only the order in which groups are added up differs; floats meet floats
-//! (`floats.cu`). With more than [`Gpu::narrow_max`] tokens decoding weights, and then arithmetic,
-//! takes longest: weights and activations meet as f16, with sums in f32 (`middle.cu`, `wide.cu`).
+//! (`floats.cu`, `e4m3.cu`). With more than [`Gpu::narrow_max`] tokens decoding weights, and then
+//! arithmetic, takes longest: weights and activations meet as f16, with sums in f32 (`middle.cu`,
+//! `wide.cu`).
 //!
 //! A token's product has the same bits in any batch of up to [`Gpu::same_sums_max`] tokens, of more
 //! up to 128, and of more than that.
@@ -14,7 +15,7 @@
 //! the order as f16 is told in `halves.cuh`.
 
 use crate::gpu::{Gpu, GpuError, Span};
-use crate::pack::{DeviceMatrix, Planes};
+use crate::pack::{DeviceMatrix, Planes, has_planes};
 use cudarc::driver::DeviceRepr;
 use tandem_cpu_kernels::DType;
 use tandem_cpu_kernels::blocks::GROUP;
@@ -24,6 +25,8 @@ pub(crate) const CHUNK: usize = 4;
 /// Most tokens whose activations float weights meet as f32.
 const FLOATS_MAX: usize = 128;
 const FLOAT_WARPS: usize = 4;
+/// Columns that a warp has together, and its rows.
+const FLOAT_SHAPES: [(usize, usize); 3] = [(1, 1), (4, 2), (8, 4)];
 /// Matrices that one launch can multiply.
 pub(crate) const PARTS: usize = 3;
 /// Bytes of a group's scale and sums.
@@ -41,9 +44,17 @@ pub struct Columns<'a> {
     /// The 8-bit form, for quantised weights.
     pub eight_bits: Option<EightBits<'a>>,
     /// `[columns, cols]` f16, in the order of `halves.cuh` and filled up to multiples of 128
-    /// elements: a sixteenth of the values. Where it is given, quantised weights are multiplied
-    /// with it, and float ones where there are many columns.
+    /// elements: a sixteenth of the values. Where it is given, quantised weights and e4m3 are
+    /// multiplied with it, and other floats where there are many columns.
     pub halves: Option<Span<'a>>,
+}
+
+impl Columns<'_> {
+    /// Pointer to the values.
+    pub(crate) fn floats(&self) -> u64 {
+        let values = self.values.expect("float weights need activations in f32");
+        values.of(self.columns * self.cols, size_of::<f32>())
+    }
 }
 
 /// Bytes of [`Columns::halves`].
@@ -212,14 +223,16 @@ impl Gpu {
     pub fn multiply(&self, products: &[Product<'_>], x: &Columns<'_>) -> Result<(), GpuError> {
         for run in products.chunk_by(|a, b| a.matrix.dtype() == b.matrix.dtype()) {
             for run in run.chunks(PARTS) {
-                let is_quantized = run[0].matrix.dtype().is_quantized();
-                let halves = x.halves.filter(|_| is_quantized || x.columns > FLOATS_MAX);
+                let dtype = run[0].matrix.dtype();
+                let halves = x.halves.filter(|_| has_planes(dtype) || x.columns > FLOATS_MAX);
                 if let Some(halves) = halves {
                     self.multiply_halves(run, x, halves)?;
-                } else if is_quantized {
+                } else if dtype.is_quantized() {
                     if !self.multiply_stream(run, x)? {
                         self.multiply_narrow(run, x)?;
                     }
+                } else if has_planes(dtype) {
+                    self.multiply_e4m3(run, x)?;
                 } else {
                     run.iter().try_for_each(|product| self.multiply_floats(product, x))?;
                 }
@@ -229,12 +242,11 @@ impl Gpu {
     }
 
     fn multiply_floats(&self, product: &Product<'_>, x: &Columns<'_>) -> Result<(), GpuError> {
-        let values = x.values.expect("float weights need activations in f32");
         let (bias, out) = product.pointers(x);
         let (rows, cols) = (product.matrix.rows(), product.matrix.cols());
         let arguments = FloatArgs {
             weights: product.matrix.span().pointer,
-            x: values.of(x.columns * x.cols, size_of::<f32>()),
+            x: x.floats(),
             bias,
             out,
             rows: rows as u32,
@@ -242,8 +254,10 @@ impl Gpu {
             columns: x.columns as u32,
             stride: product.stride as u32,
         };
-        let kernel = format!("matvec_{}", lower_name(product.matrix.dtype()));
-        let grid = [rows.div_ceil(FLOAT_WARPS), x.columns, 1];
+        let wider = FLOAT_SHAPES.into_iter().find(|(columns, _)| *columns >= x.columns);
+        let (columns, warp_rows) = wider.unwrap_or(FLOAT_SHAPES[FLOAT_SHAPES.len() - 1]);
+        let kernel = format!("matvec_{}_{columns}", lower_name(product.matrix.dtype()));
+        let grid = [rows.div_ceil(FLOAT_WARPS * warp_rows), x.columns.div_ceil(columns), 1];
         // SAFETY: all spans were checked against the shapes.
         unsafe { self.launch(&kernel, (grid, 32 * FLOAT_WARPS, 0), &arguments) }
     }

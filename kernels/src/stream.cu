@@ -47,11 +47,13 @@ template <class T, bool SINGLE_, bool GATED_> struct StreamShape {
     // Chunks on their way: so many KiB of a block, or three. What is there before the kernels ahead are done
     // need not be waited for.
 #if __CUDA_ARCH__ == 900
-    static constexpr int KIB = SINGLE ? 128 : 48;
+    static constexpr int KIB = SINGLE ? 80 : 48;
 #else
     static constexpr int KIB = SINGLE ? 64 : 48;
 #endif
     static constexpr int FITTING = KIB / LANE_BYTES<T>, DEPTH = FITTING < 3 ? 3 : FITTING;
+    // Of these, asked for before a row that is normalised on the way: it would wait for them.
+    static constexpr int EARLY = 1;
     // Floats from a column to the next, where no two lanes share a bank; and of a tile.
     static constexpr int STRIDE = 16 + 4, SUMS = STREAM_RANGES * COLUMNS * STRIDE;
     // Threads that finish a tile: of gated ones others than stream, else some of those in turn.
@@ -105,11 +107,10 @@ template <class T, class Shape> struct Streaming {
         ring.advance();
     }
 
-    // Asks for the first chunks.
-    __device__ __forceinline__ void start(const StreamArgs& args) {
-        aim<T, Shape>(next, args, tile, first);
+    // Asks for some of the first chunks.
+    __device__ __forceinline__ void ask_first(const StreamArgs& args, uint32_t count) {
 #pragma unroll 1
-        for (uint32_t i = 0; i < Shape::DEPTH; i++) ask(args);
+        for (uint32_t i = 0; i < count; i++) ask(args);
     }
 
     // Waits for the next chunk.
@@ -191,69 +192,94 @@ template <class Shape> __device__ __forceinline__ void finish_all_gated(const St
     }
 }
 
-// Brings a warp's chunks of activations to where X reads them; both halves bring some for both. Not by the way
+// Brings a range's chunks of activations to where X reads them; both halves bring some for both. Not by the way
 // of the weights, which come in the order in which they were asked for.
-template <class Shape>
-__device__ __forceinline__ void bring_activations(const StreamArgs& args, uint8_t* to, uint32_t first, uint32_t count, uint32_t half) {
-    constexpr uint32_t WORDS = Shape::COLUMNS * 8, PIECES = Shape::COLUMNS * 10, AT_ONCE = 4, LANES = 64;
-    const uint32_t all = count * PIECES;
-    for (uint32_t start = threadIdx.x % 32 + 32 * half; start < all; start += LANES * AT_ONCE) {
-        uint4 pieces[AT_ONCE];
+template <class Shape> struct Activations {
+    static constexpr uint32_t WORDS = Shape::COLUMNS * 8, PIECES = Shape::COLUMNS * 10, AT_ONCE = 4, LANES = 64;
+    uint32_t first, all, member;
+    uint4 pieces[AT_ONCE];
+
+    __device__ __forceinline__ Activations(uint32_t first, uint32_t count) : first(first), all(count * PIECES) {
+        member = threadIdx.x % 32 + threadIdx.x / Shape::HALF * 32;
+    }
+
+    // Some of them, from number `start` on.
+    __device__ __forceinline__ void load(const StreamArgs& args, uint32_t start) {
 #pragma unroll
         for (uint32_t k = 0; k < AT_ONCE; k++) {
-            const uint32_t index = start + LANES * k, slot = index / PIECES, piece = index % PIECES;
+            const uint32_t index = start + member + LANES * k, slot = index / PIECES, piece = index % PIECES;
             if (index >= all) break;
             const size_t column = static_cast<size_t>(first + slot) * args.stride;
             const uint4* const words = reinterpret_cast<const uint4*>(args.quants) + column * 8;
             const uint4* const scales = reinterpret_cast<const uint4*>(args.scales) + column * 2;
             pieces[k] = __ldcg(piece < WORDS ? words + piece : scales + piece - WORDS);
         }
+    }
+
+    __device__ __forceinline__ void store(uint8_t* to, uint32_t start) const {
 #pragma unroll
         for (uint32_t k = 0; k < AT_ONCE; k++) {
-            const uint32_t index = start + LANES * k, slot = index / PIECES, piece = index % PIECES;
+            const uint32_t index = start + member + LANES * k, slot = index / PIECES, piece = index % PIECES;
             if (index >= all) break;
             *reinterpret_cast<uint4*>(to + slot * Shape::X::SLOT + Shape::X::place_of(piece)) = pieces[k];
         }
     }
-}
+};
 
-// Normalises a row to where X reads it, chunk after chunk, with the bits of norm_rows. A thread does the work of two
-// of its threads, which have a four or two each.
-template <class Shape> __device__ __forceinline__ void norm_activations(const StreamNorm& norm, uint8_t* to) {
-    __shared__ float parts[32];
-    constexpr int TWICE = 2, QUADS = 2;
-    const uint32_t lane = threadIdx.x % 32, cols = norm.cols;
-    float4 v[TWICE][QUADS] = {}, weight[TWICE][QUADS];
-    const auto at = [&](int j, int k) { return 4 * (k * norm.threads + j * Shape::STREAMING + threadIdx.x); };
-    const auto is_one = [&](int j, int k) { return j * Shape::STREAMING + threadIdx.x < norm.threads && k < norm.quads; };
+// A row that is normalised to where X reads it, chunk after chunk, with the bits of norm_rows. A thread does the work
+// of two of its threads, which have a four or two each.
+template <class Shape> struct NormOnTheWay {
+    static constexpr int TWICE = 2, QUADS = 2;
+    const StreamNorm& norm;
+    float4 v[TWICE][QUADS], weight[TWICE][QUADS];
+
+    __device__ __forceinline__ uint32_t at(int j, int k) const { return 4 * (k * norm.threads + j * Shape::STREAMING + threadIdx.x); }
+    __device__ __forceinline__ bool is_one(int j, int k) const { return j * Shape::STREAMING + threadIdx.x < norm.threads && k < norm.quads; }
+
+    __device__ __forceinline__ void load_weight() {
 #pragma unroll
-    for (int j = 0; j < TWICE; j++) {
-        float squares = 0;
-#pragma unroll
-        for (int k = 0; k < QUADS; k++) {
-            if (!is_one(j, k)) continue;
-            const uint32_t i = at(j, k);
-            weight[j][k] = quad_at(norm.weight, i, cols);
-            v[j][k] = sum_of_quads(quad_at(norm.residual, i, cols), norm.added ? quad_at(norm.added, i, cols) : make_float4(0, 0, 0, 0));
-            squares = quad_squares(v[j][k], squares);
+        for (int i = 0; i < TWICE * QUADS; i++) {
+            if (is_one(i / QUADS, i % QUADS)) weight[i / QUADS][i % QUADS] = quad_at(norm.weight, at(i / QUADS, i % QUADS), norm.cols);
         }
-        squares = sum_over_warp(squares);
-        if (lane == 0) parts[j * (Shape::STREAMING / 32) + threadIdx.x / 32] = squares;
     }
-    meet_some<Shape::STREAMING>(OF_NORM);
-    const float scale = norm_scale(sum_over_warp(lane < norm.threads / 32 ? parts[lane] : 0.0f), cols, norm.eps);
+
+    __device__ __forceinline__ void load() {
 #pragma unroll
-    for (int j = 0; j < TWICE; j++)
-#pragma unroll
-        for (int k = 0; k < QUADS; k++) {
-            const uint32_t i = at(j, k), group = i / GROUP;
-            if (!is_one(j, k) || i >= padded_groups(cols) * GROUP) continue;
-            if (norm.added && blockIdx.x == 0 && i < cols) *reinterpret_cast<float4*>(norm.sum + i) = v[j][k];
-            uint8_t* const slot = to + group / CHUNK * Shape::X::SLOT;
-            int8_t* const pair = reinterpret_cast<int8_t*>(slot) + group % CHUNK / 2 * (2 * GROUP);
-            round_group(scaled(v[j][k], scale, weight[j][k]), pair, group % 2, reinterpret_cast<GroupScale*>(slot + Shape::X::WORDS) + group % CHUNK);
+        for (int i = 0; i < TWICE * QUADS; i++) {
+            const int j = i / QUADS, k = i % QUADS;
+            v[j][k] = make_float4(0, 0, 0, 0);
+            if (!is_one(j, k)) continue;
+            const float4 added = norm.added ? quad_at(norm.added, at(j, k), norm.cols) : make_float4(0, 0, 0, 0);
+            v[j][k] = sum_of_quads(quad_at(norm.residual, at(j, k), norm.cols), added);
         }
-}
+    }
+
+    __device__ __forceinline__ void store(uint8_t* to) const {
+        __shared__ float parts[32];
+        const uint32_t lane = threadIdx.x % 32, cols = norm.cols;
+#pragma unroll
+        for (int j = 0; j < TWICE; j++) {
+            float squares = 0;
+#pragma unroll
+            for (int k = 0; k < QUADS; k++) squares = is_one(j, k) ? quad_squares(v[j][k], squares) : squares;
+            squares = sum_over_warp(squares);
+            if (lane == 0) parts[j * (Shape::STREAMING / 32) + threadIdx.x / 32] = squares;
+        }
+        meet_some<Shape::STREAMING>(OF_NORM);
+        const float scale = norm_scale(sum_over_warp(lane < norm.threads / 32 ? parts[lane] : 0.0f), cols, norm.eps);
+#pragma unroll
+        for (int j = 0; j < TWICE; j++)
+#pragma unroll
+            for (int k = 0; k < QUADS; k++) {
+                const uint32_t i = at(j, k), group = i / GROUP;
+                if (!is_one(j, k) || i >= padded_groups(cols) * GROUP) continue;
+                if (norm.added && blockIdx.x == 0 && i < cols) *reinterpret_cast<float4*>(norm.sum + i) = v[j][k];
+                uint8_t* const slot = to + group / CHUNK * Shape::X::SLOT;
+                int8_t* const pair = reinterpret_cast<int8_t*>(slot) + group % CHUNK / 2 * (2 * GROUP);
+                round_group(scaled(v[j][k], scale, weight[j][k]), pair, group % 2, reinterpret_cast<GroupScale*>(slot + Shape::X::WORDS) + group % CHUNK);
+            }
+    }
+};
 
 // Hands over the sums of a tile, the `turn`-th of this half of the block.
 template <class Shape, class Sums>
@@ -343,14 +369,29 @@ template <class T, class Shape> __device__ __forceinline__ void stream(const Str
     // A half's first tile, and how far it is to its next.
     const uint32_t tile = blockIdx.x + (Shape::GATED ? 0 : half * gridDim.x), step = Shape::GATED ? gridDim.x : 2 * gridDim.x;
     Streaming<T, Shape> weights{typename Shape::Ring(stream_shared), first, count, step, tile};
-    weights.start(args);
-    wait_for_earlier();
+    aim<T, Shape>(weights.next, args, tile, first);
     uint8_t* const all = stream_shared + Shape::Ring::BYTES + 4 * Shape::SUMS * sizeof(float);
     uint8_t* const activations = all + range * each * Shape::X::SLOT;
+    // What is loaded waits for all that was asked for before: so most chunks are asked for after it.
     if (Shape::SINGLE && args.norm.weight) {
-        norm_activations<Shape>(args.norm, all);
+        NormOnTheWay<Shape> row{args.norm};
+        row.load_weight();
+        weights.ask_first(args, Shape::EARLY);
+        wait_for_earlier();
+        row.load();
+        weights.ask_first(args, Shape::DEPTH - Shape::EARLY);
+        row.store(all);
     } else {
-        bring_activations<Shape>(args, activations, first, count, half);
+        using X = Activations<Shape>;
+        X x(first, count);
+        weights.ask_first(args, Shape::DEPTH);
+        wait_for_earlier();
+        x.load(args, 0);
+        x.store(activations, 0);
+        for (uint32_t start = X::LANES * X::AT_ONCE; start < x.all; start += X::LANES * X::AT_ONCE) {
+            x.load(args, start);
+            x.store(activations, start);
+        }
     }
     __syncthreads();
     if constexpr (Shape::SINGLE) multiply_single<T, Shape>(args, weights, tile, SingleColumn(activations, first, first + count), sums);

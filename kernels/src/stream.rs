@@ -102,7 +102,7 @@ impl StreamKernel {
         let kib = if columns > 1 {
             48
         } else if gpu.has_wgmma() {
-            std::env::var("TANDEM_KIB").map_or(128, |k| k.parse().unwrap())
+            80
         } else {
             64
         };
@@ -111,7 +111,10 @@ impl StreamKernel {
         let weights = fitting.max(3) * THREADS / 32 * chunk_bytes;
         let sums = 2 * HALVES * RANGES * columns * (TILE_ROWS + 4) * size_of::<f32>();
         let each = x.cols.div_ceil(CHUNK * GROUP).div_ceil(RANGES);
-        let shared_bytes = weights + sums + RANGES * each * columns * CHUNK_BYTES;
+        let need = weights + sums + RANGES * each * columns * CHUNK_BYTES;
+        // More than half of what there is: two blocks of one multiprocessor would leave another
+        // without.
+        let shared_bytes = need.max(gpu.shared_bytes() / 2);
         let name = format!("{kind}_{}_{columns}", lower_name(dtype));
         // Gated ones have threads, and some memory, for what comes after products.
         let finishing = if columns == 1 { 32 } else { 128 };

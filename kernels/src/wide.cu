@@ -37,6 +37,7 @@ template <class Loads, class Shape> __device__ __forceinline__ void wide(const W
 #endif
 #define WIDE_QUANTIZED(name, T) WIDE(name, WideLoads<T>)
 FOR_QUANTIZED(WIDE_QUANTIZED)
+FOR_E4M3(WIDE_QUANTIZED)
 WIDE(f32, WideFloats<F32>)
 WIDE(f16, WideFloats<F16>)
 WIDE(bf16, WideFloats<Bf16>)

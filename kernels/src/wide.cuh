@@ -76,15 +76,21 @@ __device__ __forceinline__ void split_bytes(uint32_t w, __half2 pairs[2]) {
     pairs[1] = __hadd2(pair_of(__byte_perm(u, 0x64646464u, 0x4341)), offset);
 }
 
-// The same of the lower or upper nibbles of four bytes, less `zero`: where their bits lie, they are the last of
-// 1024 and more, whole or in sixteenths.
-template <int zero> __device__ __forceinline__ void split_nibbles(uint32_t w, bool upper, __half2 pairs[2]) {
+// The same of the lower or upper nibbles of four bytes: where their bits lie, they are the last of 1024 and more,
+// whole or in sixteenths. What is added is minus 1024 or 64, and minus what stands for zero.
+__device__ __forceinline__ void split_nibbles(uint32_t w, bool upper, __half2 added, __half2 pairs[2]) {
     const uint32_t mask = upper ? 0x00f000f0u : 0x000f000fu;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const __half2 of = pair_of(selected(w >> 8 * i, mask, 0x64006400u));
-        pairs[i] = upper ? __hfma2(of, __float2half2_rn(1.0f / 16), __float2half2_rn(-64.0f - zero)) : __hadd2(of, __float2half2_rn(-1024.0f - zero));
+        pairs[i] = upper ? __hfma2(of, __float2half2_rn(1.0f / 16), added) : __hadd2(of, added);
     }
+}
+
+// What is added for a zero point of one byte: an integer's bits are the last of 1024 and more.
+__device__ __forceinline__ __half2 added_for(uint32_t zero, bool upper) {
+    const __half2 lower = pair_of(0xe400e400u | zero * 0x10001u);
+    return upper ? __hadd2(lower, __float2half2_rn(1024.0f - 64.0f)) : lower;
 }
 
 // Lane t's part of a row, UNIT_GROUPS groups of it: on its way, and then as f16, of a lower or upper half of
@@ -101,11 +107,20 @@ template <class T> struct WideLoads {
     }
 
     __device__ __forceinline__ uint2 decode(uint32_t chunk, int j, int half) const {
-        constexpr bool HAS_NIBBLES = T::NIBBLE_ZERO >= 0, HAS_MIN = T::MIN != Min::None;
+        constexpr bool HAS_NIBBLES = T::NIBBLE_ZERO >= 0, HAS_MIN = T::MIN != Min::None && !T::HAS_ZEROS;
+        if constexpr (T::IS_FLOAT) return decode_float(chunk, j, half);
         __half2 pairs[2], scale, min;
-        if constexpr (HAS_NIBBLES) split_nibbles<T::NIBBLE_ZERO>(raw.quants[j], half, pairs);
-        if constexpr (!HAS_NIBBLES) split_bytes(T::decode(raw, j, half), pairs);
-        if constexpr (T::SCALE_GROUPS == 1) {
+        if constexpr (T::HAS_ZEROS) {
+            split_nibbles(raw.quants[j], half, added_for(T::zero(scales.words, j), half), pairs);
+        } else if constexpr (HAS_NIBBLES) {
+            split_nibbles(raw.quants[j], half, __float2half2_rn((half ? -64.0f : -1024.0f) - T::NIBBLE_ZERO), pairs);
+        } else {
+            split_bytes(T::decode(raw, j, half), pairs);
+        }
+        if constexpr (T::HAS_ZEROS) {
+            // A difference of integers is exact, so a weight is rounded once.
+            scale = __hmul2(pair_of(T::step(scales.words, j) * 0x10001u), __float2half2_rn(WEIGHT_UNIT));
+        } else if constexpr (T::SCALE_GROUPS == 1) {
             constexpr float FACTOR = WEIGHT_UNIT / (HAS_NIBBLES ? 1 : T::UNIT);
             const uint32_t word = scales.words[HAS_MIN ? j : j / 2], selector = !HAS_MIN && j % 2 ? 0x3232 : 0x1010;
             scale = __hmul2(pair_of(__byte_perm(word, 0, selector)), __float2half2_rn(FACTOR));
@@ -117,6 +132,19 @@ template <class T> struct WideLoads {
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) pairs[i] = HAS_MIN ? __hfma2(pairs[i], scale, min) : __hmul2(pairs[i], scale);
+        return make_uint2(bits_of(pairs[0]), bits_of(pairs[1]));
+    }
+
+    // Scales are f32: their products are rounded once.
+    __device__ __forceinline__ uint2 decode_float(uint32_t chunk, int j, int half) const {
+        __half2 pairs[2];
+        split_e4m3(T::decode(raw, j, half), pairs);
+        const float unit = WEIGHT_UNIT * scales.of(chunk, j).scale[0];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float2 pair = __half22float2(pairs[i]);
+            pairs[i] = __floats2half2_rn(unit * pair.x, unit * pair.y);
+        }
         return make_uint2(bits_of(pairs[0]), bits_of(pairs[1]));
     }
 };

@@ -1,6 +1,7 @@
 //! Products in which weights of any type meet activations as f16: `middle.cu`, `wide.cu`.
 
 use crate::gpu::{Gpu, GpuError, Span};
+use crate::pack::has_planes;
 use crate::products::{CHUNK, Columns, PARTS, Part, Product, half_bytes, lower_name, parts};
 use cudarc::driver::DeviceRepr;
 use tandem_cpu_kernels::blocks::GROUP;
@@ -31,6 +32,7 @@ const MMA_TILES: [WideTile; 2] = [
     WideTile { rows: 128, columns: 64, threads: 256, copies: 2, cost: 10 },
 ];
 
+/// `WideArgs` of wide.cuh, and `E4m3Args` of e4m3.cu.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct WideArgs {
@@ -42,30 +44,28 @@ pub(crate) struct WideArgs {
     cols: u32,
 }
 
-// SAFETY: plain numbers in the order of `WideArgs` in wide.cuh.
+// SAFETY: plain numbers in the order of both structures.
 unsafe impl DeviceRepr for WideArgs {}
 
 impl WideArgs {
-    /// For blocks of some rows, and how many of these there are.
-    fn new(
+    /// For activations at a pointer and blocks of some rows, and how many of these there are.
+    pub(crate) fn new(
         run: &[Product<'_>],
-        x: &Columns<'_>,
-        halves: Span<'_>,
+        (x, pointer): (&Columns<'_>, u64),
         block_rows: usize,
     ) -> (WideArgs, usize) {
         let (parts, blocks) = parts(run, x, block_rows);
-        (Self::with_parts((parts, run.len()), x, halves), blocks)
+        (Self::with_parts((parts, run.len()), (x, pointer)), blocks)
     }
 
     /// For parts that are made already, and how many these are.
     pub(crate) fn with_parts(
         (parts, n_parts): ([Part; PARTS], usize),
-        x: &Columns<'_>,
-        halves: Span<'_>,
+        (x, pointer): (&Columns<'_>, u64),
     ) -> WideArgs {
         WideArgs {
             parts,
-            x: halves.of(half_bytes(x.columns, x.cols), 1),
+            x: pointer,
             n_parts: n_parts as u32,
             padded: x.cols.div_ceil(GROUP).next_multiple_of(CHUNK) as u32,
             columns: x.columns as u32,
@@ -86,7 +86,8 @@ impl Gpu {
         x: &Columns<'_>,
         halves: Span<'_>,
     ) -> Result<(), GpuError> {
-        if x.columns <= MIDDLE_MAX && self.has_wgmma() && run[0].matrix.dtype().is_quantized() {
+        let halves = halves.of(half_bytes(x.columns, x.cols), 1);
+        if x.columns <= MIDDLE_MAX && self.has_wgmma() && has_planes(run[0].matrix.dtype()) {
             self.multiply_middle(run, x, halves)
         } else {
             self.multiply_wide(run, x, halves)
@@ -97,9 +98,9 @@ impl Gpu {
         &self,
         run: &[Product<'_>],
         x: &Columns<'_>,
-        halves: Span<'_>,
+        halves: u64,
     ) -> Result<(), GpuError> {
-        let (arguments, blocks) = WideArgs::new(run, x, halves, MIDDLE_ROWS);
+        let (arguments, blocks) = WideArgs::new(run, (x, halves), MIDDLE_ROWS);
         // As many as there is room for at a time, whatever the number of columns.
         let chunks = arguments.padded as usize / CHUNK;
         let (room, mut cluster) = (2 * self.multiprocessors(), 1);
@@ -125,10 +126,10 @@ impl Gpu {
         &self,
         run: &[Product<'_>],
         x: &Columns<'_>,
-        halves: Span<'_>,
+        halves: u64,
     ) -> Result<(), GpuError> {
         let tile = self.wide_tile(run, x.columns);
-        let (arguments, blocks) = WideArgs::new(run, x, halves, tile.rows);
+        let (arguments, blocks) = WideArgs::new(run, (x, halves), tile.rows);
         let name = lower_name(run[0].matrix.dtype());
         let kernel = format!("wide_{name}_{}_{}", tile.rows, tile.columns);
         let grid = [x.columns.div_ceil(tile.columns), blocks, 1];

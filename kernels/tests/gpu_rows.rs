@@ -5,7 +5,10 @@
 mod gpu;
 
 use gpu::{EightBitMemory, Random, distance, from_gpu, gpu, on_gpu, rounded, scalar};
-use tandem_kernels::{Added, Gate, Gpu, NormRows, RoundRows, RowNorm};
+use tandem_cpu_kernels::{DType, dequantize_row, quantize_row};
+use tandem_kernels::{
+    Added, DeviceMatrix, EmbedRows, Gate, Gpu, NormRows, RoundRows, RowNorm, Staging,
+};
 
 /// The values that a row in 8 bits stands for.
 fn decoded(gpu: &Gpu, memory: &EightBitMemory, rows: usize, cols: usize) -> Vec<f32> {
@@ -199,4 +202,33 @@ fn gathered_rows_are_normed_and_leave_the_residual_as_it_is() {
     }
     let (off, largest) = distance(&from_gpu(&gpu, &values, 2 * cols), &wanted);
     assert!(off <= 2e-6 * largest, "{off} of {largest} off");
+}
+
+#[test]
+fn rows_of_every_type_are_looked_up() {
+    let Some(gpu) = gpu() else { return };
+    let staging = Staging::new(&gpu).expect("staging memory");
+    let (mut random, table_rows) = (Random(9), 37);
+    let numbers = [36u32, 0, 17, 17, 33];
+    let rows = on_gpu(&gpu, &numbers);
+    for dtype in DType::ALL {
+        for cols in [320, 768] {
+            let Some(row_bytes) = dtype.row_bytes(cols) else { continue };
+            let mut file = vec![0; table_rows * row_bytes];
+            quantize_row(dtype, &random.floats(table_rows * cols), &mut file);
+            let table = DeviceMatrix::upload(&gpu, &staging, dtype, (table_rows, cols), &file);
+            let table = table.expect("an upload");
+            let out = on_gpu(&gpu, &vec![f32::NAN; numbers.len() * cols]);
+            let (tokens, rows, span) = (numbers.len(), Some(rows.span()), out.span());
+            let pass = EmbedRows { table: &table, rows, tokens, scale: 3.0, out: span };
+            gpu.embed_rows(&pass).expect("rows");
+            let mut wanted = vec![0.0; tokens * cols];
+            for (row, wanted) in numbers.iter().zip(wanted.chunks_exact_mut(cols)) {
+                dequantize_row(dtype, &file[*row as usize * row_bytes..][..row_bytes], wanted);
+                wanted.iter_mut().for_each(|value| *value *= 3.0);
+            }
+            let (off, largest) = distance(&from_gpu(&gpu, &out, tokens * cols), &wanted);
+            assert!(off <= 1e-6 * largest, "{dtype} of {cols}: {off} of {largest} off");
+        }
+    }
 }

@@ -141,13 +141,8 @@ fn unsupported(spec: &ModelSpec, config: &Config) -> Option<String> {
         return Some(format!("embeddings of {dim} run on the CPU only"));
     }
     let mut refused = spec.experts().find_map(unsupported_experts);
-    spec.for_each_tensor(&mut |TensorRef { name, dtype, rows, cols, .. }| {
-        if refused.is_some() || *rows <= 1 {
-            return;
-        }
-        if !DeviceMatrix::supports(*dtype) {
-            refused = Some(format!("{name} of {dtype} runs on the CPU only"));
-        } else if !cols.is_multiple_of(ROW_MULTIPLE) {
+    spec.for_each_tensor(&mut |TensorRef { name, rows, cols, .. }| {
+        if refused.is_none() && *rows > 1 && !cols.is_multiple_of(ROW_MULTIPLE) {
             refused = Some(format!("{name} with rows of {cols} elements runs on the CPU only"));
         }
     });
@@ -164,7 +159,8 @@ fn unsupported_experts(experts: &ExpertsSpec) -> Option<String> {
         let TensorRef { name, dtype, rows, .. } = tensor;
         let rows = rows / n_experts;
         let is_odd = !DeviceMatrix::supports_experts(*dtype, rows);
-        is_odd.then(|| format!("{name} with experts of {rows} rows runs on the CPU only"))
+        is_odd
+            .then(|| format!("{name} of {dtype} with experts of {rows} rows runs on the CPU only"))
     })
 }
 

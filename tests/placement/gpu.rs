@@ -204,10 +204,15 @@ fn what_has_no_kernels_on_a_gpu_runs_on_the_cpu() {
     let mut odd = spec();
     odd.layers[0].attention.output.weight.cols = 100;
     runs_on_the_cpu_only(&odd, |_| (), "rows of 100 elements");
-    for dtype in [DType::INT4_128, DType::E4M3_32] {
-        let mut of_a_server = spec();
-        of_a_server.layers[0].attention.output.weight.dtype = dtype;
-        runs_on_the_cpu_only(&of_a_server, |_| (), &format!("of {dtype} runs on the CPU only"));
+}
+
+#[test]
+fn weights_of_every_type_are_placed_on_a_gpu() {
+    for dtype in DType::ALL {
+        let mut spec = spec();
+        spec.layers[0].attention.output.weight.dtype = dtype;
+        let placement = Placement::plan(&spec, &with(vec![gpu(0, FREE)]), &config("0")).unwrap();
+        assert_eq!(placement.device(), &Device::Gpu(0), "{dtype}");
     }
 }
 

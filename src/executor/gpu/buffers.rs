@@ -171,7 +171,7 @@ impl GpuBuffers {
         };
         Ok(Self {
             residual: rows(Buffer::Residual, Form::Plain)?,
-            residual_sum: gpu.alloc(embedding * F32)?,
+            residual_sum: gpu.alloc(program.dims.embedding * F32)?,
             normed: rows(Buffer::Normed, normed)?,
             heads: rows(Buffer::Heads, Form::Plain)?,
             attended: rows(Buffer::Attended, Form::EightBits)?,

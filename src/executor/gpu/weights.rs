@@ -308,9 +308,6 @@ fn check(program: &Program) -> Result<(), ExecutorError> {
     }
     for MatrixEntry { tensor, used_for } in &program.matrices {
         let TensorRef { name, dtype, rows, cols } = tensor;
-        if !DeviceMatrix::supports(*dtype) {
-            return refuse(format!("{name}, whose elements are {dtype}, on a GPU"));
-        }
         let unit = if dtype.is_quantized() { GROUP } else { 8 };
         if !cols.is_multiple_of(unit) {
             return refuse(format!("{name} with rows of {cols} elements on a GPU"));
