@@ -183,7 +183,6 @@ fn what_has_no_kernels_on_a_gpu_runs_on_the_cpu() {
     for family in [Family::Mixtral, Family::Qwen3Moe] {
         runs_on_the_cpu_only(&spec_of(family), |_| (), "mixtures of experts");
     }
-    runs_on_the_cpu_only(&spec(), |config| config.kv.dtype = KvDType::Q8_0, "q8_0");
     for head_dim in [0, 12, 264, 512] {
         let mut spec = spec();
         spec.layers[1].attention.head_dim = head_dim;
@@ -199,6 +198,43 @@ fn what_has_no_kernels_on_a_gpu_runs_on_the_cpu() {
         let mut of_a_server = spec();
         of_a_server.layers[0].attention.output.weight.dtype = dtype;
         runs_on_the_cpu_only(&of_a_server, |_| (), &format!("of {dtype} runs on the CPU only"));
+    }
+}
+
+#[test]
+fn keys_and_values_are_kept_as_asked_on_a_gpu() {
+    let (spec, hardware) = (spec(), with(vec![gpu(0, FREE)]));
+    for dtype in KvDType::ALL {
+        let mut config = config("auto");
+        config.kv.dtype = dtype;
+        let placement = Placement::plan(&spec, &hardware, &config).unwrap();
+        assert_eq!((placement.device(), placement.kv_dtype), (&Device::Gpu(0), dtype));
+        let bytes = spec.kv_bytes_per_token(dtype) * placement.block_tokens as u64;
+        assert_eq!(placement.block_bytes(), bytes);
+        assert!(placement.notes.is_empty(), "{:?}", placement.notes);
+        let rows = placement.explain();
+        let row = rows.iter().find(|row| row.what == "KV cache").unwrap();
+        assert!(row.why.ends_with(dtype.name()), "{}", row.why);
+    }
+}
+
+#[test]
+fn a_type_that_only_a_gpu_has_becomes_the_nearest_or_is_refused() {
+    let spec = spec();
+    for (dtype, taken) in [(KvDType::Bf16, KvDType::F16), (KvDType::Fp8E4m3, KvDType::Q8_0)] {
+        let plan = |device: &str| {
+            let mut config = config(device);
+            config.kv.dtype = dtype;
+            Placement::plan(&spec, &without(), &config)
+        };
+        let auto = plan("auto").unwrap();
+        assert_eq!((auto.device(), auto.kv_dtype), (&Device::Cpu, taken));
+        assert_eq!(auto.block_bytes(), spec.kv_bytes_per_token(taken) * auto.block_tokens as u64);
+        let why = format!("kv.dtype is {dtype}, which only a GPU has: the CPU keeps {taken}");
+        assert_eq!(auto.notes, ["no GPU is used: no driver".to_owned(), why]);
+        let (field, got, allowed) = refusal(plan("off"));
+        assert_eq!((field.as_str(), got.as_str()), ("kv.dtype", dtype.name()));
+        assert!(allowed.starts_with("f16 or q8_0 on the CPU"), "{allowed}");
     }
 }
 
