@@ -222,9 +222,13 @@ fn bytemuck_bytes(values: &[f32]) -> &[u8] {
 
 /// Bytes that are moderate numbers of every type of KV elements.
 fn kept(gpu: &Gpu, bytes: usize) -> Outcome<DeviceMemory> {
-    let numbers: Vec<u8> = (0..bytes).map(|i| 0x2c + (i * 7 % 12) as u8).collect();
+    const AT_ONCE: usize = 1 << 20;
+    let numbers: Vec<u8> = (0..AT_ONCE).map(|i| 0x2c + (i * 7 % 12) as u8).collect();
     let memory = gpu.alloc(bytes)?;
-    gpu.upload(&numbers, memory.span())?;
+    for start in (0..bytes).step_by(AT_ONCE) {
+        let count = AT_ONCE.min(bytes - start);
+        gpu.upload(&numbers[..count], memory.span().part(start, count))?;
+    }
     Ok(memory)
 }
 

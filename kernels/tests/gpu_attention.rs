@@ -50,8 +50,8 @@ fn a_token_has_the_same_bits_alone_and_in_any_batch() {
     }
 }
 
-/// Weights of at most 1 are rounded to f16 there, beside queries, keys and values: what a sum is off
-/// by then, at most, of its largest term.
+/// Weights of at most 1 are rounded to f16 there, beside queries, keys and values: what a sum is
+/// off by then, at most, of its largest term.
 const HALF: f32 = 1.0 / 2048.0;
 
 #[test]
