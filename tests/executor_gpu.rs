@@ -213,8 +213,10 @@ fn types_that_only_a_gpu_keeps_are_as_near_to_f16_as_they_round() {
         // What the wide step's products and attention round to f16 themselves.
         let (kernels, rounding) = (distance(&same, &sixteen).0, distance(&eight, &sixteen).0);
         let (apart, _) = distance(&near, &eight);
-        println!("{name}: f16 {kernels:.6} apart, q8_0 {apart:.6}, rounding {rounding:.6}");
-        assert!(apart <= kernels + EXACT, "{name}: q8_0 is {apart} nats apart");
+        println!("{name}: nats apart: f16 {kernels:.6}, q8_0 {apart:.6}, rounding {rounding:.6}");
+        // What is 2^-11 off before it is rounded to steps of 1 / 127 falls elsewhere in up to an
+        // eighth of cases, and means grow with the root of that.
+        assert!(apart <= kernels + rounding / 2.0, "{name}: q8_0 is {apart} nats apart");
         for (dtype, over) in OVER_EIGHT_BITS {
             let rows = on_gpu(dtype).unwrap();
             let ((off, _), (used, _)) = (distance(&rows, &sixteen), distance(&rows, &same));

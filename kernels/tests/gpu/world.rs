@@ -130,9 +130,10 @@ impl World {
                 if self.shape.dtype == KvDType::Q8_0 {
                     turn(&mut q);
                 }
+                let q: Vec<f64> = q.into_iter().map(|q| rounded(f64::from(q))).collect();
                 let score = |key: usize| {
                     let pairs = q.iter().zip(&keys[at(key)]);
-                    let score = 0.3 * pairs.map(|(q, k)| rounded(f64::from(*q)) * k).sum::<f64>();
+                    let score = 0.3 * pairs.map(|(q, k)| q * k).sum::<f64>();
                     let cap = self.shape.softcap.map(f64::from);
                     cap.map_or(score, |cap| cap * (score / cap).tanh())
                 };
