@@ -225,6 +225,7 @@ fn a_kv_cache_in_8_bits_holds_more_and_answers() {
     for (wrong, part) in [
         (&["plan", "tiny.gguf", "--kv-dtype", "q4_0"][..], "q8_0"),
         (&["plan", "tiny.gguf", "--cache-type-k", "q8_0", "--cache-type-v", "f16"], "one type"),
+        (&["generate", "the rain", "-m", "tiny.gguf", "--kv-dtype", "bf16"], "kv.dtype"),
     ] {
         let (code, message) = desk.fails(wrong);
         assert!(code == 78 && message.contains(part), "{code} {message}");

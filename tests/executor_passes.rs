@@ -85,7 +85,7 @@ fn heads_that_are_no_whole_groups_have_the_same_bits_too() {
     for (n_heads, n_kv_heads, head_dim) in [(8, 8, 16), (8, 4, 20), (4, 1, 96)] {
         let model = TinyModel { n_heads, n_kv_heads, head_dim, ..TinyModel::new(Family::Qwen3) };
         let model = Model::from_bytes(&model.gguf().bytes());
-        for dtype in KvDType::ALL {
+        for dtype in KvDType::ON_CPU {
             let options = |passes, threads| {
                 let mut options = with(passes, threads);
                 options.kv.dtype = dtype;
@@ -181,7 +181,7 @@ fn new_tokens_on_both_sides_of_a_cut_are_stored_by_those_who_read_them() {
     let plans: Vec<_> = prompt.chain(steps).map(|range| step(&sequence, &[(0, range)])).collect();
     let model = TinyModel { n_kv_heads: 1, ..TinyModel::new(Family::Qwen3) };
     let model = Model::from_bytes(&model.gguf().bytes());
-    for dtype in KvDType::ALL {
+    for dtype in KvDType::ON_CPU {
         let stage = |passes, threads| {
             let mut options = with(passes, threads);
             options.kv.dtype = dtype;

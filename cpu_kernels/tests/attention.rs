@@ -225,4 +225,9 @@ fn layouts_that_no_kernel_can_read_are_refused() {
     assert_eq!(KvLayout::new(1, 64, 0, KvDType::Q8_0), Err(KvLayoutError::BlockTokens { got: 0 }));
     let empty = KvLayoutError::Empty { n_kv_heads: 2, head_dim: 0 };
     assert_eq!(KvLayout::new(2, 0, 16, KvDType::F16), Err(empty));
+    for got in [KvDType::Bf16, KvDType::Fp8E4m3] {
+        let refused = KvLayout::new(1, 64, 16, got).unwrap_err();
+        assert_eq!(refused, KvLayoutError::DType { got });
+        assert!(refused.to_string().starts_with(&format!("kv.dtype is {got}; allowed")));
+    }
 }

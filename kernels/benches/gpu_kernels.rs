@@ -1,14 +1,16 @@
 //! What the kernels of a GPU reach, beside its copy roof measured in the same run.
 //!
 //! `cargo bench -p tandem-kernels --bench gpu_kernels -- [products] [experts] [attention]
-//! [--type Q4_0,…] [--columns 1,8,…] [--shape ROWSxCOLS,…]`: without words, all. Products take
-//! their weights from 400 MB or more of matrices in turn, so that no cache holds them; those of
-//! experts are of a layer of Qwen3 30B A3B or Mixtral 8x7B, whose tokens take others each time.
+//! [--type Q4_0,…] [--columns 1,8,…] [--shape ROWSxCOLS,…] [--kv f16,q8_0,…]`: without words, all.
+//! Products take their weights from 400 MB or more of matrices in turn, so that no cache holds
+//! them; those of experts are of a layer of Qwen3 30B A3B or Mixtral 8x7B, whose tokens take others
+//! each time.
 
 #![allow(clippy::print_stdout, reason = "a bench and its figures")]
 
 use half::f16;
 use std::hint::black_box;
+use tandem_cpu_kernels::attention::KvDType;
 use tandem_cpu_kernels::{DType, quantize_row};
 use tandem_kernels::{
     Attend, Columns, DeviceMatrix, DeviceMemory, EightBits, ExpertProduct, ExpertRoutes, Gpu,
@@ -74,8 +76,10 @@ fn main() -> Outcome<()> {
         }
     }
     if wants("attention") {
-        println!("| heads, KV heads, elements | tokens | context | us | GB/s of KV | TFLOP/s |");
-        println!("|---|---|---|---|---|---|");
+        println!(
+            "| heads, KV heads, elements | KV | tokens | context | us | GB/s of KV | TFLOP/s |"
+        );
+        println!("|---|---|---|---|---|---|---|");
         let heads = HeadCounts { n_heads: 32, n_kv_heads: 8, head_dim: 128 };
         for (sequences, tokens, context) in [
             (1, 1, 100),
@@ -87,7 +91,10 @@ fn main() -> Outcome<()> {
             (1, 2048, 2048),
             (4, 512, 512),
         ] {
-            attention(&gpu, heads, (sequences, tokens, context))?;
+            for name in list("--kv", "f16") {
+                let dtype = name.parse().unwrap_or_else(|error| panic!("{error}"));
+                attention(&gpu, (heads, dtype), (sequences, tokens, context))?;
+            }
         }
     }
     Ok(())
@@ -313,6 +320,18 @@ fn bytemuck_bytes(values: &[f32]) -> &[u8] {
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
+/// Bytes that are moderate numbers of every type of KV elements.
+fn kept(gpu: &Gpu, bytes: usize) -> Outcome<DeviceMemory> {
+    const AT_ONCE: usize = 1 << 20;
+    let numbers: Vec<u8> = (0..AT_ONCE).map(|i| 0x2c + (i * 7 % 12) as u8).collect();
+    let memory = gpu.alloc(bytes)?;
+    for start in (0..bytes).step_by(AT_ONCE) {
+        let count = AT_ONCE.min(bytes - start);
+        gpu.upload(&numbers[..count], memory.span().part(start, count))?;
+    }
+    Ok(memory)
+}
+
 /// Positions and block tables of all tokens of an attention, and its sequences' tokens.
 fn places(
     (sequences, tokens, context): (usize, usize, usize),
@@ -331,15 +350,15 @@ fn places(
 /// `context - 1`. 32 layers of KV in turn.
 fn attention(
     gpu: &Gpu,
-    heads: HeadCounts,
+    (heads, dtype): (HeadCounts, KvDType),
     (sequences, tokens, context): (usize, usize, usize),
 ) -> Outcome<()> {
     const LAYERS: usize = 32;
     let block_tokens = 32;
     let each = context.div_ceil(block_tokens);
     let blocks = sequences * each;
-    let bytes = blocks * KvSpans::block_bytes(heads, block_tokens);
-    let layers = (0..LAYERS).map(|_| Ok((floats(gpu, bytes / F32)?, floats(gpu, bytes / F32)?)));
+    let bytes = blocks * KvSpans::block_bytes(heads, block_tokens, dtype);
+    let layers = (0..LAYERS).map(|_| Ok((kept(gpu, bytes)?, kept(gpu, bytes)?)));
     let layers = layers.collect::<Outcome<Vec<_>>>()?;
     let (positions, tables, runs) = places((sequences, tokens, context), each);
     let numbers: Vec<u32> = (0..blocks as u32).rev().collect();
@@ -376,7 +395,7 @@ fn attention(
     let us = time(gpu, LAYERS, || {
         layers.iter().try_for_each(|(keys, values)| {
             let (keys, values): (Span<'_>, Span<'_>) = (keys.span(), values.span());
-            let store = KvSpans { keys, values, blocks, block_tokens };
+            let store = KvSpans { keys, values, blocks, block_tokens, dtype };
             if tokens > 1 {
                 let runs = Runs { lengths: &runs, on_gpu: on_gpu.span() };
                 gpu.attend_runs(&pass, heads, (&table, &store), &runs)
@@ -385,12 +404,12 @@ fn attention(
             }
         })
     })?;
-    let kv = (sequences * context * heads.n_kv_heads * heads.head_dim * 4) as f64;
+    let kv = (2 * sequences * context * heads.n_kv_heads * dtype.head_bytes(heads.head_dim)) as f64;
     let seen = (tokens * (2 * context - tokens + 1) / 2 * sequences) as f64;
     let flops = 4.0 * seen * (heads.n_heads * heads.head_dim) as f64;
     let HeadCounts { n_heads, n_kv_heads, head_dim } = heads;
     println!(
-        "| {n_heads}, {n_kv_heads}, {head_dim} | {sequences} x {tokens} | {context} | \
+        "| {n_heads}, {n_kv_heads}, {head_dim} | {dtype} | {sequences} x {tokens} | {context} | \
          {us:.1} | {:.0} | {:.0} |",
         kv / us / 1e3,
         flops / us / 1e6

@@ -45,25 +45,32 @@ struct Place {
     __device__ __forceinline__ bool sees(uint32_t at) const { return at >= start && at < stop; }
 };
 
-// This lane's key, eight elements at a time, on its way; and a lane's line of values, to the second cache.
-template <int DIM> struct OwnKey {
-    uint4 packed[DIM / 8];
+// This lane's key, a piece at a time, and scales, on their way; and a lane's line of values, to the second cache.
+template <typename Type, int DIM> struct OwnKey {
+    static constexpr int GROUPS = DIM / KV_GROUP;
+    typename Type::Piece packed[DIM / 8];
+    uint16_t key_scales[GROUPS], value_scales[GROUPS]; // unused, and not there, where the type has none
 
     __device__ __forceinline__ void load(const KvStore& store, const Place& at) {
-        const __half* const keys = store.keys + at.base + static_cast<size_t>(at.slot) * 8;
-#pragma unroll
-        for (int i = 0; i < DIM / 8; i++) {
-            packed[i] = 8 * i < store.head_dim ? *reinterpret_cast<const uint4*>(keys + static_cast<size_t>(8 * i) * store.block_tokens) : make_uint4(0, 0, 0, 0);
-        }
-        const __half* const value = store.values + at.base + static_cast<size_t>(at.slot) * store.head_dim;
-        for (uint32_t i = 0; i < store.head_dim; i += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(value + i));
+        const HeadPlace value = store.value<Type>(at.base, at.slot);
+        take(store.key<Type>(at.base, at.slot), value, store.head_dim);
+        const uint32_t bytes = store.head_dim * Type::BYTES;
+        for (uint32_t i = 0; i < bytes; i += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(value.pieces + i));
     }
 
-    // The key of the token itself instead.
-    __device__ __forceinline__ void replace(const __half* key, uint32_t dim) {
+    // The key, and scales of the value, from some places.
+    __device__ __forceinline__ void take(const HeadPlace& key, const HeadPlace& value, uint32_t dim) {
 #pragma unroll
         for (int i = 0; i < DIM / 8; i++) {
-            if (8 * i < dim) packed[i] = *reinterpret_cast<const uint4*>(key + 8 * i);
+            packed[i] = 8 * i < dim ? *reinterpret_cast<const typename Type::Piece*>(key.pieces + static_cast<size_t>(i) * key.next_piece) : typename Type::Piece();
+        }
+        if constexpr (Type::HAS_SCALES) {
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) {
+                const bool is_there = KV_GROUP * g < dim;
+                key_scales[g] = is_there ? key.scales[g * key.next_scale] : 0;
+                value_scales[g] = is_there ? value.scales[g * value.next_scale] : 0;
+            }
         }
     }
 
@@ -73,11 +80,15 @@ template <int DIM> struct OwnKey {
         for (int h = 0; h < HEADS; h++) scores[h] = 0;
 #pragma unroll
         for (int i = 0; i < DIM / 8; i++) {
-            const uint32_t d = 8 * i, words[4] = {packed[i].x, packed[i].y, packed[i].z, packed[i].w};
+            const uint32_t d = 8 * i;
             if (d >= dim) break;
             float2 k[4];
+            numbers_of<Type>(packed[i], k);
+            if constexpr (Type::HAS_SCALES) {
+                const float scale = __half2float(__ushort_as_half(key_scales[d / KV_GROUP]));
 #pragma unroll
-            for (int j = 0; j < 4; j++) k[j] = __half22float2(*reinterpret_cast<const __half2*>(&words[j]));
+                for (int j = 0; j < 4; j++) k[j].x *= scale, k[j].y *= scale;
+            }
 #pragma unroll
             for (int h = 0; h < HEADS; h++) {
                 const float4* q = reinterpret_cast<const float4*>(queries + h * dim + d);
@@ -115,41 +126,59 @@ template <int DIM, int HEADS> __device__ __forceinline__ void weigh(Running<DIM,
     }
 }
 
-// Adds up the values of a warp's positions. `weights` has room for those of each position; the value of position
-// `own_at`, if it is one of them, is `own_value`.
-template <int DIM, int HEADS>
-__device__ __forceinline__ void add_values(Running<DIM, HEADS>& state, const KvStore& store, const Place& at, const float scores[HEADS], float* weights,
-                                           const __half* own_value, uint32_t own_at) {
+// What a warp has for its positions in shared memory: their weights, and the scales of their values.
+struct Weighing {
+    float* weights; // [RUN][HEADS]
+    float* scales;  // [RUN][DIM / KV_GROUP], where the type has them
+};
+
+// Adds up the values of a warp's positions. The value of position `own_at`, if it is one of them, is `own_value`.
+template <typename Type, int DIM, int HEADS>
+__device__ __forceinline__ void add_values(Running<DIM, HEADS>& state, const KvStore& store, const Place& at, const float scores[HEADS],
+                                           const OwnKey<Type, DIM>& key, const Weighing& room, const uint8_t* own_value, uint32_t own_at) {
+    constexpr int GROUPS = DIM / KV_GROUP;
     const uint32_t lane = threadIdx.x % 32, dim = store.head_dim;
 #pragma unroll
-    for (int h = 0; h < HEADS; h++) weights[lane * HEADS + h] = scores[h];
+    for (int h = 0; h < HEADS; h++) room.weights[lane * HEADS + h] = scores[h];
+    if constexpr (Type::HAS_SCALES) {
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) room.scales[lane * GROUPS + g] = __half2float(__ushort_as_half(key.value_scales[g]));
+    }
     __syncwarp();
-    const size_t value = at.base + static_cast<size_t>(at.slot) * dim;
+    const size_t value = at.base + at.slot * (dim * Type::BYTES);
     const uint32_t begin = at.start > at.first ? at.start - at.first : 0, end = min(at.stop - at.first, static_cast<uint32_t>(RUN));
     constexpr int AT_ONCE = DIM > 128 ? 8 : 16;
     for (uint32_t first = begin; first < end; first += AT_ONCE) {
-        __half2 v[AT_ONCE][DIM / 64];
+        uint32_t v[AT_ONCE][DIM / 64];
 #pragma unroll
         for (int p = 0; p < AT_ONCE; p++) {
             const size_t from = __shfl_sync(~0u, value, (first + p) % 32);
-            const __half* const source = first + p == own_at ? own_value : store.values + from;
+            const uint8_t* const source = first + p == own_at ? own_value : store.values + from;
 #pragma unroll
             for (int d = 0; d < DIM / 64; d++) {
                 const uint32_t i = 2 * lane + 64 * d;
-                v[p][d] = i < dim && first + p < end ? *reinterpret_cast<const __half2*>(source + i) : __half2();
+                v[p][d] = i < dim && first + p < end ? load_pair<Type>(source + i * Type::BYTES) : 0;
             }
         }
 #pragma unroll
         for (int p = 0; p < AT_ONCE; p++) {
             if (first + p >= end) break;
+            float2 of[DIM / 64];
+#pragma unroll
+            for (int d = 0; d < DIM / 64; d++) {
+                of[d] = Type::template pair<0>(v[p][d]);
+                if constexpr (Type::HAS_SCALES) {
+                    const float scale = room.scales[(first + p) * GROUPS + 2 * d + lane / 16];
+                    of[d].x *= scale, of[d].y *= scale;
+                }
+            }
 #pragma unroll
             for (int h = 0; h < HEADS; h++) {
-                const float weight = weights[(first + p) * HEADS + h];
+                const float weight = room.weights[(first + p) * HEADS + h];
 #pragma unroll
                 for (int d = 0; d < DIM / 64; d++) {
-                    const float2 of = __half22float2(v[p][d]);
-                    state.sums[h][d].x = __fmaf_rn(weight, of.x, state.sums[h][d].x);
-                    state.sums[h][d].y = __fmaf_rn(weight, of.y, state.sums[h][d].y);
+                    state.sums[h][d].x = __fmaf_rn(weight, of[d].x, state.sums[h][d].x);
+                    state.sums[h][d].y = __fmaf_rn(weight, of[d].y, state.sums[h][d].y);
                 }
             }
         }
@@ -207,8 +236,21 @@ template <int HEADS> __device__ __forceinline__ void load_queries(const AttendAr
     }
 }
 
-// The same, rotated; with the token's key and value behind them, also as f16 to `own` and, once, to the store.
-template <int HEADS> __device__ __forceinline__ void rotate_queries(const RotateArgs& args, const Place& at, const HeadRotation& rotation, float* queries, __half* own) {
+// The key and value of the token itself as the store keeps them, in shared memory.
+template <typename Type> struct OwnHeads {
+    uint8_t* first;
+    uint32_t dim;
+
+    __device__ __forceinline__ HeadPlace of(bool is_key) const {
+        const uint32_t bytes = dim * Type::BYTES, groups = (dim + KV_GROUP - 1) / KV_GROUP;
+        uint16_t* const scales = reinterpret_cast<uint16_t*>(first + 2 * bytes);
+        return {first + (is_key ? 0 : bytes), scales + (is_key ? 0 : groups), 8 * Type::BYTES, 1};
+    }
+};
+
+// The same, rotated; with the token's key and value behind them, also as they are kept to `own` and, once, to the store.
+template <typename Type, int HEADS>
+__device__ __forceinline__ void rotate_queries(const RotateArgs& args, const Place& at, const HeadRotation& rotation, float* queries, const OwnHeads<Type>& own) {
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, dim = args.store.head_dim, group = args.n_heads / args.store.n_kv_heads;
     static_assert(HEADS + 2 <= ATTEND_WARPS, "a warp for each head");
     if (warp >= HEADS + 2) return;
@@ -218,32 +260,35 @@ template <int HEADS> __device__ __forceinline__ void rotate_queries(const Rotate
         return;
     }
     rotation.rotate(args, out);
-    if (warp < HEADS) return;
-    const bool is_value = warp > HEADS;
-    for (uint32_t i = lane; i < dim; i += 32) own[(is_value ? dim : 0) + i] = __float2half_rn(out[i]);
-    if (at.position / SEGMENT != at.segment || at.first_head != at.kv_head * group) return;
-    const uint32_t tokens = args.store.block_tokens, block = args.tokens.blocks[args.tokens.tables[at.token] + at.position / tokens];
-    store_head(args.store, out, args.store.head(block, at.kv_head), at.position % tokens, is_value);
+    if (warp < HEADS) return turn_query<Type>(out, dim);
+    const bool is_key = warp == HEADS;
+    const uint32_t tokens = args.store.block_tokens, slot = at.position % tokens;
+    const uint32_t block = args.tokens.blocks[args.tokens.tables[at.token] + at.position / tokens];
+    const size_t base = args.store.head(block, at.kv_head);
+    HeadPlace stored = is_key ? args.store.key<Type>(base, slot) : args.store.value<Type>(base, slot);
+    if (at.position / SEGMENT != at.segment || at.first_head != at.kv_head * group) stored.pieces = nullptr;
+    store_head<Type>(out, dim, is_key, own.of(is_key), stored);
 }
 
-// Shared memory: queries, and keys and values of the token; weights of each warp's positions; states of the warps.
-template <int DIM, int HEADS, bool ROTATES> __device__ __forceinline__ void attend(const AttendArgs& args, const RotateArgs* rotate) {
+// Shared memory: queries, and keys and values of the token; weights of each warp's positions; states of the warps;
+// scales of values.
+template <typename Type, int DIM, int HEADS, bool ROTATES> __device__ __forceinline__ void attend(const AttendArgs& args, const RotateArgs* rotate) {
     extern __shared__ __align__(16) float attend_shared[];
     let_next_start();
     const KvStore& store = args.store;
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, dim = store.head_dim, width = dim + 2;
     float *const queries = attend_shared, *const weights = queries + (HEADS + 3) * dim, *const states = weights + SEGMENT * HEADS;
-    __half* const own = reinterpret_cast<__half*>(queries + (HEADS + 2) * dim);
+    const OwnHeads<Type> own = {reinterpret_cast<uint8_t*>(queries + (HEADS + 2) * dim), dim};
     // No kernel of the step writes tables; and none but this one keys and values, where it rotates.
     const Place at = Place::of<HEADS>(args);
-    OwnKey<DIM> key;
+    OwnKey<Type, DIM> key;
     if constexpr (ROTATES) {
         const uint32_t head = warp < HEADS ? at.first_head + min(warp, at.heads - 1) : args.n_heads + (warp > HEADS ? store.n_kv_heads : 0) + at.kv_head;
         const HeadRotation rotation(*rotate, at.token, head);
         if (at.has_positions()) key.load(store, at);
         wait_for_earlier();
         if (args.segments > 1 && at.start >= at.stop) return;
-        rotate_queries<HEADS>(*rotate, at, rotation, queries, own);
+        rotate_queries<Type, HEADS>(*rotate, at, rotation, queries, own);
     } else {
         wait_for_earlier();
         if (args.segments > 1 && at.start >= at.stop) return;
@@ -256,7 +301,7 @@ template <int DIM, int HEADS, bool ROTATES> __device__ __forceinline__ void atte
     for (int h = 0; h < HEADS; h++) state.max[h] = -INFINITY;
     if (at.has_positions()) {
         const uint32_t own_at = ROTATES ? at.position - at.first : ~0u;
-        if (ROTATES && lane == own_at) key.replace(own, dim);
+        if (ROTATES && lane == own_at) key.take(own.of(true), own.of(false), dim);
         float scores[HEADS];
         key.template score<HEADS>(queries, dim, scores);
 #pragma unroll
@@ -265,7 +310,8 @@ template <int DIM, int HEADS, bool ROTATES> __device__ __forceinline__ void atte
             if (args.softcap > 0) scores[h] = args.softcap * tanhf(scores[h] / args.softcap);
         }
         weigh<DIM, HEADS>(state, scores, at.sees(at.first + lane));
-        add_values<DIM, HEADS>(state, store, at, scores, weights + warp * RUN * HEADS, own + dim, own_at);
+        const Weighing room = {weights + warp * RUN * HEADS, states + ATTEND_WARPS * HEADS * width + warp * RUN * (DIM / KV_GROUP)};
+        add_values<Type, DIM, HEADS>(state, store, at, scores, key, room, own.of(false).pieces, own_at);
     }
 #pragma unroll
     for (int h = 0; h < HEADS; h++) {
@@ -281,21 +327,26 @@ template <int DIM, int HEADS, bool ROTATES> __device__ __forceinline__ void atte
     merge_warps<HEADS>(args, at, states);
 }
 
-#define ATTEND(dims, heads)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(ATTEND_WARPS * 32, dims > 128 ? 1 : 2)                                            \
-        attend_##dims##_##heads(const __grid_constant__ AttendArgs args) {                                        \
-        attend<dims, heads, false>(args, nullptr);                                                                \
+#define ATTEND(name, type, dims, heads)                                                                           \
+    extern "C" __global__ void __launch_bounds__(ATTEND_WARPS * 32, dims > 128 ? 1 : 2)                           \
+        attend_##name##_##dims##_##heads(const __grid_constant__ AttendArgs args) {                               \
+        attend<type, dims, heads, false>(args, nullptr);                                                          \
     }                                                                                                             \
-    extern "C" __global__ void __launch_bounds__(ATTEND_WARPS * 32, dims > 128 ? 1 : 2)                                            \
-        rotate_attend_##dims##_##heads(const __grid_constant__ RotatedAttendArgs args) {                          \
-        attend<dims, heads, true>(args.attend, &args.rotate);                                                     \
+    extern "C" __global__ void __launch_bounds__(ATTEND_WARPS * 32, dims > 128 ? 1 : 2)                           \
+        rotate_attend_##name##_##dims##_##heads(const __grid_constant__ RotatedAttendArgs args) {                 \
+        attend<type, dims, heads, true>(args.attend, &args.rotate);                                               \
     }
-ATTEND(64, 1)
-ATTEND(64, 4)
-ATTEND(128, 1)
-ATTEND(128, 4)
-ATTEND(256, 1)
-ATTEND(256, 4)
+#define ATTEND_TYPE(name, type) \
+    ATTEND(name, type, 64, 1)   \
+    ATTEND(name, type, 64, 4)   \
+    ATTEND(name, type, 128, 1)  \
+    ATTEND(name, type, 128, 4)  \
+    ATTEND(name, type, 256, 1)  \
+    ATTEND(name, type, 256, 4)
+ATTEND_TYPE(f16, KvF16)
+ATTEND_TYPE(bf16, KvBf16)
+ATTEND_TYPE(fp8_e4m3, KvE4m3)
+ATTEND_TYPE(q8_0, KvQ8)
 
 // Merges the segments of one head of one token: grid (heads, tokens), one warp.
 extern "C" __global__ void __launch_bounds__(32) merge_segments(const __grid_constant__ AttendArgs args) {

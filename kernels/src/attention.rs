@@ -1,9 +1,12 @@
-//! The paged store of keys and values in f16, and attention of single tokens over it.
+//! The paged store of keys and values, and attention of single tokens over it.
 //!
 //! ```text
-//! keys    [block][kv_head][head_dim / 8][block_tokens][8] f16
-//! values  [block][kv_head][block_tokens][head_dim] f16
+//! keys    [block][kv_head] { [head_dim / 8][block_tokens][8], [groups][block_tokens] f16 }
+//! values  [block][kv_head] { [block_tokens][head_dim], [groups][block_tokens] f16 }
 //! ```
+//! Elements are of one [`KvDType`], and only q8_0 has the scales, of groups of 32 elements, behind
+//! them. Its bytes are the same as on the CPU, whose keys lie in another order; keys are rotated
+//! there, and so [`RotateHeads`] rotates the queries that meet them.
 //! Attention runs with an online softmax (arXiv 2205.14135), split over segments of 256 positions
 //! that are merged in ascending order: a token's bits depend on nothing else in its batch.
 
@@ -12,6 +15,7 @@ use crate::products::{CHUNK, EightBits, half_bytes};
 use crate::rotate::{RotateArgs, RotateHeads};
 use crate::rows::{EightBitsArg, eight_bits};
 use cudarc::driver::DeviceRepr;
+use tandem_cpu_kernels::attention::{KV_GROUP, KvDType};
 use tandem_cpu_kernels::blocks::GROUP;
 
 const F32: usize = size_of::<f32>();
@@ -45,6 +49,8 @@ pub struct KvSpans<'a> {
     pub blocks: usize,
     /// Tokens of a block: a multiple of 16.
     pub block_tokens: usize,
+    /// How elements are kept.
+    pub dtype: KvDType,
 }
 
 /// Where the tokens of a step stand; u32 numbers.
@@ -93,7 +99,7 @@ pub(crate) struct StoreArg {
     block_tokens: u32,
     n_kv_heads: u32,
     head_dim: u32,
-    unused: u32,
+    head_bytes: u32,
 }
 
 #[repr(C)]
@@ -156,21 +162,21 @@ impl HeadCounts {
 
 impl KvSpans<'_> {
     /// Bytes of the keys, or values, of one block.
-    pub fn block_bytes(heads: HeadCounts, block_tokens: usize) -> usize {
-        heads.n_kv_heads * heads.head_dim * block_tokens * size_of::<u16>()
+    pub fn block_bytes(heads: HeadCounts, block_tokens: usize, dtype: KvDType) -> usize {
+        heads.n_kv_heads * dtype.head_bytes(heads.head_dim) * block_tokens
     }
 
     pub(crate) fn argument(&self, heads: HeadCounts) -> StoreArg {
         assert!(heads.is_supported(), "{heads:?}");
         assert!(self.block_tokens.is_multiple_of(16), "{} tokens in a block", self.block_tokens);
-        let bytes = self.blocks * Self::block_bytes(heads, self.block_tokens);
+        let bytes = self.blocks * Self::block_bytes(heads, self.block_tokens, self.dtype);
         StoreArg {
             keys: self.keys.of(bytes, 1),
             values: self.values.of(bytes, 1),
             block_tokens: self.block_tokens as u32,
             n_kv_heads: heads.n_kv_heads as u32,
             head_dim: heads.head_dim as u32,
-            unused: 0,
+            head_bytes: (self.dtype.head_bytes(heads.head_dim) * self.block_tokens) as u32,
         }
     }
 }
@@ -251,10 +257,13 @@ impl Gpu {
         // all multiprocessors, each has a block. A head's bits are the same.
         let blocks = heads.n_heads * n_tokens * segments;
         let shared = if group == 1 || blocks <= self.multiprocessors() { 1 } else { HEADS };
-        let kernel = format!("attend_{}_{shared}", dim.next_power_of_two().max(64));
+        let (width, dtype) = (dim.next_power_of_two().max(64), store.dtype);
+        let kernel = format!("attend_{dtype}_{width}_{shared}");
         let grid = [heads.n_kv_heads * group.div_ceil(shared), n_tokens, segments];
-        // Queries, and a key and a value as f32 and as f16; weights; what warps have summed up.
-        let floats = (shared + 3) * dim + SEGMENT * shared + WARPS * shared * (dim + 2);
+        // Queries, and a key and a value as f32 and as they are kept; weights; what warps have
+        // summed up; scales of values.
+        let scales = if dtype == KvDType::Q8_0 { SEGMENT * (width / KV_GROUP) } else { 0 };
+        let floats = (shared + 3) * dim + SEGMENT * shared + WARPS * shared * (dim + 2) + scales;
         let shape = (grid, 32 * WARPS, floats * F32);
         match rotation {
             Some(rotation) => {

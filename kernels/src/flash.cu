@@ -63,23 +63,90 @@ template <int DIM, int ROWS> __device__ __forceinline__ void load_queries(const 
     }
 }
 
-// Starts copies of KEYS keys and values from position `first` on; past `end` the last one again.
-template <int DIM, int KEYS>
-__device__ __forceinline__ void start_keys(const AttendArgs& args, const uint32_t* table, uint32_t kv_head, uint32_t first, uint32_t end, uint8_t* keys, uint8_t* values) {
-    const KvStore& store = args.store;
-    const uint32_t dim = store.head_dim, tokens = store.block_tokens, pieces = dim / 8;
-    const uint32_t key = threadIdx.x % KEYS, position = min(first + key, end - 1), slot = position % tokens;
-    const __half* from = store.keys + store.head(table[position / tokens], kv_head) + static_cast<size_t>(slot) * 8;
-    for (uint32_t piece = threadIdx.x / KEYS; piece < pieces; piece += blockDim.x / KEYS) {
-        copy_16_bytes(keys + (piece * KEYS + key) * 16, from + static_cast<size_t>(piece) * tokens * 8);
-    }
+// The pieces of a tile of keys and values that a thread brings: key(row, piece) and value(row, piece).
+template <int DIM, int KEYS, typename Key, typename Value> __device__ __forceinline__ void each_own_piece(uint32_t dim, Key key, Value value) {
+    const uint32_t pieces = dim / 8;
+    for (uint32_t piece = threadIdx.x / KEYS; piece < pieces; piece += blockDim.x / KEYS) key(threadIdx.x % KEYS, piece);
     for (uint32_t index = threadIdx.x; index < KEYS * (DIM / 8); index += blockDim.x) {
         const uint32_t row = index / (DIM / 8), piece = index % (DIM / 8);
-        if (piece >= pieces) continue;
-        const uint32_t at = min(first + row, end - 1), in_block = at % tokens;
-        const __half* value = store.values + store.head(table[at / tokens], kv_head) + static_cast<size_t>(in_block) * dim + 8 * piece;
-        copy_16_bytes(piece_at<DIM>(values, row, piece), value);
+        if (piece < pieces) value(row, piece);
     }
+}
+
+// Keys and values of a tile in shared memory, and where their positions are. Past `end` the last one comes again.
+struct KeyTile {
+    uint8_t *keys, *values;
+    uint32_t first, end;
+
+    __device__ __forceinline__ uint8_t* key(uint32_t piece, uint32_t row, uint32_t rows) const { return keys + (piece * rows + row) * 16; }
+    __device__ __forceinline__ uint32_t position(uint32_t row) const { return min(first + row, end - 1); }
+};
+
+// Starts copying a piece: what is shorter than f16 to the end of its room, and to the start the scale of its group,
+// with that of the position beside it.
+template <typename Type> __device__ __forceinline__ void start_piece(uint8_t* to, const HeadPlace& from, uint32_t piece, uint32_t position) {
+    const uint8_t* const source = from.pieces + static_cast<size_t>(piece) * from.next_piece;
+    if constexpr (Type::BYTES == 2) copy_16_bytes(to, source);
+    else copy_bytes<8>(to + 8, source);
+    if constexpr (Type::HAS_SCALES) copy_bytes<4>(to, from.scales + 8 * piece / KV_GROUP * from.next_scale - position % 2);
+}
+
+// Turns a piece that has come into f16.
+template <typename Type> __device__ __forceinline__ void finish_piece(uint8_t* at, uint32_t position) {
+    if constexpr (Type::IS_HALF) return;
+    else {
+        const uint4 raw = *reinterpret_cast<const uint4*>(at);
+        __half2 halves[4];
+        halves_of<Type>(raw, halves);
+        if constexpr (Type::HAS_SCALES) {
+            const __half2 scale = __half2half2(__ushort_as_half(raw.x >> 16 * (position % 2))), max = __float2half2_rn(F16_MAX);
+#pragma unroll
+            for (int i = 0; i < 4; i++) halves[i] = __hmax2_nan(__hmin2_nan(__hmul2(halves[i], scale), max), __hneg2(max));
+        }
+        *reinterpret_cast<uint4*>(at) = make_uint4(bits_of(halves[0]), bits_of(halves[1]), bits_of(halves[2]), bits_of(halves[3]));
+    }
+}
+
+// Starts copies of KEYS keys and values.
+template <typename Type, int DIM, int KEYS>
+__device__ __forceinline__ void start_keys(const AttendArgs& args, const uint32_t* table, uint32_t kv_head, const KeyTile& tile) {
+    const KvStore& store = args.store;
+    const uint32_t tokens = store.block_tokens, own = tile.position(threadIdx.x % KEYS);
+    const HeadPlace from = store.key<Type>(store.head(table[own / tokens], kv_head), own % tokens);
+    each_own_piece<DIM, KEYS>(
+        store.head_dim, [&](uint32_t row, uint32_t piece) { start_piece<Type>(tile.key(piece, row, KEYS), from, piece, own); },
+        [&](uint32_t row, uint32_t piece) {
+            const uint32_t at = tile.position(row);
+            const HeadPlace value = store.value<Type>(store.head(table[at / tokens], kv_head), at % tokens);
+            start_piece<Type>(piece_at<DIM>(tile.values, row, piece), value, piece, at);
+        });
+}
+
+// Makes what this thread has brought f16. Where not all rows see all of the tile, a value that is not finite would
+// reach those that do not see it, since 0 · NaN is NaN: then it becomes 0, and its key NaN, which who sees it gets.
+template <typename Type, int DIM, int KEYS> __device__ __forceinline__ void finish_keys(const KeyTile& tile, uint32_t dim, bool all_seen) {
+    if constexpr (!Type::IS_HALF) {
+        each_own_piece<DIM, KEYS>(
+            dim, [&](uint32_t row, uint32_t piece) { finish_piece<Type>(tile.key(piece, row, KEYS), tile.position(row)); },
+            [&](uint32_t row, uint32_t piece) { finish_piece<Type>(piece_at<DIM>(tile.values, row, piece), tile.position(row)); });
+    }
+    if (all_seen) return __syncthreads();
+    // Exponents of ones overflow into the sign's place.
+    const auto is_finite = [&](uint32_t row, uint32_t piece) {
+        const uint4 at = *reinterpret_cast<const uint4*>(piece_at<DIM>(tile.values, row, piece));
+        const auto over = [](uint32_t pair) { return (pair & 0x7c007c00) + 0x04000400; };
+        return ((over(at.x) | over(at.y) | over(at.z) | over(at.w)) & 0x80008000) == 0;
+    };
+    const auto ignore = [](uint32_t, uint32_t) {};
+    bool are_finite = true;
+    each_own_piece<DIM, KEYS>(dim, ignore, [&](uint32_t row, uint32_t piece) { are_finite &= is_finite(row, piece); });
+    if (__syncthreads_and(are_finite)) return;
+    each_own_piece<DIM, KEYS>(dim, ignore, [&](uint32_t row, uint32_t piece) {
+        if (is_finite(row, piece)) return;
+        *reinterpret_cast<uint4*>(piece_at<DIM>(tile.values, row, piece)) = make_uint4(0, 0, 0, 0);
+        *reinterpret_cast<uint16_t*>(tile.key(0, row, KEYS)) = 0x7e00;
+    });
+    __syncthreads();
 }
 
 // s[16 rows, KEYS] = Q · Kᵀ
@@ -164,7 +231,7 @@ __device__ __forceinline__ void weigh(const AttendArgs& args, uint32_t first_key
     }
 }
 
-template <int DIM, int WARPS, int KEYS> __device__ __forceinline__ void flash(const FlashArgs& args) {
+template <typename Type, int DIM, int WARPS, int KEYS> __device__ __forceinline__ void flash(const FlashArgs& args) {
     constexpr int ROWS = 16 * WARPS, TILE = KEYS * DIM * 2;
     extern __shared__ __align__(128) uint8_t flash_shared[];
     uint8_t *const queries = flash_shared, *const keys = queries + ROWS * DIM * 2, *const values = keys + 2 * TILE;
@@ -175,7 +242,7 @@ template <int DIM, int WARPS, int KEYS> __device__ __forceinline__ void flash(co
     const uint32_t base = attend.tokens.positions[tile.first_token], end = base + tile.tokens;
     const uint32_t* table = attend.tokens.blocks + attend.tokens.tables[tile.first_token];
     const uint32_t first = seen_from(base, attend.window) / KEYS * KEYS;
-    start_keys<DIM, KEYS>(attend, table, tile.kv_head, first, end, keys, values);
+    start_keys<Type, DIM, KEYS>(attend, table, tile.kv_head, {keys, values, first, end});
     commit_copies();
     load_queries<DIM, ROWS>(args, tile, queries);
     // Keys beyond a head's elements meet queries of zeros: they must be numbers.
@@ -196,18 +263,18 @@ template <int DIM, int WARPS, int KEYS> __device__ __forceinline__ void flash(co
     float o[DIM / 8][4] = {};
     uint32_t stage = 0;
     for (uint32_t at = first; at < end; at += KEYS, stage ^= 1) {
-        if (at + KEYS < end) {
-            start_keys<DIM, KEYS>(attend, table, tile.kv_head, at + KEYS, end, keys + (stage ^ 1) * TILE, values + (stage ^ 1) * TILE);
-        }
+        const KeyTile now = {keys + stage * TILE, values + stage * TILE, at, end};
+        const KeyTile next = {keys + (stage ^ 1) * TILE, values + (stage ^ 1) * TILE, at + KEYS, end};
+        if (next.first < end) start_keys<Type, DIM, KEYS>(attend, table, tile.kv_head, next);
         commit_copies();
         wait_for_copies<1>();
-        __syncthreads();
+        finish_keys<Type, DIM, KEYS>(now, dim, at + KEYS - 1 <= base && at >= seen_from(end - 1, attend.window));
         if (has_rows && at <= highest && at + KEYS > seen_by_any) {
             float p[KEYS / 8][4];
-            multiply_keys<DIM, KEYS>(queries, first_row, keys + stage * TILE, p);
+            multiply_keys<DIM, KEYS>(queries, first_row, now.keys, p);
             const bool all_seen = at >= seen_by_all && at + KEYS - 1 <= lowest;
             weigh<DIM, KEYS>(attend, at, all_seen, rows, p, o);
-            add_values<DIM, KEYS>(p, values + stage * TILE, o);
+            add_values<DIM, KEYS>(p, now.values, o);
         }
         __syncthreads();
     }
@@ -227,14 +294,19 @@ template <int DIM, int WARPS, int KEYS> __device__ __forceinline__ void flash(co
     }
 }
 
-#define FLASH(dims, warps, keys)                                                  \
-    extern "C" __global__ void __launch_bounds__(32 * warps)                      \
-        flash_##dims##_##warps(const __grid_constant__ FlashArgs args) {          \
-        flash<dims, warps, keys>(args);                                           \
+#define FLASH(name, type, dims, warps, keys)                                          \
+    extern "C" __global__ void __launch_bounds__(32 * warps)                          \
+        flash_##name##_##dims##_##warps(const __grid_constant__ FlashArgs args) {     \
+        flash<type, dims, warps, keys>(args);                                         \
     }
-#define FLASH_DIM(dims)  \
-    FLASH(dims, 4, 32)   \
-    FLASH(dims, 8, 64)
-FLASH_DIM(64)
-FLASH_DIM(128)
-FLASH_DIM(256)
+#define FLASH_DIM(name, type, dims) \
+    FLASH(name, type, dims, 4, 32)  \
+    FLASH(name, type, dims, 8, 64)
+#define FLASH_TYPE(name, type)  \
+    FLASH_DIM(name, type, 64)   \
+    FLASH_DIM(name, type, 128)  \
+    FLASH_DIM(name, type, 256)
+FLASH_TYPE(f16, KvF16)
+FLASH_TYPE(bf16, KvBf16)
+FLASH_TYPE(fp8_e4m3, KvE4m3)
+FLASH_TYPE(q8_0, KvQ8)

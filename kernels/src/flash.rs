@@ -1,6 +1,6 @@
 //! Attention of many tokens of one sequence, on tensor cores: what prompts take (FlashAttention-2,
-//! arXiv 2307.08691). Queries, keys, values and weights meet as f16, with sums in f32; a token's
-//! bits do not depend on which tokens it shares a tile with.
+//! arXiv 2307.08691). Queries, keys, values and weights meet as f16, whatever the type of the
+//! store, with sums in f32; a token's bits do not depend on which tokens it shares a tile with.
 
 use crate::attention::{Attend, AttendArgs, HeadCounts, KvSpans, TokenTables};
 use crate::gpu::{Gpu, GpuError, Span};
@@ -32,10 +32,9 @@ struct FlashArgs {
 // SAFETY: plain numbers in the order of `FlashArgs` in flash.cu.
 unsafe impl DeviceRepr for FlashArgs {}
 
-/// What the kernel for heads of some size is called, the warps of its blocks, and their shared
-/// memory.
+/// Elements of a head that the kernel is for, the warps of its blocks, and their shared memory.
 struct Tile {
-    name: String,
+    width: usize,
     warps: usize,
     bytes: usize,
 }
@@ -45,7 +44,7 @@ impl Gpu {
         let width = heads.head_dim.next_power_of_two().max(64);
         let group = heads.n_heads / heads.n_kv_heads;
         let tile = |(warps, keys): (usize, usize)| Tile {
-            name: format!("flash_{width}_{warps}"),
+            width,
             warps,
             // Queries, and two tiles of keys and of values, f16.
             bytes: (WARP_ROWS * warps + 4 * keys) * width * size_of::<u16>(),
@@ -89,8 +88,9 @@ impl Gpu {
             tile_tokens: tile_tokens as u32,
             unused: 0,
         };
+        let kernel = format!("flash_{}_{}_{}", store.dtype, tile.width, tile.warps);
         let grid = [heads.n_kv_heads, tiles, 1];
         // SAFETY: all spans were checked against the shapes, and the runs against the tokens.
-        unsafe { self.launch(&tile.name, (grid, 32 * tile.warps, tile.bytes), &arguments) }
+        unsafe { self.launch(&kernel, (grid, 32 * tile.warps, tile.bytes), &arguments) }
     }
 }

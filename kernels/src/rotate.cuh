@@ -1,4 +1,4 @@
-// Rotary embedding of heads, with the norms before it.
+// Rotary embedding of heads, with the norms before it; and how keys and values are stored.
 #pragma once
 #include "attention.cuh"
 #include "launch.cuh"
@@ -85,11 +85,30 @@ struct HeadRotation {
     }
 };
 
-// Stores a rotated key, or a value, of a position in slot `slot` of a block.
-__device__ __forceinline__ void store_head(const KvStore& store, const float* head, size_t base, uint32_t slot, bool is_value) {
-    const uint32_t dim = store.head_dim, tokens = store.block_tokens;
-    for (uint32_t i = threadIdx.x % 32; i < dim; i += 32) {
-        const size_t value = static_cast<size_t>(slot) * dim + i, key = (static_cast<size_t>(i / 8) * tokens + slot) * 8 + i % 8;
-        (is_value ? store.values : store.keys)[base + (is_value ? value : key)] = __float2half_rn(head[i]);
+// A warp's head, rotated where it is a key, as the store keeps it: to a place, and to another one if that is there.
+template <typename Type> __device__ __forceinline__ void store_head(const float* head, uint32_t dim, bool is_key, HeadPlace to, HeadPlace also = {}) {
+    const uint32_t lane = threadIdx.x % 32;
+    for (uint32_t first = 0; first < dim; first += KV_GROUP) {
+        const uint32_t i = first + lane;
+        const Kept kept = Type::keep(i < dim ? head[i] : 0.0f, is_key && first + KV_GROUP <= dim);
+#pragma unroll
+        for (int copy = 0; copy < 2; copy++) {
+            const HeadPlace place = copy == 1 ? also : to;
+            if (i >= dim || !place.pieces) continue;
+            uint8_t* const at = place.pieces + i / 8 * place.next_piece + i % 8 * Type::BYTES;
+            if constexpr (Type::BYTES == 2) *reinterpret_cast<uint16_t*>(at) = kept.bits;
+            else *at = kept.bits;
+            if (Type::HAS_SCALES && lane == 0) place.scales[first / KV_GROUP * place.next_scale] = kept.scale;
+        }
     }
+}
+
+// Queries that meet rotated keys are rotated, too: a warp's, in shared memory.
+template <typename Type> __device__ __forceinline__ void turn_query(float* query, uint32_t dim) {
+    if constexpr (!Type::HAS_SCALES) return;
+    for (uint32_t first = 0; first + KV_GROUP <= dim; first += KV_GROUP) {
+        float& own = query[first + threadIdx.x % 32];
+        own = turned(own);
+    }
+    __syncwarp();
 }

@@ -10,7 +10,7 @@ const F32: usize = size_of::<f32>();
 #[derive(Clone, Copy, Debug)]
 pub struct RotateHeads<'a> {
     /// `[tokens, (n_heads + 2 n_kv_heads) · head_dim]` f32: queries, keys, values. Queries are
-    /// rotated in place.
+    /// rotated in place; for a store in q8_0 also as its keys are (`KvQ8` in kv_types.cuh).
     pub heads: Span<'a>,
     /// `[tokens, angle_stride]` f32: cosines of all pairs, then sines.
     pub angles: Span<'a>,
@@ -94,6 +94,6 @@ impl Gpu {
         let arguments = pass.arguments(heads, (tokens, store));
         let grid = [heads.n_heads + 2 * heads.n_kv_heads, tokens.tokens, 1];
         // SAFETY: all spans were checked against the shapes.
-        unsafe { self.launch("rotate_heads", (grid, 32, 0), &arguments) }
+        unsafe { self.launch(&format!("rotate_{}", store.dtype), (grid, 32, 0), &arguments) }
     }
 }

@@ -13,6 +13,17 @@ __device__ __forceinline__ void copy_16_bytes(void* to, const void* from) {
 #endif
 }
 
+// The same of 4 or 8 bytes.
+template <int BYTES> __device__ __forceinline__ void copy_bytes(void* to, const void* from) {
+    static_assert(BYTES == 4 || BYTES == 8, "what is copied at once");
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES));
+#else
+    if constexpr (BYTES == 4) *static_cast<uint32_t*>(to) = *static_cast<const uint32_t*>(from);
+    else *static_cast<uint2*>(to) = *static_cast<const uint2*>(from);
+#endif
+}
+
 // Ends a group of copies.
 __device__ __forceinline__ void commit_copies() {
 #if __CUDA_ARCH__ >= 800

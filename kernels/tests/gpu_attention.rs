@@ -4,6 +4,7 @@
 
 mod gpu;
 
+use gpu::kept::{KeptHead, Plane};
 use gpu::world::{Shape, World, shapes};
 use gpu::{EightBitMemory, Random, distance, from_gpu, gpu, on_gpu};
 use half::f16;
@@ -49,8 +50,8 @@ fn a_token_has_the_same_bits_alone_and_in_any_batch() {
     }
 }
 
-/// Queries, and weights of at most 1, are rounded to f16 there: what a sum is off by then, at most,
-/// of its largest term.
+/// Weights of at most 1 are rounded to f16 there, beside queries, keys and values: what a sum is
+/// off by then, at most, of its largest term.
 const HALF: f32 = 1.0 / 2048.0;
 
 #[test]
@@ -62,10 +63,8 @@ fn attention_of_runs_matches_a_naive_f64_softmax() {
         assert!(gpu.has_flash(shape.heads), "{shape:?}");
         // The last 10 tokens of the second sequence, the fourth from an odd one on, the last whole.
         let runs = [[33, 10], [44 + 37, 663], [744, 129]];
-        let (got, wanted) = (
-            world.runs_on_gpu(&gpu, &runs),
-            world.naive_of(0, |query| f16::from_f32(query).to_f64()),
-        );
+        let (got, wanted) =
+            (world.runs_on_gpu(&gpu, &runs), world.naive_of(0, |x| f16::from_f64(x).to_f64()));
         let width = shape.heads.n_heads * shape.heads.head_dim;
         for (token, (got, wanted)) in got.chunks(width).zip(wanted.chunks(width)).enumerate() {
             let is_asked =
@@ -94,6 +93,65 @@ fn a_token_has_the_same_bits_in_any_run() {
         for first in [650, 649, 601, 333] {
             let run = bits(world.runs_on_gpu(&gpu, &[[first, 660 - first]]), 650);
             assert_eq!(all, run, "{shape:?} from {first}");
+        }
+    }
+}
+
+#[test]
+fn a_value_that_is_no_number_reaches_those_who_see_it() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random(17);
+    for shape in shapes() {
+        let mut world = World::new(shape, &[300], &mut random);
+        let runs = [[20, 280]];
+        let wanted = world.runs_on_gpu(&gpu, &runs);
+        let (no_number, window) = (150, shape.window.unwrap_or(usize::MAX));
+        for kv_head in 0..shape.heads.n_kv_heads {
+            let at = world.value_at(no_number, kv_head);
+            world.heads[at][3] = f32::NAN;
+        }
+        let got = world.runs_on_gpu(&gpu, &runs);
+        let (width, dim) = (shape.heads.n_heads * shape.heads.head_dim, shape.heads.head_dim);
+        for (token, (got, wanted)) in got.chunks(width).zip(wanted.chunks(width)).enumerate() {
+            if token >= no_number && token - no_number < window {
+                assert!(got.iter().skip(3).step_by(dim).all(|x| x.is_nan()), "{shape:?}, {token}");
+            } else {
+                assert_eq!(bits(got), bits(wanted), "{shape:?}, {token}");
+            }
+        }
+    }
+}
+
+#[test]
+fn keys_and_values_are_stored_as_the_specification_has_them() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random(18);
+    for shape in shapes() {
+        let mut world = World::new(shape, &[50, 1, 20], &mut random);
+        let width = world.width();
+        for (token, heads) in world.heads.chunks_exact_mut(width).enumerate() {
+            // Small and large numbers, up to what no type holds; and single odd ones.
+            let factor = 10f32.powi(token as i32 / 2 - 12);
+            heads.iter_mut().for_each(|x| *x *= factor);
+            let odd = [0.0, f32::INFINITY, f32::NAN, 1e38, 1e-40][token % 5];
+            heads.iter_mut().step_by(29 + token).for_each(|x| *x = odd);
+        }
+        let planes = world.prepared(&gpu, |rotate, _, places| {
+            gpu.rotate_heads(rotate, shape.heads, places).expect("a rotation");
+            stored(&gpu, places.1)
+        });
+        for (plane, bytes) in [Plane::Keys, Plane::Values].into_iter().zip(&planes) {
+            for (token, position) in world.positions.iter().enumerate() {
+                let position = *position as usize;
+                let table = world.tables[token] as usize;
+                let block = world.blocks[table + position / shape.block_tokens] as usize;
+                for kv_head in 0..shape.heads.n_kv_heads {
+                    let place = (block, kv_head, position % shape.block_tokens);
+                    let got = KeptHead::on_gpu((plane, bytes), shape, place);
+                    let wanted = world.kept(token, kv_head, plane);
+                    assert_eq!(got, wanted, "{shape:?}, {plane:?}, token {token}");
+                }
+            }
         }
     }
 }

@@ -46,7 +46,7 @@ pub struct EngineArguments {
     /// Longest sequence, in tokens
     #[arg(long, value_name = "TOKENS")]
     pub context: Option<usize>,
-    /// Keep keys and values as f16 or q8_0 (both alike)
+    /// Keep keys and values as f16, q8_0 or, on a GPU, bf16 or fp8_e4m3 (both alike)
     #[arg(long, value_name = "TYPE", visible_aliases = ["cache-type-k", "cache-type-v"])]
     pub kv_dtype: Vec<String>,
     #[command(flatten)]

@@ -96,8 +96,12 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
 
 fn of_request(error: &RequestError) -> u8 {
     match error {
-        // Whether a GPU can run a model is known only with the model.
-        RequestError::InvalidParams { field, .. } if field.starts_with("gpu.") => CONFIG,
+        // Whether a GPU can run a model, and keeps its KV, is known only with the model.
+        RequestError::InvalidParams { field, .. }
+            if field.starts_with("gpu.") || field == "kv.dtype" =>
+        {
+            CONFIG
+        }
         other => of_kind(other.kind().name(), other.kind().retryable()),
     }
 }

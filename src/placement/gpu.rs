@@ -5,7 +5,6 @@ use crate::config::{Config, ConfigError, GpuChoice};
 use crate::hardware::{Gpu, HardwareProfile};
 use crate::model::{ExpertsSpec, ModelSpec, TensorRef};
 use crate::request::RequestError;
-use crate::tensor::KvDType;
 use crate::units::ByteSize;
 use tandem_kernels::{DeviceMatrix, ExpertRoutes};
 
@@ -42,7 +41,7 @@ pub(super) fn choose<'h>(
         GpuChoice::Index(index) => devices.iter().find(|gpu| gpu.ordinal == index),
     };
     let found = match asked {
-        Some(gpu) => too_old(gpu).or_else(|| unsupported(spec, config)).map_or(Ok(gpu), Err),
+        Some(gpu) => too_old(gpu).or_else(|| unsupported(spec)).map_or(Ok(gpu), Err),
         None => Err(absence(hardware)),
     };
     match (found, choice) {
@@ -88,6 +87,7 @@ pub(super) fn room(
         name: format!("GPU {} ({})", gpu.ordinal, gpu.name),
         free: free.0,
         available: if is_limited { limit.0 } else { free.0 },
+        kv_dtype: config.kv.dtype,
         weight_bytes: weight_bytes(spec),
         activation_bytes: activation_bytes(spec, config.scheduler.step_tokens_max as u64),
         swap_room: Some(hardware.memory_available_bytes / 2),
@@ -128,10 +128,7 @@ fn too_old(gpu: &Gpu) -> Option<String> {
 }
 
 /// What of the model has no kernels on a GPU.
-fn unsupported(spec: &ModelSpec, config: &Config) -> Option<String> {
-    if config.kv.dtype != KvDType::F16 {
-        return Some(format!("a KV cache of {} is kept on the CPU only", config.kv.dtype));
-    }
+fn unsupported(spec: &ModelSpec) -> Option<String> {
     let odd = |dim: &usize| !dim.is_multiple_of(8) || !(8..=HEAD_DIM_MAX).contains(dim);
     if let Some(dim) = spec.layers.iter().map(|layer| layer.attention.head_dim).find(odd) {
         return Some(format!("heads of {dim} elements run on the CPU only"));

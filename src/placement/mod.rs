@@ -5,6 +5,7 @@
 
 mod explain;
 mod gpu;
+mod kv_dtype;
 mod workers;
 
 pub use explain::ExplainRow;
@@ -69,6 +70,8 @@ struct Room {
     free: u64,
     /// Of them, those that may be used.
     available: u64,
+    /// How it keeps keys and values.
+    kv_dtype: KvDType,
     /// Bytes of weights there.
     weight_bytes: u64,
     /// Bytes of a step's activations there.
@@ -137,7 +140,8 @@ impl Placement {
     ///
     /// # Errors
     /// `InsufficientMemory` with need and free bytes and what to change; `InvalidParams` for
-    /// threads that the machine can't run, and for a GPU that is not there or can't run the model.
+    /// threads that the machine can't run, for a GPU that is not there or can't run the model, and
+    /// for a type of KV elements that the CPU has not.
     /// A context that was asked for beyond what the model was trained for is given, with a note.
     pub fn plan(
         spec: &ModelSpec,
@@ -165,6 +169,7 @@ impl Placement {
             name: "host memory".into(),
             free: hardware.memory_available_bytes,
             available: hardware.memory_available_bytes,
+            kv_dtype: kv_dtype::on_cpu(config, &mut notes)?,
             weight_bytes: spec.weight_bytes(),
             activation_bytes: activation_bytes(spec, step_tokens)
                 + own_bytes(spec, workers.threads, step_tokens)
@@ -186,7 +191,7 @@ impl Placement {
         let usable = on.available - margin_bytes;
         let fixed = on.weight_bytes + on.activation_bytes;
         let block_tokens = config.kv.block_tokens;
-        let block_bytes = spec.kv_bytes_per_token(config.kv.dtype) * block_tokens as u64;
+        let block_bytes = spec.kv_bytes_per_token(on.kv_dtype) * block_tokens as u64;
         let room = usable.saturating_sub(fixed);
         let kv = KvRoom { room, block_tokens, block_bytes };
         let context_tokens = context(spec, config, &kv, &mut notes).map_err(|need| {
@@ -215,7 +220,7 @@ impl Placement {
             context_tokens,
             context_tokens_trained: spec.context_tokens_max,
             block_tokens,
-            kv_dtype: config.kv.dtype,
+            kv_dtype: on.kv_dtype,
             device_blocks,
             host_blocks,
             host_kv_bytes: host_blocks as u64 * block_bytes,

@@ -191,8 +191,7 @@ fn what_has_no_kernels_on_a_gpu_runs_on_the_cpu() {
     let many = experts(|experts| experts.n_experts = 512);
     runs_on_the_cpu_only(&many, |_| (), "3 of 512 experts");
     let odd = experts(|experts| experts.up.rows = 8 * 40);
-    runs_on_the_cpu_only(&odd, |_| (), "blk.0.ffn_up_exps.weight with experts of 40 rows");
-    runs_on_the_cpu_only(&spec(), |config| config.kv.dtype = KvDType::Q8_0, "q8_0");
+    runs_on_the_cpu_only(&odd, |_| (), "with experts of 40 rows");
     for head_dim in [0, 12, 264, 512] {
         let mut spec = spec();
         spec.layers[1].attention.head_dim = head_dim;
@@ -213,6 +212,43 @@ fn weights_of_every_type_are_placed_on_a_gpu() {
         spec.layers[0].attention.output.weight.dtype = dtype;
         let placement = Placement::plan(&spec, &with(vec![gpu(0, FREE)]), &config("0")).unwrap();
         assert_eq!(placement.device(), &Device::Gpu(0), "{dtype}");
+    }
+}
+
+#[test]
+fn keys_and_values_are_kept_as_asked_on_a_gpu() {
+    let (spec, hardware) = (spec(), with(vec![gpu(0, FREE)]));
+    for dtype in KvDType::ALL {
+        let mut config = config("auto");
+        config.kv.dtype = dtype;
+        let placement = Placement::plan(&spec, &hardware, &config).unwrap();
+        assert_eq!((placement.device(), placement.kv_dtype), (&Device::Gpu(0), dtype));
+        let bytes = spec.kv_bytes_per_token(dtype) * placement.block_tokens as u64;
+        assert_eq!(placement.block_bytes(), bytes);
+        assert!(placement.notes.is_empty(), "{:?}", placement.notes);
+        let rows = placement.explain();
+        let row = rows.iter().find(|row| row.what == "KV cache").unwrap();
+        assert!(row.why.ends_with(dtype.name()), "{}", row.why);
+    }
+}
+
+#[test]
+fn a_type_that_only_a_gpu_has_becomes_the_nearest_or_is_refused() {
+    let spec = spec();
+    for (dtype, taken) in [(KvDType::Bf16, KvDType::F16), (KvDType::Fp8E4m3, KvDType::Q8_0)] {
+        let plan = |device: &str| {
+            let mut config = config(device);
+            config.kv.dtype = dtype;
+            Placement::plan(&spec, &without(), &config)
+        };
+        let auto = plan("auto").unwrap();
+        assert_eq!((auto.device(), auto.kv_dtype), (&Device::Cpu, taken));
+        assert_eq!(auto.block_bytes(), spec.kv_bytes_per_token(taken) * auto.block_tokens as u64);
+        let why = format!("kv.dtype is {dtype}, which only a GPU has: the CPU keeps {taken}");
+        assert_eq!(auto.notes, ["no GPU is used: no driver".to_owned(), why]);
+        let (field, got, allowed) = refusal(plan("off"));
+        assert_eq!((field.as_str(), got.as_str()), ("kv.dtype", dtype.name()));
+        assert!(allowed.starts_with("f16 or q8_0 on the CPU"), "{allowed}");
     }
 }
 

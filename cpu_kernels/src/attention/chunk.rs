@@ -1,7 +1,7 @@
 //! Where the keys and values of one chunk of positions lie in the paged store.
 
 use super::scratch::CHUNK;
-use super::{KvDType, TOKEN_GROUP, Tile};
+use super::{TOKEN_GROUP, Tile};
 use std::ops::Range;
 
 /// Groups of 16 tokens, each within one block, of a chunk.
@@ -41,7 +41,7 @@ impl Chunk {
             let block = call.block_of(position);
             chunk.keys[index] = store.key_at(block, tile.kv_head, token);
             chunk.values[index] = store.value_at(block, tile.kv_head, token);
-            if store.layout().dtype() == KvDType::Q8_0 {
+            if store.layout().is_eight_bits() {
                 let [key, value] = store.scales_at(block, tile.kv_head, token);
                 (chunk.key_scales[index], chunk.value_scales[index]) = (key, value);
             }

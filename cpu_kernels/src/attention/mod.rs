@@ -119,10 +119,11 @@ impl Tile<'_> {
     /// The row is one of the tile, whose queries have been prepared in `state`.
     #[inline(always)]
     pub(crate) unsafe fn query(&self, index: usize, state: &TileState) -> *const f32 {
-        match self.call.store.layout().dtype() {
-            KvDType::F16 => self.call.query(self.kv_head, self.rows.start + index),
+        if self.call.store.layout().is_eight_bits() {
             // SAFETY: the row is inside the scratch.
-            KvDType::Q8_0 => unsafe { state.rotated.add(index * state.stride) },
+            unsafe { state.rotated.add(index * state.stride) }
+        } else {
+            self.call.query(self.kv_head, self.rows.start + index)
         }
     }
 }
@@ -174,7 +175,7 @@ impl AttentionCall<'_> {
     /// # Safety
     /// The call was checked, the state is that of a borrowed scratch.
     unsafe fn prepare_queries(&self, kv_head: usize, rows: &Range<usize>, state: &TileState) {
-        if self.store.layout().dtype() == KvDType::Q8_0 {
+        if self.store.layout().is_eight_bits() {
             // SAFETY: passed on; tiles have at most `TILE_ROWS` rows.
             unsafe { rotate::rotate_queries(self, kv_head, rows.clone(), state) }
         }

@@ -4,7 +4,7 @@
 use super::merge::merge_tile;
 use super::store::KV_GROUP;
 use super::write::write_groups;
-use super::{AttentionTable, KvDType, KvWrite, SEGMENT_TOKENS, Tile, TileState};
+use super::{AttentionTable, KvWrite, SEGMENT_TOKENS, Tile, TileState};
 use crate::elementwise::scalar::softcap_one;
 use half::f16;
 
@@ -92,13 +92,12 @@ unsafe fn element(tile: &Tile<'_>, which: Which, position: usize, d: usize) -> f
     };
     // SAFETY: the element and its scale lie inside the block's head.
     unsafe {
-        match layout.dtype() {
-            KvDType::F16 => f16::from_bits(*at.cast::<u16>().add(index)).to_f32(),
-            KvDType::Q8_0 => {
-                let scales = store.scales_at(block, tile.kv_head, token)[which as usize];
-                let scale = *scales.add(d / KV_GROUP * layout.block_tokens());
-                f32::from(*at.cast::<i8>().add(index)) * f16::from_bits(scale).to_f32()
-            }
+        if layout.is_eight_bits() {
+            let scales = store.scales_at(block, tile.kv_head, token)[which as usize];
+            let scale = *scales.add(d / KV_GROUP * layout.block_tokens());
+            f32::from(*at.cast::<i8>().add(index)) * f16::from_bits(scale).to_f32()
+        } else {
+            f16::from_bits(*at.cast::<u16>().add(index)).to_f32()
         }
     }
 }
@@ -109,7 +108,7 @@ unsafe fn element(tile: &Tile<'_>, which: Which, position: usize, d: usize) -> f
 /// The write was checked.
 unsafe fn write_kv(write: &KvWrite<'_>, kv_head: usize) {
     let layout = write.store.layout();
-    if layout.dtype() == KvDType::Q8_0 {
+    if layout.is_eight_bits() {
         // SAFETY: the write was checked.
         return unsafe { write_groups(write, kv_head) };
     }

@@ -14,7 +14,7 @@ mod write;
 
 use super::chunk::Chunk;
 use super::scratch::{CHUNK, TILE_ROWS};
-use super::{AttentionTable, KvDType, KvWrite, Tile, TileState};
+use super::{AttentionTable, KvWrite, Tile, TileState};
 use crate::lanes::{Lanes, exp_lanes, softcap_lanes};
 use products::{EightBit, Element, Half, add_values, score_rows};
 
@@ -226,9 +226,10 @@ macro_rules! attention_table {
             unsafe fn segment(tile: &Tile<'_>, state: &TileState) {
                 // SAFETY: the caller keeps the promises of both.
                 unsafe {
-                    match tile.call.store.layout().dtype() {
-                        KvDType::F16 => segment_f16(tile, state),
-                        KvDType::Q8_0 => segment_q8_0(tile, state),
+                    if tile.call.store.layout().is_eight_bits() {
+                        segment_q8_0(tile, state);
+                    } else {
+                        segment_f16(tile, state);
                     }
                 }
             }

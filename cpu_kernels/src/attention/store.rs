@@ -1,4 +1,4 @@
-//! The paged f16 store of keys and values of one layer, and where each element lies in it.
+//! The paged store of keys and values of one layer, and where each element lies in it.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -19,11 +19,16 @@ pub enum KvDType {
     F16,
     /// 8-bit numbers in groups of 32 along the head, each with an f16 scale: 8.5 bits an element.
     Q8_0,
+    /// 16-bit floats with the range of f32; on a GPU only.
+    Bf16,
+    /// 8-bit floats, 4 bits of exponent and 3 of fraction, up to ±448, without a scale; on a GPU
+    /// only.
+    Fp8E4m3,
 }
 
-/// A name that is neither `f16` nor `q8_0`.
+/// A name that no type has.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown type of KV cache {name:?}: want f16 or q8_0")]
+#[error("unknown type of KV cache {name:?}: want f16, q8_0, bf16 or fp8_e4m3")]
 pub struct UnknownKvDType {
     /// The name as given.
     pub name: String,
@@ -31,29 +36,37 @@ pub struct UnknownKvDType {
 
 impl KvDType {
     /// Every type.
-    pub const ALL: [KvDType; 2] = [KvDType::F16, KvDType::Q8_0];
+    pub const ALL: [KvDType; 4] = [KvDType::F16, KvDType::Q8_0, KvDType::Bf16, KvDType::Fp8E4m3];
+
+    /// The types that the kernels of this crate have; those of a GPU have all.
+    pub const ON_CPU: [KvDType; 2] = [KvDType::F16, KvDType::Q8_0];
 
     /// The name in configuration and logs.
     pub fn name(self) -> &'static str {
         match self {
             KvDType::F16 => "f16",
             KvDType::Q8_0 => "q8_0",
+            KvDType::Bf16 => "bf16",
+            KvDType::Fp8E4m3 => "fp8_e4m3",
         }
+    }
+
+    /// Whether the kernels of this crate have it.
+    pub fn is_on_cpu(self) -> bool {
+        Self::ON_CPU.contains(&self)
     }
 
     /// Bytes of one token's key, or value, of one head.
     pub fn head_bytes(self, head_dim: usize) -> usize {
-        match self {
-            KvDType::F16 => 2 * head_dim,
-            KvDType::Q8_0 => head_dim + 2 * head_dim.div_ceil(KV_GROUP),
-        }
+        let scales = if self == KvDType::Q8_0 { head_dim.div_ceil(KV_GROUP) } else { 0 };
+        self.element_bytes() * head_dim + 2 * scales
     }
 
     /// Bytes of an element, scales aside.
     fn element_bytes(self) -> usize {
         match self {
-            KvDType::F16 => 2,
-            KvDType::Q8_0 => 1,
+            KvDType::F16 | KvDType::Bf16 => 2,
+            KvDType::Q8_0 | KvDType::Fp8E4m3 => 1,
         }
     }
 }
@@ -81,6 +94,12 @@ pub enum KvLayoutError {
     BlockTokens {
         /// Tokens per block as given.
         got: usize,
+    },
+    /// Only a GPU has kernels for this type.
+    #[error("kv.dtype is {got}; allowed on a CPU: f16, q8_0")]
+    DType {
+        /// The type as given.
+        got: KvDType,
     },
     /// A layer has heads, and heads have elements.
     #[error("a KV store of {n_kv_heads} heads of {head_dim} elements holds nothing")]
@@ -115,7 +134,7 @@ impl KvLayout {
     ///
     /// # Errors
     /// [`KvLayoutError`] when `block_tokens` is no positive multiple of [`TOKEN_GROUP`], or a
-    /// dimension is 0.
+    /// dimension is 0, or the type is none of [`KvDType::ON_CPU`].
     pub fn new(
         n_kv_heads: usize,
         head_dim: usize,
@@ -127,6 +146,9 @@ impl KvLayout {
         }
         if n_kv_heads == 0 || head_dim == 0 {
             return Err(KvLayoutError::Empty { n_kv_heads, head_dim });
+        }
+        if !dtype.is_on_cpu() {
+            return Err(KvLayoutError::DType { got: dtype });
         }
         Ok(KvLayout { n_kv_heads, head_dim, block_tokens, dtype })
     }
@@ -149,6 +171,11 @@ impl KvLayout {
     /// How elements are kept.
     pub fn dtype(&self) -> KvDType {
         self.dtype
+    }
+
+    /// Whether elements have 8 bits, and groups of them a scale; else they are f16.
+    pub(crate) fn is_eight_bits(&self) -> bool {
+        self.dtype == KvDType::Q8_0
     }
 
     /// Bytes of one block of keys; a block of values has as many.
@@ -253,7 +280,7 @@ impl<'a> KvStore<'a> {
     /// When the block is not in the store, or the store has no scales.
     #[inline(always)]
     pub(crate) fn scales_at(&self, block: u32, kv_head: usize, token: usize) -> [*mut u16; 2] {
-        assert!(self.layout.dtype == KvDType::Q8_0, "only 8 bits have scales");
+        assert!(self.layout.is_eight_bits(), "only 8 bits have scales");
         let offset = self.layout.scale_offset(kv_head, token, 0);
         let start = self.block_start(block, kv_head, token) + offset;
         // SAFETY: as in `key_at`; offsets of scales are even.

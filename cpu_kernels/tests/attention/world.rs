@@ -189,10 +189,8 @@ impl World {
                     let (key, value) = (self.keys[from], self.values[from]);
                     let stored = self.stored(token, head, d);
                     for (wanted, (got, tolerance)) in [key, value].into_iter().zip(stored) {
-                        let wanted = match shape.dtype {
-                            KvDType::F16 => f16::from_f32(wanted).to_f32(),
-                            KvDType::Q8_0 => wanted,
-                        };
+                        let is_half = shape.dtype == KvDType::F16;
+                        let wanted = if is_half { f16::from_f32(wanted).to_f32() } else { wanted };
                         let error = (got - wanted).abs();
                         assert!(error <= tolerance, "{token} {head} {d}: {got} {wanted}");
                     }
@@ -213,22 +211,21 @@ impl World {
         let rotated = self.shape.dtype == KvDType::Q8_0 && first + KV_GROUP <= self.shape.head_dim;
         for (index, words) in [&self.stored_keys, &self.stored_values].into_iter().enumerate() {
             let at = block + offsets[index];
-            stored[index] = match self.shape.dtype {
-                KvDType::F16 => (f16::from_bits(words[at / 2]).to_f32(), 0.0),
-                KvDType::Q8_0 => {
-                    let scale = f16::from_bits(words[scale_at / 2]).to_f32();
-                    let step = 0.5 + 127.0 / 2048.0;
-                    let element = |at: usize| f32::from(words[at / 2].to_le_bytes()[at % 2] as i8);
-                    if rotated && index == 0 {
-                        let keys = (first..first + KV_GROUP)
-                            .map(|dim| element(block + layout.key_offset(head, slot, dim)));
-                        let turned: f32 =
-                            keys.enumerate().map(|(i, key)| sign(i, d % KV_GROUP) * key).sum();
-                        let norm = (KV_GROUP as f32).sqrt();
-                        (turned / norm * scale, scale * step * norm)
-                    } else {
-                        (element(at) * scale, scale * step)
-                    }
+            stored[index] = if self.shape.dtype == KvDType::F16 {
+                (f16::from_bits(words[at / 2]).to_f32(), 0.0)
+            } else {
+                let scale = f16::from_bits(words[scale_at / 2]).to_f32();
+                let step = 0.5 + 127.0 / 2048.0;
+                let element = |at: usize| f32::from(words[at / 2].to_le_bytes()[at % 2] as i8);
+                if rotated && index == 0 {
+                    let keys = (first..first + KV_GROUP)
+                        .map(|dim| element(block + layout.key_offset(head, slot, dim)));
+                    let turned: f32 =
+                        keys.enumerate().map(|(i, key)| sign(i, d % KV_GROUP) * key).sum();
+                    let norm = (KV_GROUP as f32).sqrt();
+                    (turned / norm * scale, scale * step * norm)
+                } else {
+                    (element(at) * scale, scale * step)
                 }
             };
         }

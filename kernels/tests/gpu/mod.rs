@@ -1,6 +1,7 @@
 //! What the tests on a GPU share.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+pub mod kept;
 pub mod specification;
 pub mod world;
 

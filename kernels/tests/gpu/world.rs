@@ -1,7 +1,8 @@
 //! Sequences whose tokens attend on the GPU, and a naive softmax over them in f64.
 
+use super::kept::{KeptHead, Plane, turn};
 use super::{Random, from_gpu, on_gpu};
-use half::f16;
+use tandem_cpu_kernels::attention::KvDType;
 use tandem_kernels::{Attend, Gpu, HeadCounts, KvSpans, RotateHeads, Runs, Span, TokenTables};
 
 #[derive(Clone, Copy, Debug)]
@@ -11,6 +12,7 @@ pub struct Shape {
     pub window: Option<usize>,
     pub softcap: Option<f32>,
     pub interleaved: bool,
+    pub dtype: KvDType,
 }
 
 /// Some sequences' heads, one step per prompt: all tokens of sequence s have positions 0 ...
@@ -58,9 +60,9 @@ impl World {
         world
     }
 
-    /// Elements `head` of token `token`, rotated as they should be, in f32: rounding to f16 must
-    /// see the same numbers.
-    fn rotated(&self, token: usize, head: usize) -> Vec<f32> {
+    /// Elements `head` of token `token`, rotated as they should be, in f32: rounding must see the
+    /// same numbers.
+    pub fn rotated(&self, token: usize, head: usize) -> Vec<f32> {
         let HeadCounts { n_heads, n_kv_heads, head_dim } = self.shape.heads;
         let at = (token * (n_heads + 2 * n_kv_heads) + head) * head_dim;
         let mut values = self.heads[at..][..head_dim].to_vec();
@@ -78,34 +80,44 @@ impl World {
         values
     }
 
-    /// A key or value as the store has it.
-    fn stored(values: &[f32]) -> Vec<f64> {
-        values.iter().map(|x| f16::from_f32(*x).to_f64()).collect()
+    /// The value of KV head `kv_head` of token `token`.
+    pub fn value_at(&self, token: usize, kv_head: usize) -> std::ops::Range<usize> {
+        let HeadCounts { n_heads, n_kv_heads, head_dim } = self.shape.heads;
+        let at = (token * (n_heads + 2 * n_kv_heads) + n_heads + n_kv_heads + kv_head) * head_dim;
+        at..at + head_dim
     }
 
-    /// Keys and values of all tokens, `[tokens · n_kv_heads]` heads each.
-    fn store(&self) -> (Vec<Vec<f64>>, Vec<Vec<f64>>) {
-        let HeadCounts { n_heads, n_kv_heads, head_dim } = self.shape.heads;
-        let (mut keys, mut values) = (Vec::new(), Vec::new());
-        for token in 0..self.positions.len() {
-            for head in n_heads..n_heads + n_kv_heads {
-                keys.push(Self::stored(&self.rotated(token, head)));
-                let at = (token * (n_heads + 2 * n_kv_heads) + head + n_kv_heads) * head_dim;
-                values.push(Self::stored(&self.heads[at..][..head_dim]));
+    /// What is to be kept of KV head `kv_head` of token `token`.
+    pub fn kept(&self, token: usize, kv_head: usize, plane: Plane) -> KeptHead {
+        let dtype = self.shape.dtype;
+        match plane {
+            Plane::Keys => {
+                let key = self.rotated(token, self.shape.heads.n_heads + kv_head);
+                KeptHead::of(dtype, &key, plane)
             }
+            Plane::Values => KeptHead::of(dtype, &self.heads[self.value_at(token, kv_head)], plane),
         }
-        (keys, values)
+    }
+
+    /// Keys or values of all tokens, `[tokens · n_kv_heads]` heads.
+    fn store(&self, plane: Plane, rounded: &impl Fn(f64) -> f64) -> Vec<Vec<f64>> {
+        let (n_kv_heads, dtype) = (self.shape.heads.n_kv_heads, self.shape.dtype);
+        let heads = (0..self.positions.len() * n_kv_heads).map(|at| {
+            let kept = self.kept(at / n_kv_heads, at % n_kv_heads, plane).numbers(dtype);
+            kept.into_iter().map(rounded).collect()
+        });
+        heads.collect()
     }
 
     /// The attention of tokens from `first` on.
     pub fn naive(&self, first: usize) -> Vec<f32> {
-        self.naive_of(first, f64::from)
+        self.naive_of(first, |x| x)
     }
 
-    /// The same with queries that `rounded` changes.
-    pub fn naive_of(&self, first: usize, rounded: impl Fn(f32) -> f64) -> Vec<f32> {
+    /// The same with queries, keys and values that `rounded` changes.
+    pub fn naive_of(&self, first: usize, rounded: impl Fn(f64) -> f64) -> Vec<f32> {
         let HeadCounts { n_heads, n_kv_heads, head_dim } = self.shape.heads;
-        let (keys, values) = self.store();
+        let [keys, values] = [Plane::Keys, Plane::Values].map(|plane| self.store(plane, &rounded));
         let mut out = Vec::new();
         for (token, position) in self.positions.iter().enumerate().skip(first) {
             let position = *position as usize;
@@ -114,10 +126,14 @@ impl World {
             for head in 0..n_heads {
                 let kv = head / (n_heads / n_kv_heads);
                 let at = |key: usize| (start + key) * n_kv_heads + kv;
-                let q = self.rotated(token, head);
+                let mut q = self.rotated(token, head);
+                if self.shape.dtype == KvDType::Q8_0 {
+                    turn(&mut q);
+                }
+                let q: Vec<f64> = q.into_iter().map(|q| rounded(f64::from(q))).collect();
                 let score = |key: usize| {
                     let pairs = q.iter().zip(&keys[at(key)]);
-                    let score = 0.3 * pairs.map(|(q, k)| rounded(*q) * k).sum::<f64>();
+                    let score = 0.3 * pairs.map(|(q, k)| q * k).sum::<f64>();
                     let cap = self.shape.softcap.map(f64::from);
                     cap.map_or(score, |cap| cap * (score / cap).tanh())
                 };
@@ -222,13 +238,13 @@ impl World {
         gpu: &Gpu,
         then: impl FnOnce(&RotateHeads<'_>, &Attend<'_>, (&TokenTables<'_>, &KvSpans<'_>)) -> T,
     ) -> T {
-        let Shape { heads, block_tokens, window, softcap, interleaved } = self.shape;
-        let bytes = self.n_blocks * KvSpans::block_bytes(heads, block_tokens);
+        let Shape { heads, block_tokens, window, softcap, interleaved, dtype } = self.shape;
+        let bytes = self.n_blocks * KvSpans::block_bytes(heads, block_tokens, dtype);
         // What nobody wrote must not be read as numbers.
         let nothing = vec![u16::MAX; bytes / 2];
         let (keys, values) = (on_gpu(gpu, &nothing), on_gpu(gpu, &nothing));
         let (keys, values, blocks) = (keys.span(), values.span(), self.n_blocks);
-        let store = KvSpans { keys, values, blocks, block_tokens };
+        let store = KvSpans { keys, values, blocks, block_tokens, dtype };
         let (rows, angles) = (on_gpu(gpu, &self.heads), on_gpu(gpu, &self.angles));
         let (positions, tables) = (on_gpu(gpu, &self.positions), on_gpu(gpu, &self.tables));
         let blocks = on_gpu(gpu, &self.blocks);
@@ -264,7 +280,12 @@ impl World {
     }
 }
 
+/// Shapes with every type of the store.
 pub fn shapes() -> Vec<Shape> {
+    KvDType::ALL.into_iter().flat_map(shapes_of).collect()
+}
+
+fn shapes_of(dtype: KvDType) -> Vec<Shape> {
     let mut shapes = Vec::new();
     let counts = [(1, 1), (3, 1), (4, 2), (6, 1), (8, 8), (7, 1)];
     let dims = [64, 128, 256, 32, 80, 96];
@@ -275,6 +296,7 @@ pub fn shapes() -> Vec<Shape> {
             window: [None, Some(7), None, Some(100), None, Some(600)][index],
             softcap: [None, None, Some(2.0), None, None, None][index],
             interleaved: index % 2 == 1,
+            dtype,
         });
     }
     shapes

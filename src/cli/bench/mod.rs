@@ -145,7 +145,7 @@ impl<'a> Bench<'a> {
     }
 
     /// Refuses what does not fit, before anything is loaded; says which device it was placed on.
-    fn check_memory(&self) -> Result<Device> {
+    fn check_memory(&mut self) -> Result<Device> {
         let spec = &self.subject.spec;
         let blocks = self.size.kv().device_blocks;
         let block_bytes =
@@ -154,6 +154,10 @@ impl<'a> Bench<'a> {
         config.model.context_tokens = self.size.stream_blocks * self.size.block_tokens;
         config.kv.cache_bytes = ByteSize(blocks as u64 * block_bytes);
         let placement = Placement::plan(spec, &self.hardware, &config)?;
+        if placement.kv_dtype != self.size.kv_dtype {
+            self.size.kv_dtype = placement.kv_dtype;
+            return self.check_memory();
+        }
         if placement.device_blocks < blocks {
             let free = placement.device_blocks as u64 * block_bytes;
             let suggest = "use fewer streams, or less depth".to_owned();

@@ -5,7 +5,6 @@ use crate::executor::ExecutorError;
 use crate::executor::kv_store::KvOptions;
 use crate::executor::program::{KvLayerId, KvShape};
 use crate::step::{BlockCopy, Tier};
-use crate::tensor::KvDType;
 use tandem_kernels::{DeviceMemory, Gpu, HeadCounts, KvSpans, Span};
 
 /// One layer's keys or values in both tiers.
@@ -50,16 +49,12 @@ impl GpuKv {
     /// Zeroed blocks for every layer.
     ///
     /// # Errors
-    /// The memory does not hold them, or keys and values are to be kept in 8 bits.
+    /// The memory does not hold them.
     pub fn new(gpu: &Gpu, shapes: &[KvShape], options: KvOptions) -> Result<Self, ExecutorError> {
-        if options.dtype != KvDType::F16 {
-            let what = format!("a KV cache of {} on a GPU (kv.dtype: f16 works)", options.dtype);
-            return Err(ExecutorError::Unsupported { what });
-        }
         let plane = |shape: &KvShape| {
             let &KvShape { n_kv_heads, head_dim } = shape;
             let heads = HeadCounts { n_heads: n_kv_heads, n_kv_heads, head_dim };
-            let block_bytes = KvSpans::block_bytes(heads, options.block_tokens);
+            let block_bytes = KvSpans::block_bytes(heads, options.block_tokens, options.dtype);
             let device = gpu.alloc(options.device_blocks * block_bytes)?;
             let host = vec![0; options.host_blocks * block_bytes];
             Ok::<_, ExecutorError>(Plane { device, host, block_bytes })
@@ -82,6 +77,7 @@ impl GpuKv {
             values: values.device.span(),
             blocks: self.options.device_blocks,
             block_tokens: self.options.block_tokens,
+            dtype: self.options.dtype,
         }
     }
 

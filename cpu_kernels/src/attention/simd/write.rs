@@ -1,7 +1,7 @@
 //! Storing keys and values.
 
+use crate::attention::KvWrite;
 use crate::attention::write::write_groups;
-use crate::attention::{KvDType, KvWrite};
 use crate::lanes::Lanes;
 
 /// See [`AttentionTable::write_kv`].
@@ -11,7 +11,7 @@ use crate::lanes::Lanes;
 #[inline(always)]
 pub(super) unsafe fn write_kv<L: Lanes>(write: &KvWrite<'_>, kv_head: usize) {
     let layout = write.store.layout();
-    if layout.dtype() == KvDType::Q8_0 {
+    if layout.is_eight_bits() {
         // SAFETY: the write was checked.
         return unsafe { write_groups(write, kv_head) };
     }
