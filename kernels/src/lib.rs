@@ -12,6 +12,7 @@ mod attention;
 mod device;
 mod driver;
 mod embed;
+mod fate;
 mod flash;
 mod gpu;
 mod graph;
