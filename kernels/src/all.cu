@@ -6,6 +6,7 @@
 #include "middle.cu"
 #include "narrow.cu"
 #include "pack.cu"
+#include "roof.cu"
 #include "rotate.cu"
 #include "rows.cu"
 #include "sample.cu"
