@@ -23,12 +23,14 @@ use super::kv_store::KvOptions;
 use super::program::{Linear, Norm, Op, Pending};
 use super::sample::RowSamplers;
 use super::stage::StageMemory;
+use crate::request::RequestError;
 use crate::step::{StepOutput, StepPlan};
 use buffers::GpuBuffers;
 use graphs::Graphs;
 use kv::GpuKv;
 use std::sync::Arc;
 use std::time::Instant;
+use tandem_kernels::GpuError;
 
 /// Rows of logits that exist at once.
 const LOGITS_TILE_ROWS: usize = 128;
@@ -111,7 +113,9 @@ impl GpuStage {
         }
     }
 
-    /// Runs one step: copies, then all tokens, then the wanted logits.
+    /// Runs one step: copies, then all tokens, then the wanted logits. Where the GPU has no memory
+    /// for what a step brings along, the step is refused ([`StepOutput::refusal`]) and the stage
+    /// goes on.
     ///
     /// # Errors
     /// A plan that does not add up (nothing was done), or a failure of the GPU: after that every
@@ -125,11 +129,22 @@ impl GpuStage {
         output.step = plan.step;
         self.batch.prepare(plan, self.limits)?;
         self.kv.check(&plan.copies)?;
-        if let Err(error) = self.compute(plan) {
-            self.failure = Some(error.to_string());
-            return Err(error);
+        match self.compute(plan) {
+            Ok(()) => self.samplers.gather(output),
+            // Memory is asked for before anything of the step is started.
+            Err(ExecutorError::Gpu(GpuError::OutOfMemory { ordinal, need_bytes, free_bytes })) => {
+                output.refusal = Some(RequestError::InsufficientMemory {
+                    device: format!("GPU {ordinal}"),
+                    need: need_bytes as u64,
+                    free: free_bytes as u64,
+                    suggest: "try again when fewer or shorter requests run".into(),
+                });
+            }
+            Err(error) => {
+                self.failure = Some(error.to_string());
+                return Err(error);
+            }
         }
-        self.samplers.gather(output);
         output.duration_us = started.elapsed().as_micros() as u64;
         Ok(())
     }

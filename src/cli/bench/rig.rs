@@ -199,6 +199,9 @@ impl Rig {
     fn step(&mut self) -> Result<()> {
         self.plan.step.0 += 1;
         self.stage.run(&self.plan, &mut self.output)?;
+        if let Some(refusal) = self.output.refusal.take() {
+            return Err(refusal.into());
+        }
         if let Some(failure) = self.output.failures.first() {
             let (stream, position) = (failure.sequence.0, failure.position);
             bail!("the logits of stream {stream} at position {position} are not finite");
