@@ -12,6 +12,7 @@ mod buffers;
 mod graphs;
 mod inputs;
 mod kv;
+mod op_marks;
 mod ops;
 mod weights;
 
@@ -28,6 +29,7 @@ use crate::step::{StepOutput, StepPlan};
 use buffers::GpuBuffers;
 use graphs::Graphs;
 use kv::GpuKv;
+use op_marks::OpMarks;
 use std::sync::Arc;
 use std::time::Instant;
 use tandem_kernels::GpuError;
@@ -63,6 +65,7 @@ pub struct GpuStage {
     has_flash: bool,
     last: LastOps,
     graphs: Graphs,
+    op_marks: Option<OpMarks>,
     failure: Option<String>,
     weights: Arc<GpuWeights>,
 }
@@ -91,6 +94,7 @@ impl GpuStage {
             has_flash: attend::has_flash(weights.gpu(), program),
             last: last_ops(&program.ops),
             graphs: Graphs::default(),
+            op_marks: None,
             kv: GpuKv::new(weights.gpu(), &program.kv_layers, options.kv)?,
             buffers: GpuBuffers::new(&weights, tokens, store)?,
             samplers: RowSamplers::new(1, program.dims.vocab, tokens),
@@ -129,7 +133,7 @@ impl GpuStage {
         output.step = plan.step;
         self.batch.prepare(plan, self.limits)?;
         self.kv.check(&plan.copies)?;
-        match self.compute(plan) {
+        match self.compute_marked(plan, started) {
             Ok(()) => self.samplers.gather(output),
             // Memory is asked for before anything of the step is started.
             Err(ExecutorError::Gpu(GpuError::OutOfMemory { ordinal, need_bytes, free_bytes })) => {
@@ -147,6 +151,12 @@ impl GpuStage {
         }
         output.duration_us = started.elapsed().as_micros() as u64;
         Ok(())
+    }
+
+    fn compute_marked(&mut self, plan: &StepPlan, started: Instant) -> Result<(), ExecutorError> {
+        self.mark_start()?;
+        self.compute(plan)?;
+        if plan.tokens.is_empty() { Ok(()) } else { self.count_ops(started.elapsed()) }
     }
 }
 

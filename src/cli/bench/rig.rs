@@ -107,7 +107,7 @@ impl Rig {
     pub fn once_by_op(&mut self, test: &Test) -> Result<OpSplit> {
         self.fill(test)?;
         let first = self.plan.step.0;
-        self.stage.start_op_times();
+        self.stage.start_op_times()?;
         self.once(test)?;
         let times = self.stage.take_op_times();
         Ok(OpSplit { steps: self.plan.step.0 - first, times })

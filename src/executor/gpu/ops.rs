@@ -43,6 +43,7 @@ impl GpuStage {
             return Ok(());
         }
         self.prepare(plan)?;
+        self.mark_inputs()?;
         let shape = StepShape {
             tokens: plan.tokens.len(),
             rows: plan.logits.len().min(LOGITS_TILE_ROWS),
@@ -51,7 +52,9 @@ impl GpuStage {
         };
         let mut graphs = std::mem::take(&mut self.graphs);
         // Prompts launch faster than they compute, and are divided anew each time.
-        let is_recorded = shape.tokens <= RECORDED_TOKENS_MAX && self.buffers.host.runs.is_empty();
+        let is_recorded = shape.tokens <= RECORDED_TOKENS_MAX
+            && self.buffers.host.runs.is_empty()
+            && self.op_marks.is_none();
         let ran = if is_recorded {
             // SAFETY: the stage's memory stays where it is until `prepare` forgets the records.
             unsafe { graphs.run(gpu, shape, || self.launch(&shape)) }
@@ -68,7 +71,7 @@ impl GpuStage {
         let tokens = shape.tokens;
         // Where tokens are alone, who attends rotates on the way.
         let mut on_the_way = None;
-        for op in &self.weights.program().ops {
+        for (index, op) in self.weights.program().ops.iter().enumerate() {
             match op {
                 Op::Embed { scale, .. } => self.embed(tokens, *scale)?,
                 Op::Select { .. } => {}
@@ -100,6 +103,7 @@ impl GpuStage {
                 | Op::GateExperts { .. }
                 | Op::DownExperts { .. } => unreachable!("refused when the weights were loaded"),
             }
+            self.mark_op(index)?;
         }
         Ok(())
     }
