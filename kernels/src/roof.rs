@@ -9,7 +9,7 @@ const READ_WARPS: usize = READ_THREADS / 32;
 /// Blocks of readers per multiprocessor: as many as run at once.
 const READ_BLOCKS: usize = 4;
 /// Passes over the memory; the best counts, since others only ever take away.
-const READ_PASSES: usize = 12;
+const READ_PASSES: usize = 48;
 /// Bytes of noise that all memory is filled with.
 const NOISE_BYTES: usize = 16 << 20;
 
@@ -21,7 +21,7 @@ const MAC_DEPTH: usize = 64;
 const MAC_SHAPE_WGMMA: (usize, usize, usize) = (256, 1, 256 * MAC_DEPTH * 2 + 1024);
 const MAC_SHAPE: (usize, usize, usize) = (32, 2, 0);
 /// Bursts of arithmetic, and how long each lasts: past the start, short of the clock's retreat.
-const MAC_BURSTS: usize = 12;
+const MAC_BURSTS: usize = 20;
 const MAC_BURST_US: f64 = 10_000.0;
 /// Rounds of the first burst, which says how many fill the time.
 const MAC_ROUNDS_FIRST: usize = 1000;

@@ -214,6 +214,7 @@ impl<'a> Bench<'a> {
                 }
                 Device::Gpu(index) => {
                     let weights = GpuWeights::load(index, &request, Some(&mut pool), &mut show)?;
+                    weights.limit_waits(Duration::from_millis(self.config.gpu.step_timeout_ms));
                     DeviceWeights::Gpu(Arc::new(weights))
                 }
             })

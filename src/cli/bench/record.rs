@@ -135,7 +135,7 @@ impl Record {
         fields
     }
 
-    /// The repetitions and the time of each op, and how it was measured, which have no place in a table.
+    /// The repetitions and the time of each op, which have no place in a table.
     fn lists(&self) -> [(&'static str, Value); 5] {
         let op = |time: &OpTime| {
             let OpTime { op, work_ns, wait_ns } = time;

@@ -1,6 +1,6 @@
 //! How long each op of a program takes on a GPU, by marks between them. Steps are then launched op
 //! by op, so these times hold what a recorded step saves: starts, and gaps between kernels that
-//! would overlap. What the host takes while the GPU has nothing to do is a kind of its own.
+//! would overlap. What the host does between two marks counts for what lies between them.
 
 use super::GpuStage;
 use crate::executor::ExecutorError;
@@ -9,9 +9,9 @@ use crate::executor::program::Program;
 use std::time::Duration;
 use tandem_kernels::{Gpu, Mark};
 
-/// What comes before the first op: copies of KV blocks, and what the host prepared.
-const INPUTS: &str = "inputs to the GPU";
-/// All else of a step: preparing, starting and sampling on the host.
+/// What comes before the first op: copies of KV blocks, and what the host prepares and sends.
+const INPUTS: &str = "inputs";
+/// All else of a step, before its first mark and behind its last.
 const HOST: &str = "host";
 
 /// Marks of one step, and the times of those that were counted.
