@@ -79,6 +79,7 @@ pub struct CpuConfig {
 pub struct GpuConfig {
     pub device: String,
     pub vram_limit: ByteSize,
+    pub step_timeout_ms: u64,
 }
 
 impl GpuConfig {
@@ -269,8 +270,9 @@ impl Config {
     /// The ranges of times and of what templates and crashes may take.
     fn validate_times(&self) -> Result<(), ConfigError> {
         let (template, supervision) = (&self.template, &self.supervision);
-        let counts: [(&str, u64, u64, u64); 8] = [
+        let counts: [(&str, u64, u64, u64); 9] = [
             ("cpu.spin_us", self.cpu.spin_us, 0, 1_000_000),
+            ("gpu.step_timeout_ms", self.gpu.step_timeout_ms, 100, WEEK_MS),
             ("stream.slow_consumer_ms", self.stream.slow_consumer_ms, 1, WEEK_MS),
             ("template.fuel", template.fuel, 1, 1_000_000_000_000),
             ("template.output_bytes_max", template.output_bytes_max.0, 1, 1 << 30),
@@ -334,6 +336,9 @@ mod tests {
         let mut config = Config::default();
         config.gpu.device = "first".into();
         assert_eq!(config.validate().unwrap_err().field, "gpu.device");
+        let mut config = Config::default();
+        config.gpu.step_timeout_ms = 99;
+        assert_eq!(config.validate().unwrap_err().field, "gpu.step_timeout_ms");
         let mut config = Config::default();
         config.template.fuel = 0;
         assert_eq!(config.validate().unwrap_err().field, "template.fuel");

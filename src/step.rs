@@ -2,7 +2,7 @@
 //! goes down, a [`StepOutput`] comes back; both are flat buffers that are cleared and reused, so
 //! that a step allocates nothing. No logic beyond that clearing lives here.
 
-use crate::request::SamplingParams;
+use crate::request::{RequestError, SamplingParams};
 use crate::units::{BlockId, SequenceId, StepId, TokenId};
 use std::ops::Range;
 use std::sync::Arc;
@@ -166,6 +166,9 @@ pub struct StepOutput {
     pub rows: Vec<RowOutput>,
     /// Rows with NaN or infinite logits.
     pub failures: Vec<RowFailure>,
+    /// Why nothing but the copies was done, if so: the plan's sequences fail with it, the executor
+    /// and all others go on.
+    pub refusal: Option<RequestError>,
     /// How long the executor worked on the step, in microseconds.
     pub duration_us: u64,
 }
@@ -175,6 +178,7 @@ impl StepOutput {
     pub fn clear(&mut self) {
         self.rows.clear();
         self.failures.clear();
+        self.refusal = None;
         self.duration_us = 0;
     }
 }

@@ -8,5 +8,7 @@ mod answers;
 mod endings;
 #[path = "actors/flow.rs"]
 mod flow;
+#[path = "actors/gpu_faults.rs"]
+mod gpu_faults;
 #[path = "actors/rig.rs"]
 mod rig;

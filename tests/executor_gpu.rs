@@ -18,6 +18,7 @@ use hf_folder::{Folder, Format};
 use reference::Reference;
 use stage::{Model, options, plan_tokens, run, score_next};
 use std::sync::Arc;
+use std::time::Duration;
 use tandem::executor::{
     ExecutorError, GpuStage, GpuStageOptions, GpuWeights, Program, StageOptions, StagePart,
     WeightsRequest,
@@ -26,6 +27,7 @@ use tandem::formats::Checkpoint;
 use tandem::step::{BlockCopy, RowOutput, StepOutput, StepPlan, Tier};
 use tandem::tensor::{DType, KvDType};
 use tandem::units::{BlockId, TokenId};
+use tandem_kernels::GpuError;
 use tiny_model::{Family, TinyModel, split_mix};
 
 /// Most likely tokens that are compared beside the target.
@@ -338,6 +340,60 @@ fn keeps_its_blocks(model: &Model, dtype: KvDType) {
     copy((Tier::Host, 1), (Tier::Device, 9));
     plan_tokens(&mut second, (1, 8), &tokens, 33..50, score_next(&tokens, TOP));
     assert_eq!(bits(&step(&mut gpu, &second)), wanted[33..], "{dtype}");
+}
+
+#[test]
+fn times_of_ops_add_up_to_those_of_the_steps_and_change_no_bit() {
+    let model = Model::from_bytes(&TinyModel::new(Family::Gemma3).gguf().bytes());
+    let Some(mut gpu) = on_gpu(&model, &options(1, 1024)) else { return };
+    let tokens = random_tokens(&mut 4, 340, model.spec.vocab_size);
+    let plans = [0..300, 300..301, 301..302, 302..303, 303..339].map(|range| {
+        let mut plan = StepPlan::default();
+        plan_tokens(&mut plan, (0, 0), &tokens, range, score_next(&tokens, TOP));
+        plan
+    });
+    let wanted = plans.each_ref().map(|plan| bits(&step(&mut gpu, plan)));
+    assert_eq!(gpu.take_op_times(), None);
+    gpu.start_op_times().unwrap();
+    let mut took_ns = 0.0;
+    for (plan, wanted) in plans.iter().zip(&wanted) {
+        let mut output = StepOutput::default();
+        gpu.run(plan, &mut output).unwrap();
+        assert_eq!(&bits(&output.rows), wanted);
+        took_ns += 1e3 * output.duration_us as f64;
+    }
+    let times = gpu.take_op_times().unwrap();
+    println!("{times:#?}");
+    let names: Vec<_> = times.iter().map(|time| time.op).collect();
+    for name in ["inputs", "embed", "attention", "down", "logits, sampling", "host"] {
+        assert_eq!(names.iter().filter(|other| **other == name).count(), 1, "{name}: {names:?}");
+    }
+    // Ops that are no kernel of their own take no time; reading the marks is no part of a step.
+    assert!(times.iter().all(|time| time.work_ns >= 0.0 && time.wait_ns == 0.0));
+    let sum: f64 = times.iter().map(|time| time.work_ns).sum();
+    assert!(sum > 0.3 * took_ns && sum < 1.1 * took_ns, "{sum} of {took_ns}");
+    let again = plans.each_ref().map(|plan| bits(&step(&mut gpu, plan)));
+    assert_eq!(again, wanted);
+}
+
+#[test]
+fn a_step_that_the_gpu_does_not_finish_in_its_time_is_the_last_one() {
+    let model = Model::from_bytes(&TinyModel::new(Family::Llama).gguf().bytes());
+    let Some(mut gpu) = on_gpu(&model, &options(1, 512)) else { return };
+    let tokens = random_tokens(&mut 4, 512, model.spec.vocab_size);
+    let mut plan = StepPlan::default();
+    plan_tokens(&mut plan, (0, 0), &tokens, 0..512, score_next(&tokens, 0));
+    step(&mut gpu, &plan);
+    gpu.weights().limit_waits(Duration::ZERO);
+    // No step takes no time at all, but one may be done before anybody looks.
+    let mut run = || gpu.run(&plan, &mut StepOutput::default());
+    let hung = (0..100).find_map(|_| run().err()).unwrap();
+    assert!(matches!(hung, ExecutorError::Gpu(GpuError::Hung { .. })), "{hung}");
+    let error = run().unwrap_err();
+    assert!(matches!(error, ExecutorError::GpuStageFailed { .. }), "{error}");
+    let options = GpuStageOptions { kv: options(1, 512).kv, step_tokens_max: 64 };
+    let error = GpuStage::start(Arc::clone(gpu.weights()), &options).map(|_| ()).unwrap_err();
+    assert!(matches!(error, ExecutorError::Gpu(GpuError::Hung { .. })), "{error}");
 }
 
 #[test]

@@ -8,6 +8,7 @@
 #include "middle.cu"
 #include "narrow.cu"
 #include "pack.cu"
+#include "roof.cu"
 #include "rotate.cu"
 #include "route.cu"
 #include "rows.cu"

@@ -1,8 +1,10 @@
 //! What a GPU says about itself.
 
 use crate::driver::DriverError;
+use crate::holders::{MemoryHolder, memory_holders};
 use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
 use cudarc::driver::{CudaContext, result};
+use std::ffi::CString;
 use std::fmt;
 
 /// The generation of a GPU's instruction set.
@@ -35,7 +37,12 @@ pub struct DeviceFacts {
     pub compute_capability: ComputeCapability,
     /// Multiprocessors.
     pub multiprocessors: u32,
+    /// Who holds memory of it, those with most first: asked only where much is held.
+    pub holders: Vec<MemoryHolder>,
 }
+
+/// Memory in use from which on it is asked who holds it: more than this process's own context.
+const HELD_BYTES_MIN: usize = 1 << 30;
 
 /// Asks device `ordinal` for its facts. Only a `Driver` may call this.
 pub(crate) fn facts(ordinal: usize) -> Result<DeviceFacts, DriverError> {
@@ -52,8 +59,19 @@ pub(crate) fn facts(ordinal: usize) -> Result<DeviceFacts, DriverError> {
         Ok::<u32, DriverError>(u32::try_from(value).unwrap_or(0))
     };
     let (free, total) = context.mem_get_info().map_err(refuse("memory"))?;
+    let holders = match total.saturating_sub(free) {
+        HELD_BYTES_MIN.. => {
+            let domain = number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?;
+            let bus = number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?;
+            let slot = number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?;
+            let address = CString::new(format!("{domain:08x}:{bus:02x}:{slot:02x}.0"));
+            address.map(|address| memory_holders(&address)).unwrap_or_default()
+        }
+        _ => Vec::new(),
+    };
     Ok(DeviceFacts {
         ordinal,
+        holders,
         name: context.name().map_err(refuse("name"))?,
         memory_total_bytes: total as u64,
         memory_free_bytes: free as u64,

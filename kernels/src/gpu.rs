@@ -5,6 +5,7 @@
 //! given: a kernel never gets less memory than it touches.
 
 use crate::driver::{Driver, DriverError};
+use crate::fate::{Fate, OnGpu, failure};
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, result, sys,
 };
@@ -46,7 +47,26 @@ pub enum GpuError {
         /// What the driver said.
         reason: String,
     },
-    /// A call into the driver failed. Unless it is a refusal of memory, the context is lost.
+    /// The GPU, or what ran on it, failed so that nothing of this process works there any more.
+    #[error("GPU {ordinal} is lost, {what}: {class}; only a new process can use it again")]
+    Lost {
+        /// Which GPU.
+        ordinal: usize,
+        /// What was tried when the failure came to light.
+        what: &'static str,
+        /// The driver's name of the failure, such as `CUDA_ERROR_ILLEGAL_ADDRESS`.
+        class: String,
+    },
+    /// The GPU did not finish its work in the time that it may take. Nothing is asked of it any
+    /// more: most calls would wait with it.
+    #[error("GPU {ordinal} has not finished its work within {wait_max_ms} ms")]
+    Hung {
+        /// Which GPU.
+        ordinal: usize,
+        /// Milliseconds that a wait may take.
+        wait_max_ms: u64,
+    },
+    /// A call into the driver failed.
     #[error("{what} on GPU {ordinal}: {reason}")]
     Failed {
         /// Which GPU.
@@ -66,11 +86,12 @@ pub struct Gpu {
     multiprocessors: usize,
     shared_bytes: usize,
     has_wgmma: bool,
+    fate: Arc<Fate>,
 }
 
 /// Memory of a GPU; freed when dropped.
 pub struct DeviceMemory {
-    slice: CudaSlice<u8>,
+    slice: OnGpu<CudaSlice<u8>>,
 }
 
 /// A part of a GPU's memory. The GPU works in the order of its stream, so a span may be read and
@@ -113,7 +134,8 @@ impl Gpu {
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let has_wgmma = context.compute_capability().map_err(failed("what it has"))? == (9, 0);
         let functions = Mutex::default();
-        Ok(Gpu { stream, module, functions, multiprocessors, shared_bytes, has_wgmma })
+        let fate = Arc::default();
+        Ok(Gpu { stream, module, functions, multiprocessors, shared_bytes, has_wgmma, fate })
     }
 
     /// Whether its kernels use wgmma: those of compute capability 9.0.
@@ -129,6 +151,10 @@ impl Gpu {
     /// Streaming multiprocessors.
     pub fn multiprocessors(&self) -> usize {
         self.multiprocessors
+    }
+
+    pub(crate) fn fate(&self) -> &Arc<Fate> {
+        &self.fate
     }
 
     pub(crate) fn stream(&self) -> &Arc<CudaStream> {
@@ -156,7 +182,7 @@ impl Gpu {
     pub fn alloc(&self, bytes: usize) -> Result<DeviceMemory, GpuError> {
         self.bound()?;
         match self.stream.alloc_zeros::<u8>(bytes.max(1)) {
-            Ok(slice) => Ok(DeviceMemory { slice }),
+            Ok(slice) => Ok(DeviceMemory { slice: OnGpu::new(slice, self) }),
             Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
                 let free_bytes = self.memory().map_or(0, |(free, _)| free);
                 let ordinal = self.ordinal();
@@ -194,7 +220,8 @@ impl Gpu {
     /// When the span is shorter.
     pub fn download<T: Plain>(&self, from: Span<'_>, to: &mut [T]) -> Result<(), GpuError> {
         assert!(size_of_val(to) <= from.bytes, "{} bytes from {from:?}", size_of_val(to));
-        self.bound()?;
+        // The driver waits for such a copy by itself, without an end.
+        self.synchronize()?;
         if !to.is_empty() {
             // SAFETY: the span holds as many bytes (asserted), and `to` outlives the copy, since
             // the stream is waited for below.
@@ -220,31 +247,15 @@ impl Gpu {
             .map_err(|error| self.failed("copying inside it", error))
     }
 
-    /// Waits for all that was started.
+    /// Makes the context this thread's.
     ///
     /// # Errors
-    /// What any kernel before has failed with.
-    pub fn synchronize(&self) -> Result<(), GpuError> {
-        self.stream.synchronize().map_err(|error| self.failed("waiting for it", error))
-    }
-
-    /// Makes the context this thread's.
+    /// What the GPU was lost with, or what the driver refuses.
     pub(crate) fn bound(&self) -> Result<(), GpuError> {
+        self.fate.check()?;
         let context = self.stream.context();
         context.bind_to_thread().map_err(|error| self.failed("entering its context", error))
     }
-
-    pub(crate) fn failed(
-        &self,
-        what: &'static str,
-        error: cudarc::driver::DriverError,
-    ) -> GpuError {
-        failure(self.ordinal(), what, error)
-    }
-}
-
-fn failure(ordinal: usize, what: &'static str, error: cudarc::driver::DriverError) -> GpuError {
-    GpuError::Failed { ordinal, what, reason: error.to_string() }
 }
 
 /// Numbers that have the same bytes here and on the GPU.

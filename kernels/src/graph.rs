@@ -1,12 +1,13 @@
 //! Launches that are recorded once and then started all at once.
 
+use crate::fate::OnGpu;
 use crate::gpu::{Gpu, GpuError};
 use cudarc::driver::{CudaGraph, sys};
 
 /// Recorded launches. They read and write the memory that they were recorded with, which has to
 /// live as long: whoever records keeps both.
 pub struct LaunchGraph {
-    graph: CudaGraph,
+    graph: OnGpu<CudaGraph>,
 }
 
 impl Gpu {
@@ -20,6 +21,7 @@ impl Gpu {
         launch: impl FnOnce() -> Result<(), E>,
     ) -> Result<LaunchGraph, E> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.bound()?;
         let stream = self.stream();
         stream.begin_capture(mode).map_err(|error| self.failed("recording", error))?;
         let launched = launch();
@@ -31,7 +33,7 @@ impl Gpu {
             what: "recording",
             reason: "nothing was recorded".into(),
         })?;
-        Ok(LaunchGraph { graph })
+        Ok(LaunchGraph { graph: OnGpu::new(graph, self) })
     }
 
     /// Starts recorded launches.
@@ -43,6 +45,7 @@ impl Gpu {
     /// # Errors
     /// What the driver refuses.
     pub unsafe fn replay(&self, graph: &LaunchGraph) -> Result<(), GpuError> {
+        self.bound()?;
         graph.graph.launch().map_err(|error| self.failed("starting recorded launches", error))
     }
 }

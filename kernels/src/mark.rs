@@ -1,5 +1,6 @@
 //! Marks in a GPU's stream, to measure what lies between.
 
+use crate::fate::failure;
 use crate::gpu::{Gpu, GpuError};
 use cudarc::driver::{CudaEvent, sys};
 
@@ -15,10 +16,20 @@ impl Gpu {
     /// # Errors
     /// What the driver refuses.
     pub fn mark(&self) -> Result<Mark, GpuError> {
+        self.bound()?;
         let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
         let event = self.stream().record_event(Some(flags));
         let event = event.map_err(|error| self.failed("marking its work", error))?;
         Ok(Mark { event, ordinal: self.ordinal() })
+    }
+
+    /// Moves a mark behind all that was started.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn mark_again(&self, mark: &Mark) -> Result<(), GpuError> {
+        self.bound()?;
+        mark.event.record(self.stream()).map_err(|error| self.failed("marking its work", error))
     }
 }
 
@@ -28,11 +39,8 @@ impl Mark {
     /// # Errors
     /// What any kernel before has failed with.
     pub fn us_until(&self, later: &Mark) -> Result<f64, GpuError> {
-        let ms = self.event.elapsed_ms(&later.event).map_err(|error| GpuError::Failed {
-            ordinal: self.ordinal,
-            what: "measuring its work",
-            reason: error.to_string(),
-        })?;
+        let ms = self.event.elapsed_ms(&later.event);
+        let ms = ms.map_err(|error| failure(self.ordinal, "measuring its work", error))?;
         Ok(f64::from(ms) * 1000.0)
     }
 }

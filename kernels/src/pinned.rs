@@ -1,16 +1,19 @@
 //! Host memory that the GPU copies from and to by itself.
 
+use crate::fate::Fate;
 use crate::gpu::{Gpu, GpuError, Span};
 use cudarc::driver::{CudaContext, result, sys};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Page-locked host memory; freed when dropped, after all copies from and to it.
+/// Page-locked host memory; freed when dropped, after all copies from and to it. That of a GPU that
+/// is lost stays: nobody knows when its copies end.
 pub struct PinnedMemory {
     start: NonNull<u8>,
     bytes: usize,
     context: Arc<CudaContext>,
+    fate: Arc<Fate>,
 }
 
 // SAFETY: it is plain memory that this value owns.
@@ -34,7 +37,8 @@ impl Gpu {
         })?;
         // SAFETY: as many bytes were just allocated.
         unsafe { start.write_bytes(0, bytes) };
-        Ok(PinnedMemory { start, bytes, context: Arc::clone(self.stream().context()) })
+        let context = Arc::clone(self.stream().context());
+        Ok(PinnedMemory { start, bytes, context, fate: Arc::clone(self.fate()) })
     }
 
     /// Starts a copy of the first `bytes` bytes to the start of a span.
@@ -103,7 +107,7 @@ impl DerefMut for PinnedMemory {
 
 impl Drop for PinnedMemory {
     fn drop(&mut self) {
-        if self.context.synchronize().is_ok() {
+        if self.fate.check().is_ok() && self.context.synchronize().is_ok() {
             // SAFETY: it came from `malloc_host`, and is freed once. A failure has no one to be
             // told to.
             let _ = unsafe { sys::cuMemFreeHost(self.start.as_ptr().cast()) };

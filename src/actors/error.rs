@@ -39,6 +39,9 @@ pub enum EngineError {
         /// Its last failure.
         reason: String,
     },
+    /// The GPU failed so that nothing of this process works on it any more, or does not answer.
+    #[error("{0}; the GPU can be used again by a new process only")]
+    Gpu(RequestError),
     /// The engine was shut down.
     #[error("the engine was shut down")]
     Stopped,
@@ -54,7 +57,7 @@ impl From<EngineError> for RequestError {
     /// The same in the words of a request that meets such an engine.
     fn from(error: EngineError) -> Self {
         match error {
-            EngineError::Model(error) => error,
+            EngineError::Model(error) | EngineError::Gpu(error) => error,
             EngineError::Dead { actor, restarts, .. } => Self::ActorRestarted { actor, restarts },
             EngineError::Stopped => Self::ShuttingDown,
             EngineError::Config(error) => {

@@ -1,9 +1,10 @@
 //! The executor actor: it answers for one thread that owns the stage and runs the plans that the
 //! engine loop hands over. A thread that dies takes the KV with it, never the weights.
 
-use super::FaultPoint;
 use super::shared::Shared;
+use super::stage::StageFault;
 use super::threads::{StopOnDrop, StopSignal, stop_signal};
+use super::{EngineError, FaultPoint};
 use crate::step::{StepOutput, StepPlan};
 use crossbeam_channel::{Receiver, Sender, bounded, select_biased};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -82,9 +83,21 @@ impl Drop for StageLife<'_> {
     }
 }
 
-fn run_stage(shared: &Shared, stop: &StopSignal) -> Result<(), String> {
+/// The thread's life. A GPU that is gone for this process ends the engine: no other stage could be
+/// made, and the weights lie there.
+fn live(shared: &Shared, stop: &StopSignal) -> Result<(), String> {
+    // Gone is told after the engine's end: then no request takes it for a crash of its own.
+    let _life = StageLife(&shared.steps);
+    run_stage(shared, stop).map_err(|fault| {
+        if let Some(error) = fault.end(shared.restarts.executor.get()) {
+            shared.die(EngineError::Gpu(error));
+        }
+        fault.to_string()
+    })
+}
+
+fn run_stage(shared: &Shared, stop: &StopSignal) -> Result<(), StageFault> {
     let lane = &shared.steps;
-    let _life = StageLife(lane);
     let generation = lane.generation();
     let loaded = shared.loaded.get().ok_or("no model is loaded")?;
     shared.faults.pass(FaultPoint::ExecutorBeforeStart);
@@ -129,7 +142,7 @@ impl Actor for Executor {
         };
         let body_shared = Arc::clone(&shared);
         tokio::task::block_in_place(|| {
-            shared.threads.start("tandem-executor", died, move || run_stage(&body_shared, &stop))
+            shared.threads.start("tandem-executor", died, move || live(&body_shared, &stop))
         })?;
         Ok(guard)
     }

@@ -3,7 +3,7 @@
 use super::builder::OnProgress;
 use super::root::Source;
 use super::shared::Shared;
-use super::stage::{CpuStages, GpuStages, StageFactory, StepRunner};
+use super::stage::{CpuStages, GpuStages, StageFactory, StageFault, StepRunner};
 use super::{EngineError, LoadProgress, ModelInfo};
 use crate::config::{Config, ConfigError};
 use crate::executor::{KvOptions, PoolOptions, StageOptions, StepPasses};
@@ -16,15 +16,16 @@ use crate::scheduler::{KvBlocks, SchedulerOptions};
 use crate::tokenizer::{ChatTemplate, TemplateConfig, Tokenizer};
 use crate::units::TokenId;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use tandem_cpu_kernels::Isa;
 
 /// The stages' maker, until the engine ends and lets the weights go.
 pub(super) struct StageSlot(Mutex<Option<Arc<dyn StageFactory>>>);
 
 impl StageSlot {
-    pub(super) fn start(&self) -> Result<Box<dyn StepRunner>, String> {
+    pub(super) fn start(&self) -> Result<Box<dyn StepRunner>, StageFault> {
         let factory = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        factory.ok_or_else(|| "the engine has ended".to_owned())?.start()
+        factory.ok_or("the engine has ended")?.start()
     }
 
     pub(super) fn release(&self) {
@@ -126,12 +127,18 @@ fn load_weights(
     let loaded: Result<Arc<dyn StageFactory>, _> = match device {
         Device::Cpu => CpuStages::load(model.0, model.1, options, &mut report)
             .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>),
-        Device::Gpu(index) => GpuStages::load(*index, model, &options, &mut report)
-            .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>),
+        Device::Gpu(index) => {
+            let step_timeout = Duration::from_millis(shared.config.gpu.step_timeout_ms);
+            GpuStages::load((*index, step_timeout), model, &options, &mut report)
+                .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>)
+        }
     };
     loaded.map_err(|error| match error {
         crate::executor::ExecutorError::Format(error) => refuse(error),
-        other => EngineError::Model(RequestError::Internal { message: other.to_string() }),
+        other => match StageFault::from(&other).end(0) {
+            Some(end) => EngineError::Gpu(end),
+            None => EngineError::Model(RequestError::Internal { message: other.to_string() }),
+        },
     })
 }
 

@@ -35,7 +35,7 @@ pub use faults::{FaultPoint, Faults};
 pub use generation::{Answer, Canceller, Generation};
 pub use load::stage_options;
 #[doc(hidden)]
-pub use stage::{StageFactory, StepRunner};
+pub use stage::{StageFactory, StageFault, StepRunner};
 pub use status::{
     BlockCounts, EngineState, LoadProgress, ModelInfo, RestartCounts, SequenceCounts,
     StatsSnapshot, Status,

@@ -7,8 +7,78 @@ use crate::executor::{
 };
 use crate::formats::Checkpoint;
 use crate::model::ModelSpec;
+use crate::request::RequestError;
 use crate::step::{StepOutput, StepPlan};
 use std::sync::Arc;
+use std::time::Duration;
+use tandem_kernels::GpuError;
+
+/// Why a stage can't be made or go on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StageFault {
+    /// This stage and its KV are not to be used again; another one over the same weights may do.
+    #[error("{0}")]
+    Stage(String),
+    /// The GPU is gone for this process, and so is every stage on it.
+    #[error("{device} was lost ({class})")]
+    GpuLost {
+        /// Which GPU.
+        device: String,
+        /// The driver's name of the failure.
+        class: String,
+    },
+    /// The GPU has not finished a step within its time, and is not used any more.
+    #[error("{device} does not answer ({class})")]
+    GpuHung {
+        /// Which GPU.
+        device: String,
+        /// How long it was waited for.
+        class: String,
+    },
+}
+
+impl StageFault {
+    /// In the words of a request, where no other stage can be made in this process.
+    pub(super) fn end(&self, restarts: u64) -> Option<RequestError> {
+        let restarts = u32::try_from(restarts).unwrap_or(u32::MAX);
+        match self.clone() {
+            Self::Stage(_) => None,
+            Self::GpuLost { device, class } => {
+                Some(RequestError::GpuLost { device, class, restarts })
+            }
+            Self::GpuHung { device, class } => {
+                Some(RequestError::GpuHung { device, class, restarts })
+            }
+        }
+    }
+}
+
+impl From<&ExecutorError> for StageFault {
+    fn from(error: &ExecutorError) -> Self {
+        match error {
+            ExecutorError::Gpu(GpuError::Lost { ordinal, class, .. }) => {
+                Self::GpuLost { device: format!("GPU {ordinal}"), class: class.clone() }
+            }
+            ExecutorError::Gpu(GpuError::Hung { ordinal, wait_max_ms }) => Self::GpuHung {
+                device: format!("GPU {ordinal}"),
+                class: format!("a step took more than gpu.step_timeout_ms = {wait_max_ms}"),
+            },
+            other => Self::Stage(other.to_string()),
+        }
+    }
+}
+
+impl From<String> for StageFault {
+    fn from(reason: String) -> Self {
+        Self::Stage(reason)
+    }
+}
+
+impl From<&str> for StageFault {
+    fn from(reason: &str) -> Self {
+        Self::Stage(reason.to_owned())
+    }
+}
 
 /// Runs steps, one at a time, on one thread.
 pub trait StepRunner {
@@ -16,7 +86,7 @@ pub trait StepRunner {
     ///
     /// # Errors
     /// Anything after which the stage and its KV are not to be used again.
-    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), String>;
+    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), StageFault>;
 }
 
 /// Makes stages over the same weights: the first one and, after each failure, the next. Called on
@@ -26,12 +96,12 @@ pub trait StageFactory: Send + Sync {
     ///
     /// # Errors
     /// Why there can be none.
-    fn start(&self) -> Result<Box<dyn StepRunner>, String>;
+    fn start(&self) -> Result<Box<dyn StepRunner>, StageFault>;
 }
 
 impl StepRunner for Stage {
-    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), String> {
-        Stage::run(self, plan, output).map_err(|error| error.to_string())
+    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), StageFault> {
+        Stage::run(self, plan, output).map_err(|error| StageFault::from(&error))
     }
 }
 
@@ -72,7 +142,7 @@ impl CpuStages {
 }
 
 impl StageFactory for CpuStages {
-    fn start(&self) -> Result<Box<dyn StepRunner>, String> {
+    fn start(&self) -> Result<Box<dyn StepRunner>, StageFault> {
         let warm = || {
             let mut stage = Stage::restart(Arc::clone(&self.weights), &self.options)?;
             stage.warm_up(self.options.huge_pages())?;
@@ -80,14 +150,14 @@ impl StageFactory for CpuStages {
         };
         match warm() {
             Ok(stage) => Ok(Box::new(stage)),
-            Err::<_, ExecutorError>(error) => Err(error.to_string()),
+            Err::<_, ExecutorError>(error) => Err((&error).into()),
         }
     }
 }
 
 impl StepRunner for GpuStage {
-    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), String> {
-        GpuStage::run(self, plan, output).map_err(|error| error.to_string())
+    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), StageFault> {
+        GpuStage::run(self, plan, output).map_err(|error| StageFault::from(&error))
     }
 }
 
@@ -98,9 +168,9 @@ pub(super) struct GpuStages {
 }
 
 impl GpuStages {
-    /// Opens the GPU and loads the weights.
+    /// Opens the GPU and loads the weights. No step may wait longer for it than `step_timeout`.
     pub(super) fn load(
-        ordinal: usize,
+        (ordinal, step_timeout): (usize, Duration),
         (checkpoint, spec): (Arc<Checkpoint>, Arc<ModelSpec>),
         options: &StageOptions,
         progress: &mut (dyn FnMut(LoadProgress) + Send),
@@ -109,6 +179,7 @@ impl GpuStages {
         let (isa, huge_pages) = (options.isa, options.huge_pages());
         let request = WeightsRequest { source: checkpoint.into(), spec, part, isa, huge_pages };
         let weights = GpuWeights::load(ordinal, &request, None, progress)?;
+        weights.limit_waits(step_timeout);
         let step_tokens_max = options.step_tokens_max;
         let options = GpuStageOptions { kv: options.kv, step_tokens_max };
         Ok(Self { weights: Arc::new(weights), options })
@@ -116,10 +187,10 @@ impl GpuStages {
 }
 
 impl StageFactory for GpuStages {
-    fn start(&self) -> Result<Box<dyn StepRunner>, String> {
+    fn start(&self) -> Result<Box<dyn StepRunner>, StageFault> {
         match GpuStage::start(Arc::clone(&self.weights), &self.options) {
             Ok(stage) => Ok(Box::new(stage)),
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err((&error).into()),
         }
     }
 }

@@ -72,10 +72,11 @@ impl SupervisorState {
         Ok(())
     }
 
-    /// Restarts a dead child, again if it dies of starting, or gives the engine up.
+    /// Restarts a dead child, again if it dies of starting, or gives the engine up. An engine that
+    /// ends needs none.
     async fn restart(&mut self, myself: &ActorCell, child: Child, reason: String) {
         let mut reason = reason;
-        loop {
+        while !self.shared.is_ending() {
             let now_ms = self.shared.now_us() / 1000;
             let limits = &self.shared.config.supervision;
             let window = self.windows.entry(child).or_insert_with(|| {

@@ -81,7 +81,7 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
         if let Some(ClientError::Connect { .. } | ClientError::Gone { .. }) = cause.downcast_ref() {
             return UNAVAILABLE;
         }
-        if let Some(EngineError::Model(error)) = cause.downcast_ref::<EngineError>() {
+        if let Some(EngineError::Model(error) | EngineError::Gpu(error)) = cause.downcast_ref() {
             return of_request(error);
         }
         if let Some(error) = cause.downcast_ref::<RequestError>() {

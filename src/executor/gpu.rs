@@ -14,6 +14,7 @@ mod graphs;
 mod inputs;
 mod kv;
 mod norms;
+mod op_marks;
 mod ops;
 mod weights;
 
@@ -25,13 +26,16 @@ use super::kv_store::KvOptions;
 use super::program::{Linear, Norm, Op, Pending};
 use super::sample::RowSamplers;
 use super::stage::StageMemory;
+use crate::request::RequestError;
 use crate::step::{StepOutput, StepPlan};
 use buffers::GpuBuffers;
 use graphs::Graphs;
 use kv::GpuKv;
+use op_marks::OpMarks;
 use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Instant;
+use tandem_kernels::GpuError;
 
 /// Rows of logits that exist at once.
 const LOGITS_TILE_ROWS: usize = 128;
@@ -66,6 +70,7 @@ pub struct GpuStage {
     has_moved: Cell<bool>,
     last: LastOps,
     graphs: Graphs,
+    op_marks: Option<OpMarks>,
     failure: Option<String>,
     weights: Arc<GpuWeights>,
 }
@@ -95,6 +100,7 @@ impl GpuStage {
             has_moved: Cell::new(false),
             last: last_ops(&program.ops),
             graphs: Graphs::default(),
+            op_marks: None,
             kv: GpuKv::new(weights.gpu(), &program.kv_layers, options.kv)?,
             buffers: GpuBuffers::new(&weights, tokens, store)?,
             samplers: RowSamplers::new(1, program.dims.vocab, tokens),
@@ -117,7 +123,9 @@ impl GpuStage {
         }
     }
 
-    /// Runs one step: copies, then all tokens, then the wanted logits.
+    /// Runs one step: copies, then all tokens, then the wanted logits. Where the GPU has no memory
+    /// for what a step brings along, the step is refused ([`StepOutput::refusal`]) and the stage
+    /// goes on.
     ///
     /// # Errors
     /// A plan that does not add up (nothing was done), or a failure of the GPU: after that every
@@ -131,13 +139,30 @@ impl GpuStage {
         output.step = plan.step;
         self.batch.prepare(plan, self.limits)?;
         self.kv.check(&plan.copies)?;
-        if let Err(error) = self.compute(plan) {
-            self.failure = Some(error.to_string());
-            return Err(error);
+        match self.compute_marked(plan, started) {
+            Ok(()) => self.samplers.gather(output),
+            // Memory is asked for before anything of the step is started.
+            Err(ExecutorError::Gpu(GpuError::OutOfMemory { ordinal, need_bytes, free_bytes })) => {
+                output.refusal = Some(RequestError::InsufficientMemory {
+                    device: format!("GPU {ordinal}"),
+                    need: need_bytes as u64,
+                    free: free_bytes as u64,
+                    suggest: "try again when fewer or shorter requests run".into(),
+                });
+            }
+            Err(error) => {
+                self.failure = Some(error.to_string());
+                return Err(error);
+            }
         }
-        self.samplers.gather(output);
         output.duration_us = started.elapsed().as_micros() as u64;
         Ok(())
+    }
+
+    fn compute_marked(&mut self, plan: &StepPlan, started: Instant) -> Result<(), ExecutorError> {
+        self.mark_start()?;
+        self.compute(plan)?;
+        if plan.tokens.is_empty() { Ok(()) } else { self.count_ops(started.elapsed()) }
     }
 }
 

@@ -1,12 +1,13 @@
-//! How long each op of a program takes: on every worker the time that it works and the time that
-//! it waits for the others. A stage without it pays one branch per op.
+//! How long each op of a program takes: on every worker of a CPU the time that it works and the
+//! time that it waits for the others (`gpu/op_marks.rs` has a GPU's). A stage without it pays one
+//! branch per op.
 
 use super::program::{Buffer, Op, Program};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Time spent in all ops of one kind, the mean over the workers: the sum over all kinds is the time
-/// of the steps.
+/// Time spent in all ops of one kind, the mean over the workers, or a GPU's: the sum over all kinds
+/// is the time of the steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct OpTime {
     /// Which ops.
@@ -75,26 +76,34 @@ impl OpClocks {
 
     /// Sums by kind, in the program's order, in means over the workers.
     pub fn times(&self) -> Vec<OpTime> {
-        let mut times: Vec<OpTime> = Vec::new();
         let mean = |cell: &dyn Fn(&WorkerCells) -> u64| {
             self.workers.iter().map(cell).sum::<u64>() as f64 / self.workers.len() as f64
         };
-        for (index, op) in self.labels.iter().enumerate() {
-            let work_ns = mean(&|worker| worker.ops[index].work_ns.load(Ordering::Relaxed));
-            let wait_ns = mean(&|worker| worker.ops[index].wait_ns.load(Ordering::Relaxed));
-            match times.iter_mut().find(|time| time.op == *op) {
-                Some(time) => {
-                    (time.work_ns, time.wait_ns) = (time.work_ns + work_ns, time.wait_ns + wait_ns)
-                }
-                None => times.push(OpTime { op, work_ns, wait_ns }),
-            }
-        }
-        times
+        let of = |(index, op): (usize, &&'static str)| OpTime {
+            op,
+            work_ns: mean(&|worker| worker.ops[index].work_ns.load(Ordering::Relaxed)),
+            wait_ns: mean(&|worker| worker.ops[index].wait_ns.load(Ordering::Relaxed)),
+        };
+        by_kind(self.labels.iter().enumerate().map(of))
     }
 }
 
+/// Sums of the times that have one name, in the order in which the names come.
+pub(super) fn by_kind(all: impl Iterator<Item = OpTime>) -> Vec<OpTime> {
+    let mut times: Vec<OpTime> = Vec::new();
+    for OpTime { op, work_ns, wait_ns } in all {
+        match times.iter_mut().find(|time| time.op == op) {
+            Some(time) => {
+                (time.work_ns, time.wait_ns) = (time.work_ns + work_ns, time.wait_ns + wait_ns);
+            }
+            None => times.push(OpTime { op, work_ns, wait_ns }),
+        }
+    }
+    times
+}
+
 /// What an op is called in reports.
-fn label(op: &Op) -> &'static str {
+pub(super) fn label(op: &Op) -> &'static str {
     match op {
         Op::Embed { .. } => "embed",
         Op::Receive => "receive",

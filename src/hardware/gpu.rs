@@ -1,6 +1,8 @@
 //! The GPUs of the machine, through the guarded door of the kernels crate.
 
+use super::system_files::SystemFiles;
 use serde::Serialize;
+use std::path::Path;
 use tandem_kernels::{DeviceFacts, driver};
 
 /// One GPU.
@@ -18,6 +20,19 @@ pub struct Gpu {
     pub compute_capability: String,
     /// Multiprocessors.
     pub multiprocessors: u32,
+    /// Other processes that hold memory of it, those with most first, where the driver tells.
+    pub holders: Vec<MemoryHolder>,
+}
+
+/// A process that holds memory of a GPU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct MemoryHolder {
+    /// Its number.
+    pub pid: u32,
+    /// What the system calls it; empty where it does not tell.
+    pub name: String,
+    /// Bytes, if the driver tells.
+    pub bytes: Option<u64>,
 }
 
 /// The GPUs that can be used, or the reason why there are none.
@@ -50,6 +65,19 @@ impl From<DeviceFacts> for Gpu {
             memory_free_bytes: facts.memory_free_bytes,
             compute_capability: facts.compute_capability.to_string(),
             multiprocessors: facts.multiprocessors,
+            holders: others(&facts.holders),
         }
     }
+}
+
+/// All but this process, with their names.
+fn others(holders: &[tandem_kernels::MemoryHolder]) -> Vec<MemoryHolder> {
+    let files = SystemFiles::new(Path::new("/"));
+    let others = holders.iter().filter(|holder| holder.pid != std::process::id());
+    let named = others.map(|holder| MemoryHolder {
+        pid: holder.pid,
+        name: files.text(&format!("proc/{}/comm", holder.pid)).unwrap_or_default(),
+        bytes: holder.bytes,
+    });
+    named.collect()
 }

@@ -11,7 +11,7 @@ mod system_files;
 mod topology;
 
 pub use affinity::{PinError, choose_cpus, pin_current_thread};
-pub use gpu::{Gpu, Gpus};
+pub use gpu::{Gpu, Gpus, MemoryHolder};
 pub use topology::{
     Cache, CacheKind, CoreKind, CpuId, LogicalCpu, NumaNode, Topology, TopologySource,
 };

@@ -1,12 +1,13 @@
-//! What a set of threads can do at most, measured: bytes read from memory per second, and
-//! multiply-accumulates per second. Each function starts its own threads, pins them, keeps the best
-//! of several passes and leaves nothing behind.
+//! What a set of threads or a GPU can do at most, measured: bytes read from memory per second, and
+//! multiply-accumulates per second. Each function keeps the best of several passes and leaves
+//! nothing behind; those of threads start their own and pin them.
 
 use super::affinity::pin_current_thread;
 use super::topology::CpuId;
 use std::sync::{Barrier, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tandem_cpu_kernels::Kernels;
+use tandem_kernels::{Gpu, GpuError, driver};
 
 /// Passes over the memory; the best counts, since others only ever take away.
 const READ_PASSES: usize = 16;
@@ -62,6 +63,33 @@ pub fn macs_per_second(team: &Team, kernels: &Kernels) -> f64 {
     });
     let rates = rates.into_inner().unwrap_or_else(PoisonError::into_inner);
     rates.into_iter().fold(0.0, f64::max)
+}
+
+/// Memory of a GPU that is read, if twice as much is free: far more than its caches hold.
+const GPU_READ_BYTES: usize = 4 << 30;
+
+/// What a GPU can do at most.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GpuRoofs {
+    /// Bytes per second that its multiprocessors read from its memory.
+    pub read_bytes_per_second: f64,
+    /// Multiply-accumulates per second of its tensor cores.
+    pub macs_per_second: f64,
+    /// Of which numbers, and with which instructions.
+    pub numbers: &'static str,
+}
+
+/// Measures a GPU, which is opened for it.
+///
+/// # Errors
+/// There is no such GPU, or what the driver refuses.
+pub fn of_gpu(ordinal: usize) -> Result<GpuRoofs, GpuError> {
+    let gpu = Gpu::open(&driver()?, ordinal)?;
+    let (free, _) = gpu.memory()?;
+    // Arithmetic first: it brings the clocks of an idle GPU up.
+    let macs_per_second = gpu.macs_per_second()?;
+    let read_bytes_per_second = gpu.read_bytes_per_second(GPU_READ_BYTES.min(free / 2))?;
+    Ok(GpuRoofs { read_bytes_per_second, macs_per_second, numbers: gpu.mac_numbers() })
 }
 
 /// Calls `work(thread, pass)` on every thread for each pass. Passes start together; returns how

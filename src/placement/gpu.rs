@@ -2,7 +2,7 @@
 
 use super::{Device, Room, heads_width};
 use crate::config::{Config, ConfigError, GpuChoice};
-use crate::hardware::{Gpu, HardwareProfile};
+use crate::hardware::{Gpu, HardwareProfile, MemoryHolder};
 use crate::model::{ExpertsSpec, ModelSpec, TensorRef};
 use crate::request::RequestError;
 use crate::units::ByteSize;
@@ -93,8 +93,23 @@ pub(super) fn room(
         swap_room: Some(hardware.memory_available_bytes / 2),
         suggest: format!(
             "use {raise}a smaller or more quantised model, a shorter context, or the CPU \
-             (gpu.device = \"off\")"
+             (gpu.device = \"off\"){}",
+            held(gpu)
         ),
+    }
+}
+
+/// Who else holds memory of a GPU, as the end of a sentence.
+fn held(gpu: &Gpu) -> String {
+    let holder = |MemoryHolder { pid, name, bytes }: &MemoryHolder| {
+        let name = if name.is_empty() { String::new() } else { format!("{} ", name.trim()) };
+        let bytes = bytes.map_or(String::new(), |bytes| format!(", {}", ByteSize(bytes)));
+        format!("{name}(process {pid}{bytes})")
+    };
+    let holders: Vec<_> = gpu.holders.iter().take(HOLDERS_MAX).map(holder).collect();
+    match holders.is_empty() {
+        true => String::new(),
+        false => format!("; its memory is also held by {}", holders.join(", ")),
     }
 }
 
@@ -112,6 +127,9 @@ fn weight_bytes(spec: &ModelSpec) -> u64 {
     let looked_up = DeviceMatrix::bytes_of(*dtype, *rows, *cols);
     (bytes - if spec.is_output_tied() { 0 } else { looked_up }) as u64
 }
+
+/// Processes that a refusal names.
+const HOLDERS_MAX: usize = 3;
 
 /// Whether no kernels were compiled for a GPU.
 fn too_old(gpu: &Gpu) -> Option<String> {

@@ -15,6 +15,12 @@ impl Scheduler {
         output: &StepOutput,
         events: &mut Vec<SequenceEvent>,
     ) {
+        if let Some(error) = &output.refusal {
+            for planned in &plan.sequences {
+                self.fail(now_us, planned.id, error.clone(), events);
+            }
+            return;
+        }
         // Copies take time that is neither the streams' nor the prompts'.
         let duration_us = plan.copies.is_empty().then_some(output.duration_us);
         self.chunks.learn(&self.mix, duration_us);
@@ -108,9 +114,19 @@ impl Scheduler {
 
     fn fail_row(&mut self, now_us: u64, failure: RowFailure, events: &mut Vec<SequenceEvent>) {
         let RowFailure { sequence, position } = failure;
+        self.fail(now_us, sequence, RequestError::NumericError { position }, events);
+    }
+
+    fn fail(
+        &mut self,
+        now_us: u64,
+        sequence: SequenceId,
+        error: RequestError,
+        events: &mut Vec<SequenceEvent>,
+    ) {
         if self.remove(sequence).is_some() {
             self.note_end(now_us);
-            let kind = SequenceEventKind::Failed(RequestError::NumericError { position });
+            let kind = SequenceEventKind::Failed(error);
             events.push(SequenceEvent { sequence, kind });
         }
     }

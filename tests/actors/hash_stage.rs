@@ -5,7 +5,8 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
-use tandem::actors::{FaultPoint, Faults, StageFactory, StepRunner};
+use tandem::actors::{FaultPoint, Faults, StageFactory, StageFault, StepRunner};
+use tandem::request::RequestError;
 use tandem::step::TokenLogprob;
 use tandem::step::{LogitsTask, PlannedSequence, RowOutput, StepOutput, StepPlan, Tier};
 use tandem::units::{BlockId, TokenId};
@@ -81,18 +82,22 @@ pub struct HashStages {
     pub steps: AtomicU64,
     /// Blocks copied from device to host.
     pub copies_out: AtomicU64,
+    /// What the next step fails with.
+    pub fault: Mutex<Option<StageFault>>,
+    /// What the next step is refused with.
+    pub refusal: Mutex<Option<RequestError>>,
 }
 
 /// What the tests' engine runs on; the factory is shared with the test.
 pub struct SharedStages(pub Arc<HashStages>);
 
 impl StageFactory for SharedStages {
-    fn start(&self) -> Result<Box<dyn StepRunner>, String> {
+    fn start(&self) -> Result<Box<dyn StepRunner>, StageFault> {
         let started = self.0.starts.fetch_add(1, Ordering::SeqCst);
         if self.0.starts_max > 0 && started >= self.0.starts_max {
             // Long enough for requests to arrive meanwhile.
             std::thread::sleep(std::time::Duration::from_millis(20));
-            return Err("no memory for another stage".to_owned());
+            return Err("no memory for another stage".into());
         }
         Ok(Box::new(HashStage { stages: Arc::clone(&self.0), blocks: HashMap::new() }))
     }
@@ -131,15 +136,22 @@ impl HashStage {
 }
 
 impl StepRunner for HashStage {
-    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), String> {
+    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), StageFault> {
         self.stages.gate.pass();
         self.stages.steps.fetch_add(1, Ordering::SeqCst);
+        if let Some(fault) = self.stages.fault.lock().unwrap().take() {
+            return Err(fault);
+        }
         output.step = plan.step;
         for copy in &plan.copies {
             let bytes = self.blocks.get(&copy.from).cloned().ok_or("a copy of nothing")?;
             self.blocks.insert(copy.to, bytes);
             let out = (copy.from.0, copy.to.0) == (Tier::Device, Tier::Host);
             self.stages.copies_out.fetch_add(u64::from(out), Ordering::SeqCst);
+        }
+        output.refusal = self.stages.refusal.lock().unwrap().take();
+        if output.refusal.is_some() {
+            return Ok(());
         }
         for planned in &plan.sequences {
             self.write(plan, planned);

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use std::path::Path;
 use tandem::config::Config;
 use tandem::formats::Checkpoint;
-use tandem::hardware::{Gpu, Gpus, HardwareProfile};
+use tandem::hardware::{Gpu, Gpus, HardwareProfile, MemoryHolder};
 use tandem::model::{ExpertsSpec, FfnSpec, ModelSpec};
 use tandem::placement::{Device, Placement};
 use tandem::request::RequestError;
@@ -23,6 +23,7 @@ fn gpu(ordinal: usize, memory_free_bytes: u64) -> Gpu {
         memory_free_bytes,
         compute_capability: "9.0".into(),
         multiprocessors: 8,
+        holders: Vec::new(),
     }
 }
 
@@ -69,6 +70,20 @@ fn auto_takes_the_first_gpu_if_the_model_fits() {
         assert_eq!(placement.context_tokens, spec.context_tokens_max);
         assert!(placement.device_bytes() + placement.margin_bytes <= FREE);
         assert!(placement.notes.is_empty(), "{:?}", placement.notes);
+    }
+}
+
+#[test]
+fn a_refusal_names_who_else_holds_the_memory() {
+    let holder = |pid, name: &str, bytes| MemoryHolder { pid, name: name.into(), bytes };
+    let holders = vec![holder(7, "python3\n", Some(6 << 30)), holder(9, "", None)];
+    for (holders, ending) in [
+        (holders, "; its memory is also held by python3 (process 7, 6.00 GiB), (process 9)"),
+        (Vec::new(), "(gpu.device = \"off\")"),
+    ] {
+        let hardware = with(vec![Gpu { holders, ..gpu(0, 1 << 20) }]);
+        let refused = Placement::plan(&spec(), &hardware, &config("0")).unwrap_err().to_string();
+        assert!(refused.contains("lacks memory") && refused.ends_with(ending), "{refused}");
     }
 }
 

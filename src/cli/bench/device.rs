@@ -62,6 +62,14 @@ impl DeviceWeights {
         }
     }
 
+    /// How the time of ops is measured: in words for a reader of the figures.
+    pub fn op_clock(&self) -> &'static str {
+        match self {
+            Self::Cpu(_) => "clocks of the workers",
+            Self::Gpu(_) => "marks between ops that are launched one by one",
+        }
+    }
+
     /// The instruction set of a CPU's kernels; empty on a GPU.
     pub fn isa(&self) -> &'static str {
         match self {
@@ -91,18 +99,24 @@ impl DeviceStage {
         }
     }
 
-    /// Begins to count the time of each op; a GPU's are not counted.
-    pub fn start_op_times(&mut self) {
-        if let Self::Cpu(stage) = self {
-            stage.start_op_times();
+    /// Begins to count the time of each op.
+    ///
+    /// # Errors
+    /// What a GPU's driver refuses.
+    pub fn start_op_times(&mut self) -> Result<(), ExecutorError> {
+        match self {
+            Self::Cpu(stage) => stage.start_op_times(),
+            Self::Gpu(stage) => stage.start_op_times()?,
         }
+        Ok(())
     }
 
     /// Ends the counting.
     pub fn take_op_times(&mut self) -> Vec<OpTime> {
-        match self {
-            Self::Cpu(stage) => stage.take_op_times().unwrap_or_default(),
-            Self::Gpu(_) => Vec::new(),
-        }
+        let times = match self {
+            Self::Cpu(stage) => stage.take_op_times(),
+            Self::Gpu(stage) => stage.take_op_times(),
+        };
+        times.unwrap_or_default()
     }
 }

@@ -7,6 +7,7 @@ mod device;
 mod print;
 mod record;
 mod rig;
+mod roofs;
 mod work;
 
 pub use arguments::BenchArguments;
@@ -17,7 +18,7 @@ use anyhow::{Context, Result};
 use arguments::Test;
 use device::DeviceWeights;
 use print::Printer;
-use record::{OpSplit, Record, Roofs, Setting};
+use record::{OpSplit, Record, Setting};
 use rig::{Rig, RigSize};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -28,22 +29,15 @@ use tandem::executor::{
     WeightsRequest,
 };
 use tandem::formats::Checkpoint;
-use tandem::hardware::{CpuId, HardwareProfile, roofs};
-use tandem::memory::AlignedBytes;
+use tandem::hardware::HardwareProfile;
 use tandem::model::{FileType, ModelSpec};
 use tandem::placement::{Device, Placement};
 use tandem::request::RequestError;
 use tandem::units::ByteSize;
-use tandem_cpu_kernels::{Isa, Kernels};
 use work::Costs;
 
 /// Random weights are the same in every run.
 const SEED: u64 = 1;
-/// Memory that is read to measure its roof, if so much is free; at least so many times what the
-/// caches of the third level hold.
-const ROOF_BYTES: u64 = 1 << 30;
-const ROOF_CACHES: u64 = 16;
-const ROOF_MEMORY_DIVISOR: u64 = 4;
 /// Generated tokens of a warm-up, and of the run that times ops.
 const WARMUP_TOKENS: usize = 8;
 const OP_TIMES_TOKENS: usize = 32;
@@ -184,8 +178,7 @@ impl<'a> Bench<'a> {
 
     fn run(&self) -> Result<()> {
         // Before loading, while the memory for it is free.
-        let counts = self.thread_counts.iter();
-        let roofs = counts.map(|threads| self.roofs(*threads)).collect::<Result<Vec<_>>>()?;
+        let roofs = self.roofs()?;
         let most = self.thread_counts.iter().copied().max().unwrap_or(1);
         let started = Instant::now();
         let weights = self.load(&self.options(most)?)?;
@@ -225,6 +218,7 @@ impl<'a> Bench<'a> {
                 }
                 Device::Gpu(index) => {
                     let weights = GpuWeights::load(index, &request, Some(&mut pool), &mut show)?;
+                    weights.limit_waits(Duration::from_millis(self.config.gpu.step_timeout_ms));
                     DeviceWeights::Gpu(Arc::new(weights))
                 }
             })
@@ -247,6 +241,7 @@ impl<'a> Bench<'a> {
             cpu: HardwareProfile::cpu_name().unwrap_or_default(),
             gpu: gpu.map(|gpu| gpu.name.clone()).unwrap_or_default(),
             backend: weights.backend(),
+            op_clock: weights.op_clock(),
             gpu_layers: if gpu.is_some() { spec.layers.len() } else { 0 },
             file: self.subject.file.clone(),
             model: self.subject.title.clone(),
@@ -261,31 +256,6 @@ impl<'a> Bench<'a> {
             load,
             roofs: None,
         }
-    }
-
-    /// Both roofs, on the threads and processors of a stage and memory like that of its weights.
-    fn roofs(&self, threads: usize) -> Result<Option<Roofs>> {
-        if self.arguments.no_roof || self.device != Device::Cpu {
-            return Ok(None);
-        }
-        let options = self.options(threads)?;
-        let kernels = Kernels::for_isa(options.isa.unwrap_or_else(Isa::detect))?;
-        let cpus = options.pool.cores.iter().map(|core| CpuId(*core as u32)).collect();
-        let team = roofs::Team { threads, cpus };
-        let free = self.hardware.memory_available_bytes / ROOF_MEMORY_DIVISOR;
-        let caches = ROOF_CACHES * self.hardware.topology.cache_bytes(3);
-        let bytes = ROOF_BYTES.max(caches).min(free).next_multiple_of(8) as usize;
-        let mut memory = AlignedBytes::zeroed(bytes, options.huge_pages())?;
-        let words = bytemuck::cast_slice_mut(&mut memory[..]);
-        let read_bytes_per_second = roofs::read_bytes_per_second(&team, kernels, words);
-        let macs_per_second = roofs::macs_per_second(&team, kernels);
-        let (read, ops) = (read_bytes_per_second / 1e9, 2.0 * macs_per_second / 1e12);
-        let numbers = kernels.mac_numbers();
-        let plural = if threads == 1 { "" } else { "s" };
-        self.output.notice(&format!(
-            "roofs of {threads} thread{plural}: memory {read:.1} GB/s, {numbers} {ops:.2} Top/s"
-        ))?;
-        Ok(Some(Roofs { read_bytes_per_second, macs_per_second, numbers }))
     }
 
     fn tests_on(

@@ -169,7 +169,16 @@ impl Printer {
             _ => format!("{}:", "-".repeat(widths[column] - 1)),
         });
         line(rules.each_ref().map(String::as_str))?;
-        rows.iter().try_for_each(|row| line(row.each_ref().map(String::as_str)))
+        rows.iter().try_for_each(|row| line(row.each_ref().map(String::as_str)))?;
+        match self.printed.iter().find(|record| record.setting.gpu_layers > 0) {
+            Some(record) => {
+                let clock = record.setting.op_clock;
+                self.output.line(&format!(
+                    "\nTimes by op: {clock}, so they count starts that a recorded step saves."
+                ))
+            }
+            None => Ok(()),
+        }
     }
 }
 

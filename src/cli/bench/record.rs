@@ -17,6 +17,8 @@ pub struct Setting {
     pub gpu: String,
     /// `CPU` or `CUDA`.
     pub backend: &'static str,
+    /// How the time of ops is measured.
+    pub op_clock: &'static str,
     pub gpu_layers: usize,
     pub file: String,
     /// Such as `llama 8B Q4_0`.
@@ -33,14 +35,16 @@ pub struct Setting {
     pub roofs: Option<Roofs>,
 }
 
-/// What these threads can do at most.
-#[derive(Clone, Copy, Debug)]
+/// What a device can do at most.
+#[derive(Clone, Debug)]
 pub struct Roofs {
+    /// Such as `16 threads` or `GPU 0 (NVIDIA H200)`.
+    pub device: String,
     /// Bytes per second read from memory.
     pub read_bytes_per_second: f64,
     /// Multiply-accumulates per second.
     pub macs_per_second: f64,
-    /// Of which numbers.
+    /// Of which numbers, and on a GPU with which instructions.
     pub numbers: &'static str,
 }
 
@@ -89,7 +93,7 @@ impl Record {
 
     /// Percent of the memory roof and of the arithmetic roof.
     pub fn roof_percents(&self) -> Option<[f64; 2]> {
-        let roofs = self.setting.roofs?;
+        let roofs = self.setting.roofs.as_ref()?;
         let seconds = mean_and_deviation(&self.samples_ns()).0 / 1e9;
         let percent = |work: f64, roof: f64| 100.0 * work / seconds / roof;
         Some([
@@ -116,7 +120,7 @@ impl Record {
             ("n_parallel", json!(streams)),
             ("n_tokens", json!(self.test.tokens())),
         ]);
-        let roofs = self.setting.roofs;
+        let roofs = self.setting.roofs.as_ref();
         let percents = self.roof_percents();
         fields.extend([
             ("read_bytes", json!(self.work.read_bytes)),
@@ -126,12 +130,13 @@ impl Record {
             ("roof_matmul_ops_per_s", json!(roofs.map(|roofs| 2.0 * roofs.macs_per_second))),
             ("roof_matmul_percent", json!(percents.map(|[_, matmul]| matmul))),
             ("roof_matmul_numbers", json!(roofs.map(|roofs| roofs.numbers))),
+            ("roof_device", json!(roofs.map(|roofs| roofs.device.as_str()))),
         ]);
         fields
     }
 
     /// The repetitions and the time of each op, which have no place in a table.
-    fn lists(&self) -> [(&'static str, Value); 4] {
+    fn lists(&self) -> [(&'static str, Value); 5] {
         let op = |time: &OpTime| {
             let OpTime { op, work_ns, wait_ns } = time;
             json!({ "op": op, "work_ns": work_ns, "wait_ns": wait_ns })
@@ -141,6 +146,7 @@ impl Record {
             ("samples_ns", samples_ns.collect()),
             ("samples_ts", json!(self.samples_ts())),
             ("ops_steps", json!(self.ops.steps)),
+            ("ops_clock", json!(self.setting.op_clock)),
             ("ops", self.ops.times.iter().map(op).collect()),
         ]
     }

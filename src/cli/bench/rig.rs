@@ -107,7 +107,7 @@ impl Rig {
     pub fn once_by_op(&mut self, test: &Test) -> Result<OpSplit> {
         self.fill(test)?;
         let first = self.plan.step.0;
-        self.stage.start_op_times();
+        self.stage.start_op_times()?;
         self.once(test)?;
         let times = self.stage.take_op_times();
         Ok(OpSplit { steps: self.plan.step.0 - first, times })
@@ -199,6 +199,9 @@ impl Rig {
     fn step(&mut self) -> Result<()> {
         self.plan.step.0 += 1;
         self.stage.run(&self.plan, &mut self.output)?;
+        if let Some(refusal) = self.output.refusal.take() {
+            return Err(refusal.into());
+        }
         if let Some(failure) = self.output.failures.first() {
             let (stream, position) = (failure.sequence.0, failure.position);
             bail!("the logits of stream {stream} at position {position} are not finite");

@@ -71,7 +71,7 @@ impl Inputs {
     /// Begins a step of some tokens. Whether memory had to move: spans of before are then gone.
     ///
     /// # Errors
-    /// No memory, or what the step before has failed with.
+    /// No memory: then all is as before. Or what the step before has failed with.
     pub fn begin(
         &mut self,
         gpu: &Gpu,
@@ -85,8 +85,7 @@ impl Inputs {
         let need = self.used_bytes();
         let moves = need > self.device.bytes();
         if moves {
-            self.host = gpu.alloc_pinned(2 * need)?;
-            self.device = gpu.alloc(2 * need)?;
+            (self.device, self.host) = (gpu.alloc(2 * need)?, gpu.alloc_pinned(2 * need)?);
         }
         Ok(moves)
     }

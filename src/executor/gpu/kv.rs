@@ -110,6 +110,10 @@ impl GpuKv {
     /// # Errors
     /// What the driver refuses.
     pub fn copy(&mut self, gpu: &Gpu, orders: &[BlockCopy]) -> Result<(), ExecutorError> {
+        if !orders.is_empty() {
+            // The driver may wait for what runs before such copies, without an end.
+            gpu.synchronize()?;
+        }
         for order in orders {
             for plane in self.layers.iter_mut().flatten() {
                 plane.perform(gpu, order)?;

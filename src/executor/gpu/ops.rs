@@ -40,6 +40,7 @@ impl GpuStage {
             return Ok(());
         }
         self.prepare(plan)?;
+        self.mark_inputs()?;
         let shape = StepShape {
             tokens: plan.tokens.len(),
             rows: plan.logits.len().min(LOGITS_TILE_ROWS),
@@ -48,7 +49,9 @@ impl GpuStage {
         };
         let mut graphs = std::mem::take(&mut self.graphs);
         // Prompts launch faster than they compute, and are divided anew each time.
-        let is_recorded = shape.tokens <= RECORDED_TOKENS_MAX && self.buffers.host.runs.is_empty();
+        let is_recorded = shape.tokens <= RECORDED_TOKENS_MAX
+            && self.buffers.host.runs.is_empty()
+            && self.op_marks.is_none();
         let ran = if is_recorded {
             // SAFETY: the stage's memory stays where it is until `prepare` forgets the records.
             unsafe { graphs.run(gpu, shape, || self.launch(&shape)) }
@@ -69,7 +72,7 @@ impl GpuStage {
         let mut before = None;
         let ops = &self.weights.program().ops;
         let after = ops.iter().skip(1).map(Some).chain([None]);
-        for (op, next) in ops.iter().zip(after) {
+        for (index, (op, next)) in ops.iter().zip(after).enumerate() {
             match op {
                 Op::Embed { scale, .. } => self.embed(tokens, *scale)?,
                 Op::Select { .. } => {}
@@ -109,6 +112,7 @@ impl GpuStage {
                     unreachable!("refused when the weights were loaded")
                 }
             }
+            self.mark_op(index)?;
         }
         Ok(())
     }

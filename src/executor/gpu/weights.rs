@@ -13,6 +13,7 @@ use crate::formats::Checkpoint;
 use crate::model::{ModelSpec, TensorRef};
 use crate::tensor::DType;
 use std::ops::Range;
+use std::time::Duration;
 use tandem_cpu_kernels::Layout;
 use tandem_cpu_kernels::blocks::GROUP;
 use tandem_kernels::{
@@ -101,6 +102,11 @@ impl GpuWeights {
     /// [`ExecutorError::Unsupported`].
     pub fn supports(spec: &ModelSpec) -> Result<(), ExecutorError> {
         check(&Program::lower(spec, &StagePart::whole(spec.layers.len()))?)
+    }
+
+    /// How long a step may wait for the GPU before that counts as hung; 30 s without this.
+    pub fn limit_waits(&self, most: Duration) {
+        self.gpu.limit_waits(most);
     }
 
     fn load_matrices(
