@@ -5,6 +5,8 @@
 
 #[path = "support/reference.rs"]
 mod reference;
+#[path = "executor_gpu/sampling.rs"]
+mod sampling;
 #[path = "support/stage.rs"]
 mod stage;
 #[path = "support/tiny_model.rs"]

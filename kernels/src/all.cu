@@ -1,5 +1,6 @@
 // One translation unit: all kernels in one module.
 #include "attention.cu"
+#include "draw.cu"
 #include "embed.cu"
 #include "flash.cu"
 #include "floats.cu"

@@ -10,6 +10,7 @@
 
 mod attention;
 mod device;
+mod draw;
 mod driver;
 mod embed;
 mod flash;
@@ -29,6 +30,7 @@ mod wide;
 
 pub use attention::{Attend, HeadCounts, KvSpans, TokenTables};
 pub use device::{ComputeCapability, DeviceFacts};
+pub use draw::{Asked, ListBounds, RowAnswer, RowDraws, RowList, RowQuestion};
 pub use driver::{CudaVersion, Driver, DriverError, driver};
 pub use embed::EmbedRows;
 pub use flash::Runs;

@@ -13,6 +13,7 @@ mod graphs;
 mod inputs;
 mod kv;
 mod ops;
+mod sampling;
 mod weights;
 
 pub use weights::GpuWeights;
@@ -32,6 +33,8 @@ use std::time::Instant;
 
 /// Rows of logits that exist at once.
 const LOGITS_TILE_ROWS: usize = 128;
+/// Threads that share the rows of logits which leave the GPU.
+const SAMPLERS: usize = 4;
 
 /// How the program ends.
 #[derive(Clone, Copy)]
@@ -91,7 +94,7 @@ impl GpuStage {
             graphs: Graphs::default(),
             kv: GpuKv::new(weights.gpu(), &program.kv_layers, options.kv)?,
             buffers: GpuBuffers::new(&weights, tokens, store)?,
-            samplers: RowSamplers::new(1, program.dims.vocab, tokens),
+            samplers: RowSamplers::new(SAMPLERS, program.dims.vocab, tokens),
             failure: None,
             weights,
         })

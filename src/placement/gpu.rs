@@ -19,8 +19,9 @@ const ROW_MULTIPLE: usize = 8;
 /// Rows of logits that exist at once, and bytes of unmerged attention.
 const LOGITS_ROWS: u64 = 128;
 const PARTIAL_BYTES: u64 = 64 << 20;
-/// Bytes of what a row of logits has: its largest, and the sum of exponentials, in parts.
-const MEASURE_BYTES: u64 = 256;
+/// Bytes of what is known of a row of logits: its measure in parts, tokens by their distance from the
+/// best, a list of the best.
+const MEASURE_BYTES: u64 = 26 << 10;
 /// Memory through which weights travel.
 const STAGING_BYTES: u64 = 32 << 20;
 
@@ -174,8 +175,8 @@ fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
     let angles = widest(&|layer| layer.attention.rope.dims);
     let hidden = widest(&|layer| layer.ffn.hidden_dim());
     let embedding = spec.embedding_dim as u64;
-    // residual, normed, projected; angles of up to two rotations; seven numbers of a token.
-    let plain = 3 * embedding + heads + attended + 2 * hidden + 2 * angles + 7;
+    // residual, normed, projected; angles of up to two rotations; numbers of a token.
+    let plain = 3 * embedding + heads + attended + 2 * hidden + 2 * angles + 17;
     let rounded = 2 * embedding + attended + hidden;
     let narrow = tokens.min(NARROW_MAX).next_multiple_of(NARROW_TILE) * (rounded + 4 * 128) * 5 / 4;
     let wide = if tokens > NARROW_MAX_WITH_WGMMA { tokens * 2 * (rounded + 4 * 128) } else { 0 };
