@@ -93,7 +93,7 @@ impl RowSamplers {
         worker.outcomes.push((index, outcome));
     }
 
-    /// Does it for some rows of the plan, `logits` `[rows, vocab_size]`, each worker a part of them.
+    /// Does it for some rows of the plan, `logits` `[rows, vocab_size]`; the workers share them.
     pub fn take_all(&self, plan: &StepPlan, rows: &[usize], logits: &mut [f32]) {
         let Some(vocab_size) = logits.len().checked_div(rows.len()) else { return };
         let share = rows.len().div_ceil(self.workers.len());

@@ -19,8 +19,8 @@ const ROW_MULTIPLE: usize = 8;
 /// Rows of logits that exist at once, and bytes of unmerged attention.
 const LOGITS_ROWS: u64 = 128;
 const PARTIAL_BYTES: u64 = 64 << 20;
-/// Bytes of what is known of a row of logits: its measure in parts, tokens by their distance from the
-/// best, a list of the best.
+/// Bytes of what is known of a row of logits: its measure in parts, counts of tokens by their
+/// distance from the best, a list of the most likely.
 const MEASURE_BYTES: u64 = 26 << 10;
 /// Memory through which weights travel.
 const STAGING_BYTES: u64 = 32 << 20;

@@ -117,8 +117,8 @@ impl Sampler {
         Ok(SampledToken { token: TokenLogprob { id: target, logprob }, top })
     }
 
-    /// Chooses the next token from the most likely ones alone, as [`Sampler::sample`] would from the
-    /// whole row; none where others could matter. Bias and penalties are not applied.
+    /// Chooses the next token from the most likely ones alone, as [`Sampler::sample`] would from
+    /// the whole row; none where others could matter. Bias and penalties are not applied.
     pub fn choose_listed(
         &mut self,
         list: &Shortlist<'_>,

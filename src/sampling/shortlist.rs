@@ -1,5 +1,5 @@
-//! The most likely tokens of a row of logits that lies elsewhere, in a GPU's memory: mostly all that
-//! a choice needs.
+//! The most likely tokens of a row of logits that lies elsewhere, in a GPU's memory: mostly all
+//! that a choice needs.
 
 use super::softmax;
 use crate::step::TokenLogprob;

@@ -6,8 +6,8 @@ use tandem::request::SamplingParams;
 use tandem::sampling::{Sampler, Shortlist};
 use tandem::units::TokenId;
 
-/// Tokens at most `below` nats below the best, as a device lists them: ascending by id, with how far
-/// the others lie below it at least.
+/// Tokens at most `below` nats below the best, as a device lists them: ascending by id, with how
+/// far the others lie below it at least.
 fn listed(row: &[f32], below: f32) -> (Vec<(TokenId, f32)>, f32) {
     let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let all = (0u32..).map(TokenId).zip(row.iter().copied());

@@ -1,6 +1,6 @@
 //! What a step's rows of logits become. Mostly a few bytes of a row leave the GPU: its best token,
-//! a token drawn from all, a given token's logit, a list of the most likely ones. A row travels as a
-//! whole where bias and penalties change it, or where its list does not settle the choice.
+//! a token drawn from all, a given token's logit, a list of the most likely ones. A row travels as
+//! a whole where bias and penalties change it, or where its list does not settle the choice.
 
 use super::inputs::Part;
 use super::{GpuStage, LOGITS_TILE_ROWS};
