@@ -111,7 +111,8 @@ fn joined(parts: &[u8]) -> Option<RowMeasure> {
 }
 
 impl Gpu {
-    /// Measures `rows` rows of `vocab` logits, which become `softcap · tanh(logit / softcap)` before.
+    /// Measures `rows` rows of `vocab` logits, which first become
+    /// `softcap · tanh(logit / softcap)`.
     ///
     /// # Errors
     /// What the driver refuses.
