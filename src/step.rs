@@ -78,17 +78,6 @@ pub struct LogitsRow {
     pub task: LogitsTask,
 }
 
-impl LogitsRow {
-    /// Whether the token with the largest logit and its log-probability answer it.
-    pub fn wants_best_only(&self) -> bool {
-        let LogitsTask::Sample { params, .. } = &self.task else { return false };
-        (params.temperature == 0.0 || params.top_k == 1)
-            && params.top_logprobs == 0
-            && !params.needs_history()
-            && params.logit_bias.is_empty()
-    }
-}
-
 /// One batch pass, complete: the executor needs nothing else.
 #[derive(Clone, Debug, Default)]
 pub struct StepPlan {

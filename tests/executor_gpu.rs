@@ -9,6 +9,8 @@ mod hf_folder;
 mod hf_layers;
 #[path = "support/reference.rs"]
 mod reference;
+#[path = "executor_gpu/sampling.rs"]
+mod sampling;
 #[path = "support/stage.rs"]
 mod stage;
 #[path = "support/tiny_model.rs"]

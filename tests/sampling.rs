@@ -4,6 +4,8 @@
 
 #[path = "sampling/oracle.rs"]
 mod oracle;
+#[path = "sampling/shortlist.rs"]
+mod shortlist;
 
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;

@@ -1,5 +1,6 @@
 // One translation unit: all kernels in one module.
 #include "attention.cu"
+#include "draw.cu"
 #include "e4m3.cu"
 #include "embed.cu"
 #include "experts.cu"

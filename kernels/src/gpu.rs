@@ -247,6 +247,20 @@ impl Gpu {
             .map_err(|error| self.failed("copying inside it", error))
     }
 
+    /// Makes all bytes of a span 0.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub(crate) fn clear(&self, span: Span<'_>) -> Result<(), GpuError> {
+        if span.bytes == 0 {
+            return Ok(());
+        }
+        self.bound()?;
+        // SAFETY: the span is memory of this GPU of that length.
+        unsafe { result::memset_d8_async(span.pointer, 0, span.bytes, self.stream.cu_stream()) }
+            .map_err(|error| self.failed("clearing memory", error))
+    }
+
     /// Makes the context this thread's.
     ///
     /// # Errors

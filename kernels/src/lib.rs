@@ -10,6 +10,7 @@
 
 mod attention;
 mod device;
+mod draw;
 mod driver;
 mod e4m3;
 mod embed;
@@ -35,6 +36,7 @@ mod wide;
 
 pub use attention::{Attend, HeadCounts, KvSpans, TokenTables};
 pub use device::{ComputeCapability, DeviceFacts};
+pub use draw::{Asked, ListBounds, RowAnswer, RowDraws, RowList, RowQuestion};
 pub use driver::{CudaVersion, Driver, DriverError, driver};
 pub use embed::EmbedRows;
 pub use experts::{ExpertProduct, ExpertSums};

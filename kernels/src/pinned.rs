@@ -89,6 +89,34 @@ impl Gpu {
     }
 }
 
+impl Gpu {
+    /// Copies spans one behind the other to the start of pinned memory, and waits for them.
+    ///
+    /// # Errors
+    /// What the driver refuses, or what any kernel before has failed with.
+    ///
+    /// # Panics
+    /// When they do not fit.
+    pub fn download_pinned(
+        &self,
+        from: &[Span<'_>],
+        to: &mut PinnedMemory,
+    ) -> Result<(), GpuError> {
+        let need: usize = from.iter().map(Span::bytes).sum();
+        assert!(need <= to.bytes, "{need} bytes into {}", to.bytes);
+        self.bound()?;
+        let (mut rest, stream) = (&mut to[..], self.stream().cu_stream());
+        let started = from.iter().try_for_each(|span| {
+            let (part, others) = std::mem::take(&mut rest).split_at_mut(span.bytes());
+            rest = others;
+            // SAFETY: both have as many bytes; whatever was started is waited for below.
+            unsafe { result::memcpy_dtoh_async(part, span.unaligned(part.len(), 1), stream) }
+        });
+        self.synchronize()?;
+        started.map_err(|error| self.failed("copying from it", error))
+    }
+}
+
 impl Deref for PinnedMemory {
     type Target = [u8];
 

@@ -6,7 +6,7 @@ use cudarc::driver::DeviceRepr;
 
 const THREADS: usize = 256;
 /// Blocks that share a row.
-const PARTS: usize = 64;
+pub(crate) const PARTS: usize = 64;
 /// Bytes of what one of them finds.
 const PART_BYTES: usize = 16;
 
@@ -56,6 +56,16 @@ impl RowMeasures {
         self.memory.bytes()
     }
 
+    /// Most rows.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Where the blocks' findings lie.
+    pub(crate) fn parts(&self) -> u64 {
+        self.memory.span().of(self.rows * PARTS, PART_BYTES)
+    }
+
     /// Waits for the measures of the first `rows` rows; none for a row that is not finite.
     ///
     /// # Errors
@@ -101,7 +111,8 @@ fn joined(parts: &[u8]) -> Option<RowMeasure> {
 }
 
 impl Gpu {
-    /// Measures `rows` rows of `vocab` logits, after `softcap · tanh(logit / softcap)`.
+    /// Measures `rows` rows of `vocab` logits, which first become
+    /// `softcap · tanh(logit / softcap)`.
     ///
     /// # Errors
     /// What the driver refuses.

@@ -16,6 +16,7 @@ mod kv;
 mod norms;
 mod op_marks;
 mod ops;
+mod sampling;
 mod weights;
 
 pub use weights::GpuWeights;
@@ -39,6 +40,8 @@ use tandem_kernels::GpuError;
 
 /// Rows of logits that exist at once.
 const LOGITS_TILE_ROWS: usize = 128;
+/// Threads that share the rows of logits which leave the GPU.
+const SAMPLERS: usize = 4;
 
 /// How the program ends.
 #[derive(Clone, Copy)]
@@ -103,7 +106,7 @@ impl GpuStage {
             op_marks: None,
             kv: GpuKv::new(weights.gpu(), &program.kv_layers, options.kv)?,
             buffers: GpuBuffers::new(&weights, tokens, store)?,
-            samplers: RowSamplers::new(1, program.dims.vocab, tokens),
+            samplers: RowSamplers::new(SAMPLERS, program.dims.vocab, tokens),
             failure: None,
             weights,
         })

@@ -1,7 +1,7 @@
 //! Logits to tokens: one sampler per worker, rows of a step shared among them. A row that is not
 //! finite becomes a failure of its sequence alone.
 
-use crate::sampling::{SampledToken, Sampler};
+use crate::sampling::{SampledToken, Sampler, Shortlist};
 use crate::step::{
     LogitsRow, LogitsTask, RowFailure, RowOutput, StepOutput, StepPlan, TokenLogprob,
 };
@@ -15,6 +15,43 @@ type Outcome = (usize, Result<RowOutput, RowFailure>);
 struct RowSampler {
     sampler: Sampler,
     outcomes: Vec<Outcome>,
+}
+
+/// What a GPU found of a row of logits.
+pub(super) struct FoundRow<'a> {
+    pub measure: RowMeasure,
+    /// The given token, or one drawn from all, with its logit.
+    pub token: Option<(TokenId, f32)>,
+    pub list: Option<Shortlist<'a>>,
+}
+
+impl FoundRow<'_> {
+    /// The token that a row's task asks for, and the most likely ones, if they can be told.
+    fn sampled(
+        &self,
+        row: &LogitsRow,
+        sampler: &mut Sampler,
+    ) -> Option<(TokenLogprob, Vec<TokenLogprob>)> {
+        let RowMeasure { best, best_logprob, log_sum } = self.measure;
+        let (params, count) = match &row.task {
+            LogitsTask::Sample { params, .. } => (Some(params), params.top_logprobs),
+            LogitsTask::Score { top_logprobs, .. } => (None, *top_logprobs),
+        };
+        let list = self.list.as_ref();
+        let top = match count {
+            0 => Vec::new(),
+            _ => list?.top(count, (sampler.vocab_size(), log_sum))?,
+        };
+        let token = match (self.token, params) {
+            (Some((id, logit)), _) => TokenLogprob { id, logprob: logit - log_sum },
+            (None, Some(params)) if !params.takes_best() => {
+                let id = sampler.choose_listed(list?, params, row.position)?;
+                TokenLogprob { id, logprob: list?.logit(id)? - log_sum }
+            }
+            (None, _) => TokenLogprob { id: TokenId(best), logprob: best_logprob },
+        };
+        Some((token, top))
+    }
 }
 
 /// One sampler per worker.
@@ -56,18 +93,40 @@ impl RowSamplers {
         worker.outcomes.push((index, outcome));
     }
 
-    /// Takes the best token of the plan's `index`-th row of logits, as a GPU measured it: its id
-    /// and log-probability, or none if a logit was not finite.
-    pub fn take_best(&mut self, plan: &StepPlan, index: usize, measure: Option<RowMeasure>) {
-        let LogitsRow { sequence, position, .. } = plan.logits[index];
-        let outcome = match measure {
-            Some(RowMeasure { best, best_logprob, .. }) => {
-                let token = TokenLogprob { id: TokenId(best), logprob: best_logprob };
-                Ok(RowOutput { sequence, position, token, top: Vec::new() })
+    /// Does it for some rows of the plan, `logits` `[rows, vocab_size]`; the workers share them.
+    pub fn take_all(&self, plan: &StepPlan, rows: &[usize], logits: &mut [f32]) {
+        let Some(vocab_size) = logits.len().checked_div(rows.len()) else { return };
+        let share = rows.len().div_ceil(self.workers.len());
+        let take = |worker: usize, rows: &[usize], logits: &mut [f32]| {
+            for (index, logits) in rows.iter().zip(logits.chunks_exact_mut(vocab_size)) {
+                self.take(worker, plan, *index, logits);
             }
-            None => Err(RowFailure { sequence, position }),
         };
-        self.gathered.push((index, outcome));
+        let (rows, others) = rows.split_at(share);
+        let (logits, others_logits) = logits.split_at_mut(share * vocab_size);
+        std::thread::scope(|scope| {
+            let others = others.chunks(share).zip(others_logits.chunks_mut(share * vocab_size));
+            for (worker, (rows, logits)) in (1..).zip(others) {
+                scope.spawn(move || take(worker, rows, logits));
+            }
+            take(0, rows, logits);
+        });
+    }
+
+    /// Does it with what a GPU found of a row; false where that does not suffice.
+    pub fn take_found(&mut self, plan: &StepPlan, index: usize, found: &FoundRow<'_>) -> bool {
+        let worker = self.workers[0].get_mut().unwrap_or_else(PoisonError::into_inner);
+        let row = &plan.logits[index];
+        let Some((token, top)) = found.sampled(row, &mut worker.sampler) else { return false };
+        let LogitsRow { sequence, position, .. } = *row;
+        self.gathered.push((index, Ok(RowOutput { sequence, position, token, top })));
+        true
+    }
+
+    /// A row of the plan that is not finite.
+    pub fn fail(&mut self, plan: &StepPlan, index: usize) {
+        let LogitsRow { sequence, position, .. } = plan.logits[index];
+        self.gathered.push((index, Err(RowFailure { sequence, position })));
     }
 
     /// Moves all outcomes into the output, in the plan's order.

@@ -18,8 +18,9 @@ const ROW_MULTIPLE: usize = 8;
 /// Rows of logits that exist at once, and bytes of unmerged attention.
 const LOGITS_ROWS: u64 = 128;
 const PARTIAL_BYTES: u64 = 64 << 20;
-/// Bytes of what a row of logits has: its largest, and the sum of exponentials, in parts.
-const MEASURE_BYTES: u64 = 256;
+/// Bytes of what is known of a row of logits: its measure in parts, counts of tokens by their
+/// distance from the best, a list of the most likely.
+const MEASURE_BYTES: u64 = 26 << 10;
 /// Memory through which weights travel.
 const STAGING_BYTES: u64 = 32 << 20;
 
@@ -204,9 +205,9 @@ fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
         0 => (hidden, 0),
         _ => (used * hidden.max(embedding), 2 * n_experts + 2 * used),
     };
-    // residual, normed, projected; angles of up to two rotations; seven numbers of a token.
+    // residual, normed, projected; angles of up to two rotations; numbers of a token.
     let plain = 3 * embedding + heads + attended + used * hidden + products + routes;
-    let plain = plain + 2 * angles + 7;
+    let plain = plain + 2 * angles + 17;
     let rounded = 2 * embedding + attended + used * (hidden + 128) + 3 * 128;
     let narrow = tokens.min(NARROW_MAX).next_multiple_of(NARROW_TILE) * rounded * 5 / 4;
     let wide = if tokens > NARROW_MAX_WITH_WGMMA { tokens * 2 * rounded } else { 0 };

@@ -109,6 +109,21 @@ impl SamplingParams {
             || self.dry.multiplier != 0.0
     }
 
+    /// Whether the logits that are sampled differ from the model's.
+    pub fn change_logits(&self) -> bool {
+        self.needs_history() || !self.logit_bias.is_empty()
+    }
+
+    /// Whether no chance is involved.
+    pub fn takes_best(&self) -> bool {
+        self.temperature == 0.0 || self.top_k == 1
+    }
+
+    /// Whether tokens are ruled out other than by their rank.
+    pub fn truncates(&self) -> bool {
+        self.typical_p < 1.0 || self.top_p < 1.0 || self.min_p > 0.0
+    }
+
     /// Checks ranges and NaN.
     ///
     /// # Errors

@@ -13,10 +13,12 @@
 
 mod penalties;
 mod random;
+mod shortlist;
 mod softmax;
 mod truncation;
 
 pub use random::uniform;
+pub use shortlist::Shortlist;
 
 use crate::request::SamplingParams;
 use crate::step::TokenLogprob;
@@ -80,10 +82,10 @@ impl Sampler {
         position: usize,
     ) -> Result<SampledToken, NonFinite> {
         let row = self.measure(logits)?;
-        let top = softmax::top(logits, params.top_logprobs, row.log_sum);
+        let top = softmax::top(ids(logits), params.top_logprobs, row.log_sum);
         // The chosen token's own logit, read before bias and penalties change it.
         let logprob_of = |logits: &[f32], id: TokenId| logits[id.index()] - row.log_sum;
-        if !Penalties::change_logits(params) {
+        if !params.change_logits() {
             let id = self.choose(logits, row.best, params, position);
             let token = TokenLogprob { id, logprob: logprob_of(logits, id) };
             return Ok(SampledToken { token, top });
@@ -111,8 +113,24 @@ impl Sampler {
     ) -> Result<SampledToken, NonFinite> {
         let row = self.measure(logits)?;
         let logprob = logits[target.index()] - row.log_sum;
-        let top = softmax::top(logits, top_logprobs, row.log_sum);
+        let top = softmax::top(ids(logits), top_logprobs, row.log_sum);
         Ok(SampledToken { token: TokenLogprob { id: target, logprob }, top })
+    }
+
+    /// Chooses the next token from the most likely ones alone, as [`Sampler::sample`] would from
+    /// the whole row; none where others could matter. Bias and penalties are not applied.
+    pub fn choose_listed(
+        &mut self,
+        list: &Shortlist<'_>,
+        params: &SamplingParams,
+        position: usize,
+    ) -> Option<TokenId> {
+        self.candidates.choose_listed(list, params, (self.vocab_size, draw(params, position)))
+    }
+
+    /// Tokens of the rows that it samples.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
     }
 
     fn measure(&self, logits: &[f32]) -> Result<softmax::Row, NonFinite> {
@@ -127,10 +145,18 @@ impl Sampler {
         params: &SamplingParams,
         position: usize,
     ) -> TokenId {
-        if params.temperature == 0.0 || params.top_k == 1 {
+        if params.takes_best() {
             return best;
         }
-        let draw = uniform(params.seed.unwrap_or(0), position as u64);
-        self.candidates.choose(logits, best, params, draw)
+        self.candidates.choose(logits, best, params, draw(params, position))
     }
+}
+
+/// The random number, uniform in `[0, 1)`, that decides the token of a position.
+pub fn draw(params: &SamplingParams, position: usize) -> f64 {
+    uniform(params.seed.unwrap_or(0), position as u64)
+}
+
+fn ids(logits: &[f32]) -> impl ExactSizeIterator<Item = (TokenId, f32)> {
+    logits.iter().enumerate().map(|(id, logit)| (TokenId(id as u32), *logit))
 }

@@ -34,11 +34,6 @@ impl Penalties {
         }
     }
 
-    /// Whether anything here is on.
-    pub(super) fn change_logits(params: &SamplingParams) -> bool {
-        params.needs_history() || !params.logit_bias.is_empty()
-    }
-
     /// The logit of a token before [`Penalties::apply`] changed it, if it did.
     pub(super) fn original(&self, id: TokenId) -> Option<f32> {
         let place = *self.places.get(id.index())?;

@@ -108,24 +108,28 @@ pub(super) fn sum_of_weights(logits: &[f32], weight: impl Fn(f32) -> f32) -> f64
     sum
 }
 
-/// The `count` most likely tokens, best first, the lower id first of equals. One pass; an insertion
-/// only for a logit that beats the worst kept.
-pub(super) fn top(logits: &[f32], count: usize, log_sum: f32) -> Vec<TokenLogprob> {
+/// The `count` most likely tokens, best first, the lower id first of equals; they come ascending by
+/// id. One pass; an insertion only for a logit that beats the worst kept.
+pub(super) fn top(
+    logits: impl ExactSizeIterator<Item = (TokenId, f32)>,
+    count: usize,
+    log_sum: f32,
+) -> Vec<TokenLogprob> {
     let count = count.min(logits.len());
     let mut kept: Vec<TokenLogprob> = Vec::with_capacity(count);
     if count == 0 {
         return kept;
     }
     let mut worst = f32::NEG_INFINITY;
-    for (id, logit) in (0u32..).zip(logits) {
-        if *logit <= worst {
+    for (id, logit) in logits {
+        if logit <= worst {
             continue;
         }
         if kept.len() == count {
             kept.pop();
         }
-        let at = kept.partition_point(|token| token.logprob >= *logit);
-        kept.insert(at, TokenLogprob { id: TokenId(id), logprob: *logit });
+        let at = kept.partition_point(|token| token.logprob >= logit);
+        kept.insert(at, TokenLogprob { id, logprob: logit });
         if kept.len() == count {
             worst = kept[count - 1].logprob;
         }

@@ -2,6 +2,7 @@
 //! that keeps a mass looks for the last token it keeps by halving, as quickselect does, which is
 //! linear.
 
+use super::shortlist::Shortlist;
 use super::softmax::{SUM_BLOCK, exp_nonpositive, sum_of_weights};
 use crate::request::SamplingParams;
 use crate::units::TokenId;
@@ -28,6 +29,8 @@ pub(super) struct Candidates {
 
 /// Few enough to be sorted.
 const SORTED_MAX: usize = 64;
+/// Tokens of a block that a draw passes at once.
+const FEW: usize = 32;
 
 /// Best first; the lower id first of equals.
 fn by_logit(a: &Candidate, b: &Candidate) -> Ordering {
@@ -54,40 +57,85 @@ impl Candidates {
         draw: f64,
     ) -> TokenId {
         let largest = logits[best.index()];
-        let truncates = params.typical_p < 1.0 || params.top_p < 1.0 || params.min_p > 0.0;
+        let all = (0u32..).zip(logits.iter().copied());
         if params.top_k > 0 && params.top_k < logits.len() {
-            self.take_top_k(logits, params.top_k);
-        } else if truncates {
-            self.take_all(logits);
+            self.choose_of_top_k(all, largest, params, draw)
+        } else if params.truncates() {
+            self.take_all(all);
+            self.weigh(largest);
+            let sum = if params.typical_p < 1.0 {
+                self.keep_typical(largest, params.typical_p);
+                self.sum()
+            } else {
+                sum_of_weights(logits, |logit| exp_nonpositive(logit - largest))
+            };
+            self.keep_likely(params, sum, 0.0);
+            self.draw(params.temperature, draw)
         } else {
-            return draw_from_all(logits, largest, params.temperature, draw);
+            draw_from_all(logits, largest, params.temperature, draw)
         }
-        if truncates {
-            self.truncate(largest, params);
+    }
+
+    /// The same from a part of the row, if what is not in it cannot matter.
+    pub(super) fn choose_listed(
+        &mut self,
+        list: &Shortlist<'_>,
+        params: &SamplingParams,
+        (vocab_size, draw): (usize, f64),
+    ) -> Option<TokenId> {
+        let largest = list.largest();
+        let listed = list.tokens.iter().map(|(id, logit)| (id.0, *logit));
+        if params.top_k > 0 && params.top_k < vocab_size {
+            let suffices = list.tokens.len() >= params.top_k;
+            return suffices.then(|| self.choose_of_top_k(listed, largest, params, draw));
+        }
+        if params.typical_p < 1.0 || !params.truncates() {
+            return None;
+        }
+        self.take_all(listed);
+        self.weigh(largest);
+        let others = list.weight_of_others(vocab_size);
+        let is_certain = self.keep_likely(params, list.total, others);
+        is_certain.then(|| self.draw(params.temperature, draw))
+    }
+
+    fn choose_of_top_k(
+        &mut self,
+        tokens: impl Iterator<Item = (u32, f32)>,
+        largest: f32,
+        params: &SamplingParams,
+        draw: f64,
+    ) -> TokenId {
+        self.take_top_k(tokens, params.top_k);
+        if params.truncates() {
+            self.weigh(largest);
+            if params.typical_p < 1.0 {
+                self.keep_typical(largest, params.typical_p);
+            }
+            let sum = self.sum();
+            self.keep_likely(params, sum, 0.0);
         }
         self.draw(params.temperature, draw)
     }
 
-    fn take_all(&mut self, logits: &[f32]) {
+    fn take_all(&mut self, tokens: impl Iterator<Item = (u32, f32)>) {
         self.kept.clear();
-        let all = (0u32..).zip(logits);
-        self.kept.extend(all.map(|(id, logit)| candidate(id, *logit)));
+        self.kept.extend(tokens.map(|(id, logit)| candidate(id, logit)));
     }
 
     /// Keeps the best `count`: what beats the worst of the kept is collected, and cut back to
     /// `count` whenever there are twice as many.
-    fn take_top_k(&mut self, logits: &[f32], count: usize) {
+    fn take_top_k(&mut self, tokens: impl Iterator<Item = (u32, f32)>, count: usize) {
         let kept = &mut self.kept;
         kept.clear();
-        let full = (2 * count).min(logits.len());
         let mut threshold = f32::NEG_INFINITY;
-        for (id, logit) in (0u32..).zip(logits) {
+        for (id, logit) in tokens {
             // Of equals the lower id stays, and ids ascend.
-            if *logit <= threshold {
+            if logit <= threshold {
                 continue;
             }
-            kept.push(candidate(id, *logit));
-            if kept.len() == full && full > count {
+            kept.push(candidate(id, logit));
+            if kept.len() == 2 * count {
                 let (_, worst, _) = kept.select_nth_unstable_by(count - 1, by_logit);
                 threshold = worst.logit;
                 kept.truncate(count);
@@ -100,32 +148,42 @@ impl Candidates {
         kept.sort_unstable_by_key(|candidate| candidate.id);
     }
 
-    /// Typical, top-p and min-p. Weights are relative to the best logit; what one truncation keeps
-    /// is renormalised by measuring the next one's mass against the sum of the kept weights.
-    fn truncate(&mut self, largest: f32, params: &SamplingParams) {
+    /// Weights are relative to the best logit of the row; what one truncation keeps is renormalised
+    /// by measuring the next one's mass against the sum of the kept weights.
+    fn weigh(&mut self, largest: f32) {
         for candidate in &mut self.kept {
             candidate.weight = exp_nonpositive(candidate.logit - largest);
         }
-        if params.typical_p < 1.0 {
-            let sum = self.sum();
-            self.measure_surprise(largest, sum);
-            self.keep_mass(f64::from(params.typical_p) * sum, 0.0, by_surprise);
-        }
+    }
+
+    fn keep_typical(&mut self, largest: f32, typical_p: f32) {
         let sum = self.sum();
-        // Min-p keeps a beginning of the ranking, as top-p does, so it may come first, with top-p's
-        // mass still measured against the sum before it: fewer are left to rank.
+        self.measure_surprise(largest, sum);
+        self.keep_mass(f64::from(typical_p) * sum, 0.0, by_surprise);
+    }
+
+    /// Top-p, its mass measured against `sum`, and min-p. Whether they would keep the same if there
+    /// were more tokens, none heavier than `others`, whose weights are part of the sum.
+    ///
+    /// Min-p keeps a beginning of the ranking, as top-p does, so it may come first, with top-p's
+    /// mass still measured against the sum before it: fewer are left to rank.
+    fn keep_likely(&mut self, params: &SamplingParams, sum: f64, others: f32) -> bool {
+        let mut is_certain = others == 0.0;
         if params.min_p > 0.0 {
             // Typical sampling may have dropped the best token of the row.
             let best = self.kept.iter().map(|c| c.weight).fold(0.0, f32::max);
-            self.kept.retain(|candidate| candidate.weight >= params.min_p * best);
+            let least = params.min_p * best;
+            self.kept.retain(|candidate| candidate.weight >= least);
+            is_certain |= others < least;
         }
         if params.top_p < 1.0 {
             // All tokens lighter than this together weigh less than what top-p leaves out, so the
             // others reach the mass without them.
             let mass = f64::from(params.top_p) * sum;
             let lightest = (self.sum() - mass).max(0.0) / self.kept.len() as f64;
-            self.keep_mass(mass, lightest as f32, by_logit);
+            is_certain |= self.keep_mass(mass, lightest as f32, by_logit);
         }
+        is_certain
     }
 
     fn sum(&self) -> f64 {
@@ -148,20 +206,20 @@ impl Candidates {
     }
 
     /// Keeps the fewest candidates, first by `order`, whose weights reach `mass`; at least one.
-    /// Those lighter than `lightest` can't be among them.
+    /// Those lighter than `lightest` can't be among them. Whether the mass is reached.
     fn keep_mass(
         &mut self,
         mass: f64,
         lightest: f32,
         order: impl Fn(&Candidate, &Candidate) -> Ordering,
-    ) {
+    ) -> bool {
         self.ranked.clear();
         // A little less, so that rounding never leaves out one that is needed.
         let lightest = lightest * 0.999;
         self.ranked.extend(self.kept.iter().filter(|candidate| candidate.weight >= lightest));
-        if let Some(last) = last_of_mass(&mut self.ranked, mass, &order) {
-            self.kept.retain(|candidate| order(candidate, &last) != Ordering::Greater);
-        }
+        let Some(last) = last_of_mass(&mut self.ranked, mass, &order) else { return false };
+        self.kept.retain(|candidate| order(candidate, &last) != Ordering::Greater);
+        true
     }
 
     fn draw(&mut self, temperature: f32, draw: f64) -> TokenId {
@@ -223,7 +281,8 @@ fn candidate(id: u32, logit: f32) -> Candidate {
 }
 
 /// The draw when no truncation is on: two passes over the row, nothing stored. The first pass sums,
-/// the second skips whole blocks up to the one that holds the bound.
+/// the second skips whole blocks up to the one that holds the bound, and in it a few tokens at a
+/// time. `kernels/src/draw.cu` does the same with the same bits.
 fn draw_from_all(logits: &[f32], largest: f32, temperature: f32, draw: f64) -> TokenId {
     let weight = |logit: f32| exp_nonpositive((logit - largest) / temperature);
     let mut left = draw * sum_of_weights(logits, weight);
@@ -233,10 +292,17 @@ fn draw_from_all(logits: &[f32], largest: f32, temperature: f32, draw: f64) -> T
             left -= mass;
             continue;
         }
-        for (id, logit) in (start..).zip(block) {
-            left -= f64::from(weight(*logit));
-            if left < 0.0 {
-                return TokenId(id);
+        for (start, few) in (start..).step_by(FEW).zip(block.chunks(FEW)) {
+            let mass: f64 = few.iter().map(|logit| f64::from(weight(*logit))).sum();
+            if left >= mass {
+                left -= mass;
+                continue;
+            }
+            for (id, logit) in (start..).zip(few) {
+                left -= f64::from(weight(*logit));
+                if left < 0.0 {
+                    return TokenId(id);
+                }
             }
         }
     }

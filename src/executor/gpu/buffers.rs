@@ -3,13 +3,14 @@
 use super::LOGITS_TILE_ROWS;
 use super::experts::ExpertBuffers;
 use super::inputs::Inputs;
+use super::sampling::HostSampling;
 use super::weights::{GpuWeights, width_of};
 use crate::executor::ExecutorError;
 use crate::executor::program::{Buffer, Op, Precision, Program};
 use tandem_cpu_kernels::blocks::GROUP;
 use tandem_kernels::{
-    Attend, Columns, DeviceMatrix, DeviceMemory, EightBits, Gated, Gpu, HeadCounts, RowMeasures,
-    Span, half_bytes,
+    Attend, Columns, DeviceMatrix, DeviceMemory, EightBits, Gated, Gpu, HeadCounts, RowDraws,
+    RowMeasures, Span, half_bytes,
 };
 
 /// Bytes of unmerged segments of attention that exist at once, if one token needs no more.
@@ -41,6 +42,7 @@ pub(super) struct GpuBuffers {
     pub selected: RowMemory,
     pub logits: RowMemory,
     pub measures: RowMeasures,
+    pub draws: RowDraws,
     pub partials: DeviceMemory,
     /// Of gated products: zeros between them.
     pub gate_counters: DeviceMemory,
@@ -50,20 +52,14 @@ pub(super) struct GpuBuffers {
     pub host: HostBuffers,
 }
 
-/// What the host prepares; reused from step to step.
+/// What the host knows of a step; reused from step to step.
 #[derive(Default)]
 pub(super) struct HostBuffers {
-    pub positions: Vec<u32>,
-    pub tables: Vec<u32>,
-    pub blocks: Vec<u32>,
-    pub wanted: Vec<u32>,
     pub runs: Vec<[u32; 2]>,
     pub single: Vec<u32>,
     /// Whether each token is its sequence's only one.
     pub is_each_alone: bool,
-    pub rows: Vec<u32>,
-    /// `[rows, vocab]`
-    pub logits: Vec<f32>,
+    pub sampling: HostSampling,
 }
 
 /// Which form of rows a buffer keeps beside f32.
@@ -182,6 +178,7 @@ impl GpuBuffers {
             selected: RowMemory::new(gpu, (logits_rows, 1), dims.embedding, Form::EightBits)?,
             logits: RowMemory::new(gpu, (logits_rows, 1), dims.vocab, Form::Plain)?,
             measures: RowMeasures::new(gpu, logits_rows)?,
+            draws: RowDraws::new(gpu, (logits_rows, program.dims.vocab))?,
             partials: gpu.alloc(partial_bytes(program, block_tokens * device_blocks))?,
             gate_counters: gpu.alloc(Gated::counter_bytes(program.dims.hidden))?,
             inputs: Inputs::new(gpu, (tokens, device_blocks), (angles, row_bytes))?,
@@ -227,6 +224,7 @@ impl GpuBuffers {
         rows.iter().map(|rows| rows.bytes()).sum::<usize>()
             + self.experts.as_ref().map_or(0, ExpertBuffers::bytes)
             + self.measures.bytes()
+            + self.draws.bytes()
             + self.partials.bytes()
             + self.residual_sum.bytes()
             + self.gate_counters.bytes()

@@ -1,10 +1,11 @@
-//! What the host prepares for a step, in one piece of pinned memory that travels at once. Where its
-//! parts lie depends on the number of tokens alone, so that recorded steps find them again.
+//! What the host prepares for a step, in one piece of pinned memory that travels at once. Where the
+//! parts of recorded steps lie depends on the number of tokens alone, so that they find them again.
 
 use crate::executor::ExecutorError;
-use tandem_kernels::{DeviceMemory, Gpu, PinnedMemory, Span};
+use tandem_kernels::{DeviceMemory, Gpu, PinnedMemory, RowQuestion, Span};
 
 const ALIGNMENT: usize = 16;
+const PARTS: usize = Part::Questions as usize + 1;
 const U32: usize = size_of::<u32>();
 
 /// A part of a step's inputs.
@@ -28,17 +29,18 @@ pub(super) enum Part {
     FileRows,
     /// u32: block tables.
     Blocks,
+    /// What is asked about rows of logits; no recorded step reads it.
+    Questions,
 }
 
 /// The inputs of a step, here and on the GPU.
 pub(super) struct Inputs {
     host: PinnedMemory,
     device: DeviceMemory,
-    /// Bytes of a token in each part before the last.
+    /// Bytes of a token in each part before the last two.
     token_bytes: [usize; Part::Blocks as usize],
-    tokens: usize,
-    /// Block numbers of this step.
-    blocks: usize,
+    /// Bytes of each part in this step.
+    part_bytes: [usize; PARTS],
     is_travelling: bool,
 }
 
@@ -57,31 +59,33 @@ impl Inputs {
         token_bytes[Part::Runs as usize] = 2 * U32;
         token_bytes[Part::Angles as usize] = angles * U32;
         token_bytes[Part::FileRows as usize] = row_bytes;
-        let bytes = place(&token_bytes, Part::Blocks, tokens) + blocks * U32;
+        let last = [blocks * U32, tokens * RowQuestion::BYTES];
+        let bytes = aligned(&of_step(&token_bytes, tokens, last));
         Ok(Self {
             host: gpu.alloc_pinned(bytes)?,
             device: gpu.alloc(bytes)?,
             token_bytes,
-            tokens: 0,
-            blocks: 0,
+            part_bytes: [0; PARTS],
             is_travelling: false,
         })
     }
 
-    /// Begins a step of some tokens. Whether memory had to move: spans of before are then gone.
+    /// Begins a step of some tokens, block numbers and questions. Whether memory had to move: spans
+    /// of before are then gone.
     ///
     /// # Errors
     /// No memory: then all is as before. Or what the step before has failed with.
     pub fn begin(
         &mut self,
         gpu: &Gpu,
-        (tokens, blocks): (usize, usize),
+        (tokens, blocks, questions): (usize, usize, usize),
     ) -> Result<bool, ExecutorError> {
         if self.is_travelling {
             gpu.synchronize()?;
             self.is_travelling = false;
         }
-        (self.tokens, self.blocks) = (tokens, blocks);
+        let last = [blocks * U32, questions * RowQuestion::BYTES];
+        self.part_bytes = of_step(&self.token_bytes, tokens, last);
         let need = self.used_bytes();
         let moves = need > self.device.bytes();
         if moves {
@@ -91,23 +95,16 @@ impl Inputs {
     }
 
     fn place(&self, part: Part) -> usize {
-        place(&self.token_bytes, part, self.tokens)
+        aligned(&self.part_bytes[..part as usize])
     }
 
     fn used_bytes(&self) -> usize {
-        self.place(Part::Blocks) + self.blocks * U32
-    }
-
-    fn part_bytes(&self, part: Part) -> usize {
-        match self.token_bytes.get(part as usize) {
-            Some(bytes) => bytes * self.tokens,
-            None => self.blocks * U32,
-        }
+        aligned(&self.part_bytes)
     }
 
     /// A part, to be written.
     pub fn bytes_mut(&mut self, part: Part) -> &mut [u8] {
-        let (start, bytes) = (self.place(part), self.part_bytes(part));
+        let (start, bytes) = (self.place(part), self.part_bytes[part as usize]);
         &mut self.host[start..start + bytes]
     }
 
@@ -115,9 +112,12 @@ impl Inputs {
     ///
     /// # Panics
     /// When it has less room.
-    pub fn put(&mut self, part: Part, numbers: &[u32]) {
-        let bytes = bytemuck::cast_slice(numbers);
-        self.bytes_mut(part)[..bytes.len()].copy_from_slice(bytes);
+    pub fn put(&mut self, part: Part, numbers: impl IntoIterator<Item = u32>) {
+        let mut room = self.bytes_mut(part).as_chunks_mut().0.iter_mut();
+        for number in numbers {
+            let bytes = room.next().expect("room for the numbers of a step");
+            *bytes = number.to_ne_bytes();
+        }
     }
 
     /// Sends all parts.
@@ -139,7 +139,7 @@ impl Inputs {
 
     /// A part on the GPU.
     pub fn span(&self, part: Part) -> Span<'_> {
-        self.device.span().part(self.place(part), self.part_bytes(part))
+        self.device.span().part(self.place(part), self.part_bytes[part as usize])
     }
 
     /// Bytes held on the GPU.
@@ -148,8 +148,20 @@ impl Inputs {
     }
 }
 
-/// Where a part starts in a step of `tokens` tokens.
-fn place(token_bytes: &[usize], part: Part, tokens: usize) -> usize {
-    let before = &token_bytes[..part as usize];
-    before.iter().map(|bytes| (bytes * tokens).next_multiple_of(ALIGNMENT)).sum()
+/// Bytes of all parts of a step of `tokens` tokens.
+fn of_step(
+    token_bytes: &[usize; Part::Blocks as usize],
+    tokens: usize,
+    last: [usize; 2],
+) -> [usize; PARTS] {
+    let mut bytes = [0; PARTS];
+    let (first, others) = bytes.split_at_mut(token_bytes.len());
+    first.iter_mut().zip(token_bytes).for_each(|(bytes, of_token)| *bytes = of_token * tokens);
+    others.copy_from_slice(&last);
+    bytes
+}
+
+/// Bytes of parts that lie one behind the other.
+fn aligned(part_bytes: &[usize]) -> usize {
+    part_bytes.iter().map(|bytes| bytes.next_multiple_of(ALIGNMENT)).sum()
 }

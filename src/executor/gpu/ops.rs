@@ -124,36 +124,23 @@ impl GpuStage {
     /// Brings tokens, positions, block tables, angles and wanted rows to the GPU.
     fn prepare(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         let (gpu, rotations) = (self.weights.gpu(), self.weights.rotations());
-        let host = &mut self.buffers.host;
-        host.positions.clear();
-        host.positions.extend(self.batch.positions.iter().map(|position| *position as u32));
-        host.tables.clear();
-        for sequence in &plan.sequences {
-            let table = sequence.block_table.start as u32;
-            host.tables.extend(std::iter::repeat_n(table, sequence.tokens.len()));
-        }
-        host.blocks.clear();
-        host.blocks.extend(plan.block_tables.iter().map(|block| block.0));
-        host.find_runs(plan, self.has_flash);
-        host.wanted.clear();
-        host.wanted.extend(plan.logits.iter().map(|row| row.row as u32));
-        host.rows.clear();
-        host.rows.extend(plan.tokens.iter().map(|token| token.index() as u32));
-        let (host, inputs) = (&self.buffers.host, &mut self.buffers.inputs);
-        if inputs.begin(gpu, (plan.tokens.len(), host.blocks.len()))? {
+        self.buffers.host.find_runs(plan, self.has_flash);
+        let (host, inputs) = (&mut self.buffers.host, &mut self.buffers.inputs);
+        let questions = host.sampling.plan(plan, self.buffers.logits.cols);
+        if inputs.begin(gpu, (plan.tokens.len(), plan.block_tables.len(), questions))? {
             self.graphs.forget();
         }
-        for (part, numbers) in [
-            (Part::Positions, &host.positions),
-            (Part::Tables, &host.tables),
-            (Part::Wanted, &host.wanted),
-            (Part::Single, &host.single),
-            (Part::Rows, &host.rows),
-            (Part::Blocks, &host.blocks),
-        ] {
-            inputs.put(part, numbers);
-        }
-        inputs.put(Part::Runs, host.runs.as_flattened());
+        inputs.put(Part::Positions, self.batch.positions.iter().map(|position| *position as u32));
+        let tables = plan.sequences.iter().flat_map(|sequence| {
+            std::iter::repeat_n(sequence.block_table.start as u32, sequence.tokens.len())
+        });
+        inputs.put(Part::Tables, tables);
+        inputs.put(Part::Wanted, plan.logits.iter().map(|row| row.row as u32));
+        inputs.put(Part::Runs, host.runs.as_flattened().iter().copied());
+        inputs.put(Part::Single, host.single.iter().copied());
+        inputs.put(Part::Rows, plan.tokens.iter().map(|token| token.index() as u32));
+        inputs.put(Part::Blocks, plan.block_tables.iter().map(|block| block.0));
+        host.sampling.write_questions(inputs.bytes_mut(Part::Questions));
         let width = rotations.width();
         if width > 0 {
             let angles = bytemuck::cast_slice_mut(inputs.bytes_mut(Part::Angles));
@@ -284,7 +271,7 @@ impl GpuStage {
     }
 
     /// Norms and products of some wanted rows, and their measures.
-    fn logits_tile(
+    pub(super) fn logits_tile(
         &self,
         (first, rows): (usize, usize),
         tokens: usize,
@@ -296,39 +283,6 @@ impl GpuStage {
         let product = self.product(&last.output, logits, (0, vocab));
         gpu.multiply(&[product], &selected.columns(rows, Precision::Eight))?;
         Ok(gpu.measure_rows(logits, (rows, vocab), last.softcap, &buffers.measures)?)
-    }
-
-    /// Samples the wanted rows, a tile at a time. A row leaves the GPU only if more than its best
-    /// token is asked for.
-    fn sample(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
-        let weights = std::sync::Arc::clone(&self.weights);
-        let (gpu, vocab) = (weights.gpu(), self.buffers.logits.cols);
-        let mut logits = std::mem::take(&mut self.buffers.host.logits);
-        logits.resize(vocab, 0.0);
-        for first in (0..plan.logits.len()).step_by(LOGITS_TILE_ROWS) {
-            let rows = LOGITS_TILE_ROWS.min(plan.logits.len() - first);
-            if first > 0 {
-                self.logits_tile((first, rows), plan.tokens.len())?;
-            }
-            let measures = self.buffers.measures.wait(gpu, rows)?;
-            self.buffers.inputs.arrived();
-            for (index, measure) in measures.enumerate() {
-                let row = &plan.logits[first + index];
-                if row.wants_best_only() || measure.is_none() {
-                    self.samplers.take_best(plan, first + index, measure);
-                    continue;
-                }
-                let bytes = vocab * F32;
-                let span = self.buffers.logits.values().part(index * bytes, bytes);
-                gpu.download(span, &mut logits)?;
-                if let Some(cap) = self.last.softcap {
-                    logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
-                }
-                self.samplers.take(0, plan, first + index, &mut logits);
-            }
-        }
-        self.buffers.host.logits = logits;
-        Ok(())
     }
 }
 
