@@ -3,10 +3,12 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test and its figures")]
 
+#[path = "support/golden.rs"]
+mod answers;
 #[path = "support/stage.rs"]
 mod stage;
 
-use serde::Deserialize;
+use answers::{Golden, Steps};
 use stage::{Model, options, plan_tokens, run, score_next};
 use std::path::Path;
 use tandem::request::{AddSpecial, ParseSpecial};
@@ -15,90 +17,14 @@ use tandem::tensor::KvDType;
 use tandem::tokenizer::Tokenizer;
 use tandem::units::TokenId;
 
-#[derive(Deserialize)]
-struct Golden {
-    model: String,
-    llama_cpp_mean_abs_dlogprob_from_exact: f64,
-    cases: Vec<Case>,
-}
-
-/// A prompt and what greedy decoding gave, with the exact distribution of each step.
-#[derive(Deserialize)]
-struct Case {
-    kind: String,
-    prompt_tokens: Vec<TokenId>,
-    ids: Vec<TokenId>,
-    exact_logprobs: Vec<f64>,
-    exact_top_ids: Vec<Vec<TokenId>>,
-    exact_top_logprobs: Vec<Vec<f64>>,
-}
-
-/// How often the best token was the exact one where that leads clearly, and how far we are off.
-#[derive(Default)]
-struct Tally {
-    steps: usize,
-    clear: usize,
-    same: usize,
-    distance: f64,
-}
-
-/// An exact best token that leads by so many nats is clearly the best.
-const CLEAR_LEAD: f64 = 0.3;
-
-impl Tally {
-    fn add(&mut self, case: &Case, step: usize, ours: &RowOutput) {
-        self.steps += 1;
-        self.distance += (f64::from(ours.token.logprob) - case.exact_logprobs[step]).abs();
-        let exact = &case.exact_top_logprobs[step];
-        if exact[0] - exact[1] > CLEAR_LEAD {
-            self.clear += 1;
-            self.same += usize::from(ours.top[0].id == case.exact_top_ids[step][0]);
-        }
-    }
-}
-
 /// `allowed` is how far off the answers may be, as a multiple of llama.cpp's distance.
 fn check(file: &str, dtype: KvDType, allowed: f64) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(file);
-    let golden: Golden = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-    let Some(model) = Model::fetched(&golden.model) else { return };
+    let Some((golden, model)) = Golden::read(file) else { return };
     let mut with = options(2, 512);
     with.kv.dtype = dtype;
     let mut stage = model.stage(&with);
-    let mut tally = Tally::default();
-    for case in &golden.cases {
-        let mut tokens = case.prompt_tokens.clone();
-        tokens.extend(&case.ids);
-        let first = case.prompt_tokens.len() - 1;
-        let next = score_next(&tokens, 10);
-        let mut plan = StepPlan::default();
-        let last = tokens.len() - 1;
-        plan_tokens(&mut plan, (1, 0), &tokens, 0..last, |position| {
-            next(position).filter(|_| position >= first)
-        });
-        let output = run(&mut stage, &plan);
-        let before = tally.distance;
-        for (step, row) in output.rows.iter().enumerate() {
-            tally.add(case, step, row);
-        }
-        let distance = (tally.distance - before) / output.rows.len() as f64;
-        println!(
-            "{file} {dtype} {}: {} steps, {distance:.4} nats off",
-            case.kind,
-            output.rows.len()
-        );
-    }
-    let distance = tally.distance / tally.steps as f64;
-    let share = tally.same as f64 / tally.clear as f64;
-    let bound = golden.llama_cpp_mean_abs_dlogprob_from_exact * allowed;
-    println!(
-        "{file} {dtype}: {}/{} clear steps ({:.2} %), {distance:.4} nats off (bound {bound})",
-        tally.same,
-        tally.clear,
-        100.0 * share
-    );
-    assert!(share >= 0.995, "{file}: best token in {share} of clear steps");
-    assert!(distance <= bound, "{file}: {distance} nats off, allowed {bound}");
+    let name = format!("{file} {dtype}");
+    golden.check(&name, (Steps::Whole, allowed), |plan| run(&mut stage, plan).rows);
 }
 
 #[test]

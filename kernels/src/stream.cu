@@ -14,23 +14,12 @@
 // Sums have the order of those in narrow.cu, and the same bits. Of a gated product each half has the tiles of one
 // matrix. The activated sums of one are multiplied with those of the other; whoever finishes the second half of
 // a group of 32 of these rounds it to 8 bits for the product that follows. Grid: a block per multiprocessor.
-#include "norm.cuh"
 #include "rounding.cuh"
 #include "single.cuh"
+#include "stream_norm.cuh"
 #include "warp_ring.cuh"
 
 constexpr int STREAM_RANGES = 8;
-
-// What activations are the norm of, as in NormArgs: one row, which all blocks normalise for themselves.
-struct StreamNorm {
-    const float* residual; // [cols]
-    const float* added;    // [cols], or null
-    float* sum;            // [cols]: the residual stream from here on; elsewhere than `residual`
-    const float* weight;   // [cols], or null: activations are there
-    float eps;
-    uint32_t cols;
-    uint32_t threads, quads; // of the kernel that normalises rows: its sums are those of this one
-};
 
 // Where products are gated, the first part is the gate, whose output gets what comes of both, and the second
 // what it gates.
@@ -61,18 +50,6 @@ template <class T, bool SINGLE_, bool GATED_> struct StreamShape {
     using Ring = WarpRing<T, DEPTH, STREAMING / 32>;
     using X = Columns<1, 1, SINGLE>;
 };
-
-// Until COUNT threads are here, or have passed by.
-template <int COUNT> __device__ __forceinline__ void meet_some(uint32_t barrier) {
-    if constexpr (COUNT == 32) __syncwarp();
-    if constexpr (COUNT > 32) asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(COUNT) : "memory");
-}
-
-template <int COUNT> __device__ __forceinline__ void pass_by(uint32_t barrier) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(COUNT) : "memory"); }
-
-// Barriers of a block: of a half; of who finishes gated tiles; where one of two places for sums has been filled,
-// or read.
-enum Barrier : uint32_t { OF_HALF = 1, OF_FINISHING = 3, FILLED = 4, READ = 6, OF_NORM = 8 };
 
 // Where a warp's rows begin in a tile.
 template <class T, class Shape> __device__ __forceinline__ void aim(TileRows<T>& rows, const StreamArgs& args, uint32_t tile, uint32_t first) {
@@ -223,61 +200,6 @@ template <class Shape> struct Activations {
             if (index >= all) break;
             *reinterpret_cast<uint4*>(to + slot * Shape::X::SLOT + Shape::X::place_of(piece)) = pieces[k];
         }
-    }
-};
-
-// A row that is normalised to where X reads it, chunk after chunk, with the bits of norm_rows. A thread does the work
-// of two of its threads, which have a four or two each.
-template <class Shape> struct NormOnTheWay {
-    static constexpr int TWICE = 2, QUADS = 2;
-    const StreamNorm& norm;
-    float4 v[TWICE][QUADS], weight[TWICE][QUADS];
-
-    __device__ __forceinline__ uint32_t at(int j, int k) const { return 4 * (k * norm.threads + j * Shape::STREAMING + threadIdx.x); }
-    __device__ __forceinline__ bool is_one(int j, int k) const { return j * Shape::STREAMING + threadIdx.x < norm.threads && k < norm.quads; }
-
-    __device__ __forceinline__ void load_weight() {
-#pragma unroll
-        for (int i = 0; i < TWICE * QUADS; i++) {
-            if (is_one(i / QUADS, i % QUADS)) weight[i / QUADS][i % QUADS] = quad_at(norm.weight, at(i / QUADS, i % QUADS), norm.cols);
-        }
-    }
-
-    __device__ __forceinline__ void load() {
-#pragma unroll
-        for (int i = 0; i < TWICE * QUADS; i++) {
-            const int j = i / QUADS, k = i % QUADS;
-            v[j][k] = make_float4(0, 0, 0, 0);
-            if (!is_one(j, k)) continue;
-            const float4 added = norm.added ? quad_at(norm.added, at(j, k), norm.cols) : make_float4(0, 0, 0, 0);
-            v[j][k] = sum_of_quads(quad_at(norm.residual, at(j, k), norm.cols), added);
-        }
-    }
-
-    __device__ __forceinline__ void store(uint8_t* to) const {
-        __shared__ float parts[32];
-        const uint32_t lane = threadIdx.x % 32, cols = norm.cols;
-#pragma unroll
-        for (int j = 0; j < TWICE; j++) {
-            float squares = 0;
-#pragma unroll
-            for (int k = 0; k < QUADS; k++) squares = is_one(j, k) ? quad_squares(v[j][k], squares) : squares;
-            squares = sum_over_warp(squares);
-            if (lane == 0) parts[j * (Shape::STREAMING / 32) + threadIdx.x / 32] = squares;
-        }
-        meet_some<Shape::STREAMING>(OF_NORM);
-        const float scale = norm_scale(sum_over_warp(lane < norm.threads / 32 ? parts[lane] : 0.0f), cols, norm.eps);
-#pragma unroll
-        for (int j = 0; j < TWICE; j++)
-#pragma unroll
-            for (int k = 0; k < QUADS; k++) {
-                const uint32_t i = at(j, k), group = i / GROUP;
-                if (!is_one(j, k) || i >= padded_groups(cols) * GROUP) continue;
-                if (norm.added && blockIdx.x == 0 && i < cols) *reinterpret_cast<float4*>(norm.sum + i) = v[j][k];
-                uint8_t* const slot = to + group / CHUNK * Shape::X::SLOT;
-                int8_t* const pair = reinterpret_cast<int8_t*>(slot) + group % CHUNK / 2 * (2 * GROUP);
-                round_group(scaled(v[j][k], scale, weight[j][k]), pair, group % 2, reinterpret_cast<GroupScale*>(slot + Shape::X::WORDS) + group % CHUNK);
-            }
     }
 };
 
