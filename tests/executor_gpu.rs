@@ -42,12 +42,10 @@ use tiny_model::{Family, TinyModel, split_mix};
 const TOP: usize = 10;
 
 /// How many nats apart the two interpreters may be, on average: with float weights, where only the
-/// order of sums differs; with e4m3 ones, which wide steps multiply as f16; and with real quantised
-/// ones. There activations are rounded to 8 bits, of which some fall to the other side and move all
-/// that follow.
+/// order of sums differs; and with e4m3 ones, which wide steps multiply as f16. Quantised ones
+/// round activations in ways of their own, and are compared with exact answers.
 const EXACT: f64 = 1e-3;
 const HALVES: f64 = FROM_REFERENCE.0 / 8.0;
-const ROUNDED: f64 = 0.03;
 
 /// Mean and largest distance in nats from plain f32 that rounding activations may cause in random
 /// models: what the CPU is held to as well (`executor_reference.rs`). An f16 is off by an eighth of
@@ -194,12 +192,6 @@ fn folders_of_awq_gptq_and_fp8_answer_as_files_do() {
             }
         }
     }
-}
-
-#[test]
-fn a_real_model_agrees_with_the_cpu() {
-    let Some(model) = Model::fetched("SmolLM2-135M-Instruct.Q4_1.gguf") else { return };
-    agree(&model, KvDType::F16, ROUNDED);
 }
 
 /// All bits of what a token's logits gave.

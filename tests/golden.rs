@@ -12,10 +12,9 @@ use answers::{Golden, Steps};
 use stage::{Model, options, plan_tokens, run, score_next};
 use std::path::Path;
 use tandem::request::{AddSpecial, ParseSpecial};
-use tandem::step::{RowOutput, StepPlan};
+use tandem::step::StepPlan;
 use tandem::tensor::KvDType;
 use tandem::tokenizer::Tokenizer;
-use tandem::units::TokenId;
 
 /// `allowed` is how far off the answers may be, as a multiple of llama.cpp's distance.
 fn check(file: &str, dtype: KvDType, allowed: f64) {

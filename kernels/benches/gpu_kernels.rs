@@ -112,7 +112,7 @@ fn type_of(name: &String) -> DType {
 fn time(gpu: &Gpu, count: usize, work: impl Fn() -> Outcome<()>) -> Outcome<f64> {
     work()?;
     gpu.synchronize()?;
-    let graph = gpu.record(&work)?;
+    let graph = gpu.record(&work)?.expect("an undisturbed record");
     let mut times = Vec::new();
     for _ in 0..REPEATS {
         let start = gpu.mark()?;

@@ -12,20 +12,24 @@ pub struct LaunchGraph {
 
 impl Gpu {
     /// Records what `launch` starts instead of doing it. Nothing in it may allocate, copy from or
-    /// to the host, or wait.
+    /// to the host, or wait. None where what another thread asked of the driver spoilt the record.
     ///
     /// # Errors
     /// What the driver refuses, or `launch` fails with.
     pub fn record<E: From<GpuError>>(
         &self,
         launch: impl FnOnce() -> Result<(), E>,
-    ) -> Result<LaunchGraph, E> {
+    ) -> Result<Option<LaunchGraph>, E> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.bound()?;
         let stream = self.stream();
         stream.begin_capture(mode).map_err(|error| self.failed("recording", error))?;
         let launched = launch();
         let ended = stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        let disturbed = sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+        if ended.as_ref().is_err_and(|error| error.0 == disturbed) {
+            return Ok(None);
+        }
         launched?;
         let graph = ended.map_err(|error| self.failed("recording", error))?;
         let graph = graph.ok_or_else(|| GpuError::Failed {
@@ -33,7 +37,7 @@ impl Gpu {
             what: "recording",
             reason: "nothing was recorded".into(),
         })?;
-        Ok(LaunchGraph { graph: OnGpu::new(graph, self) })
+        Ok(Some(LaunchGraph { graph: OnGpu::new(graph, self) }))
     }
 
     /// Starts recorded launches.

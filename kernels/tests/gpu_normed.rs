@@ -1,6 +1,8 @@
 //! Products that normalise on the way against norms and products one by one: the same bits, in the
 //! products and in the residual stream.
 
+#![allow(clippy::print_stdout, reason = "tests say what they skip")]
+
 mod gpu;
 
 use gpu::specification::file_bytes;

@@ -43,6 +43,10 @@ fn is_plain_float(dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
 }
 
+fn root_mean_square(values: &[f32]) -> f32 {
+    (values.iter().map(|value| value * value).sum::<f32>() / values.len() as f32).sqrt()
+}
+
 /// Products of some types at odd shapes.
 fn agree_with_the_specification(dtypes: impl Iterator<Item = DType>) {
     let Some(gpu) = gpu() else { return };
@@ -61,7 +65,9 @@ fn agree_with_the_specification(dtypes: impl Iterator<Item = DType>) {
             assert!(matrix.bytes() <= filled + filled / 50 + 1024, "{dtype}");
             let mut exact = vec![0.0f32; rows * cols];
             dequantize_row(dtype, &file, &mut exact);
-            let exact: Vec<u8> = exact.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let exact_values = exact;
+            let exact: Vec<u8> =
+                exact_values.iter().flat_map(|value| value.to_le_bytes()).collect();
             for columns in [1, 2, 5, 9, 17, 40, 70, 129, 200, 600] {
                 let x = random.floats(columns * cols);
                 let got = got(&gpu, &[&matrix], &x, false).remove(0);
@@ -74,7 +80,11 @@ fn agree_with_the_specification(dtypes: impl Iterator<Item = DType>) {
                     };
                 let (off, largest) = distance(&got, &wanted);
                 let shape = format!("{dtype} [{rows}, {cols}] × {columns}");
-                assert!(off <= bound * largest, "{shape}: {off} of {largest} off");
+                // A single product may happen to be small beside what it is the sum of.
+                let scale = largest.max(
+                    root_mean_square(&exact_values) * root_mean_square(&x) * (cols as f32).sqrt(),
+                );
+                assert!(off <= bound * scale, "{shape}: {off} of {scale} off");
             }
         }
     }

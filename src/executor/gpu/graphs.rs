@@ -47,7 +47,7 @@ impl Graphs {
         &mut self,
         gpu: &Gpu,
         shape: StepShape,
-        launch: impl FnOnce() -> Result<(), ExecutorError>,
+        launch: impl Fn() -> Result<(), ExecutorError>,
     ) -> Result<(), ExecutorError> {
         if self.seen.len() >= SHAPES_MAX && !self.seen.contains_key(&shape) {
             self.forget();
@@ -58,7 +58,8 @@ impl Graphs {
                 self.seen.insert(shape, Seen::Once);
             }
             Some(Seen::Once) => {
-                let graph = gpu.record(launch)?;
+                // What other threads ask of the driver can spoil a record: the next step makes it.
+                let Some(graph) = gpu.record(&launch)? else { return launch() };
                 // SAFETY: it was recorded with the stage's memory, which is there.
                 unsafe { gpu.replay(&graph)? };
                 self.seen.insert(shape, Seen::Recorded(graph));
