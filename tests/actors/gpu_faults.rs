@@ -64,8 +64,12 @@ async fn a_step_without_memory_fails_its_own_requests_alone() {
     first_tokens(&mut running).await;
     rig.stages.gate.close();
     let waiting = rig.engine.generate(request(&prompt(2, 42), 24));
-    rig.stages.gate.let_through(2);
-    eventually("the second waits", || rig.engine.stats().sequences.waiting == 1);
+    // Until the second has come that far the first goes on, slowly enough not to end.
+    eventually("the second waits", || {
+        std::thread::sleep(Duration::from_millis(5));
+        rig.stages.gate.let_through(1);
+        rig.engine.stats().sequences.waiting == 1
+    });
     *rig.stages.refusal.lock().unwrap() = Some(RequestError::InsufficientMemory {
         device: "GPU 0".into(),
         need: 2,

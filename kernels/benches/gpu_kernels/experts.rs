@@ -1,9 +1,9 @@
 //! Products of experts, of a layer of a real model.
 
-use super::{F32, Matrices, Outcome, floats, noise, time};
+use super::{F32, Matrices, Outcome, noise, time};
 use tandem_cpu_kernels::DType;
 use tandem_kernels::{
-    Columns, EightBits, ExpertProduct, ExpertRoutes, Gpu, Route, Routed, half_bytes,
+    Columns, DeviceMatrix, EightBits, ExpertProduct, ExpertRoutes, Gpu, Route, Routed, half_bytes,
 };
 
 /// Steps whose tokens go through experts that are drawn anew.
