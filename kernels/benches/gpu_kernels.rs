@@ -11,7 +11,6 @@
 #[path = "gpu_kernels/experts.rs"]
 mod experts;
 
-use experts::ExpertLayer;
 use half::f16;
 use std::hint::black_box;
 use tandem_cpu_kernels::attention::KvDType;
@@ -66,17 +65,8 @@ fn main() -> Outcome<()> {
         }
     }
     if wants("experts") {
-        println!("| experts | type | tokens | us, gate and up | GB/s | us, down | GB/s |");
-        println!("|---|---|---|---|---|---|---|");
-        for (counts, widths) in [((128, 8), (2048, 768)), ((8, 2), (4096, 14336))] {
-            for dtype in list("--type", "Q4_0").iter().map(type_of) {
-                let layer = ExpertLayer::new(&gpu, dtype, counts, widths)?;
-                for tokens in list("--columns", "1,2,4,8,16,32,64,128,512,2048").iter().map(number)
-                {
-                    layer.measure(&gpu, tokens)?;
-                }
-            }
-        }
+        let tokens = list("--columns", "1,2,4,8,16,32,64,128,512,2048");
+        experts::measure(&gpu, &list("--type", "Q4_0"), tokens.iter().map(number).collect())?;
     }
     if wants("attention") {
         println!(

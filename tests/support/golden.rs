@@ -69,8 +69,8 @@ impl Golden {
         Some((golden, model))
     }
 
-    /// Checks what `run` answers. `allowed` is how far off that may be, as a multiple of llama.cpp's
-    /// distance.
+    /// Checks what `run` answers. `allowed` is how far off that may be, as a multiple of
+    /// llama.cpp's distance.
     pub fn check(
         &self,
         name: &str,

@@ -1,16 +1,29 @@
 //! Products of experts, of a layer of a real model.
 
-use super::{F32, Matrices, Outcome, noise, time};
+use super::{F32, Matrices, Outcome, noise, time, type_of};
 use tandem_cpu_kernels::DType;
 use tandem_kernels::{
     Columns, DeviceMatrix, EightBits, ExpertProduct, ExpertRoutes, Gpu, Route, Routed, half_bytes,
 };
 
+/// Prints a row for each layer, type and number of tokens.
+pub fn measure(gpu: &Gpu, types: &[String], tokens: Vec<usize>) -> Outcome<()> {
+    println!("| experts | type | tokens | us, gate and up | GB/s | us, down | GB/s |");
+    println!("|---|---|---|---|---|---|---|");
+    for (counts, widths) in [((128, 8), (2048, 768)), ((8, 2), (4096, 14336))] {
+        for dtype in types.iter().map(type_of) {
+            let layer = ExpertLayer::new(gpu, dtype, counts, widths)?;
+            tokens.iter().try_for_each(|tokens| layer.measure(gpu, *tokens))?;
+        }
+    }
+    Ok(())
+}
+
 /// Steps whose tokens go through experts that are drawn anew.
 const DRAWS: usize = 8;
 
 /// The experts of a layer.
-pub struct ExpertLayer {
+struct ExpertLayer {
     counts: (usize, usize),
     /// `[n_experts · hidden, embedding]`: two or more.
     gates: Matrices,
@@ -19,7 +32,7 @@ pub struct ExpertLayer {
 }
 
 impl ExpertLayer {
-    pub fn new(
+    fn new(
         gpu: &Gpu,
         dtype: DType,
         counts: (usize, usize),
@@ -41,7 +54,7 @@ impl ExpertLayer {
     }
 
     /// Prints the row of a step of some tokens.
-    pub fn measure(&self, gpu: &Gpu, tokens: usize) -> Outcome<()> {
+    fn measure(&self, gpu: &Gpu, tokens: usize) -> Outcome<()> {
         let ((n_experts, n_used), widest) =
             (self.counts, self.gates.shape.1.max(self.downs.shape.1));
         let pairs = tokens * n_used;
