@@ -12,7 +12,8 @@ pub struct LaunchGraph {
 
 impl Gpu {
     /// Records what `launch` starts instead of doing it. Nothing in it may allocate, copy from or
-    /// to the host, or wait. None where what another thread asked of the driver spoilt the record.
+    /// to the host, or wait. None where what another thread asked of the driver spoilt the record, or
+    /// there is no memory for one.
     ///
     /// # Errors
     /// What the driver refuses, or `launch` fails with.
@@ -26,8 +27,9 @@ impl Gpu {
         stream.begin_capture(mode).map_err(|error| self.failed("recording", error))?;
         let launched = launch();
         let ended = stream.end_capture(sys::CUgraphInstantiate_flags(0));
-        let disturbed = sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
-        if ended.as_ref().is_err_and(|error| error.0 == disturbed) {
+        use sys::CUresult as Code;
+        let none = [Code::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, Code::CUDA_ERROR_OUT_OF_MEMORY];
+        if ended.as_ref().is_err_and(|error| none.contains(&error.0)) {
             return Ok(None);
         }
         launched?;

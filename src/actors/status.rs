@@ -26,7 +26,8 @@ pub enum EngineState {
     Draining,
     /// Shut down as asked.
     Stopped,
-    /// Given up: an actor failed too often, or the model could not be loaded.
+    /// Given up: an actor failed too often, a GPU was lost or hung, or the model could not be
+    /// loaded.
     Dead,
 }
 

@@ -14,7 +14,8 @@ pub const USAGE: u8 = 2;
 pub const DATA: u8 = 65;
 /// No service answers.
 pub const UNAVAILABLE: u8 = 69;
-/// Another service owns the socket, or the engine is overloaded: later it may work.
+/// Another service owns the socket, the engine is overloaded, memory is short, or a GPU was lost or
+/// hung: later it may work.
 pub const TEMPORARY: u8 = 75;
 /// A setting is wrong.
 pub const CONFIG: u8 = 78;

@@ -1,7 +1,7 @@
 //! The GPU interpreter: a stage whose weights, KV blocks and activations lie in a GPU's memory. One
 //! match arm per op, as `cpu.rs`; each arm starts a kernel or two on one stream and waits for
 //! nothing. The host prepares what a step needs beside the plan (embedding rows, angles,
-//! positions), and samples the logits that come back.
+//! positions), and chooses tokens from the few bytes of each row that come back (`sampling.rs`).
 //!
 //! Activations of narrow steps are rounded to 8 bits before quantised products, as on the CPU: the
 //! two agree up to the order of sums. A token's bits depend on the class of its step's width, as

@@ -183,7 +183,10 @@ impl GpuBuffers {
             gate_counters: gpu.alloc(Gated::counter_bytes(program.dims.hidden))?,
             inputs: Inputs::new(gpu, (tokens, device_blocks), (angles, row_bytes))?,
             looked_up,
-            host: HostBuffers::default(),
+            host: HostBuffers {
+                sampling: HostSampling::new(gpu, dims.vocab)?,
+                ..HostBuffers::default()
+            },
         })
     }
 

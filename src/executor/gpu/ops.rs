@@ -35,7 +35,6 @@ impl GpuStage {
         let weights = std::sync::Arc::clone(&self.weights);
         let gpu = weights.gpu();
         self.kv.copy(gpu, &plan.copies)?;
-        self.has_moved.set(false);
         if plan.tokens.is_empty() {
             return Ok(());
         }
@@ -66,6 +65,8 @@ impl GpuStage {
     /// Starts all kernels of a step, up to the first tile of logits.
     fn launch(&self, shape: &StepShape) -> Result<(), ExecutorError> {
         let tokens = shape.tokens;
+        // A step whose record was spoilt comes here twice.
+        self.has_moved.set(false);
         // Where tokens are alone, who attends rotates on the way.
         let mut on_the_way = None;
         // Where there is one token, products normalise on theirs.

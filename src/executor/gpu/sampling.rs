@@ -11,7 +11,7 @@ use crate::sampling::{Shortlist, draw};
 use crate::step::{LogitsRow, LogitsTask, StepPlan};
 use crate::units::TokenId;
 use std::ops::Range;
-use tandem_kernels::{Asked, ListBounds, PinnedMemory, RowAnswer, RowDraws, RowQuestion};
+use tandem_kernels::{Asked, Gpu, ListBounds, PinnedMemory, RowAnswer, RowDraws, RowQuestion};
 
 const F32: usize = size_of::<f32>();
 /// Rows that travel at once.
@@ -35,11 +35,20 @@ pub(super) struct HostSampling {
     list: Vec<(TokenId, f32)>,
     /// Rows of the plan that have to travel.
     whole: Vec<usize>,
-    /// f32 `[TRAVELLING_ROWS, vocab]`, once any has travelled.
+    /// f32 `[TRAVELLING_ROWS, vocab]`
     rows: Option<PinnedMemory>,
 }
 
 impl HostSampling {
+    /// Room for rows of `vocab` logits that travel.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn new(gpu: &Gpu, vocab: usize) -> Result<Self, ExecutorError> {
+        let rows = gpu.alloc_pinned(TRAVELLING_ROWS * vocab * F32)?;
+        Ok(Self { rows: Some(rows), ..Self::default() })
+    }
+
     /// Decides what is wanted of each row. How many questions there are.
     pub fn plan(&mut self, plan: &StepPlan, vocab: usize) -> usize {
         self.wanted.clear();
@@ -195,10 +204,7 @@ impl GpuStage {
         let (logits, bytes) = (self.buffers.logits.values(), vocab * F32);
         let sampling = &mut self.buffers.host.sampling;
         for rows in sampling.whole.chunks(TRAVELLING_ROWS) {
-            let memory = match &mut sampling.rows {
-                Some(memory) => memory,
-                none => none.insert(gpu.alloc_pinned(TRAVELLING_ROWS * bytes)?),
-            };
+            let memory = sampling.rows.as_mut().expect("made with the other buffers");
             // Neighbours travel in one copy.
             let spans = rows.chunk_by(|a, b| a + 1 == *b);
             let spans =
