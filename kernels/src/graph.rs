@@ -12,8 +12,8 @@ pub struct LaunchGraph {
 
 impl Gpu {
     /// Records what `launch` starts instead of doing it. Nothing in it may allocate, copy from or
-    /// to the host, or wait. None where what another thread asked of the driver spoilt the record, or
-    /// there is no memory for one.
+    /// to the host, or wait. None where what another thread asked of the driver spoilt the record,
+    /// or there is no memory for one.
     ///
     /// # Errors
     /// What the driver refuses, or `launch` fails with.

@@ -58,8 +58,8 @@ impl Graphs {
                 self.seen.insert(shape, Seen::Once);
             }
             Some(Seen::Once) => {
-                // What other threads ask of the driver can spoil a record, and memory may lack: a later
-                // step makes it.
+                // What other threads ask of the driver can spoil a record, and memory may
+                // lack: a later step makes it.
                 let Some(graph) = gpu.record(&launch)? else { return launch() };
                 // SAFETY: it was recorded with the stage's memory, which is there.
                 unsafe { gpu.replay(&graph)? };
