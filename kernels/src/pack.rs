@@ -134,7 +134,7 @@ pub(crate) fn lane_bytes(dtype: DType) -> usize {
 
 /// Bytes of the scales of a row's chunk, or of what more chunks share.
 pub(crate) fn unit_bytes(dtype: DType) -> usize {
-    let of = |bytes: PlaneBytes| bytes.scales * CHUNK.div_ceil(bytes.scale_groups.max(1)).max(1);
+    let of = |bytes: PlaneBytes| bytes.scales * CHUNK.div_ceil(bytes.scale_groups);
     plane_bytes(dtype).map_or(0, of)
 }
 

@@ -87,9 +87,7 @@ impl Gpu {
         unsafe { result::memcpy_dtoh_async(&mut to[..bytes], from, stream) }
             .map_err(|error| self.failed("copying from it", error))
     }
-}
 
-impl Gpu {
     /// Copies spans one behind the other to the start of pinned memory, and waits for them.
     ///
     /// # Errors

@@ -221,21 +221,19 @@ impl Gpu {
     /// When a span is too short, a matrix has other columns, or the activations lack the form that
     /// a matrix's type needs.
     pub fn multiply(&self, products: &[Product<'_>], x: &Columns<'_>) -> Result<(), GpuError> {
-        for run in products.chunk_by(|a, b| a.matrix.dtype() == b.matrix.dtype()) {
-            for run in run.chunks(PARTS) {
-                let dtype = run[0].matrix.dtype();
-                let halves = x.halves.filter(|_| has_planes(dtype) || x.columns > FLOATS_MAX);
-                if let Some(halves) = halves {
-                    self.multiply_halves(run, x, halves)?;
-                } else if dtype.is_quantized() {
-                    if !self.multiply_stream(run, x)? {
-                        self.multiply_narrow(run, x)?;
-                    }
-                } else if has_planes(dtype) {
-                    self.multiply_e4m3(run, x)?;
-                } else {
-                    run.iter().try_for_each(|product| self.multiply_floats(product, x))?;
+        for run in runs(products) {
+            let dtype = run[0].matrix.dtype();
+            let halves = x.halves.filter(|_| has_planes(dtype) || x.columns > FLOATS_MAX);
+            if let Some(halves) = halves {
+                self.multiply_halves(run, x, halves)?;
+            } else if dtype.is_quantized() {
+                if !self.multiply_stream(run, x)? {
+                    self.multiply_narrow(run, x)?;
                 }
+            } else if has_planes(dtype) {
+                self.multiply_e4m3(run, x)?;
+            } else {
+                run.iter().try_for_each(|product| self.multiply_floats(product, x))?;
             }
         }
         Ok(())
@@ -273,6 +271,12 @@ impl Product<'_> {
         let out = self.out.unaligned(elements, f32s);
         (self.bias.map_or(0, |bias| bias.of(rows, f32s)), out)
     }
+}
+
+/// Products that one launch can make: of matrices of one type, and not too many.
+pub(crate) fn runs<'a, 'b>(products: &'b [Product<'a>]) -> impl Iterator<Item = &'b [Product<'a>]> {
+    let of_types = products.chunk_by(|a, b| a.matrix.dtype() == b.matrix.dtype());
+    of_types.flat_map(|run| run.chunks(PARTS))
 }
 
 /// The matrices of a run as kernels take them, and how many blocks of rows they have.

@@ -3,7 +3,7 @@
 use crate::gpu::{Gpu, GpuError, Span};
 use crate::pack::{lane_bytes, unit_bytes};
 use crate::products::{
-    CHUNK, Columns, EightBits, PARTS, Product, ProductArgs, SCALE_BYTES, lower_name,
+    CHUNK, Columns, EightBits, Product, ProductArgs, SCALE_BYTES, lower_name, runs,
 };
 use crate::rows::{EightBitsArg, Gate, NormRows, RoundRows, eight_bits, norm_threads};
 use cudarc::driver::DeviceRepr;
@@ -187,8 +187,7 @@ impl Gpu {
         let Some(kernel) = StreamKernel::of(self, run, x, "stream") else {
             return Ok(false);
         };
-        let (products, _) = ProductArgs::new(run, x, TILE_ROWS);
-        self.launch_stream(&kernel, &StreamArgs::new(products))?;
+        self.launch_run(&kernel, (run, x), NormArg::default())?;
         Ok(true)
     }
 
@@ -206,9 +205,8 @@ impl Gpu {
         products: &[Product<'_>],
         x: &Columns<'_>,
     ) -> Result<bool, GpuError> {
-        let runs = products.chunk_by(|a, b| a.matrix.dtype() == b.matrix.dtype());
-        let runs = runs.flat_map(|run| run.chunks(PARTS));
-        let kernels = runs.map(|run| Some((run, StreamKernel::of(self, run, x, "stream")?)));
+        let kernels =
+            runs(products).map(|run| Some((run, StreamKernel::of(self, run, x, "stream")?)));
         let kernels = kernels.collect::<Option<Vec<_>>>();
         let (Some(argument), Some(kernels)) = (norm.argument(x), kernels) else {
             self.norm_rows(&norm.pass, x.columns)?;
@@ -216,9 +214,7 @@ impl Gpu {
             return Ok(false);
         };
         for (run, kernel) in kernels {
-            let mut arguments = StreamArgs::new(ProductArgs::new(run, x, TILE_ROWS).0);
-            arguments.norm = argument;
-            self.launch_stream(&kernel, &arguments)?;
+            self.launch_run(&kernel, (run, x), argument)?;
         }
         Ok(norm.pass.added.is_some())
     }
@@ -261,6 +257,18 @@ impl Gpu {
             cols: gate.matrix.rows(),
         })?;
         Ok(false)
+    }
+
+    /// Products that are not gated, after a norm or, with the default, on what is there.
+    fn launch_run(
+        &self,
+        kernel: &StreamKernel,
+        (run, x): (&[Product<'_>], &Columns<'_>),
+        norm: NormArg,
+    ) -> Result<(), GpuError> {
+        let mut arguments = StreamArgs::new(ProductArgs::new(run, x, TILE_ROWS).0);
+        arguments.norm = norm;
+        self.launch_stream(kernel, &arguments)
     }
 
     /// One block per multiprocessor at most.
