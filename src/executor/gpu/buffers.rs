@@ -53,7 +53,6 @@ pub(super) struct GpuBuffers {
 }
 
 /// What the host knows of a step; reused from step to step.
-#[derive(Default)]
 pub(super) struct HostBuffers {
     pub runs: Vec<[u32; 2]>,
     pub single: Vec<u32>,
@@ -167,7 +166,7 @@ impl GpuBuffers {
         };
         Ok(Self {
             residual: rows(Buffer::Residual, Form::Plain)?,
-            residual_sum: gpu.alloc(program.dims.embedding * F32)?,
+            residual_sum: gpu.alloc(dims.embedding * F32)?,
             normed: rows(Buffer::Normed, normed)?,
             heads: rows(Buffer::Heads, Form::Plain)?,
             attended: rows(Buffer::Attended, Form::EightBits)?,
@@ -178,14 +177,16 @@ impl GpuBuffers {
             selected: RowMemory::new(gpu, (logits_rows, 1), dims.embedding, Form::EightBits)?,
             logits: RowMemory::new(gpu, (logits_rows, 1), dims.vocab, Form::Plain)?,
             measures: RowMeasures::new(gpu, logits_rows)?,
-            draws: RowDraws::new(gpu, (logits_rows, program.dims.vocab))?,
+            draws: RowDraws::new(gpu, (logits_rows, dims.vocab))?,
             partials: gpu.alloc(partial_bytes(program, block_tokens * device_blocks))?,
-            gate_counters: gpu.alloc(Gated::counter_bytes(program.dims.hidden))?,
+            gate_counters: gpu.alloc(Gated::counter_bytes(dims.hidden))?,
             inputs: Inputs::new(gpu, (tokens, device_blocks), (angles, row_bytes))?,
             looked_up,
             host: HostBuffers {
+                runs: Vec::new(),
+                single: Vec::new(),
+                is_each_alone: false,
                 sampling: HostSampling::new(gpu, dims.vocab)?,
-                ..HostBuffers::default()
             },
         })
     }

@@ -27,7 +27,6 @@ enum Wanted {
 }
 
 /// What the host knows of a step's rows of logits.
-#[derive(Default)]
 pub(super) struct HostSampling {
     /// One per row of the plan.
     wanted: Vec<Wanted>,
@@ -36,7 +35,7 @@ pub(super) struct HostSampling {
     /// Rows of the plan that have to travel.
     whole: Vec<usize>,
     /// f32 `[TRAVELLING_ROWS, vocab]`
-    rows: Option<PinnedMemory>,
+    rows: PinnedMemory,
 }
 
 impl HostSampling {
@@ -46,7 +45,7 @@ impl HostSampling {
     /// No memory.
     pub fn new(gpu: &Gpu, vocab: usize) -> Result<Self, ExecutorError> {
         let rows = gpu.alloc_pinned(TRAVELLING_ROWS * vocab * F32)?;
-        Ok(Self { rows: Some(rows), ..Self::default() })
+        Ok(Self { wanted: Vec::new(), list: Vec::new(), whole: Vec::new(), rows })
     }
 
     /// Decides what is wanted of each row. How many questions there are.
@@ -204,13 +203,12 @@ impl GpuStage {
         let (logits, bytes) = (self.buffers.logits.values(), vocab * F32);
         let sampling = &mut self.buffers.host.sampling;
         for rows in sampling.whole.chunks(TRAVELLING_ROWS) {
-            let memory = sampling.rows.as_mut().expect("made with the other buffers");
             // Neighbours travel in one copy.
             let spans = rows.chunk_by(|a, b| a + 1 == *b);
             let spans =
                 spans.map(|rows| logits.part((rows[0] - first) * bytes, rows.len() * bytes));
-            gpu.download_pinned(&spans.collect::<Vec<_>>(), memory)?;
-            let logits = bytemuck::cast_slice_mut(&mut memory[..rows.len() * bytes]);
+            gpu.download_pinned(&spans.collect::<Vec<_>>(), &mut sampling.rows)?;
+            let logits = bytemuck::cast_slice_mut(&mut sampling.rows[..rows.len() * bytes]);
             self.samplers.take_all(plan, rows, logits);
         }
         Ok(())
