@@ -79,6 +79,7 @@ pub struct CpuConfig {
 pub struct GpuConfig {
     pub device: String,
     pub vram_limit: ByteSize,
+    pub spill: bool,
     pub step_timeout_ms: u64,
 }
 
@@ -103,7 +104,7 @@ impl GpuConfig {
 pub enum GpuChoice {
     /// None.
     Off,
-    /// The first, if there is one and the model fits.
+    /// The first, if there is one that can run the model.
     Auto,
     /// This one.
     Index(usize),

@@ -4,6 +4,8 @@
 
 #[path = "placement/gpu.rs"]
 mod gpu;
+#[path = "placement/spill.rs"]
+mod spill;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
 #[path = "placement/workers.rs"]
