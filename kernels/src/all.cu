@@ -1,8 +1,10 @@
 // One translation unit: all kernels in one module.
 #include "attention.cu"
+#include "crossing.cu"
 #include "draw.cu"
 #include "e4m3.cu"
 #include "embed.cu"
+#include "event.cu"
 #include "experts.cu"
 #include "flash.cu"
 #include "floats.cu"

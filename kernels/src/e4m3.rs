@@ -1,6 +1,7 @@
 //! Products of e4m3 weights with a few columns in f32 (`e4m3.cu`).
 
 use crate::gpu::{Gpu, GpuError};
+use crate::launch::Manner;
 use crate::products::{Columns, Product, lower_name};
 use crate::wide::WideArgs;
 
@@ -18,7 +19,8 @@ impl Gpu {
         let (arguments, blocks) = WideArgs::new(run, (x, x.floats()), ROWS);
         let kernel = format!("matvec_{}", lower_name(run[0].matrix.dtype()));
         let grid = [blocks, x.columns.div_ceil(COLUMNS), 1];
+        let manner = Manner::of_product(run.iter().map(|product| product.matrix));
         // SAFETY: all spans were checked against the shapes.
-        unsafe { self.launch(&kernel, (grid, THREADS, 0), &arguments) }
+        unsafe { self.launch_as(&kernel, (grid, THREADS, 0), manner, &arguments) }
     }
 }

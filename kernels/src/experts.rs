@@ -5,6 +5,7 @@
 //! the same bits in any step whose activations have the same form.
 
 use crate::gpu::{Gpu, GpuError, Span};
+use crate::launch::Manner;
 use crate::pack::{DeviceMatrix, lane_bytes};
 use crate::products::{
     CHUNK, Columns, PARTS, Part, ProductArgs, SCALE_BYTES, half_bytes, lower_name,
@@ -139,6 +140,10 @@ impl ExpertRun<'_> {
         (experts, [row_blocks * self.products.len(), self.routed.slots()])
     }
 
+    fn manner(&self) -> Manner {
+        Manner::of_product(self.products.iter().map(|product| product.matrix))
+    }
+
     fn out(&self, product: &ExpertProduct<'_>) -> u64 {
         product.out.of(self.routed.pairs() * self.rows, F32)
     }
@@ -214,8 +219,9 @@ impl Gpu {
         let activations = WARPS * NARROW_COLUMNS * CHUNK * (GROUP + SCALE_BYTES);
         let shared_bytes = depth * (2 * THREADS * lane + activations);
         let kernel = format!("expert_narrow_{}_{ranges}", lower_name(run.dtype()));
+        let shape = ([blocks, slots, 1], THREADS, shared_bytes);
         // SAFETY: all spans were checked against the shapes, and routes name no other pairs.
-        unsafe { self.launch(&kernel, ([blocks, slots, 1], THREADS, shared_bytes), &arguments) }
+        unsafe { self.launch_as(&kernel, shape, run.manner(), &arguments) }
     }
 
     fn experts_wide(&self, run: &ExpertRun<'_>, halves: Span<'_>) -> Result<(), GpuError> {
@@ -238,7 +244,7 @@ impl Gpu {
         let kernel = format!("expert_wide_{}_{columns}", lower_name(run.dtype()));
         let shape = ([blocks, slots, splits], threads, shared_bytes);
         // SAFETY: as in `experts_narrow`.
-        unsafe { self.launch(&kernel, shape, &arguments) }
+        unsafe { self.launch_as(&kernel, shape, run.manner(), &arguments) }
     }
 
     fn experts_floats(&self, run: &ExpertRun<'_>) -> Result<(), GpuError> {
@@ -258,7 +264,9 @@ impl Gpu {
         };
         let kernel = format!("expert_floats_{}", lower_name(run.dtype()));
         // SAFETY: as in `experts_narrow`.
-        unsafe { self.launch(&kernel, ([blocks, slots, 1], THREADS, 0), &arguments) }
+        unsafe {
+            self.launch_as(&kernel, ([blocks, slots, 1], THREADS, 0), run.manner(), &arguments)
+        }
     }
 
     /// Adds up what each token's experts made, times their weights.

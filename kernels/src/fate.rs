@@ -6,7 +6,7 @@
 //! left to the end of the process.
 
 use crate::gpu::{Gpu, GpuError};
-use cudarc::driver::{DriverError, sys};
+use cudarc::driver::{CudaStream, DriverError, sys};
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -86,13 +86,21 @@ impl Gpu {
     /// # Errors
     /// What any kernel before has failed with, or [`GpuError::Hung`].
     pub fn synchronize(&self) -> Result<(), GpuError> {
+        self.wait_for(self.stream())
+    }
+
+    /// Waits for all that was started on one of its streams.
+    ///
+    /// # Errors
+    /// As of [`Gpu::synchronize`].
+    pub(crate) fn wait_for(&self, stream: &CudaStream) -> Result<(), GpuError> {
         self.bound()?;
         let wait_max = Duration::from_micros(self.fate().wait_max_us.load(Ordering::Relaxed));
         let started = Instant::now();
-        while !self.is_idle()? {
+        while !self.is_idle(stream)? {
             let waited = started.elapsed();
             // A process that was stopped meanwhile looks once more.
-            if waited >= wait_max && !self.is_idle()? {
+            if waited >= wait_max && !self.is_idle(stream)? {
                 let wait_max_ms = wait_max.as_millis() as u64;
                 return Err(self.ended(GpuError::Hung { ordinal: self.ordinal(), wait_max_ms }));
             }
@@ -107,10 +115,10 @@ impl Gpu {
         Ok(())
     }
 
-    /// Whether all that was started is done.
-    fn is_idle(&self) -> Result<bool, GpuError> {
+    /// Whether all that was started on a stream is done.
+    fn is_idle(&self, stream: &CudaStream) -> Result<bool, GpuError> {
         // SAFETY: the stream is this GPU's, whose context the caller has entered.
-        match unsafe { sys::cuStreamQuery(self.stream().cu_stream()) }.result() {
+        match unsafe { sys::cuStreamQuery(stream.cu_stream()) }.result() {
             Ok(()) => Ok(true),
             Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
             Err(error) => Err(self.failed("waiting for it", error)),

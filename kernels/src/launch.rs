@@ -1,12 +1,36 @@
 //! How kernels are found and started.
 
 use crate::gpu::{Gpu, GpuError};
+use crate::pack::DeviceMatrix;
 use cudarc::driver::{CudaFunction, DeviceRepr, sys};
 use std::sync::PoisonError;
 use sys::CUlaunchAttributeID as Id;
 
 /// First `__CUDA_ARCH__`, over ten, whose kernels can wait for the one before them.
 const OVERLAPS_SINCE: i32 = 90;
+
+/// What a launch has besides its shape.
+#[derive(Clone, Copy)]
+pub(crate) struct Manner {
+    /// Blocks next to each other in x that read each other's shared memory.
+    pub cluster: usize,
+    /// Whether it must not start before all kernels ahead are done: it asks early for what they
+    /// write.
+    pub is_behind: bool,
+}
+
+impl Manner {
+    /// Of a product with some matrices, which kernels ask for before those ahead are done.
+    pub(crate) fn of_product<'a>(matrices: impl IntoIterator<Item = &'a DeviceMatrix>) -> Manner {
+        let is_behind = matrices.into_iter().any(DeviceMatrix::is_changing);
+        Manner { cluster: 1, is_behind }
+    }
+
+    /// The same with clusters of blocks.
+    pub(crate) fn in_clusters(self, cluster: usize) -> Manner {
+        Manner { cluster, ..self }
+    }
+}
 
 impl Gpu {
     /// Starts a kernel with one struct as its argument.
@@ -19,26 +43,27 @@ impl Gpu {
         shape: ([usize; 3], usize, usize),
         arguments: &A,
     ) -> Result<(), GpuError> {
+        let manner = Manner { cluster: 1, is_behind: false };
         // SAFETY: as the caller promises.
-        unsafe { self.launch_in_clusters(kernel, shape, 1, arguments) }
+        unsafe { self.launch_as(kernel, shape, manner, arguments) }
     }
 
-    /// The same, where each `cluster` blocks next to each other in x read each other's shared
-    /// memory.
+    /// The same in some manner.
     ///
     /// # Safety
     /// As of [`Gpu::launch`].
-    pub(crate) unsafe fn launch_in_clusters<A: DeviceRepr>(
+    pub(crate) unsafe fn launch_as<A: DeviceRepr>(
         &self,
         kernel: &str,
         (grid, threads, shared_bytes): ([usize; 3], usize, usize),
-        cluster: usize,
+        Manner { cluster, is_behind }: Manner,
         arguments: &A,
     ) -> Result<(), GpuError> {
         if grid.contains(&0) {
             return Ok(());
         }
-        let (function, overlaps) = self.function(kernel)?;
+        let (function, can_overlap) = self.function(kernel)?;
+        let overlaps = can_overlap && !is_behind;
         let [x, y, z] = grid.map(|size| u32::try_from(size).unwrap_or(u32::MAX));
         let mut attributes = [
             sys::CUlaunchAttribute {

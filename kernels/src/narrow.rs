@@ -1,6 +1,7 @@
 //! Products in which quantised weights meet activations in 8 bits (`narrow.cu`).
 
 use crate::gpu::{Gpu, GpuError};
+use crate::launch::Manner;
 use crate::pack::lane_bytes;
 use crate::products::{CHUNK, Columns, Product, ProductArgs, SCALE_BYTES, lower_name};
 use tandem_cpu_kernels::DType;
@@ -73,7 +74,9 @@ impl Gpu {
         let (arguments, blocks) = ProductArgs::new(run, x, kernel.rows);
         let grid = [blocks, x.columns.div_ceil(kernel.columns), 1];
         let name = format!("narrow_{}_{}", lower_name(dtype), kernel.tiles);
+        let shape = (grid, NARROW_WARPS * 32, kernel.shared);
+        let manner = Manner::of_product(run.iter().map(|product| product.matrix));
         // SAFETY: all spans were checked against the shapes.
-        unsafe { self.launch(&name, (grid, NARROW_WARPS * 32, kernel.shared), &arguments) }
+        unsafe { self.launch_as(&name, shape, manner, &arguments) }
     }
 }

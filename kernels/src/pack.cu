@@ -1,7 +1,8 @@
-// Weights from the order of their file into the device layout, after they have been copied there:
-// one thread per lane of a chunk.
+// Weights from the order of their file, or from the CPU's layout, into the device layout, after they have been
+// copied there: one thread per lane of a chunk.
 #include "launch.cuh"
 #include "quants.cuh"
+#include "rows16.cuh"
 
 // Blocks of a file, of GROUPS groups each: `low` and `high` are the bits of element e of group `index` of a block;
 // byte i of the scales that lie together is at `scale(i)` of the first of their blocks, or nowhere.
@@ -104,10 +105,20 @@ struct PackArgs {
     uint32_t all_rows; // of the matrix
 };
 
+// Stores COUNT words at a multiple of their bytes, or of 16.
+template <int COUNT> __device__ __forceinline__ void store_words(uint8_t* to, const uint32_t* words) {
+    if constexpr (COUNT == 1) *reinterpret_cast<uint32_t*>(to) = words[0];
+    if constexpr (COUNT == 2) *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    if constexpr (COUNT >= 4) *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    if constexpr (COUNT == 8) store_words<4>(to + 16, words + 4);
+}
+
 // Packs what a lane has of a chunk: BITS bits of each element, in the order of `decode`.
-template <int BITS, class Get> __device__ void pack_lane(uint8_t* to, uint32_t t, Get get) {
+template <int BITS, class Get> __device__ __forceinline__ void pack_lane(uint8_t* to, uint32_t t, Get get) {
     uint32_t words[BITS] = {};
+#pragma unroll
     for (int j = 0; j < CHUNK; j++) {
+#pragma unroll
         for (int i = 0; i < 8; i++) {
             const uint32_t value = get(j, 16 * (i / 4) + 4 * t + i % 4);
             // Bytes are those of four elements; fields of a byte count lower and upper of each group.
@@ -115,22 +126,17 @@ template <int BITS, class Get> __device__ void pack_lane(uint8_t* to, uint32_t t
             words[field / fields] |= value << (8 * (i % 4) + field % fields * BITS);
         }
     }
-    for (int k = 0; k < BITS; k++) reinterpret_cast<uint32_t*>(to)[k] = words[k];
+    store_words<BITS>(to, words);
 }
 
 // Lane t of a chunk of a row, and the scales of its group t; those that several groups have together go
-// along with the first group.
-template <class T> __device__ void pack(const PackArgs& args) {
-    const uint64_t index = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const uint32_t chunks = (args.groups + CHUNK - 1) / CHUNK, t = index % 4;
-    const uint64_t row = index / 4 / chunks;
-    const uint32_t chunk = index / 4 % chunks;
-    if (row >= args.rows) return;
+// along with the first group. `block(i)` is block i of the row.
+template <class T, class Block>
+__device__ __forceinline__ void pack_chunk(const PackArgs& args, uint32_t row, uint32_t chunk, uint32_t t, Block block) {
     constexpr int GROUPS = File<T>::GROUPS, BLOCK_BYTES = File<T>::BLOCK_BYTES;
-    const uint8_t* blocks = args.file + row * (args.groups / GROUPS) * BLOCK_BYTES;
-    const uint32_t own = args.first_row + row;
-    const uint64_t lane = RowPlace(args.all_rows, chunks, own).at(chunk) * uint64_t{4} + t;
-    const auto block_of = [&](int j) { return blocks + (CHUNK * chunk + j) / GROUPS * BLOCK_BYTES; };
+    const uint32_t chunks = (args.groups + CHUNK - 1) / CHUNK;
+    const uint64_t lane = RowPlace(args.all_rows, chunks, row).at(chunk) * uint64_t{4} + t;
+    const auto block_of = [&](int j) { return block((CHUNK * chunk + j) / GROUPS); };
     const auto is_there = [&](int j) { return CHUNK * chunk + j < args.groups; };
     pack_lane<T::LOW_BITS>(args.quants + lane * LANE_QUANTS<T>, t, [&](int j, int e) -> uint32_t {
         return is_there(j) ? File<T>::low(block_of(j), (CHUNK * chunk + j) % GROUPS, e) : 0;
@@ -143,12 +149,51 @@ template <class T> __device__ void pack(const PackArgs& args) {
     const uint32_t group = CHUNK * chunk + t;
     if (group % T::SCALE_GROUPS != 0) return;
     const Planes planes{args.quants, args.highs, args.scales};
-    const size_t start = ScaleRow<T>(planes, args.all_rows, chunks, own).of(chunk) - args.scales + (T::SCALE_GROUPS == 1 ? t * T::SCALE_BYTES : 0);
-    const uint8_t* from = blocks + group / GROUPS * BLOCK_BYTES;
+    const size_t start = ScaleRow<T>(planes, args.all_rows, chunks, row).of(chunk) - args.scales + (T::SCALE_GROUPS == 1 ? t * T::SCALE_BYTES : 0);
     for (int i = 0; i < T::SCALE_BYTES; i++) {
         const int place = File<T>::scale(i);
         const bool is_some = place != NOWHERE && group + place / BLOCK_BYTES * GROUPS < args.groups;
-        args.scales[start + i] = is_some ? from[place] : 0;
+        args.scales[start + i] = is_some ? block(group / GROUPS + place / BLOCK_BYTES)[place % BLOCK_BYTES] : 0;
+    }
+}
+
+// Of rows one after the other: a thread has a lane of a chunk.
+template <class T> __device__ void pack(const PackArgs& args) {
+    const uint64_t index = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const uint32_t chunks = (args.groups + CHUNK - 1) / CHUNK;
+    const uint64_t row = index / 4 / chunks;
+    if (row >= args.rows) return;
+    constexpr int BLOCK_BYTES = File<T>::BLOCK_BYTES;
+    const uint8_t* const blocks = args.file + row * (args.groups / File<T>::GROUPS) * BLOCK_BYTES;
+    pack_chunk<T>(args, args.first_row + row, index / 4 % chunks, index % 4, [&](uint32_t i) { return blocks + i * BLOCK_BYTES; });
+}
+
+// Chunks of 16 rows that a block of threads has.
+constexpr uint32_t ROWS16_CHUNKS = 8;
+
+// Of 16 interleaved rows: their blocks are put apart in shared memory, where lanes read them.
+template <class T> __device__ void pack_rows16(const PackArgs& args) {
+    constexpr uint32_t GROUPS = File<T>::GROUPS, BLOCK_BYTES = File<T>::BLOCK_BYTES, BLOCKS = ROWS16_CHUNKS * CHUNK / GROUPS;
+    using Apart = ApartBlocks<T, BLOCK_BYTES>;
+    constexpr uint32_t COLUMN_BYTES = INTERLEAVED_ROWS * Apart::STRIDE;
+    __shared__ __align__(16) uint8_t apart[BLOCKS * COLUMN_BYTES];
+    const uint32_t chunks = (args.groups + CHUNK - 1) / CHUNK, tiles = (chunks + ROWS16_CHUNKS - 1) / ROWS16_CHUNKS;
+    const uint32_t row_group = blockIdx.x / tiles, first_chunk = blockIdx.x % tiles * ROWS16_CHUNKS;
+    const uint32_t row_blocks = args.groups / GROUPS, first_block = first_chunk * CHUNK / GROUPS;
+    const uint32_t count = min(BLOCKS, row_blocks - first_block);
+    const size_t start = (static_cast<size_t>(row_group) * row_blocks + first_block) * BLOCK_BYTES;
+    const uint4* const packed = reinterpret_cast<const uint4*>(args.file) + start;
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x; i < count * BLOCK_BYTES; i += blockDim.x) {
+        put_apart<T, Apart::STRIDE>(apart + i / BLOCK_BYTES * COLUMN_BYTES + Apart::SHIFT, i % BLOCK_BYTES, packed[i]);
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < 4 * INTERLEAVED_ROWS * ROWS16_CHUNKS; i += blockDim.x) {
+        const uint32_t own = i / 4 % INTERLEAVED_ROWS, row = row_group * INTERLEAVED_ROWS + own;
+        const uint32_t chunk = first_chunk + i / (4 * INTERLEAVED_ROWS);
+        if (row >= args.all_rows || chunk >= chunks) continue;
+        const uint8_t* const blocks = apart + own * Apart::STRIDE + Apart::SHIFT;
+        pack_chunk<T>(args, row, chunk, i % 4, [&](uint32_t block) { return blocks + (block - first_block) * COLUMN_BYTES; });
     }
 }
 
@@ -159,3 +204,10 @@ template <class T> __device__ void pack(const PackArgs& args) {
     }
 FOR_QUANTIZED(PACK)
 FOR_E4M3(PACK)
+
+#define PACK_ROWS16(name, T)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(256) pack_rows16_##name(const __grid_constant__ PackArgs args) { \
+        begin();                                                                                                  \
+        pack_rows16<T>(args);                                                                                     \
+    }
+FOR_QUANTIZED(PACK_ROWS16)

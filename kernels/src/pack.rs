@@ -28,7 +28,7 @@
 //! elements are filled up to one with zeros. F32, F16 and BF16 lie as in their file.
 
 use crate::gpu::{DeviceMemory, Gpu, GpuError, Span};
-use crate::products::CHUNK;
+use crate::products::{CHUNK, lower_name};
 use cudarc::driver::DeviceRepr;
 use std::ops::Range;
 use tandem_cpu_kernels::DType;
@@ -37,6 +37,9 @@ use tandem_cpu_kernels::blocks::GROUP;
 /// Bytes of a file that are on their way at a time.
 const STAGING_BYTES: usize = 32 << 20;
 const PACK_THREADS: usize = 256;
+/// Rows that the CPU's layout interleaves, and chunks that a block of `pack_rows16` takes of them.
+const ROWS16: usize = 16;
+const ROWS16_CHUNKS: usize = 8;
 /// Planes start at multiples of this.
 const PLANE_ALIGNMENT: usize = 256;
 
@@ -47,6 +50,7 @@ pub struct DeviceMatrix {
     cols: usize,
     memory: DeviceMemory,
     planes: [usize; 3],
+    is_changing: bool,
 }
 
 /// Pointers to the planes, as kernels take them.
@@ -207,11 +211,29 @@ impl DeviceMatrix {
     ) -> Result<DeviceMatrix, GpuError> {
         assert!(dtype.row_bytes(cols).is_some(), "rows of {cols} elements of {dtype}");
         let (planes, bytes) = places(dtype, rows, cols);
-        Ok(DeviceMatrix { dtype, rows, cols, memory: gpu.alloc(bytes)?, planes })
+        let memory = gpu.alloc(bytes)?;
+        Ok(DeviceMatrix { dtype, rows, cols, memory, planes, is_changing: false })
+    }
+
+    /// The same for contents that change between the products of a step, which wait for all kernels
+    /// before them then.
+    ///
+    /// # Errors
+    /// No memory.
+    ///
+    /// # Panics
+    /// When a row is not of whole blocks.
+    pub fn changing(
+        gpu: &Gpu,
+        dtype: DType,
+        shape: (usize, usize),
+    ) -> Result<DeviceMatrix, GpuError> {
+        Ok(DeviceMatrix { is_changing: true, ..DeviceMatrix::empty(gpu, dtype, shape)? })
     }
 
     /// Takes some rows from where they lie on the GPU as in a file. Products of the same matrix
-    /// may ask for weights before that is done: they are not for such a matrix.
+    /// may ask for weights before that is done, if it is not [made for
+    /// this](DeviceMatrix::changing).
     ///
     /// # Errors
     /// What the driver refuses.
@@ -228,19 +250,53 @@ impl DeviceMatrix {
         };
         let block_groups = self.dtype.block_elements() / GROUP;
         debug_assert!(plane_bytes.scale_groups.is_multiple_of(block_groups));
-        let arguments = PackArgs {
-            file: file.of(bytes, 1),
+        let arguments = self.pack_args(file.of(bytes, 1), rows.clone());
+        let lanes = 4 * (self.cols / GROUP).div_ceil(CHUNK);
+        let kernel = format!("pack_{}", lower_name(self.dtype));
+        let grid = [(rows.len() * lanes).div_ceil(PACK_THREADS), 1, 1];
+        // SAFETY: the file has these rows (asserted), and the planes have room for all rows.
+        unsafe { gpu.launch(&kernel, (grid, PACK_THREADS, 0), &arguments) }
+    }
+
+    /// Takes all rows from where they lie on the GPU as `Layout::Rows16`, as [`DeviceMatrix::pack`]
+    /// does from a file.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Panics
+    /// When the type has no such layout, or `packed` is shorter.
+    pub fn pack_rows16(&self, gpu: &Gpu, packed: Span<'_>) -> Result<(), GpuError> {
+        assert!(self.dtype.is_quantized(), "{} has no Rows16 layout", self.dtype);
+        let arguments = self.pack_args(packed.of(self.piece_bytes(), 1), 0..self.rows);
+        let tiles = self.cols.div_ceil(CHUNK * GROUP).div_ceil(ROWS16_CHUNKS);
+        let kernel = format!("pack_rows16_{}", lower_name(self.dtype));
+        let grid = [self.rows.div_ceil(ROWS16) * tiles, 1, 1];
+        // SAFETY: the span has all rows (asserted), and the planes have room for them.
+        unsafe { gpu.launch(&kernel, (grid, PACK_THREADS, 0), &arguments) }
+    }
+
+    /// Bytes of all rows as they come from the CPU: quantised ones in whole groups of 16.
+    pub(crate) fn piece_bytes(&self) -> usize {
+        let row_bytes = self.dtype.row_bytes(self.cols).expect("whole blocks");
+        let is_grouped = self.dtype.is_quantized();
+        row_bytes * if is_grouped { self.rows.next_multiple_of(ROWS16) } else { self.rows }
+    }
+
+    fn pack_args(&self, file: u64, rows: Range<usize>) -> PackArgs {
+        PackArgs {
+            file,
             planes: self.planes(),
             first_row: rows.start as u64,
             rows: rows.len() as u64,
             groups: (self.cols / GROUP) as u32,
             all_rows: self.rows as u32,
-        };
-        let lanes = 4 * (self.cols / GROUP).div_ceil(CHUNK);
-        let kernel = format!("pack_{}", self.dtype.name().to_ascii_lowercase());
-        let grid = [(rows.len() * lanes).div_ceil(PACK_THREADS), 1, 1];
-        // SAFETY: the file has these rows (asserted), and the planes have room for all rows.
-        unsafe { gpu.launch(&kernel, (grid, PACK_THREADS, 0), &arguments) }
+        }
+    }
+
+    /// Whether its contents change between products of a step.
+    pub(crate) fn is_changing(&self) -> bool {
+        self.is_changing
     }
 
     /// Element type.

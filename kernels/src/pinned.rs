@@ -41,6 +41,22 @@ impl Gpu {
         Ok(PinnedMemory { start, bytes, context, fate: Arc::clone(self.fate()) })
     }
 
+    /// Where kernels find pinned memory.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub(crate) fn address_of(&self, memory: &PinnedMemory) -> Result<u64, GpuError> {
+        let mut address = 0;
+        self.bound()?;
+        // SAFETY: the memory was made by the driver, and flags must be 0.
+        unsafe {
+            sys::cuMemHostGetDevicePointer_v2(&raw mut address, memory.start.as_ptr().cast(), 0)
+        }
+        .result()
+        .map_err(|error| self.failed("finding host memory", error))?;
+        Ok(address)
+    }
+
     /// Starts a copy of the first `bytes` bytes to the start of a span.
     ///
     /// # Safety
@@ -112,6 +128,13 @@ impl Gpu {
         });
         self.synchronize()?;
         started.map_err(|error| self.failed("copying from it", error))
+    }
+}
+
+impl PinnedMemory {
+    /// Its start, for what GPU and CPU use at once.
+    pub(crate) fn start(&self) -> NonNull<u8> {
+        self.start
     }
 }
 

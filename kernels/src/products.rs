@@ -15,6 +15,7 @@
 //! the order as f16 is told in `halves.cuh`.
 
 use crate::gpu::{Gpu, GpuError, Span};
+use crate::launch::Manner;
 use crate::pack::{DeviceMatrix, Planes, has_planes};
 use cudarc::driver::DeviceRepr;
 use tandem_cpu_kernels::DType;
@@ -256,8 +257,9 @@ impl Gpu {
         let (columns, warp_rows) = wider.unwrap_or(FLOAT_SHAPES[FLOAT_SHAPES.len() - 1]);
         let kernel = format!("matvec_{}_{columns}", lower_name(product.matrix.dtype()));
         let grid = [rows.div_ceil(FLOAT_WARPS * warp_rows), x.columns.div_ceil(columns), 1];
+        let manner = Manner::of_product([product.matrix]);
         // SAFETY: all spans were checked against the shapes.
-        unsafe { self.launch(&kernel, (grid, 32 * FLOAT_WARPS, 0), &arguments) }
+        unsafe { self.launch_as(&kernel, (grid, 32 * FLOAT_WARPS, 0), manner, &arguments) }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Products of quantised weights with up to eight columns in 8 bits (`stream.cu`), and gated ones.
 
 use crate::gpu::{Gpu, GpuError, Span};
+use crate::launch::Manner;
 use crate::pack::{lane_bytes, unit_bytes};
 use crate::products::{
     CHUNK, Columns, EightBits, Product, ProductArgs, SCALE_BYTES, lower_name, runs,
@@ -86,6 +87,7 @@ struct StreamKernel {
     name: String,
     threads: usize,
     shared_bytes: usize,
+    manner: Manner,
 }
 
 impl StreamKernel {
@@ -120,7 +122,8 @@ impl StreamKernel {
         let finishing = if columns == 1 { 32 } else { 128 };
         let threads = THREADS + if kind == GATED { finishing } else { 0 };
         let fits = shared_bytes + STATIC_BYTES <= gpu.shared_bytes();
-        fits.then_some(StreamKernel { name, threads, shared_bytes })
+        let manner = Manner::of_product(run.iter().map(|product| product.matrix));
+        fits.then_some(StreamKernel { name, threads, shared_bytes, manner })
     }
 }
 
@@ -276,7 +279,7 @@ impl Gpu {
         let blocks = (arguments.products.tiles as usize).min(self.multiprocessors());
         let shape = ([blocks, 1, 1], kernel.threads, kernel.shared_bytes);
         // SAFETY: all spans were checked against the shapes.
-        unsafe { self.launch(&kernel.name, shape, arguments) }
+        unsafe { self.launch_as(&kernel.name, shape, kernel.manner, arguments) }
     }
 }
 

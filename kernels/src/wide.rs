@@ -1,6 +1,7 @@
 //! Products in which weights of any type meet activations as f16: `middle.cu`, `wide.cu`.
 
 use crate::gpu::{Gpu, GpuError, Span};
+use crate::launch::Manner;
 use crate::pack::has_planes;
 use crate::products::{CHUNK, Columns, PARTS, Part, Product, half_bytes, lower_name, parts};
 use cudarc::driver::DeviceRepr;
@@ -118,8 +119,9 @@ impl Gpu {
         let shared_bytes = tiles * columns * CHUNK_BYTES + MIDDLE_WEIGHT_BYTES + EXTRA_BYTES;
         let kernel = format!("middle_{}_{columns}", lower_name(run[0].matrix.dtype()));
         let shape = ([cluster, blocks, 1], MIDDLE_THREADS, shared_bytes);
+        let manner = Manner::of_product(run.iter().map(|product| product.matrix));
         // SAFETY: all spans were checked against the shapes.
-        unsafe { self.launch_in_clusters(&kernel, shape, cluster, &arguments) }
+        unsafe { self.launch_as(&kernel, shape, manner.in_clusters(cluster), &arguments) }
     }
 
     fn multiply_wide(
@@ -133,8 +135,10 @@ impl Gpu {
         let name = lower_name(run[0].matrix.dtype());
         let kernel = format!("wide_{name}_{}_{}", tile.rows, tile.columns);
         let grid = [x.columns.div_ceil(tile.columns), blocks, 1];
+        let shape = (grid, tile.threads, tile.shared_bytes());
+        let manner = Manner::of_product(run.iter().map(|product| product.matrix));
         // SAFETY: all spans were checked against the shapes.
-        unsafe { self.launch(&kernel, (grid, tile.threads, tile.shared_bytes()), &arguments) }
+        unsafe { self.launch_as(&kernel, shape, manner, &arguments) }
     }
 
     /// The tile whose blocks, as many at a time as there are multiprocessors, are done first.

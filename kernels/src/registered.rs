@@ -1,0 +1,102 @@
+//! Host memory of others that the GPU copies from by itself.
+
+use crate::fate::Fate;
+use crate::gpu::{Gpu, GpuError};
+use cudarc::driver::{CudaContext, sys};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Memory is registered in pieces that end at multiples of this. A copy must not cross these ends.
+const PIECE_BYTES: usize = 256 << 20;
+/// Pages of all that our drivers run on.
+const PAGE_BYTES: usize = 4096;
+
+/// Host memory registered with the driver, so that copies from it are asynchronous and fast. When
+/// dropped, after all copies, it is host memory like any other again; of a GPU that is lost it stays
+/// registered.
+pub struct RegisteredMemory {
+    /// Addresses that were registered.
+    pieces: Vec<usize>,
+    bytes: usize,
+    context: Arc<CudaContext>,
+    fate: Arc<Fate>,
+}
+
+impl Gpu {
+    /// Registers the pages that some bytes lie on.
+    ///
+    /// # Safety
+    /// The memory stays mapped while the value lives.
+    ///
+    /// # Errors
+    /// [`GpuError::Failed`] with the driver's word when it refuses a piece; then none is registered.
+    pub unsafe fn register(&self, bytes: &[u8]) -> Result<RegisteredMemory, GpuError> {
+        self.bound()?;
+        let mut registered = RegisteredMemory {
+            pieces: Vec::new(),
+            bytes: bytes.len(),
+            context: Arc::clone(self.stream().context()),
+            fate: Arc::clone(self.fate()),
+        };
+        let start = bytes.as_ptr().addr();
+        // A page is mapped as a whole.
+        let pages = start / PAGE_BYTES * PAGE_BYTES
+            ..(start + bytes.len()).next_multiple_of(PAGE_BYTES) * usize::from(!bytes.is_empty());
+        for piece in pieces(pages) {
+            let at = bytes.as_ptr().with_addr(piece.start).cast_mut().cast();
+            // SAFETY: the pages are mapped, as the caller promises for as long as it takes.
+            unsafe { sys::cuMemHostRegister_v2(at, piece.len(), 0) }
+                .result()
+                .map_err(|error| self.failed("registering host memory", error))?;
+            registered.pieces.push(piece.start);
+        }
+        Ok(registered)
+    }
+}
+
+/// Addresses cut where pieces of registered memory end.
+pub(crate) fn pieces(addresses: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let first = addresses.start / PIECE_BYTES;
+    let pieces = first..addresses.end.div_ceil(PIECE_BYTES);
+    pieces.map(move |index| {
+        let start = (index * PIECE_BYTES).max(addresses.start);
+        start..((index + 1) * PIECE_BYTES).min(addresses.end)
+    })
+}
+
+impl RegisteredMemory {
+    /// Bytes that were registered.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for RegisteredMemory {
+    fn drop(&mut self) {
+        if self.fate.check().is_ok() && self.context.synchronize().is_ok() {
+            for piece in &self.pieces {
+                let at = std::ptr::without_provenance_mut::<u8>(*piece).cast();
+                // SAFETY: it was registered, and is given back once. A failure has no one to be
+                // told to.
+                let _ = unsafe { sys::cuMemHostUnregister(at) };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_end_at_multiples_of_their_size_and_cover_all() {
+        let cut = |addresses| pieces(addresses).collect::<Vec<_>>();
+        let end = 3 * PIECE_BYTES;
+        assert_eq!(cut(4096..8192), [4096..8192]);
+        assert_eq!(cut(end - 64..end), [end - 64..end]);
+        assert_eq!(cut(end - 64..end + 64), [end - 64..end, end..end + 64]);
+        let wide = [end..end + PIECE_BYTES, end + PIECE_BYTES..end + PIECE_BYTES + 1];
+        assert_eq!(cut(end..end + PIECE_BYTES + 1), wide);
+        assert_eq!(cut(0..0), []);
+    }
+}

@@ -1,0 +1,194 @@
+//! Weights that stream from the host's memory through a ring of slots while the GPU computes.
+//!
+//! A stream of the ring's own copies pieces to slots, piece `index` of a step to slot `index` modulo
+//! their number. The compute stream takes them apart one after the other. Two flags tell one what
+//! the other has done: `arrived` in the GPU's memory, `consumed` in the host's. Pieces are events of
+//! a step ([`event_number`]), so that the takes can be recorded and replayed.
+
+use crate::event::event_number;
+use crate::fate::OnGpu;
+use crate::gpu::{DeviceMemory, Gpu, GpuError, Span};
+use crate::pack::DeviceMatrix;
+use crate::pinned::PinnedMemory;
+use crate::registered::pieces;
+use cudarc::driver::{CudaStream, result, sys};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Slots start at multiples of this, behind as many bytes for `arrived`.
+const SLOT_ALIGNMENT: usize = 256;
+/// Where flags lie in host memory: `released` is the host's.
+const CONSUMED: usize = 0;
+const RELEASED: usize = 128;
+const HOST_BYTES: usize = 256;
+
+/// A ring of slots in the GPU's memory and a stream of its own that fills it. Waits end when it is
+/// dropped.
+pub struct WeightRing {
+    // Dropped first: it waits for all streams of the GPU.
+    host: PinnedMemory,
+    /// The GPU's address of that memory.
+    host_start: u64,
+    memory: DeviceMemory,
+    stream: OnGpu<Arc<CudaStream>>,
+    slots: usize,
+    slot_bytes: usize,
+    /// Number of the last piece that was sent.
+    sent: AtomicU32,
+}
+
+impl Gpu {
+    /// A ring of `slots` slots for pieces of up to `slot_bytes` bytes.
+    ///
+    /// # Errors
+    /// No memory, here or there, or what the driver refuses.
+    ///
+    /// # Panics
+    /// Without slots.
+    pub fn weight_ring(&self, slots: usize, slot_bytes: usize) -> Result<WeightRing, GpuError> {
+        assert!(slots > 0, "a ring has slots");
+        let slot_bytes = slot_bytes.next_multiple_of(SLOT_ALIGNMENT);
+        let memory = self.alloc(SLOT_ALIGNMENT + slots * slot_bytes)?;
+        let host = self.alloc_pinned(HOST_BYTES)?;
+        let host_start = self.address_of(&host)?;
+        let stream = self.stream().context().new_stream();
+        let stream = stream.map_err(|error| self.failed("making a stream", error))?;
+        let stream = OnGpu::new(stream, self);
+        // The ring's stream starts with memory that the other has cleared.
+        self.synchronize()?;
+        let sent = AtomicU32::new(0);
+        Ok(WeightRing { host, host_start, memory, stream, slots, slot_bytes, sent })
+    }
+}
+
+impl WeightRing {
+    /// Lets the ring's stream wait until piece `index - slots` of the step was taken, copy a piece to
+    /// its slot, and say that piece `index` of the step with this base has arrived. Pieces of a step
+    /// are sent in their order, after the step before has been waited for. Never blocks when the
+    /// bytes are [registered](crate::RegisteredMemory), and some hundred are on their way.
+    ///
+    /// # Safety
+    /// The bytes stay as they are until the step has been waited for, or the ring has.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Panics
+    /// When a slot is smaller.
+    pub unsafe fn send(
+        &self,
+        gpu: &Gpu,
+        bytes: &[u8],
+        (base, index): (u32, usize),
+    ) -> Result<(), GpuError> {
+        let slot = self.slot(index, bytes.len());
+        gpu.bound()?;
+        let stream = self.stream.cu_stream();
+        if let Some(before) = index.checked_sub(self.slots) {
+            let (flag, number) = (self.host_start + CONSUMED as u64, event_number(base, before));
+            // Until the flag is no less than the number, as `event_number` tells.
+            let flags = sys::CUstreamWaitValue_flags::CU_STREAM_WAIT_VALUE_GEQ as u32;
+            // SAFETY: the flag lives as long as the stream.
+            unsafe { sys::cuStreamWaitValue32_v2(stream, flag, number, flags) }
+                .result()
+                .map_err(|error| gpu.failed("waiting for a slot", error))?;
+        }
+        let number = event_number(base, index);
+        self.sent.store(number, Ordering::Release);
+        let start = bytes.as_ptr().addr();
+        for piece in pieces(start..start + bytes.len()) {
+            let part = piece.start - start..piece.end - start;
+            let to = slot.part(part.start, part.len()).unaligned(part.len(), 1);
+            // SAFETY: the slot holds as many bytes; the caller keeps them as they are.
+            unsafe { result::memcpy_htod_async(to, &bytes[part], stream) }
+                .map_err(|error| gpu.failed("copying to it", error))?;
+        }
+        let arrived = self.arrived().of(1, size_of::<u32>());
+        // The flag is written behind what the copy wrote.
+        let flags = sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
+        // SAFETY: the flag lives as long as the stream.
+        unsafe { sys::cuStreamWriteValue32_v2(stream, arrived, number, flags) }
+            .result()
+            .map_err(|error| gpu.failed("saying that weights arrived", error))
+    }
+
+    /// Starts kernels that wait until piece `index` of the step has arrived, take it apart into all
+    /// rows of a matrix, and then say that its slot is free. Quantised weights come as
+    /// `Layout::Rows16`, others row by row.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Panics
+    /// When a slot is smaller than the matrix, or the matrix is not [made for
+    /// this](DeviceMatrix::changing).
+    pub fn take(
+        &self,
+        gpu: &Gpu,
+        matrix: &DeviceMatrix,
+        (base, index): (Span<'_>, usize),
+    ) -> Result<(), GpuError> {
+        assert!(matrix.is_changing(), "products would read what was there before");
+        let slot = self.slot(index, matrix.piece_bytes());
+        let [consumed, released] =
+            [CONSUMED, RELEASED].map(|place| self.host_start + place as u64);
+        let arrived = self.arrived().of(1, size_of::<u32>());
+        // SAFETY: the flags live as long as the ring, and it waits for the GPU when it is dropped.
+        unsafe { gpu.await_event((arrived, released), (base, index)) }?;
+        if matrix.dtype().is_quantized() {
+            matrix.pack_rows16(gpu, slot)?;
+        } else {
+            matrix.pack(gpu, slot, 0..matrix.rows())?;
+        }
+        // SAFETY: as above.
+        unsafe { gpu.raise_event(consumed, (base, index)) }
+    }
+
+    /// Waits until all that was sent has arrived: before the memory it came from is freed.
+    ///
+    /// # Errors
+    /// What the GPU failed with before, or [`GpuError::Hung`].
+    pub fn synchronize(&self, gpu: &Gpu) -> Result<(), GpuError> {
+        gpu.wait_for(&self.stream)
+    }
+
+    /// Ends all waits, the GPU's for pieces and the ring's for slots, now and until
+    /// [`WeightRing::rearm`]: for when not all pieces of a step are sent, or taken. What the step
+    /// computes then is of no use.
+    pub fn release(&self) {
+        self.host_flag(RELEASED).store(1, Ordering::Release);
+        self.host_flag(CONSUMED).store(self.sent.load(Ordering::Acquire), Ordering::Release);
+    }
+
+    /// Makes it ready for a next step after [`WeightRing::release`]. The GPU must have been waited
+    /// for, and the ring.
+    pub fn rearm(&mut self) {
+        self.host_flag(RELEASED).store(0, Ordering::Release);
+    }
+
+    /// Bytes of the GPU's memory held.
+    pub fn bytes(&self) -> usize {
+        self.memory.bytes()
+    }
+
+    fn arrived(&self) -> Span<'_> {
+        self.memory.span().part(0, size_of::<u32>())
+    }
+
+    fn slot(&self, index: usize, bytes: usize) -> Span<'_> {
+        assert!(bytes <= self.slot_bytes, "{bytes} bytes into a slot of {}", self.slot_bytes);
+        let start = SLOT_ALIGNMENT + index % self.slots * self.slot_bytes;
+        self.memory.span().part(start, bytes)
+    }
+
+    fn host_flag(&self, place: usize) -> &AtomicU32 {
+        // SAFETY: the memory is this value's, flags are aligned, and only used as atomics.
+        unsafe { AtomicU32::from_ptr(self.host.start().as_ptr().add(place).cast()) }
+    }
+}
+
+impl Drop for WeightRing {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
