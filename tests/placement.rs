@@ -131,6 +131,7 @@ fn takes_what_was_planned(family: Family, dtype: KvDType) {
         },
         step_tokens_max: config.scheduler.step_tokens_max,
         passes: StepPasses::ByCost,
+        spill_streamed: None,
     };
     let stage = Stage::load(checkpoint.into(), spec.into(), &options, &mut |_| {}).unwrap();
     let (memory, planned) = (stage.memory(), &placement.stages[0]);

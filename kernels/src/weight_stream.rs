@@ -130,8 +130,7 @@ impl WeightRing {
     ) -> Result<(), GpuError> {
         assert!(matrix.is_changing(), "products would read what was there before");
         let slot = self.slot(index, matrix.piece_bytes());
-        let [consumed, released] =
-            [CONSUMED, RELEASED].map(|place| self.host_start + place as u64);
+        let [consumed, released] = [CONSUMED, RELEASED].map(|place| self.host_start + place as u64);
         let arrived = self.arrived().of(1, size_of::<u32>());
         // SAFETY: the flags live as long as the ring, and it waits for the GPU when it is dropped.
         unsafe { gpu.await_event((arrived, released), (base, index)) }?;
