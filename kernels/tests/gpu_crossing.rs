@@ -57,14 +57,8 @@ fn rows_cross_to_a_thread_and_back_in_every_step() {
         assert!(crossing.bytes() >= 2 * 32 * cols * 4);
         let x = gpu.alloc(4 * elements).expect("memory");
         let y = gpu.alloc(4 * elements).expect("memory");
-        let start = || {
-            start_crossings(
-                &gpu,
-                &crossing,
-                (x.span(), y.span()),
-                (base.span(), rows, events),
-            )
-        };
+        let start =
+            || start_crossings(&gpu, &crossing, (x.span(), y.span()), (base.span(), rows, events));
         let mut graph = None;
         for step_base in BASES {
             let values = random.floats(elements);

@@ -276,8 +276,7 @@ fn gated_products_of_streamed_weights_are_those_of_resident_ones() {
     let (mut random, dtype, shape) = (Random(4), DType::Q4_0, (4096, 1024));
     let base = gpu.alloc(16).expect("memory");
     let pieces = Pieces::new(&gpu, dtype, shape, &mut random);
-    let matrices =
-        [0, 1].map(|_| DeviceMatrix::changing(&gpu, dtype, shape).expect("memory"));
+    let matrices = [0, 1].map(|_| DeviceMatrix::changing(&gpu, dtype, shape).expect("memory"));
     let counters = gpu.alloc(Gated::counter_bytes(shape.0)).expect("memory");
     for columns in [1, 5] {
         let ring = gpu.weight_ring(3, pieces.piece_bytes()).expect("memory");
