@@ -41,6 +41,7 @@ fn main() {
         },
         step_tokens_max: 512,
         passes: StepPasses::ByCost,
+        spill_streamed: None,
     };
     let checkpoint = Arc::new(Checkpoint::open(Path::new(path)).expect("a checkpoint"));
     let spec = Arc::new(ModelSpec::from_checkpoint(&checkpoint).expect("a model"));

@@ -79,6 +79,8 @@ pub struct CpuConfig {
 pub struct GpuConfig {
     pub device: String,
     pub vram_limit: ByteSize,
+    pub spill: bool,
+    pub spill_streamed: String,
     pub step_timeout_ms: u64,
 }
 
@@ -98,12 +100,28 @@ impl GpuConfig {
     }
 }
 
+impl GpuConfig {
+    /// Percent of the spilled networks whose weights stream to the GPU where the CPU could compute
+    /// them; none where that is to be measured.
+    ///
+    /// # Errors
+    /// Another word than `auto` that is no number up to 100.
+    pub fn streamed_percent(&self) -> Result<Option<u8>, ConfigError> {
+        let got = self.spill_streamed.as_str();
+        match got.parse::<u8>() {
+            _ if got == "auto" => Ok(None),
+            Ok(percent) if percent <= 100 => Ok(Some(percent)),
+            _ => Err(refuse("gpu.spill_streamed", got, "auto, or 0 to 100".into())),
+        }
+    }
+}
+
 /// Which GPU is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GpuChoice {
     /// None.
     Off,
-    /// The first, if there is one and the model fits.
+    /// The first, if there is one that can run the model.
     Auto,
     /// This one.
     Index(usize),
@@ -251,6 +269,7 @@ impl Config {
         }
         self.validate_times()?;
         self.gpu.choice()?;
+        self.gpu.streamed_percent()?;
         let words: [(&str, &str, &[&str]); 2] = [
             (
                 "cpu.isa",
@@ -337,6 +356,12 @@ mod tests {
         config.gpu.device = "first".into();
         assert_eq!(config.validate().unwrap_err().field, "gpu.device");
         let mut config = Config::default();
+        for percent in ["101", "-1", "most"] {
+            config.gpu.spill_streamed = percent.into();
+            assert_eq!(config.validate().unwrap_err().field, "gpu.spill_streamed");
+        }
+        config.gpu.spill_streamed = "50".into();
+        assert_eq!(config.gpu.streamed_percent(), Ok(Some(50)));
         config.gpu.step_timeout_ms = 99;
         assert_eq!(config.validate().unwrap_err().field, "gpu.step_timeout_ms");
         let mut config = Config::default();

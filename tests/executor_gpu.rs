@@ -17,6 +17,8 @@ mod kv;
 mod reference;
 #[path = "executor_gpu/sampling.rs"]
 mod sampling;
+#[path = "executor_gpu/spilled.rs"]
+mod spilled;
 #[path = "support/stage.rs"]
 mod stage;
 #[path = "support/tiny_model.rs"]
@@ -28,8 +30,7 @@ use stage::{Model, options, plan_tokens, run, score_next};
 use std::sync::Arc;
 use std::time::Duration;
 use tandem::executor::{
-    ExecutorError, GpuStage, GpuStageOptions, GpuWeights, Program, StageOptions, StagePart,
-    WeightsRequest,
+    CpuPool, ExecutorError, GpuStage, GpuWeights, Program, StageOptions, StagePart, WeightsRequest,
 };
 use tandem::formats::Checkpoint;
 use tandem::step::{BlockCopy, RowOutput, StepOutput, StepPlan, Tier};
@@ -57,21 +58,19 @@ fn with(dtype: KvDType, mut options: StageOptions) -> StageOptions {
     options
 }
 
-/// The model on the first GPU, if there is one.
+/// The model on the first GPU, if there is one; all of it, or what `options.part` says.
 fn on_gpu(model: &Model, options: &StageOptions) -> Option<GpuStage> {
+    let whole = StagePart::whole(model.spec.layers.len());
     let request = WeightsRequest {
         source: model.checkpoint.clone().into(),
         spec: model.spec.clone(),
-        part: StagePart::whole(model.spec.layers.len()),
-        isa: None,
+        part: options.part.clone().unwrap_or(whole),
+        isa: options.isa,
         huge_pages: options.huge_pages(),
     };
-    match GpuWeights::load(0, &request, None, &mut |_| {}) {
-        Ok(weights) => {
-            let options =
-                GpuStageOptions { kv: options.kv, step_tokens_max: options.step_tokens_max };
-            Some(GpuStage::start(Arc::new(weights), &options).unwrap())
-        }
+    let mut pool = CpuPool::new(&options.pool).unwrap();
+    match GpuWeights::load(0, &request, Some(&mut pool), &mut |_| {}) {
+        Ok(weights) => Some(GpuStage::start(Arc::new(weights), options).unwrap()),
         Err(ExecutorError::Gpu(error)) if std::env::var_os("TANDEM_REQUIRE_GPU").is_none() => {
             println!("skipped: {error}");
             None
@@ -141,7 +140,11 @@ fn float_models_of_every_family_and_type_agree_with_the_cpu() {
 
 /// One sequence in narrow and wide steps against plain loops over f32.
 fn near_reference(model: &Model, name: &str) {
-    let Some(mut gpu) = on_gpu(model, &options(1, 512)) else { return };
+    near_reference_with(model, &options(1, 512), name);
+}
+
+fn near_reference_with(model: &Model, options: &StageOptions, name: &str) {
+    let Some(mut gpu) = on_gpu(model, options) else { return };
     let tokens = random_tokens(&mut 11, 300, model.spec.vocab_size);
     let mut rows = Vec::new();
     for range in [0..30, 30..31, 31..32, 32..40, 40..150, 150..300] {
@@ -327,7 +330,7 @@ fn a_step_that_the_gpu_does_not_finish_in_its_time_is_the_last_one() {
     assert!(matches!(hung, ExecutorError::Gpu(GpuError::Hung { .. })), "{hung}");
     let error = run().unwrap_err();
     assert!(matches!(error, ExecutorError::GpuStageFailed { .. }), "{error}");
-    let options = GpuStageOptions { kv: options(1, 512).kv, step_tokens_max: 64 };
+    let options = StageOptions { step_tokens_max: 64, ..options(1, 512) };
     let error = GpuStage::start(Arc::clone(gpu.weights()), &options).map(|_| ()).unwrap_err();
     assert!(matches!(error, ExecutorError::Gpu(GpuError::Hung { .. })), "{error}");
 }

@@ -4,6 +4,8 @@
 
 #[path = "placement/gpu.rs"]
 mod gpu;
+#[path = "placement/spill.rs"]
+mod spill;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
 #[path = "placement/workers.rs"]
@@ -129,6 +131,7 @@ fn takes_what_was_planned(family: Family, dtype: KvDType) {
         },
         step_tokens_max: config.scheduler.step_tokens_max,
         passes: StepPasses::ByCost,
+        spill_streamed: None,
     };
     let stage = Stage::load(checkpoint.into(), spec.into(), &options, &mut |_| {}).unwrap();
     let (memory, planned) = (stage.memory(), &placement.stages[0]);

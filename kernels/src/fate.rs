@@ -81,6 +81,11 @@ impl Gpu {
         self.fate().wait_max_us.store(us, Ordering::Relaxed);
     }
 
+    /// How long a wait may take.
+    pub fn wait_max(&self) -> Duration {
+        Duration::from_micros(self.fate().wait_max_us.load(Ordering::Relaxed))
+    }
+
     /// Waits for all that was started.
     ///
     /// # Errors
@@ -95,7 +100,7 @@ impl Gpu {
     /// As of [`Gpu::synchronize`].
     pub(crate) fn wait_for(&self, stream: &CudaStream) -> Result<(), GpuError> {
         self.bound()?;
-        let wait_max = Duration::from_micros(self.fate().wait_max_us.load(Ordering::Relaxed));
+        let wait_max = self.wait_max();
         let started = Instant::now();
         while !self.is_idle(stream)? {
             let waited = started.elapsed();

@@ -6,7 +6,7 @@ use super::shared::Shared;
 use super::stage::{CpuStages, GpuStages, StageFactory, StageFault, StepRunner};
 use super::{EngineError, LoadProgress, ModelInfo};
 use crate::config::{Config, ConfigError};
-use crate::executor::{KvOptions, PoolOptions, StageOptions, StepPasses};
+use crate::executor::{KvOptions, PoolOptions, StageOptions, StagePart, StepPasses};
 use crate::formats::{Checkpoint, FormatError};
 use crate::hardware::{HardwareProfile, Topology};
 use crate::model::ModelSpec;
@@ -90,6 +90,7 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
                 host_blocks: placement.host_blocks,
             };
             let options = stage_options(config, &hardware.topology, kv)?;
+            let options = StageOptions { part: Some(part_of(&spec, &placement)), ..options };
             let model = (checkpoint, Arc::clone(&spec));
             load_weights(shared, model, (placement.device(), options), source.on_progress)?
         }
@@ -129,7 +130,7 @@ fn load_weights(
             .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>),
         Device::Gpu(index) => {
             let step_timeout = Duration::from_millis(shared.config.gpu.step_timeout_ms);
-            GpuStages::load((*index, step_timeout), model, &options, &mut report)
+            GpuStages::load((*index, step_timeout), model, options, &mut report)
                 .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>)
         }
     };
@@ -200,7 +201,17 @@ pub fn stage_options(
         kv,
         step_tokens_max: config.scheduler.step_tokens_max,
         passes: StepPasses::ByCost,
+        spill_streamed: config.gpu.streamed_percent()?,
     })
+}
+
+/// What a stage of a placement runs of a model.
+pub fn part_of(spec: &ModelSpec, placement: &Placement) -> StagePart {
+    let layers = spec.layers.len();
+    match &placement.spill {
+        Some(spill) => StagePart::spilled(layers, &spill.layers)[0].clone(),
+        None => StagePart::whole(layers),
+    }
 }
 
 /// Sequences that may be alive at once, running or waiting.

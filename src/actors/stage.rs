@@ -2,8 +2,8 @@
 //! bring stages whose tokens are a hash of the tokens so far.
 
 use crate::executor::{
-    CpuPool, ExecutorError, GpuStage, GpuStageOptions, GpuWeights, LoadProgress, Stage,
-    StageOptions, StagePart, Weights, WeightsRequest,
+    CpuPool, ExecutorError, GpuStage, GpuWeights, LoadProgress, Stage, StageOptions, StagePart,
+    Weights, WeightsRequest,
 };
 use crate::formats::Checkpoint;
 use crate::model::ModelSpec;
@@ -120,25 +120,42 @@ impl CpuStages {
         progress: &mut (dyn FnMut(LoadProgress) + Send),
     ) -> Result<Self, ExecutorError> {
         let part = options.part.clone().unwrap_or_else(|| StagePart::whole(spec.layers.len()));
-        let (isa, huge_pages) = (options.isa, options.huge_pages());
-        let request = WeightsRequest { source: checkpoint.into(), spec, part, isa, huge_pages };
-        let load = || {
-            let mut pool = CpuPool::new(&options.pool).map_err(ExecutorError::Threads)?;
-            let weights = Weights::load(&request, &mut pool, progress);
-            // All workers have worked by now, so each has tried.
-            for worker in pool.pin_failures() {
-                let cpu = options.pool.cores.get(worker);
-                tracing::warn!(worker, cpu, "the system does not let this worker be pinned");
-            }
-            weights
-        };
-        let loaded = std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new().name("tandem-load".into());
-            let thread = thread.spawn_scoped(scope, load).map_err(ExecutorError::Threads)?;
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        });
-        Ok(Self { weights: Arc::new(loaded?), options })
+        let request = request(checkpoint, spec, part, &options);
+        let load = |pool: &mut CpuPool| Weights::load(&request, pool, progress);
+        Ok(Self { weights: Arc::new(with_pool(&options, load)?), options })
     }
+}
+
+fn request(
+    checkpoint: Arc<Checkpoint>,
+    spec: Arc<ModelSpec>,
+    part: StagePart,
+    options: &StageOptions,
+) -> WeightsRequest {
+    let (isa, huge_pages) = (options.isa, options.huge_pages());
+    WeightsRequest { source: checkpoint.into(), spec, part, isa, huge_pages }
+}
+
+/// Loads with the workers that the options ask for, on a thread of its own: a pool pins its caller.
+fn with_pool<T: Send>(
+    options: &StageOptions,
+    load: impl FnOnce(&mut CpuPool) -> Result<T, ExecutorError> + Send,
+) -> Result<T, ExecutorError> {
+    let body = || {
+        let mut pool = CpuPool::new(&options.pool).map_err(ExecutorError::Threads)?;
+        let loaded = load(&mut pool);
+        // All workers have worked by now, so each has tried.
+        for worker in pool.pin_failures() {
+            let cpu = options.pool.cores.get(worker);
+            tracing::warn!(worker, cpu, "the system does not let this worker be pinned");
+        }
+        loaded
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("tandem-load".into());
+        let thread = thread.spawn_scoped(scope, body).map_err(ExecutorError::Threads)?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 impl StageFactory for CpuStages {
@@ -164,24 +181,28 @@ impl StepRunner for GpuStage {
 /// Stages over weights that lie on a GPU.
 pub(super) struct GpuStages {
     weights: Arc<GpuWeights>,
-    options: GpuStageOptions,
+    options: StageOptions,
 }
 
 impl GpuStages {
-    /// Opens the GPU and loads the weights. No step may wait longer for it than `step_timeout`.
+    /// Opens the GPU and loads the weights, those of spilled networks into host memory. No step may
+    /// wait longer for the GPU than `step_timeout`.
     pub(super) fn load(
         (ordinal, step_timeout): (usize, Duration),
         (checkpoint, spec): (Arc<Checkpoint>, Arc<ModelSpec>),
-        options: &StageOptions,
+        options: StageOptions,
         progress: &mut (dyn FnMut(LoadProgress) + Send),
     ) -> Result<Self, ExecutorError> {
-        let part = StagePart::whole(spec.layers.len());
-        let (isa, huge_pages) = (options.isa, options.huge_pages());
-        let request = WeightsRequest { source: checkpoint.into(), spec, part, isa, huge_pages };
-        let weights = GpuWeights::load(ordinal, &request, None, progress)?;
+        let part = options.part.clone().unwrap_or_else(|| StagePart::whole(spec.layers.len()));
+        let has_spilled = part.has_spilled();
+        let request = request(checkpoint, spec, part, &options);
+        let weights = match has_spilled {
+            true => with_pool(&options, |pool| {
+                GpuWeights::load(ordinal, &request, Some(pool), progress)
+            })?,
+            false => GpuWeights::load(ordinal, &request, None, progress)?,
+        };
         weights.limit_waits(step_timeout);
-        let step_tokens_max = options.step_tokens_max;
-        let options = GpuStageOptions { kv: options.kv, step_tokens_max };
         Ok(Self { weights: Arc::new(weights), options })
     }
 }

@@ -40,7 +40,7 @@ pub fn run(file: &Path, config: &Config, output: Output) -> Result<()> {
         .map(|row| vec![row.what, row.device, ByteSize(row.bytes).to_string(), row.why])
         .collect();
     output.table(&["what", "where", "bytes", "why"], &rows)?;
-    if *placement.device() == Device::Cpu {
+    if *placement.device() == Device::Cpu || placement.spill.is_some() {
         output.line(&placement.workers.to_string())?;
     }
     if config.gpu.device == "off" {

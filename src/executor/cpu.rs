@@ -17,6 +17,8 @@
 //! | Select | wanted rows; *all* | residual, projected | if wide |
 //! | Logits | vocabulary rows, then wanted rows | selected, logits | inside |
 //! | Send | tokens | projected | |
+//! | SpillStart | tokens; *all* | | if wide |
+//! | SpillEnd | worker 0 says that the products are there | | |
 //!
 //! Nobody waits after the last op: the pool's job ends there. In a narrow step (`passes.rs`) every
 //! worker does the *all* for itself: residual, normed, routes and selected are then in its own
@@ -44,6 +46,7 @@ mod attend;
 mod experts;
 mod products;
 mod rotate;
+mod spilled;
 mod stream;
 
 use super::batch::Batch;
@@ -56,6 +59,7 @@ use super::own_buffers::OwnBuffers;
 use super::program::{Op, Program};
 use super::rotations::Rotations;
 use super::sample::RowSamplers;
+use super::spill::SpillStep;
 use super::weights::Weights;
 use crate::step::StepPlan;
 use rotate::Rotation;
@@ -83,6 +87,8 @@ pub(super) struct Step<'a> {
     pub inlet: Option<&'a [f32]>,
     /// `[n_tokens, embedding_dim]` for the next stage.
     pub outlet: Option<Rows<'a>>,
+    /// What a GPU has spilled to this stage.
+    pub spill: Option<SpillStep<'a>>,
     /// Whether those who attend to a tile rotate its heads themselves.
     pub attention_rotates: bool,
     /// One per worker.
@@ -109,7 +115,14 @@ impl Step<'_> {
     }
 
     fn walk(&self, worker: &Worker<'_>) {
+        let mut is_elsewhere = false;
         for (index, op) in self.program.ops.iter().enumerate() {
+            if let Op::SpillStart { index: spilled } = op {
+                is_elsewhere = !self.spill.is_some_and(|spill| spill.is_here[*spilled]);
+            }
+            if is_elsewhere {
+                continue;
+            }
             let started = self.clocks.map(|_| Instant::now());
             self.interpret(worker, index);
             let is_last = index + 1 == self.program.ops.len();
@@ -127,10 +140,12 @@ impl Step<'_> {
         match op {
             Op::Embed { .. }
             | Op::Receive
+            | Op::SpillStart { .. }
             | Op::Norm { .. }
             | Op::Route { .. }
             | Op::Select { .. } => !self.buffers.has_own_rows,
             Op::Rotate { .. } => !self.attention_rotates,
+            Op::SpillEnd { .. } => false,
             _ => true,
         }
     }
@@ -190,6 +205,8 @@ impl Step<'_> {
                 self.gate_experts(worker, *shape, [*gate, *up], *activation);
             }
             Op::DownExperts { shape, down } => self.down_experts(worker, *shape, *down),
+            Op::SpillStart { index } => self.take_spilled(worker, *index),
+            Op::SpillEnd { index } => self.give_spilled(worker, *index),
             Op::Send { pending } => self.send(worker, *pending),
             Op::Select { pending, norm } => self.select(worker, *pending, *norm),
             Op::Logits { output, softcap } => self.logits(worker, *output, *softcap),

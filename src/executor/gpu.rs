@@ -17,22 +17,26 @@ mod norms;
 mod op_marks;
 mod ops;
 mod sampling;
+mod spill;
+mod spill_schedule;
+mod spill_thread;
+mod spill_weights;
 mod weights;
 
 pub use weights::GpuWeights;
 
 use super::ExecutorError;
 use super::batch::{Batch, PlanLimits};
-use super::kv_store::KvOptions;
 use super::program::{Linear, Norm, Op, Pending};
 use super::sample::RowSamplers;
-use super::stage::StageMemory;
+use super::stage::{StageMemory, StageOptions};
 use crate::request::RequestError;
 use crate::step::{StepOutput, StepPlan};
 use buffers::GpuBuffers;
 use graphs::Graphs;
 use kv::GpuKv;
 use op_marks::OpMarks;
+use spill::GpuSpill;
 use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Instant;
@@ -52,15 +56,6 @@ struct LastOps {
     softcap: Option<f32>,
 }
 
-/// How a stage on a GPU is to be made.
-#[derive(Clone, Copy, Debug)]
-pub struct GpuStageOptions {
-    /// KV blocks; the second tier lies in host memory.
-    pub kv: KvOptions,
-    /// Tokens of the widest step.
-    pub step_tokens_max: usize,
-}
-
 /// A model on one GPU, ready to run steps.
 pub struct GpuStage {
     limits: PlanLimits,
@@ -75,18 +70,18 @@ pub struct GpuStage {
     graphs: Graphs,
     op_marks: Option<OpMarks>,
     failure: Option<String>,
+    spill: Option<GpuSpill>,
     weights: Arc<GpuWeights>,
 }
 
 impl GpuStage {
-    /// A stage with an empty KV store on weights that are there already.
+    /// A stage with an empty KV store, whose second tier lies in host memory, on weights that are
+    /// there already. Workers are started where networks are spilled to the CPU, and for these
+    /// alone.
     ///
     /// # Errors
-    /// The GPU's memory does not hold it.
-    pub fn start(
-        weights: Arc<GpuWeights>,
-        options: &GpuStageOptions,
-    ) -> Result<Self, ExecutorError> {
+    /// The GPU's memory does not hold it, or the CPU's side can't be made.
+    pub fn start(weights: Arc<GpuWeights>, options: &StageOptions) -> Result<Self, ExecutorError> {
         let (program, tokens) = (weights.program(), options.step_tokens_max);
         let store = (options.kv.device_blocks, options.kv.block_tokens);
         let limits = PlanLimits {
@@ -108,6 +103,7 @@ impl GpuStage {
             buffers: GpuBuffers::new(&weights, tokens, store)?,
             samplers: RowSamplers::new(SAMPLERS, program.dims.vocab, tokens),
             failure: None,
+            spill: GpuSpill::start(&weights, options)?,
             weights,
         })
     }
@@ -122,7 +118,7 @@ impl GpuStage {
         StageMemory {
             weight_bytes: self.weights.bytes(),
             kv_bytes: self.kv.bytes(),
-            activation_bytes: self.buffers.bytes(),
+            activation_bytes: self.buffers.bytes() + self.spill.as_ref().map_or(0, GpuSpill::bytes),
         }
     }
 

@@ -117,6 +117,8 @@ pub(super) fn label(op: &Op) -> &'static str {
         Op::Route { .. } => "route",
         Op::GateExperts { .. } => "experts' gate, up",
         Op::DownExperts { .. } => "experts' down",
+        Op::SpillStart { .. } => "rows to the CPU",
+        Op::SpillEnd { .. } => "rows from the CPU",
         Op::Send { .. } => "send",
         Op::Select { .. } => "last norm",
         Op::Logits { .. } => "logits, sampling",

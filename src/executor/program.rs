@@ -18,6 +18,14 @@
 //! GateExperts  normed, routes → hidden     a row per pair of token and expert, 8-bit
 //! DownExperts  hidden, routes → projected  the weighted sum
 //! ```
+//! A layer's feed-forward network may be *spilled*: its weights lie in host memory though a GPU runs
+//! the model. Both programs then have its ops between two more, and whichever device computes it in
+//! a step, the other leaves it out:
+//! ```text
+//! SpillStart   normed comes from the GPU
+//! Gate, Project, or Route, GateExperts, DownExperts
+//! SpillEnd     projected goes to the GPU
+//! ```
 //! Queries, keys and values read 16-bit activations ([`Precision`]), all else 8-bit ones, or on a
 //! device that rounds to bf16 all of them that.
 //! An interpreter on several workers needs a barrier where workers read what others have written:
@@ -26,7 +34,7 @@
 mod lowering;
 mod part;
 
-pub use part::{Inlet, Outlet, StagePart};
+pub use part::{FeedForwards, Inlet, Outlet, StagePart};
 
 use crate::model::{Activation, RopeSpec, TensorRef};
 
@@ -245,6 +253,16 @@ pub enum Op {
         /// `[n_experts · embedding_dim, hidden_dim]`
         down: MatrixId,
     },
+    /// A spilled feed-forward network begins: the ops up to its end are one device's.
+    SpillStart {
+        /// Which one of the program, counted from 0.
+        index: usize,
+    },
+    /// It ends.
+    SpillEnd {
+        /// Which one.
+        index: usize,
+    },
     /// Pending addition at the end of a stage, then the residual stream goes to the next one.
     Send {
         /// What is added to the residual stream first.
@@ -284,6 +302,8 @@ pub struct MatrixEntry {
     pub tensor: TensorRef,
     /// What for.
     pub used_for: MatrixUse,
+    /// Of which spilled feed-forward network it is, in the program of a stage that has spilled it.
+    pub spilled: Option<usize>,
 }
 
 /// Keys and values of one layer.

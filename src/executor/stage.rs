@@ -15,6 +15,7 @@ use super::own_buffers::{OwnBuffers, OwnRows};
 use super::passes::StepPasses;
 use super::program::{Op, Program, StagePart};
 use super::sample::RowSamplers;
+use super::spill::SpillStep;
 use super::warm_up;
 use super::weights::{LoadProgress, Weights, WeightsRequest};
 use crate::formats::Checkpoint;
@@ -47,6 +48,9 @@ pub struct StageOptions {
     pub step_tokens_max: usize,
     /// Which barriers are saved.
     pub passes: StepPasses,
+    /// Percent of the spilled networks whose weights stream to the GPU in steps that the CPU could
+    /// compute them for; `None` for what is measured to be fastest.
+    pub spill_streamed: Option<u8>,
 }
 
 /// Bytes that a stage holds.
@@ -58,6 +62,15 @@ pub struct StageMemory {
     pub kv_bytes: usize,
     /// Activations.
     pub activation_bytes: usize,
+}
+
+/// What a step of a part of a model is joined to.
+struct Ends<'a> {
+    /// `[n_tokens, embedding_dim]` from the stage before.
+    inlet: Option<&'a [f32]>,
+    /// `[n_tokens, embedding_dim]` for the next stage.
+    outlet: Option<Rows<'a>>,
+    spill: Option<SpillStep<'a>>,
 }
 
 /// A part of a model, ready to run steps.
@@ -185,7 +198,9 @@ impl Stage {
         }
         warm_up::touch(&mut self.pool, memory, huge_pages)?;
         let program = self.weights.program();
-        let is_whole = !program.ops.iter().any(|op| matches!(op, Op::Receive | Op::Send { .. }));
+        let is_joined =
+            |op: &Op| matches!(op, Op::Receive | Op::Send { .. } | Op::SpillStart { .. });
+        let is_whole = !program.ops.iter().any(is_joined);
         if is_whole && self.limits.blocks > 0 {
             let plan = warm_up::plan(self.limits.tokens_max, program.dims.vocab > 0);
             self.run(&plan, &mut StepOutput::default())?;
@@ -276,24 +291,64 @@ impl Stage {
         let tokens = plan.tokens.len();
         let mut inlet = self.receive(plan)?;
         let mut outlet = self.outlet.as_ref().map(HandoffSender::free_slot).transpose()?;
+        let embedding_dim = self.weights.program().dims.embedding;
+        let ends = Ends {
+            inlet: inlet.as_ref().map(|slot| slot.residual.as_slice()),
+            outlet: outlet
+                .as_mut()
+                .map(|slot| Rows::new(&mut slot.residual, tokens, embedding_dim)),
+            spill: None,
+        };
+        self.execute(plan, ends)?;
+        if let (Some(slot), Some(from)) = (inlet.take(), &self.inlet) {
+            from.release(slot);
+        }
+        if let (Some(mut slot), Some(to)) = (outlet, &self.outlet) {
+            (slot.step, slot.tokens) = (plan.step, tokens);
+            to.send(slot)?;
+        }
+        Ok(())
+    }
+
+    /// Computes the feed-forward networks that a GPU has spilled to this stage and leaves to it in
+    /// a step of as many tokens as the plan has. Of the plan nothing else counts.
+    ///
+    /// # Errors
+    /// As [`Stage::run`]; also when the GPU does not come.
+    pub(super) fn run_spilled(
+        &mut self,
+        plan: &StepPlan,
+        spill: SpillStep<'_>,
+    ) -> Result<(), ExecutorError> {
+        if let Some(panic) = &self.failure {
+            return Err(panic.clone().into());
+        }
+        self.execute(plan, Ends { inlet: None, outlet: None, spill: Some(spill) })
+    }
+
+    /// Has all workers walk the program.
+    fn execute(&mut self, plan: &StepPlan, ends: Ends<'_>) -> Result<(), ExecutorError> {
+        let tokens = plan.tokens.len();
         let program = self.weights.program();
-        let embedding_dim = program.dims.embedding;
         let selected = if program.dims.vocab > 0 { plan.logits.len() } else { 0 };
         let rotations = self.weights.rotations();
+        let mut buffers = self.buffers.shaped(tokens, selected);
+        if let Some(spill) = &ends.spill {
+            buffers.projected = spill.rows_out;
+        }
         let step = Step {
             program,
             weights: &self.weights,
             kernels: self.weights.kernels(),
             plan,
             batch: &self.batch,
-            buffers: self.buffers.shaped(tokens, selected),
+            buffers,
             rotations,
             angles: self.angles.rows(tokens, rotations.width()),
             kv: self.kv.layers(),
-            inlet: inlet.as_ref().map(|slot| slot.residual.as_slice()),
-            outlet: outlet
-                .as_mut()
-                .map(|slot| Rows::new(&mut slot.residual, tokens, embedding_dim)),
+            inlet: ends.inlet,
+            outlet: ends.outlet,
+            spill: ends.spill,
             partials: self.partials.rows(1, self.batch.partials_max()),
             attention_rotates: self.batch.has_short_sequences_only(self.rotated_tokens_max),
             own: &self.own,
@@ -307,13 +362,6 @@ impl Stage {
         if let Err(panic) = done {
             self.failure = Some(panic.clone());
             return Err(panic.into());
-        }
-        if let (Some(slot), Some(from)) = (inlet.take(), &self.inlet) {
-            from.release(slot);
-        }
-        if let (Some(mut slot), Some(to)) = (outlet, &self.outlet) {
-            (slot.step, slot.tokens) = (plan.step, tokens);
-            to.send(slot)?;
         }
         Ok(())
     }

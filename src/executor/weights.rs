@@ -194,6 +194,21 @@ impl Weights {
         }
     }
 
+    /// All interleaved matrices.
+    pub(super) fn arena(&self) -> &[u8] {
+        &self.arena
+    }
+
+    /// Where a matrix lies in the arena, if it is interleaved there.
+    pub(super) fn arena_place(&self, id: MatrixId) -> Option<Range<usize>> {
+        match &self.matrices[id.0 as usize] {
+            Matrix { place: Place::Arena(bytes), layout: Layout::Rows16, .. } => {
+                Some(bytes.clone())
+            }
+            _ => None,
+        }
+    }
+
     /// Fills the place of every matrix in the arena; `progress` hears the bytes that are done.
     fn repack(
         &mut self,

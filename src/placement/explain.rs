@@ -1,6 +1,6 @@
 //! A placement in rows that a person can read.
 
-use super::{Device, Placement};
+use super::{Device, Placement, Spill, StagePlacement};
 use crate::units::ByteSize;
 use serde::Serialize;
 
@@ -17,54 +17,59 @@ pub struct ExplainRow {
     pub why: String,
 }
 
+/// What the host's memory is called where it is not the device that computes.
+const HOST: &str = "host";
+
 impl Placement {
-    /// What lies where, how many bytes, and why.
+    /// What lies where, how many bytes, and why. The rows above the total add up to it; on a GPU,
+    /// the host's memory is not among them, but below.
     pub fn explain(&self) -> Vec<ExplainRow> {
-        let mut rows = Vec::new();
-        for stage in &self.stages {
-            let device = stage.device.to_string();
-            let mut row = |what: &str, bytes: u64, why: String| {
-                rows.push(ExplainRow { what: what.into(), device: device.clone(), bytes, why });
-            };
-            let layers = format!("layers {}–{}", stage.layers.start, stage.layers.end - 1);
-            row("weights", stage.weight_bytes, format!("{layers}, in the kernels' layout"));
-            if stage.expert_bytes > 0 {
-                let active = ByteSize(stage.active_expert_bytes);
-                let why = format!("of the weights; a token goes through {active}");
-                row("experts", stage.expert_bytes, why);
-            }
-            let tokens = self.device_blocks * self.block_tokens;
-            let why = format!(
-                "{} blocks of {}: {tokens} tokens, {}",
-                self.device_blocks, self.block_tokens, self.kv_dtype
-            );
-            row("KV cache", stage.kv_bytes, why);
-            row("activations", stage.activation_bytes, "of the widest step".into());
+        let is_cpu = *self.device() == Device::Cpu;
+        let mut rows: Vec<_> = self.stages.iter().flat_map(|stage| self.of_stage(stage)).collect();
+        if let Some(spill) = &self.spill {
+            let why = "slots and scratch through which spilled weights stream";
+            rows.push(row("ring", &self.device().to_string(), spill.ring_bytes, why));
         }
-        let (device, is_cpu) = (self.device().to_string(), *self.device() == Device::Cpu);
-        let swap = ExplainRow {
-            what: "KV swap".into(),
-            device: "host".into(),
-            bytes: self.host_kv_bytes,
-            why: format!("{} blocks for preempted sequences", self.host_blocks),
-        };
-        // The rows above the total add up to it; on a GPU, the host's memory is not among them.
-        let (above, below) = if is_cpu { (Some(swap), None) } else { (None, Some(swap)) };
-        rows.extend(above);
-        rows.push(ExplainRow {
-            what: "margin".into(),
-            device: if is_cpu { "host".into() } else { device.clone() },
-            bytes: self.margin_bytes,
-            why: "left to others".into(),
-        });
-        rows.push(ExplainRow {
-            what: "total".into(),
-            device: if is_cpu { "host".into() } else { device },
-            bytes: self.device_bytes() + self.margin_bytes,
-            why: self.memory(),
-        });
+        let why = format!("{} blocks for preempted sequences", self.host_blocks);
+        let swap = row("KV swap", HOST, self.host_kv_bytes, why);
+        let mut below = self.spill.iter().flat_map(|spill| self.of_spill(spill)).collect();
+        if is_cpu { &mut rows } else { &mut below }.push(swap);
+        let device = if is_cpu { HOST.into() } else { self.device().to_string() };
+        rows.push(row("margin", &device, self.margin_bytes, "left to others"));
+        rows.push(row("total", &device, self.device_bytes() + self.margin_bytes, self.memory()));
         rows.extend(below);
         rows
+    }
+
+    fn of_stage(&self, stage: &StagePlacement) -> Vec<ExplainRow> {
+        let device = stage.device.to_string();
+        let layers = format!("layers {}–{}", stage.layers.start, stage.layers.end - 1);
+        let but = if self.spill.is_some() { ", but for what is spilled" } else { "" };
+        let why = format!("{layers}{but}, in the kernels' layout");
+        let mut rows = vec![row("weights", &device, stage.weight_bytes, why)];
+        if stage.expert_bytes > 0 {
+            let active = ByteSize(stage.active_expert_bytes);
+            let why = format!("of the weights; a token goes through {active}");
+            rows.push(row("experts", &device, stage.expert_bytes, why));
+        }
+        let tokens = self.device_blocks * self.block_tokens;
+        let why = format!(
+            "{} blocks of {}: {tokens} tokens, {}",
+            self.device_blocks, self.block_tokens, self.kv_dtype
+        );
+        rows.push(row("KV cache", &device, stage.kv_bytes, why));
+        rows.push(row("activations", &device, stage.activation_bytes, "of the widest step"));
+        rows
+    }
+
+    fn of_spill(&self, spill: &Spill) -> [ExplainRow; 2] {
+        let all: usize = self.stages.iter().map(|stage| stage.layers.len()).sum();
+        let (count, which) = (spill.layers.len(), ranges(&spill.layers));
+        let why = format!("FFN of {count} of {all} layers: {which}");
+        [
+            row("spilled weights", HOST, spill.weight_bytes, why),
+            row("crossing", HOST, spill.crossing_bytes, "rows to the CPU and back, and its own"),
+        ]
     }
 
     /// What the total is a part of.
@@ -77,4 +82,17 @@ impl Placement {
             format!("of {free} free")
         }
     }
+}
+
+fn row(what: &str, device: &str, bytes: u64, why: impl Into<String>) -> ExplainRow {
+    ExplainRow { what: what.into(), device: device.into(), bytes, why: why.into() }
+}
+
+/// Ascending numbers in words: `1, 3–5, 8`.
+fn ranges(numbers: &[usize]) -> String {
+    let runs = numbers.chunk_by(|a, b| a + 1 == *b).map(|run| match run {
+        [first, .., last] => format!("{first}–{last}"),
+        one => one.iter().map(ToString::to_string).collect(),
+    });
+    runs.collect::<Vec<_>>().join(", ")
 }

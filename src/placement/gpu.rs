@@ -1,6 +1,7 @@
 //! Whether a model is run on a GPU, and what it takes there.
 
-use super::{Device, Room, heads_width};
+use super::cpu::heads_width;
+use super::{Device, Room};
 use crate::config::{Config, ConfigError, GpuChoice};
 use crate::hardware::{Gpu, HardwareProfile, MemoryHolder};
 use crate::model::{ExpertsSpec, ModelSpec, TensorRef};
@@ -97,6 +98,7 @@ pub(super) fn room(
              (gpu.device = \"off\"){}",
             held(gpu)
         ),
+        spill: None,
     }
 }
 

@@ -15,7 +15,7 @@ use tandem::units::ByteSize;
 
 const FREE: u64 = 8 << 30;
 
-fn gpu(ordinal: usize, memory_free_bytes: u64) -> Gpu {
+pub fn gpu(ordinal: usize, memory_free_bytes: u64) -> Gpu {
     Gpu {
         ordinal,
         name: "Fake 8".into(),
@@ -27,7 +27,7 @@ fn gpu(ordinal: usize, memory_free_bytes: u64) -> Gpu {
     }
 }
 
-fn with(devices: Vec<Gpu>) -> HardwareProfile {
+pub fn with(devices: Vec<Gpu>) -> HardwareProfile {
     HardwareProfile { gpus: Gpus { devices, absence: None }, ..machine(64 << 30) }
 }
 
@@ -36,7 +36,7 @@ fn without() -> HardwareProfile {
     HardwareProfile { gpus: Gpus { devices: Vec::new(), absence }, ..machine(64 << 30) }
 }
 
-fn config(device: &str) -> Config {
+pub fn config(device: &str) -> Config {
     let mut config = Config::default();
     config.gpu.device = device.into();
     config

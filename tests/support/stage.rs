@@ -82,6 +82,7 @@ pub fn options(threads: usize, context_tokens: usize) -> StageOptions {
         },
         step_tokens_max: 512,
         passes: StepPasses::ByCost,
+        spill_streamed: None,
     }
 }
 

@@ -2,9 +2,7 @@
 
 use anyhow::Result;
 use std::sync::Arc;
-use tandem::executor::{
-    ExecutorError, GpuStage, GpuStageOptions, GpuWeights, OpTime, Stage, StageOptions, Weights,
-};
+use tandem::executor::{ExecutorError, GpuStage, GpuWeights, OpTime, Stage, StageOptions, Weights};
 use tandem::step::{StepOutput, StepPlan};
 
 /// Loaded weights.
@@ -31,9 +29,7 @@ impl DeviceWeights {
                 DeviceStage::Cpu(Box::new(Stage::restart(Arc::clone(weights), options)?))
             }
             Self::Gpu(weights) => {
-                let step_tokens_max = options.step_tokens_max;
-                let options = GpuStageOptions { kv: options.kv, step_tokens_max };
-                DeviceStage::Gpu(Box::new(GpuStage::start(Arc::clone(weights), &options)?))
+                DeviceStage::Gpu(Box::new(GpuStage::start(Arc::clone(weights), options)?))
             }
         })
     }

@@ -22,7 +22,7 @@ use record::{OpSplit, Record, Setting};
 use rig::{Rig, RigSize};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use tandem::actors::stage_options;
+use tandem::actors::{part_of, stage_options};
 use tandem::config::Config;
 use tandem::executor::{
     CpuPool, ExecutorError, GpuWeights, KvOptions, StageOptions, StagePart, WeightSource, Weights,
@@ -95,6 +95,8 @@ struct Bench<'a> {
     thread_counts: Vec<usize>,
     size: RigSize,
     device: Device,
+    /// Which part of the model its stage runs.
+    part: StagePart,
 }
 
 impl<'a> Bench<'a> {
@@ -122,7 +124,7 @@ impl<'a> Bench<'a> {
         // As in the configuration, 0 is as many as there are cores.
         thread_counts.iter_mut().filter(|count| **count == 0).for_each(|count| *count = configured);
         let config = config.clone();
-        let device = Device::Cpu;
+        let (device, part) = (Device::Cpu, StagePart::whole(subject.spec.layers.len()));
         let mut bench = Self {
             arguments,
             config,
@@ -133,13 +135,16 @@ impl<'a> Bench<'a> {
             thread_counts,
             size,
             device,
+            part,
         };
-        bench.device = bench.check_memory()?;
+        let placement = bench.check_memory()?;
+        bench.part = part_of(&bench.subject.spec, &placement);
+        bench.device = placement.device().clone();
         Ok(bench)
     }
 
-    /// Refuses what does not fit, before anything is loaded; says which device it was placed on.
-    fn check_memory(&mut self) -> Result<Device> {
+    /// Refuses what does not fit, before anything is loaded; says how it was placed.
+    fn check_memory(&mut self) -> Result<Placement> {
         let spec = &self.subject.spec;
         let blocks = self.size.kv().device_blocks;
         let block_bytes =
@@ -167,7 +172,7 @@ impl<'a> Bench<'a> {
             self.output
                 .notice(&format!("the model was trained for {trained} tokens of context"))?;
         }
-        Ok(placement.device().clone())
+        Ok(placement)
     }
 
     fn options(&self, threads: usize) -> Result<StageOptions> {
@@ -203,7 +208,7 @@ impl<'a> Bench<'a> {
     /// Weights outlive the stages of all numbers of threads.
     fn load(&self, options: &StageOptions) -> Result<DeviceWeights> {
         let (spec, source) = (Arc::clone(&self.subject.spec), self.subject.source.clone());
-        let part = StagePart::whole(spec.layers.len());
+        let part = self.part.clone();
         let (isa, huge_pages) = (options.isa, options.huge_pages());
         let request = WeightsRequest { source, spec, part, isa, huge_pages };
         let mut meter = LoadMeter::start(self.output);

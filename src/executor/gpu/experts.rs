@@ -57,7 +57,7 @@ impl GpuStage {
         weight_scale: f32,
     ) -> Result<(), ExecutorError> {
         let (gpu, (experts, routed)) = (self.weights.gpu(), self.experts(tokens));
-        let (matrix, logits) = (self.weights.matrix(router), experts.logits.span());
+        let (matrix, logits) = (self.matrix(router), experts.logits.span());
         let product = Product { matrix, bias: None, out: logits, stride: matrix.rows() };
         let x = self.buffers.normed.columns(tokens, Precision::Eight);
         gpu.multiply(&[product], &x)?;
@@ -72,7 +72,7 @@ impl GpuStage {
     ) -> Result<(), ExecutorError> {
         let (gpu, (experts, routed)) = (self.weights.gpu(), self.experts(tokens));
         let (hidden, up) = (&self.buffers.hidden, experts.products.span());
-        let [gate, up_matrix] = matrices.map(|id| self.weights.matrix(id));
+        let [gate, up_matrix] = matrices.map(|id| self.matrix(id));
         let products = [
             ExpertProduct { matrix: gate, out: hidden.values() },
             ExpertProduct { matrix: up_matrix, out: up },
@@ -94,7 +94,7 @@ impl GpuStage {
     pub(super) fn down_experts(&self, tokens: usize, down: MatrixId) -> Result<(), ExecutorError> {
         let (gpu, (experts, routed)) = (self.weights.gpu(), self.experts(tokens));
         let (projected, products) = (&self.buffers.projected, experts.products.span());
-        let product = ExpertProduct { matrix: self.weights.matrix(down), out: products };
+        let product = ExpertProduct { matrix: self.matrix(down), out: products };
         let x = self.buffers.hidden.columns(routed.pairs(), Precision::Eight);
         gpu.multiply_experts(&[product], &x, routed)?;
         let sums = ExpertSums { products, out: projected.values(), cols: projected.cols };

@@ -17,6 +17,8 @@ pub(super) struct StepShape {
     pub positions_max: usize,
     /// Whether each token is its sequence's only one.
     pub is_each_alone: bool,
+    /// Spilled networks whose weights stream.
+    pub streamed: usize,
 }
 
 /// What is known of a shape.

@@ -21,6 +21,10 @@ pub(super) enum Part {
     Runs,
     /// u32: all other tokens.
     Single,
+    /// u32: what crossings of spilled networks are counted from.
+    Crossings,
+    /// u32: what pieces of weights that stream are counted from.
+    Pieces,
     /// u32 `[tokens]`: rows of the embedding.
     Rows,
     /// f32 `[tokens, angles]`

@@ -30,6 +30,11 @@ impl GpuStage {
         self.has_moved.set(self.has_moved.get() ^ has_moved);
     }
 
+    /// Whether float products or the CPU read normalised rows as they are.
+    fn needs_normed_values(&self) -> bool {
+        self.weights.has_floats() || self.spill.is_some()
+    }
+
     fn row_norm(&self, norm: Norm) -> RowNorm<'_> {
         RowNorm { weight: self.weights.vector(norm.weight), eps: norm.eps }
     }
@@ -50,7 +55,7 @@ impl GpuStage {
             added: self.added(coming.pending),
             norm: self.row_norm(coming.norm),
             gather: None,
-            values: self.weights.has_floats().then(|| normed.values()),
+            values: self.needs_normed_values().then(|| normed.values()),
             eight_bits: normed.eight_bits(tokens, coming.precision),
             halves: normed.halves(tokens),
             rows: tokens,

@@ -32,20 +32,38 @@ struct Rotation {
 impl GpuStage {
     /// Performs the copies and runs the program on a plan that was checked.
     pub(super) fn compute(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
-        let weights = std::sync::Arc::clone(&self.weights);
-        let gpu = weights.gpu();
-        self.kv.copy(gpu, &plan.copies)?;
+        self.kv.copy(self.weights.gpu(), &plan.copies)?;
         if plan.tokens.is_empty() {
             return Ok(());
         }
-        self.prepare(plan)?;
+        let streamed = self.spill.as_ref().map_or(0, |spill| spill.streamed(plan.tokens.len()));
+        self.prepare(plan, streamed)?;
         self.mark_inputs()?;
         let shape = StepShape {
             tokens: plan.tokens.len(),
             rows: plan.logits.len().min(LOGITS_TILE_ROWS),
             positions_max: self.positions_max().next_multiple_of(POSITIONS_UNIT),
             is_each_alone: self.buffers.host.is_each_alone,
+            streamed,
         };
+        if let Some(spill) = &self.spill {
+            spill.begin(shape.tokens, shape.streamed)?;
+        }
+        let ran = self.run_shape(shape).and_then(|()| self.sample(plan));
+        if let Some(spill) = &self.spill {
+            if ran.is_err() {
+                spill.abandon();
+            }
+            let done = spill.finish(shape.streamed);
+            // A GPU that failed is why the CPU was not answered.
+            return ran.and(done);
+        }
+        ran
+    }
+
+    /// Starts the kernels of a step: from a record, if steps of its shape were seen.
+    fn run_shape(&mut self, shape: StepShape) -> Result<(), ExecutorError> {
+        let weights = std::sync::Arc::clone(&self.weights);
         let mut graphs = std::mem::take(&mut self.graphs);
         // Prompts launch faster than they compute, and are divided anew each time.
         let is_recorded = shape.tokens <= RECORDED_TOKENS_MAX
@@ -53,13 +71,12 @@ impl GpuStage {
             && self.op_marks.is_none();
         let ran = if is_recorded {
             // SAFETY: the stage's memory stays where it is until `prepare` forgets the records.
-            unsafe { graphs.run(gpu, shape, || self.launch(&shape)) }
+            unsafe { graphs.run(weights.gpu(), shape, || self.launch(&shape)) }
         } else {
             self.launch(&shape)
         };
         self.graphs = graphs;
-        ran?;
-        self.sample(plan)
+        ran
     }
 
     /// Starts all kernels of a step, up to the first tile of logits.
@@ -73,8 +90,18 @@ impl GpuStage {
         let mut before = None;
         let ops = &self.weights.program().ops;
         let after = ops.iter().skip(1).map(Some).chain([None]);
+        let mut is_of_cpu = false;
         for (index, (op, next)) in ops.iter().zip(after).enumerate() {
             match op {
+                Op::SpillEnd { index } => {
+                    if std::mem::take(&mut is_of_cpu) {
+                        self.end_spilled(tokens, *index)?;
+                    }
+                }
+                _ if is_of_cpu => {}
+                Op::SpillStart { index } => {
+                    is_of_cpu = self.start_spilled((tokens, shape.streamed), *index)?;
+                }
                 Op::Embed { scale, .. } => self.embed(tokens, *scale)?,
                 Op::Select { .. } => {}
                 Op::Norm { pending, norm, precision } => {
@@ -123,7 +150,7 @@ impl GpuStage {
     }
 
     /// Brings tokens, positions, block tables, angles and wanted rows to the GPU.
-    fn prepare(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+    fn prepare(&mut self, plan: &StepPlan, streamed: usize) -> Result<(), ExecutorError> {
         let (gpu, rotations) = (self.weights.gpu(), self.weights.rotations());
         self.buffers.host.find_runs(plan, self.has_flash);
         let (host, inputs) = (&mut self.buffers.host, &mut self.buffers.inputs);
@@ -139,6 +166,9 @@ impl GpuStage {
         inputs.put(Part::Wanted, plan.logits.iter().map(|row| row.row as u32));
         inputs.put(Part::Runs, host.runs.as_flattened().iter().copied());
         inputs.put(Part::Single, host.single.iter().copied());
+        let bases = self.spill.as_mut().map(|spill| spill.next_bases(streamed));
+        inputs.put(Part::Crossings, bases.map(|bases| bases.crossing));
+        inputs.put(Part::Pieces, bases.map(|bases| bases.ring));
         inputs.put(Part::Rows, plan.tokens.iter().map(|token| token.index() as u32));
         inputs.put(Part::Blocks, plan.block_tables.iter().map(|block| block.0));
         host.sampling.write_questions(inputs.bytes_mut(Part::Questions));
@@ -181,7 +211,7 @@ impl GpuStage {
         (first, stride): (usize, usize),
     ) -> Product<'a> {
         Product {
-            matrix: self.weights.matrix(part.matrix),
+            matrix: self.matrix(part.matrix),
             bias: part.bias.map(|bias| self.weights.vector(bias)),
             out: out.part(first * F32, out.bytes() - first * F32),
             stride,

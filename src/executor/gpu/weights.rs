@@ -1,6 +1,7 @@
 //! The weights of a model in a GPU's memory: matrices in the layout of its kernels, vectors in f32.
 //! Rows of an embedding that is not multiplied with stay where they are and travel with each step.
 
+use super::spill_weights::{SpilledWeights, spilled_part};
 use crate::executor::ExecutorError;
 use crate::executor::cpu_pool::CpuPool;
 use crate::executor::program::{
@@ -47,23 +48,25 @@ pub struct GpuWeights {
     vectors: Vec<DeviceMemory>,
     rotations: Rotations,
     vocab_size: usize,
+    spilled: Option<SpilledWeights>,
     // Last: freed after all that lies on it.
     gpu: Gpu,
 }
 
 impl GpuWeights {
-    /// Opens a GPU and loads a model's weights there. `pool` makes random weights: it is needed for
-    /// those alone.
+    /// Opens a GPU and loads a model's weights there, and those of spilled networks into host
+    /// memory. `pool` makes random weights and interleaves spilled ones: it is needed for those
+    /// alone.
     ///
     /// # Errors
     /// No such GPU, too little of its memory, a model that the kernels can't run, or a bad tensor.
     ///
     /// # Panics
-    /// When random weights are wanted and there is no pool.
+    /// When random or spilled weights are wanted and there is no pool.
     pub fn load(
         ordinal: usize,
         request: &WeightsRequest,
-        pool: Option<&mut CpuPool>,
+        mut pool: Option<&mut CpuPool>,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ExecutorError> {
         let driver = driver().map_err(tandem_kernels::GpuError::from)?;
@@ -89,9 +92,20 @@ impl GpuWeights {
             vectors,
             rotations,
             vocab_size: request.spec.vocab_size,
+            spilled: None,
             gpu,
         };
-        weights.load_matrices(pool, progress)?;
+        let total = weights.program.matrices.iter().map(|entry| entry.tensor.bytes()).sum::<u64>();
+        let mut report = |done_bytes| {
+            progress(LoadProgress { done_bytes, total_bytes: total as usize });
+        };
+        let on_gpu = weights.load_matrices(pool.as_deref_mut(), &mut report)?;
+        if spilled_part(&request.part).is_some() {
+            let pool = pool.expect("workers for spilled weights");
+            let mut report = |part: LoadProgress| report(on_gpu + part.done_bytes);
+            let of_program = (request, &weights.program);
+            weights.spilled = SpilledWeights::load(&weights.gpu, of_program, pool, &mut report)?;
+        }
         weights.gpu.synchronize()?;
         Ok(weights)
     }
@@ -112,14 +126,15 @@ impl GpuWeights {
     fn load_matrices(
         &mut self,
         mut pool: Option<&mut CpuPool>,
-        progress: &mut dyn FnMut(LoadProgress),
-    ) -> Result<(), ExecutorError> {
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<usize, ExecutorError> {
         let staging = Staging::new(&self.gpu)?;
-        let total_bytes =
-            self.program.matrices.iter().map(|entry| entry.tensor.bytes()).sum::<u64>();
-        let total_bytes = total_bytes as usize;
         let mut done_bytes = 0;
         for entry in &self.program.matrices {
+            if entry.spilled.is_some() {
+                self.matrices.push(None);
+                continue;
+            }
             let tensor = stored(&self.source, &entry.tensor)?;
             let TensorRef { dtype, rows, cols, .. } = tensor;
             let is_multiplied = entry.used_for != MatrixUse::Lookup;
@@ -170,9 +185,9 @@ impl GpuWeights {
             };
             self.matrices.push(matrix.transpose()?);
             done_bytes += tensor.bytes() as usize;
-            progress(LoadProgress { done_bytes, total_bytes });
+            progress(done_bytes);
         }
-        Ok(())
+        Ok(done_bytes)
     }
 
     /// The tensor whose rows are looked up.
@@ -198,6 +213,16 @@ impl GpuWeights {
         self.vocab_size
     }
 
+    /// What lies in host memory.
+    pub(super) fn spilled(&self) -> Option<&SpilledWeights> {
+        self.spilled.as_ref()
+    }
+
+    /// Bytes that spilled networks hold in host memory.
+    pub fn spilled_bytes(&self) -> usize {
+        self.spilled.as_ref().map_or(0, |spilled| spilled.weights().bytes())
+    }
+
     /// Bytes held on the GPU.
     pub fn bytes(&self) -> usize {
         let matrices: usize = self.matrices.iter().flatten().map(DeviceMatrix::bytes).sum();
@@ -221,13 +246,23 @@ impl GpuWeights {
 
     /// Whether some products are of float weights, which read activations in f32.
     pub(super) fn has_floats(&self) -> bool {
-        self.matrices.iter().flatten().any(|matrix| !matrix.dtype().is_quantized())
+        self.dtypes().any(|(dtype, _)| !dtype.is_quantized())
     }
 
     /// The same of the products of experts alone.
     pub(super) fn has_float_experts(&self) -> bool {
-        self.multiplied().any(|(matrix, used_for)| {
-            matches!(used_for, MatrixUse::Experts(_)) && !matrix.dtype().is_quantized()
+        self.dtypes().any(|(dtype, used_for)| {
+            matches!(used_for, MatrixUse::Experts(_)) && !dtype.is_quantized()
+        })
+    }
+
+    /// Types of what is multiplied with, also of what is spilled.
+    fn dtypes(&self) -> impl Iterator<Item = (DType, MatrixUse)> {
+        let entries = self.program.matrices.iter().zip(&self.matrices);
+        entries.filter_map(|(entry, matrix)| match (matrix, entry.spilled) {
+            (Some(matrix), _) => Some((matrix.dtype(), entry.used_for)),
+            (None, Some(_)) => Some((entry.tensor.dtype, entry.used_for)),
+            (None, None) => None,
         })
     }
 
@@ -312,7 +347,7 @@ fn check(program: &Program) -> Result<(), ExecutorError> {
             _ => {}
         }
     }
-    for MatrixEntry { tensor, used_for } in &program.matrices {
+    for MatrixEntry { tensor, used_for, .. } in &program.matrices {
         let TensorRef { name, dtype, rows, cols } = tensor;
         let unit = if dtype.is_quantized() { GROUP } else { 8 };
         if !cols.is_multiple_of(unit) {

@@ -13,8 +13,9 @@
 
 use super::Buffer::{Attended, Heads, Hidden, Normed, Projected};
 use super::{
-    ExpertShape, HeadShape, Inlet, KvLayerId, KvShape, Linear, MatrixEntry, MatrixId, MatrixUse,
-    Norm, Op, Outlet, Pending, Precision, Program, ProgramDims, RopeId, StagePart, VectorId,
+    ExpertShape, FeedForwards, HeadShape, Inlet, KvLayerId, KvShape, Linear, MatrixEntry, MatrixId,
+    MatrixUse, Norm, Op, Outlet, Pending, Precision, Program, ProgramDims, RopeId, StagePart,
+    VectorId,
 };
 use crate::executor::ExecutorError;
 use crate::model::{
@@ -36,6 +37,14 @@ impl Program {
     /// When `part.layers` are not layers of the model.
     pub fn lower(spec: &ModelSpec, part: &StagePart) -> Result<Program, ExecutorError> {
         let mut lowering = Lowering::new(spec);
+        if let FeedForwards::SpilledAlone(layers) = &part.feed_forwards {
+            for index in layers {
+                let layer = &spec.layers[*index];
+                lowering.hidden_widths(*index, layer)?;
+                lowering.spilled_feed_forward(layer, false);
+            }
+            return Ok(lowering.program);
+        }
         let mut pending = Pending::Nothing;
         let enter = match part.inlet {
             Inlet::Embedding => Op::Embed {
@@ -48,7 +57,11 @@ impl Program {
         for index in part.layers.clone() {
             let layer = &spec.layers[index];
             lowering.widths(index, layer)?;
-            pending = lowering.layer(layer, pending);
+            let is_spilled = match &part.feed_forwards {
+                FeedForwards::Spilled(layers) => layers.contains(&index),
+                _ => false,
+            };
+            pending = lowering.layer(layer, is_spilled, pending);
         }
         match part.outlet {
             Outlet::Handoff => lowering.program.ops.push(Op::Send { pending }),
@@ -68,10 +81,27 @@ fn head_shape(spec: &AttentionSpec) -> HeadShape {
     HeadShape { n_heads, n_kv_heads, head_dim }
 }
 
+/// Widths of buffers by name, each with what is known of it: the first layer's.
+fn same_or_first<const N: usize>(
+    layer: usize,
+    widths: [(&'static str, &mut usize, usize); N],
+) -> Result<(), ExecutorError> {
+    for (field, known, got) in widths {
+        if *known != 0 && *known != got {
+            return Err(ExecutorError::MixedLayers { layer, field, wanted: *known, got });
+        }
+        *known = got;
+    }
+    Ok(())
+}
+
 struct Lowering {
     program: Program,
     matrices: HashMap<String, MatrixId>,
     vectors: HashMap<String, VectorId>,
+    n_spilled: usize,
+    /// The spilled network whose ops are emitted, if its matrices lie elsewhere.
+    spilled: Option<usize>,
 }
 
 impl Lowering {
@@ -85,41 +115,69 @@ impl Lowering {
             kv_layers: Vec::new(),
             dims,
         };
-        Self { program, matrices: HashMap::new(), vectors: HashMap::new() }
+        Self {
+            program,
+            matrices: HashMap::new(),
+            vectors: HashMap::new(),
+            n_spilled: 0,
+            spilled: None,
+        }
     }
 
     /// Sets the widths of the buffers, or checks that this layer has the same.
     fn widths(&mut self, layer: usize, spec: &LayerSpec) -> Result<(), ExecutorError> {
-        let (shape, experts) = (head_shape(&spec.attention), spec.ffn.experts());
+        let shape = head_shape(&spec.attention);
         let dims = &mut self.program.dims;
-        for (field, known, got) in [
-            ("heads", &mut dims.heads, shape.width()),
-            ("attended", &mut dims.attended, shape.query_dim()),
+        let heads = ("heads", &mut dims.heads, shape.width());
+        let attended = ("attended", &mut dims.attended, shape.query_dim());
+        same_or_first(layer, [heads, attended])?;
+        self.hidden_widths(layer, spec)
+    }
+
+    /// The same of the feed-forward network alone.
+    fn hidden_widths(&mut self, layer: usize, spec: &LayerSpec) -> Result<(), ExecutorError> {
+        let (dims, experts) = (&mut self.program.dims, spec.ffn.experts());
+        let widths = [
             ("hidden", &mut dims.hidden, spec.ffn.hidden_dim()),
             ("experts", &mut dims.experts, experts.map_or(0, |experts| experts.n_experts)),
             ("experts used", &mut dims.hidden_rows, experts.map_or(1, |experts| experts.n_used)),
-        ] {
-            if *known != 0 && *known != got {
-                return Err(ExecutorError::MixedLayers { layer, field, wanted: *known, got });
-            }
-            *known = got;
-        }
-        Ok(())
+        ];
+        same_or_first(layer, widths)
     }
 
     /// Emits one layer; returns what is left to be added to the residual stream.
-    fn layer(&mut self, layer: &LayerSpec, pending: Pending) -> Pending {
+    fn layer(&mut self, layer: &LayerSpec, is_spilled: bool, pending: Pending) -> Pending {
         let norm = self.norm(&layer.attention_norm);
         self.program.ops.push(Op::Norm { pending, norm, precision: self.heads_precision() });
         self.attention(&layer.attention);
         let pending = self.pending(layer.attention_post_norm.as_ref());
         let norm = self.norm(&layer.ffn_norm);
         self.program.ops.push(Op::Norm { pending, norm, precision: Precision::Eight });
-        match &layer.ffn {
-            FfnSpec::Dense(dense) => self.feed_forward(dense),
-            FfnSpec::Experts(experts) => self.experts(experts),
+        if is_spilled {
+            self.spilled_feed_forward(layer, true);
+        } else {
+            self.feed_forward(&layer.ffn);
         }
         self.pending(layer.ffn_post_norm.as_ref())
+    }
+
+    fn feed_forward(&mut self, spec: &FfnSpec) {
+        match spec {
+            FfnSpec::Dense(dense) => self.gated(dense),
+            FfnSpec::Experts(experts) => self.experts(experts),
+        }
+    }
+
+    /// A feed-forward network between its two marks; `is_elsewhere` says that its matrices, but
+    /// for a router, lie with the other program.
+    fn spilled_feed_forward(&mut self, layer: &LayerSpec, is_elsewhere: bool) {
+        let index = self.n_spilled;
+        self.n_spilled += 1;
+        self.program.ops.push(Op::SpillStart { index });
+        self.spilled = is_elsewhere.then_some(index);
+        self.feed_forward(&layer.ffn);
+        self.spilled = None;
+        self.program.ops.push(Op::SpillEnd { index });
     }
 
     /// What queries, keys and values are computed from.
@@ -158,7 +216,7 @@ impl Lowering {
         ]);
     }
 
-    fn feed_forward(&mut self, spec: &DenseFfnSpec) {
+    fn gated(&mut self, spec: &DenseFfnSpec) {
         let (gate, up) = (self.linear(&spec.gate), self.linear(&spec.up));
         let down = vec![self.linear(&spec.down)];
         self.program.ops.extend([
@@ -174,7 +232,9 @@ impl Lowering {
 
     fn experts(&mut self, spec: &ExpertsSpec) {
         let shape = ExpertShape { n_experts: spec.n_experts, n_used: spec.n_used };
+        let spilled = self.spilled.take();
         let router = self.matrix(&spec.router, MatrixUse::Multiply);
+        self.spilled = spilled;
         let [gate, up, down] = [&spec.gate, &spec.up, &spec.down]
             .map(|tensor| self.matrix(tensor, MatrixUse::Experts(shape)));
         self.program.ops.extend([
@@ -216,7 +276,8 @@ impl Lowering {
             Some(entry) if used_for == MatrixUse::Multiply => entry.used_for = used_for,
             Some(_) => {}
             None => {
-                self.program.matrices.push(MatrixEntry { tensor: tensor.clone(), used_for });
+                let (tensor, spilled) = (tensor.clone(), self.spilled);
+                self.program.matrices.push(MatrixEntry { tensor, used_for, spilled });
             }
         }
         id

@@ -20,6 +20,20 @@ pub enum Outlet {
     Handoff,
 }
 
+/// Where the feed-forward networks of a stage's layers are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum FeedForwards {
+    /// Here.
+    #[default]
+    Here,
+    /// Here, but those of these layers, ascending: they are *spilled* to host memory. Another
+    /// program has them alone ([`FeedForwards::SpilledAlone`]).
+    Spilled(Vec<usize>),
+    /// The stage is nothing but those of these layers, ascending: what a stage on a GPU has
+    /// spilled. It has no layers, no inlet and no outlet.
+    SpilledAlone(Vec<usize>),
+}
+
 /// Which part of a model a stage runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StagePart {
@@ -29,12 +43,37 @@ pub struct StagePart {
     pub inlet: Inlet,
     /// What comes after them.
     pub outlet: Outlet,
+    /// Which of their feed-forward networks.
+    pub feed_forwards: FeedForwards,
 }
 
 impl StagePart {
     /// All of a model with `n_layers` layers.
     pub fn whole(n_layers: usize) -> Self {
-        Self { layers: 0..n_layers, inlet: Inlet::Embedding, outlet: Outlet::Logits }
+        Self {
+            layers: 0..n_layers,
+            inlet: Inlet::Embedding,
+            outlet: Outlet::Logits,
+            feed_forwards: FeedForwards::Here,
+        }
+    }
+
+    /// All of a model but the feed-forward networks of some layers, ascending, and these alone.
+    pub fn spilled(n_layers: usize, layers: &[usize]) -> [Self; 2] {
+        let whole = Self::whole(n_layers);
+        [
+            Self { feed_forwards: FeedForwards::Spilled(layers.to_vec()), ..whole.clone() },
+            Self {
+                layers: 0..0,
+                feed_forwards: FeedForwards::SpilledAlone(layers.to_vec()),
+                ..whole
+            },
+        ]
+    }
+
+    /// Whether feed-forward networks of its layers are spilled.
+    pub fn has_spilled(&self) -> bool {
+        matches!(&self.feed_forwards, FeedForwards::Spilled(layers) if !layers.is_empty())
     }
 
     /// The two stages of a model that is cut before layer `cut`, `0 ..= n_layers`.

@@ -1,0 +1,337 @@
+//! Feed-forward networks whose weights lie in host memory though the GPU runs the model. In each
+//! step each of them is the CPU's, which the GPU hands its rows to and waits for, or the GPU's, to
+//! which the weights stream through a ring of slots. Both are parts of the recorded step.
+
+use super::GpuStage;
+use super::inputs::Part;
+use super::spill_schedule::{Shares, SpillCosts};
+use super::spill_thread::{SpillOrder, SpillThread};
+use super::spill_weights::SpilledWeights;
+use super::weights::GpuWeights;
+use crate::executor::program::MatrixId;
+use crate::executor::{ExecutorError, StageOptions};
+use crate::placement::{CROSSING_TOKENS_MAX, RING_SLOTS};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tandem_kernels::{DeviceMatrix, DeviceMemory, Gpu, Span, WeightRing};
+
+/// Steps' numbers lie so far apart: more than a step has events.
+const STEP_EVENTS: u32 = 1 << 12;
+
+/// What the events of a step are counted from: the crossings and the pieces that stream. Each grows
+/// in steps that use it, so that no flag is ever taken for one of long ago.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Bases {
+    pub crossing: u32,
+    pub ring: u32,
+}
+/// Tokens of the steps that are measured at the start.
+const MEASURED_TOKENS: [usize; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
+/// Networks of such a step, and how often it is repeated.
+const MEASURED_NETWORKS: usize = 4;
+const MEASURED_TIMES: usize = 2;
+
+/// Weights on their way, and where they come to.
+struct Stream {
+    ring: WeightRing,
+    /// What a network's matrices are taken apart into. Networks with matrices of one shape share
+    /// them, since they are computed one after the other.
+    scratch: Vec<DeviceMatrix>,
+    /// By matrix of the program: which of them.
+    places: HashMap<MatrixId, usize>,
+}
+
+/// The spilled networks of a stage.
+pub(super) struct GpuSpill {
+    thread: SpillThread,
+    stream: Option<Stream>,
+    shares: Shares,
+    costs: SpillCosts,
+    /// Percent that were asked for.
+    asked: Option<u8>,
+    tokens_max: usize,
+    bases: Bases,
+    // Last: streams copy from them.
+    weights: Arc<GpuWeights>,
+}
+
+impl Stream {
+    fn new(gpu: &Gpu, weights: &GpuWeights, from: &SpilledWeights) -> Result<Self, ExecutorError> {
+        let (mut scratch, mut places) = (Vec::<DeviceMatrix>::new(), HashMap::new());
+        for network in from.networks() {
+            let mut used = Vec::new();
+            for piece in network {
+                let tensor = &weights.program().matrix(piece.matrix).tensor;
+                let shape = (piece.dtype, tensor.rows, tensor.cols);
+                let fits = |at: &usize| {
+                    let matrix: &DeviceMatrix = &scratch[*at];
+                    (matrix.dtype(), matrix.rows(), matrix.cols()) == shape && !used.contains(at)
+                };
+                let place = (0..scratch.len()).find(fits);
+                let place = match place {
+                    Some(place) => place,
+                    None => {
+                        let size = (tensor.rows, tensor.cols);
+                        scratch.push(DeviceMatrix::changing(gpu, piece.dtype, size)?);
+                        scratch.len() - 1
+                    }
+                };
+                used.push(place);
+                places.insert(piece.matrix, place);
+            }
+        }
+        let ring = gpu.weight_ring(RING_SLOTS, from.largest_piece())?;
+        Ok(Self { ring, scratch, places })
+    }
+
+    fn bytes(&self) -> usize {
+        self.ring.bytes() + self.scratch.iter().map(DeviceMatrix::bytes).sum::<usize>()
+    }
+}
+
+impl GpuSpill {
+    /// Starts the CPU's side, and measures how long both ways take.
+    ///
+    /// # Errors
+    /// Memory or threads refused, here or there.
+    pub fn start(
+        weights: &Arc<GpuWeights>,
+        options: &StageOptions,
+    ) -> Result<Option<Self>, ExecutorError> {
+        let (gpu, Some(from)) = (weights.gpu(), weights.spilled()) else { return Ok(None) };
+        let stream = from.can_stream().then(|| Stream::new(gpu, weights, from)).transpose()?;
+        let tokens = options.step_tokens_max;
+        let tokens_max = if stream.is_some() { tokens.min(CROSSING_TOKENS_MAX) } else { tokens };
+        let embedding = weights.program().dims.embedding;
+        let crossing = gpu.crossing(tokens_max, embedding)?;
+        let options = StageOptions { step_tokens_max: tokens_max, ..from.stage_options(options) };
+        let cpu = Arc::clone(from.weights());
+        let thread = SpillThread::start(crossing, cpu, &options, gpu.wait_max())?;
+        let mut spill = Self {
+            thread,
+            stream,
+            shares: Shares::new(from.networks().len()),
+            costs: SpillCosts { cpu: Vec::new(), stream: None },
+            asked: options.spill_streamed,
+            tokens_max,
+            bases: Bases::default(),
+            weights: Arc::clone(weights),
+        };
+        spill.measure()?;
+        tracing::info!(costs = ?spill.costs, "spilled networks were measured");
+        Ok(Some(spill))
+    }
+
+    fn from(&self) -> &SpilledWeights {
+        self.weights.spilled().expect("a spill has spilled weights")
+    }
+
+    /// The numbers of a step in which some networks are streamed, for its inputs.
+    pub fn next_bases(&mut self, streamed: usize) -> Bases {
+        if streamed > 0 {
+            self.bases.ring = self.bases.ring.wrapping_add(STEP_EVENTS);
+        }
+        if streamed < self.from().networks().len() {
+            self.bases.crossing = self.bases.crossing.wrapping_add(STEP_EVENTS);
+        }
+        self.bases
+    }
+
+    /// Networks that are streamed in a step of some tokens.
+    pub fn streamed(&self, tokens: usize) -> usize {
+        let networks = self.from().networks().len();
+        match (self.asked, &self.stream) {
+            (Some(percent), Some(_)) if tokens <= self.tokens_max => {
+                networks * usize::from(percent.min(100)) / 100
+            }
+            _ => self.costs.streamed(networks, tokens, self.tokens_max),
+        }
+    }
+
+    /// By index: whether the CPU computes a network where `streamed` of them are streamed.
+    pub fn is_here(&self, streamed: usize) -> &Arc<[bool]> {
+        self.shares.of(streamed)
+    }
+
+    /// Has the CPU begin, and the weights of the other networks start. The inputs of the step are
+    /// on their way.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn begin(&self, tokens: usize, streamed: usize) -> Result<(), ExecutorError> {
+        let is_here = self.shares.of(streamed);
+        if is_here.contains(&true) {
+            let is_here = Arc::clone(is_here);
+            self.thread.begin(SpillOrder { base: self.bases.crossing, tokens, is_here })?;
+        }
+        let Some(stream) = &self.stream else { return Ok(()) };
+        let networks = self.from().networks().iter().zip(is_here.iter());
+        let pieces = networks.filter(|(_, is_here)| !**is_here).flat_map(|(network, _)| network);
+        for (index, piece) in pieces.enumerate() {
+            let bytes = self.from().bytes(piece);
+            // SAFETY: weights never change, and outlive the ring.
+            unsafe { stream.ring.send(self.weights.gpu(), bytes, (self.bases.ring, index))? };
+        }
+        Ok(())
+    }
+
+    /// Waits for the CPU's side of a step.
+    ///
+    /// # Errors
+    /// What it failed with.
+    pub fn finish(&self, streamed: usize) -> Result<(), ExecutorError> {
+        let has_begun = self.shares.of(streamed).contains(&true);
+        if has_begun { self.thread.finish().map(drop) } else { Ok(()) }
+    }
+
+    /// The GPU will not come to the CPU any more.
+    pub fn abandon(&self) {
+        self.thread.abandon();
+    }
+
+    /// Where the matrix of a streamed network is while it is computed.
+    pub fn matrix(&self, id: MatrixId) -> Option<&DeviceMatrix> {
+        let stream = self.stream.as_ref()?;
+        Some(&stream.scratch[*stream.places.get(&id)?])
+    }
+
+    /// Bytes held on the GPU.
+    pub fn bytes(&self) -> usize {
+        self.stream.as_ref().map_or(0, Stream::bytes)
+    }
+
+    fn measure(&mut self) -> Result<(), ExecutorError> {
+        let gpu_weights = Arc::clone(&self.weights);
+        let gpu = gpu_weights.gpu();
+        let embedding = gpu_weights.program().dims.embedding;
+        let rows = gpu.alloc(self.tokens_max * embedding * size_of::<f32>())?;
+        let base = gpu.alloc(size_of::<u32>())?;
+        let alone = self.stream_seconds(None)?;
+        let mut beside = 0_f64;
+        let tokens_max = self.tokens_max;
+        for tokens in MEASURED_TOKENS.into_iter().filter(|tokens| *tokens <= tokens_max) {
+            let mut least = [f64::INFINITY; 2];
+            for _ in 0..MEASURED_TIMES {
+                let order = self.measured_order(tokens);
+                let networks = order.is_here.iter().filter(|here| **here).count() as f64;
+                self.cross(&order, (&rows, &base))?;
+                let took = self.thread.finish()?;
+                least[0] = least[0].min(took.as_secs_f64() / networks);
+                let order = self.measured_order(tokens);
+                self.cross(&order, (&rows, &base))?;
+                beside = beside.max(self.stream_seconds(Some(took))?.unwrap_or(0.0));
+                let took = self.thread.finish()?;
+                least[1] = least[1].min(took.as_secs_f64() / networks);
+            }
+            self.costs.cpu.push((tokens, least));
+        }
+        gpu.synchronize()?;
+        self.costs.stream = alone.map(|alone| [alone, beside]);
+        Ok(())
+    }
+
+    /// An order for the first networks.
+    fn measured_order(&mut self, tokens: usize) -> SpillOrder {
+        let networks = self.from().networks().len();
+        let is_here = (0..networks).map(|index| index < MEASURED_NETWORKS).collect();
+        SpillOrder { base: self.next_bases(0).crossing, tokens, is_here }
+    }
+
+    /// Gives an order and starts the GPU's side of it, with rows of zeros.
+    fn cross(
+        &self,
+        order: &SpillOrder,
+        (rows, base): (&DeviceMemory, &DeviceMemory),
+    ) -> Result<(), ExecutorError> {
+        let (gpu, crossing) = (self.weights.gpu(), self.thread.crossing());
+        gpu.upload(&[order.base], base.span())?;
+        let (tokens, is_here) = (order.tokens, Arc::clone(&order.is_here));
+        self.thread.begin(SpillOrder { is_here, ..*order })?;
+        for index in (0..order.is_here.len()).filter(|index| order.is_here[*index]) {
+            gpu.hand_over(crossing, rows.span(), tokens, (base.span(), index))?;
+            gpu.take_back(crossing, rows.span(), tokens, (base.span(), index))?;
+        }
+        Ok(())
+    }
+
+    /// Seconds that the weights of a network take, by those that arrive in `least` or in one
+    /// filling of the ring.
+    fn stream_seconds(&mut self, least: Option<Duration>) -> Result<Option<f64>, ExecutorError> {
+        let (started, mut sent) = (Instant::now(), 0);
+        loop {
+            let base = self.next_bases(self.from().networks().len()).ring;
+            let Some(stream) = &self.stream else { return Ok(None) };
+            let (gpu, from) = (self.weights.gpu(), self.from());
+            for (index, piece) in from.networks().iter().flatten().take(RING_SLOTS).enumerate() {
+                let bytes = from.bytes(piece);
+                // SAFETY: weights never change, and outlive the ring.
+                unsafe { stream.ring.send(gpu, bytes, (base, index))? };
+                sent += bytes.len();
+            }
+            stream.ring.synchronize(gpu)?;
+            if least.is_none_or(|least| started.elapsed() >= least) {
+                let of_network = from.stored_bytes() as f64 / from.networks().len() as f64;
+                return Ok(Some(started.elapsed().as_secs_f64() / sent as f64 * of_network));
+            }
+        }
+    }
+}
+
+impl Drop for GpuSpill {
+    fn drop(&mut self) {
+        if let Some(stream) = &self.stream {
+            // The weights are let go after it; a GPU that is lost copies nothing any more.
+            let _ = stream.ring.synchronize(self.weights.gpu());
+        }
+    }
+}
+
+impl GpuStage {
+    fn base(&self, part: Part) -> Span<'_> {
+        self.buffers.inputs.span(part)
+    }
+
+    /// Starts what a spilled network begins with; whether its ops are the CPU's.
+    pub(super) fn start_spilled(
+        &self,
+        (tokens, streamed): (usize, usize),
+        index: usize,
+    ) -> Result<bool, ExecutorError> {
+        let (gpu, spill) = (self.weights.gpu(), self.spill());
+        let is_here = spill.is_here(streamed);
+        if is_here[index] {
+            let normed = self.buffers.normed.values();
+            let event = (self.base(Part::Crossings), index);
+            gpu.hand_over(spill.thread.crossing(), normed, tokens, event)?;
+            return Ok(true);
+        }
+        let stream = spill.stream.as_ref().expect("networks stream where they can");
+        let networks = spill.from().networks();
+        let before = (0..index).filter(|index| !is_here[*index]);
+        let first: usize = before.map(|index| networks[index].len()).sum();
+        for (piece, at) in networks[index].iter().zip(first..) {
+            let matrix = &stream.scratch[stream.places[&piece.matrix]];
+            stream.ring.take(gpu, matrix, (self.base(Part::Pieces), at))?;
+        }
+        Ok(false)
+    }
+
+    /// Starts what a network of the CPU ends with.
+    pub(super) fn end_spilled(&self, tokens: usize, index: usize) -> Result<(), ExecutorError> {
+        let (gpu, spill) = (self.weights.gpu(), self.spill());
+        let (projected, event) =
+            (self.buffers.projected.values(), (self.base(Part::Crossings), index));
+        Ok(gpu.take_back(spill.thread.crossing(), projected, tokens, event)?)
+    }
+
+    fn spill(&self) -> &GpuSpill {
+        self.spill.as_ref().expect("a program with spilled networks has what they need")
+    }
+
+    /// A matrix, where it lies on the GPU or while it does.
+    pub(super) fn matrix(&self, id: MatrixId) -> &DeviceMatrix {
+        let streamed = self.spill.as_ref().and_then(|spill| spill.matrix(id));
+        streamed.unwrap_or_else(|| self.weights.matrix(id))
+    }
+}

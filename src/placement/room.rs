@@ -1,0 +1,169 @@
+//! What a device has for a model, and how much of it becomes KV: the longest sequence and the blocks
+//! of the store.
+
+use super::{Device, Spill};
+use crate::config::Config;
+use crate::kv::blocks_for;
+use crate::model::ModelSpec;
+use crate::tensor::KvDType;
+use crate::units::ByteSize;
+
+/// Full contexts that the KV store holds by itself, if a quarter of the memory that is left does.
+/// Its pages are taken from the system only as sequences touch them.
+const KV_CONTEXTS_WANTED: usize = 8;
+const KV_ROOM_DIVISOR: usize = 4;
+/// Shortest context worth starting with when the model's own does not fit.
+const CONTEXT_TOKENS_MIN: usize = 256;
+/// Longest context that is worth spilling weights for, unless a longer one is asked for.
+const CONTEXT_TOKENS_SPILLED: usize = 8192;
+/// Part of the available memory that is left to others: 1/16.
+const MARGIN_DIVISOR: u64 = 16;
+
+/// What of `available` bytes is left to others.
+pub(super) fn margin_bytes(available: u64) -> u64 {
+    available / MARGIN_DIVISOR
+}
+
+/// What must be available so that `bytes` remain beside the margin.
+pub(super) fn with_margin(bytes: u64) -> u64 {
+    (bytes as u128 * MARGIN_DIVISOR as u128).div_ceil(MARGIN_DIVISOR as u128 - 1) as u64
+}
+
+/// What a device has for a model.
+#[derive(Clone)]
+pub(super) struct Room {
+    pub device: Device,
+    /// As errors call it.
+    pub name: String,
+    /// Bytes that are free.
+    pub free: u64,
+    /// Of them, those that may be used.
+    pub available: u64,
+    /// How it keeps keys and values.
+    pub kv_dtype: KvDType,
+    /// Bytes of weights there.
+    pub weight_bytes: u64,
+    /// Bytes of a step's activations there.
+    pub activation_bytes: u64,
+    /// Bytes of host memory for KV blocks that wait; `None` where they share the device's.
+    pub swap_room: Option<u64>,
+    /// What to do where it is too small.
+    pub suggest: String,
+    /// Weights that lie elsewhere.
+    pub spill: Option<Spill>,
+}
+
+impl Room {
+    /// Bytes without the margin.
+    pub fn usable(&self) -> u64 {
+        self.available - margin_bytes(self.available)
+    }
+
+    /// Bytes of all but KV.
+    pub fn fixed_bytes(&self) -> u64 {
+        let ring_bytes = self.spill.as_ref().map_or(0, |spill| spill.ring_bytes);
+        self.weight_bytes + self.activation_bytes + ring_bytes
+    }
+
+    /// What is left for KV.
+    pub fn for_kv(&self, spec: &ModelSpec, config: &Config) -> KvRoom {
+        let block_tokens = config.kv.block_tokens;
+        let trained = spec.context_tokens_max;
+        KvRoom {
+            room: self.usable().saturating_sub(self.fixed_bytes()),
+            block_tokens,
+            block_bytes: spec.kv_bytes_per_token(self.kv_dtype) * block_tokens as u64,
+            trained,
+            // Weights that are spilled for KV cost every token, a longer context a few.
+            context_max: match &self.spill {
+                Some(_) => spilled_context(spec),
+                None => trained,
+            },
+            contexts: if self.spill.is_some() { 1 } else { KV_CONTEXTS_WANTED },
+        }
+    }
+}
+
+/// Tokens of a context for which weights are spilled, unless another one is asked for.
+pub(super) fn spilled_context(spec: &ModelSpec) -> usize {
+    spec.context_tokens_max.min(CONTEXT_TOKENS_SPILLED)
+}
+
+/// What is left for KV.
+pub(super) struct KvRoom {
+    /// Bytes.
+    pub room: u64,
+    block_tokens: usize,
+    /// Bytes of a block.
+    pub block_bytes: u64,
+    /// Tokens of context that the model was trained for.
+    trained: usize,
+    /// Of them, those that are given without being asked for.
+    context_max: usize,
+    /// Contexts that the store is to hold, unless its size was asked for.
+    contexts: usize,
+}
+
+impl KvRoom {
+    fn bytes(&self, tokens: usize) -> u64 {
+        (blocks_for(tokens, self.block_tokens) as u64).saturating_mul(self.block_bytes)
+    }
+
+    /// Tokens that fit, in whole blocks.
+    fn tokens_max(&self) -> usize {
+        let blocks = self.room / self.block_bytes;
+        usize::try_from(blocks).unwrap_or(usize::MAX).saturating_mul(self.block_tokens)
+    }
+
+    /// Bytes of a store for which weights are spilled: of one context, or what was asked for.
+    pub fn wanted_bytes(&self, config: &Config) -> u64 {
+        let tokens = match config.model.context_tokens {
+            0 => self.context_max,
+            asked => asked,
+        };
+        let asked = config.kv.cache_bytes.0 / self.block_bytes * self.block_bytes;
+        self.bytes(tokens).max(asked)
+    }
+
+    /// Blocks of the store: what was asked for, at least one context, at most what fits.
+    pub fn blocks(&self, context_tokens: usize, asked: ByteSize, notes: &mut Vec<String>) -> usize {
+        let context_blocks = blocks_for(context_tokens, self.block_tokens);
+        let fit = (self.room / self.block_bytes) as usize;
+        let wanted = match asked.0 {
+            0 => (self.contexts * context_blocks).min(fit / KV_ROOM_DIVISOR),
+            bytes => (bytes / self.block_bytes) as usize,
+        };
+        let given = wanted.min(fit).max(context_blocks);
+        if asked.0 > 0 && given != wanted {
+            let bytes = ByteSize(given as u64 * self.block_bytes);
+            notes.push(format!("kv.cache_bytes is {asked}, the KV store has {bytes}"));
+        }
+        given
+    }
+
+    /// Tokens of the longest sequence, or the bytes of KV that it would have needed.
+    pub fn context(&self, config: &Config, notes: &mut Vec<String>) -> Result<usize, u64> {
+        let Self { trained, context_max, .. } = *self;
+        if config.model.context_tokens > 0 {
+            let asked = config.model.context_tokens;
+            if asked > trained {
+                notes.push(format!("the context of {asked} tokens exceeds the {trained} trained"));
+            }
+            let need = self.bytes(asked);
+            return if need <= self.room { Ok(asked) } else { Err(need) };
+        }
+        let fit = self.tokens_max();
+        if fit < CONTEXT_TOKENS_MIN.min(trained) {
+            return Err(self.bytes(CONTEXT_TOKENS_MIN.min(trained)));
+        }
+        if fit < context_max {
+            notes.push(format!("memory holds {fit} of the {trained} tokens of context trained"));
+        } else if context_max < trained {
+            notes.push(format!(
+                "context of {context_max} of the {trained} tokens trained, since weights are \
+                 spilled; model.context_tokens asks for more"
+            ));
+        }
+        Ok(fit.min(context_max))
+    }
+}

@@ -1,0 +1,267 @@
+//! Which feed-forward networks are spilled, on machines whose GPUs are made up, for well-known
+//! shapes.
+
+use super::gpu::{config, gpu, with};
+use super::spec;
+use proptest::prelude::*;
+use tandem::config::Config;
+use tandem::hardware::HardwareProfile;
+use tandem::model::{ModelSpec, SyntheticModel};
+use tandem::placement::{Device, ExplainRow, Placement, Spill};
+use tandem::request::RequestError;
+use tandem::units::ByteSize;
+
+const GIB: u64 = 1 << 30;
+/// Larger than any model here, so that limits bind.
+const FREE: u64 = 140 * GIB;
+
+fn shape(name: &str) -> ModelSpec {
+    name.parse::<SyntheticModel>().unwrap().spec()
+}
+
+fn machine(host_bytes: u64) -> HardwareProfile {
+    HardwareProfile { memory_available_bytes: host_bytes, ..with(vec![gpu(0, FREE)]) }
+}
+
+fn limited(limit: u64) -> Config {
+    let mut config = config("0");
+    config.gpu.vram_limit = ByteSize(limit);
+    config
+}
+
+fn plan(spec: &ModelSpec, limit: u64) -> Result<Placement, RequestError> {
+    Placement::plan(spec, &machine(64 * GIB), &limited(limit))
+}
+
+fn spilled(placement: &Placement) -> usize {
+    placement.spill.as_ref().map_or(0, |spill| spill.layers.len())
+}
+
+/// The parts, each by itself, add up to at most what is available of both memories.
+fn assert_not_overcommitted(placement: &Placement, available: u64, host_bytes: u64) {
+    let stage = &placement.stages[0];
+    let Spill { weight_bytes, ring_bytes, crossing_bytes, .. } = placement
+        .spill
+        .clone()
+        .unwrap_or(Spill { layers: Vec::new(), weight_bytes: 0, ring_bytes: 0, crossing_bytes: 0 });
+    let on_gpu = stage.weight_bytes + stage.kv_bytes + stage.activation_bytes + ring_bytes;
+    assert_eq!(on_gpu, placement.device_bytes());
+    assert!(on_gpu + placement.margin_bytes <= available, "{on_gpu} of {available}");
+    let on_host = weight_bytes + crossing_bytes + placement.host_kv_bytes;
+    assert!(on_host <= host_bytes - host_bytes / 16, "{on_host} of {host_bytes}");
+    assert!(placement.device_blocks * placement.block_tokens >= placement.context_tokens);
+}
+
+/// Gaps between neighbours, and before the first and after the last as half ones, differ by little.
+fn assert_spread(layers: &[usize], of: usize) {
+    let share = of as f64 / layers.len() as f64;
+    for (index, layer) in layers.iter().enumerate() {
+        let middle = (index as f64 + 0.5) * share;
+        assert!((*layer as f64 + 0.5 - middle).abs() <= 1.5, "{layer} of {layers:?}");
+    }
+    assert!(layers.windows(2).all(|pair| pair[0] < pair[1]), "{layers:?}");
+}
+
+#[test]
+fn a_model_that_fits_is_not_spilled() {
+    for name in ["llama-8b:q4_0", "mixtral-8x7b:q4_0", "llama-70b:q4_k_m"] {
+        let placement = plan(&shape(name), 0).unwrap();
+        assert_eq!((placement.device(), &placement.spill), (&Device::Gpu(0), &None), "{name}");
+    }
+}
+
+#[test]
+fn the_smaller_the_limit_the_more_layers_are_spilled_evenly_until_it_is_refused() {
+    for name in ["llama-8b:q4_0", "llama-8b:q4_k_m", "qwen3-30b-a3b:q4_0", "llama-70b:q4_0"] {
+        let spec = shape(name);
+        let (mut last, mut seen, mut limit) = (0, 0, 48 * GIB);
+        let refused = loop {
+            match plan(&spec, limit) {
+                Ok(placement) => {
+                    assert_not_overcommitted(&placement, limit, 64 * GIB);
+                    let count = spilled(&placement);
+                    assert!(count >= last, "{count} after {last} of {name} at {limit}");
+                    if let Some(spill) = &placement.spill {
+                        assert_spread(&spill.layers, spec.layers.len());
+                        let note = format!("of {count} of {} layers", spec.layers.len());
+                        assert!(placement.notes.iter().any(|told| told.contains(&note)), "{name}");
+                    }
+                    seen += usize::from(count > last);
+                    last = count;
+                }
+                Err(error) => break error,
+            }
+            limit -= GIB / 16;
+        };
+        assert!(seen > 10 && last == spec.layers.len(), "{seen} {last} of {name}");
+        let RequestError::InsufficientMemory { device, need, free, suggest } = refused else {
+            panic!("{refused:?}")
+        };
+        assert_eq!(device, "GPU 0 (Fake 8)");
+        assert!(need > free && suggest.contains("gpu.vram_limit"), "{need} of {free}: {suggest}");
+        // Nothing else is as good any more.
+        let mut config = limited(limit);
+        config.gpu.device = "auto".into();
+        let placement = Placement::plan(&spec, &machine(64 * GIB), &config).unwrap();
+        assert_eq!((placement.device(), &placement.spill), (&Device::Cpu, &None));
+        assert!(placement.notes[0].starts_with("no GPU is used: GPU 0"), "{:?}", placement.notes);
+    }
+}
+
+#[test]
+fn no_more_is_spilled_than_must_be() {
+    let spec = shape("llama-8b:q4_0");
+    let placement = plan(&spec, 4 * GIB).unwrap();
+    let spill = placement.spill.as_ref().unwrap();
+    // One network more on the GPU would not fit.
+    let network = spill.weight_bytes / spill.layers.len() as u64;
+    let taken = placement.device_bytes() + placement.margin_bytes;
+    assert!(taken + network > 4 * GIB, "{taken} and {network}");
+    // 4.5 bits a weight of three matrices of 14336 x 4096.
+    assert_eq!(network, 3 * 14336 * 4096 * 18 / 32);
+    let slot = 14336 * 4096 * 18 / 32;
+    assert!((7 * slot..8 * slot).contains(&spill.ring_bytes), "{} {slot}", spill.ring_bytes);
+    // Rows there and back alone.
+    assert!(spill.crossing_bytes > 2 * 256 * 4096 * 4);
+}
+
+#[test]
+fn experts_are_spilled_and_attention_stays() {
+    let spec = shape("mixtral-8x7b:q4_0");
+    let whole = plan(&spec, 0).unwrap();
+    let placement = plan(&spec, 12 * GIB).unwrap();
+    let spill = placement.spill.as_ref().unwrap();
+    let (stage, all) = (&placement.stages[0], &whole.stages[0]);
+    let share = spill.layers.len() as u64;
+    let layers = spec.layers.len() as u64;
+    assert_eq!(stage.expert_bytes, all.expert_bytes / layers * (layers - share));
+    assert_eq!(stage.active_expert_bytes * 4, stage.expert_bytes);
+    // Routers lie on both sides.
+    let router = spec.layers[0].ffn.experts().unwrap().router.bytes();
+    assert_eq!(spill.weight_bytes, share * (all.expert_bytes / layers + router));
+    // What the GPU keeps of a spilled layer.
+    let smallest = plan(&spec, 4 * GIB).unwrap();
+    assert_eq!((spilled(&smallest), smallest.stages[0].expert_bytes), (32, 0));
+    assert!(smallest.stages[0].weight_bytes > 32 * 4096 * 4096);
+    assert!(smallest.explain().iter().all(|row| row.what != "experts"));
+}
+
+#[test]
+fn host_memory_that_is_too_small_is_refused_by_name() {
+    let spec = shape("llama-70b:q4_0");
+    let refused = Placement::plan(&spec, &machine(8 * GIB), &limited(16 * GIB));
+    let Err(RequestError::InsufficientMemory { device, need, free, suggest }) = refused else {
+        panic!("{refused:?}")
+    };
+    assert_eq!((device.as_str(), free), ("host memory", 8 * GIB - GIB / 2));
+    assert!(need > 16 * GIB && suggest.contains("GPU's memory"), "{need}: {suggest}");
+    // Preempted sequences get what is left.
+    let placement = plan(&spec, 16 * GIB).unwrap();
+    let spill = placement.spill.unwrap();
+    let host = (spill.weight_bytes + spill.crossing_bytes + (64 << 20)) * 16 / 15;
+    let placement = Placement::plan(&spec, &machine(host), &limited(16 * GIB)).unwrap();
+    assert_not_overcommitted(&placement, 16 * GIB, host);
+    assert!(placement.host_kv_bytes < 256 << 20, "{}", placement.host_kv_bytes);
+}
+
+#[test]
+fn the_context_is_8192_tokens_unless_more_are_asked_for() {
+    let mut spec = shape("llama-8b:q4_0");
+    spec.context_tokens_max = 131_072;
+    let placement = plan(&spec, 5 * GIB).unwrap();
+    assert_eq!((placement.context_tokens, placement.device_blocks * 32), (8192, 8192));
+    let told = "context of 8192 of the 131072 tokens trained, since weights are spilled; \
+                model.context_tokens asks for more";
+    assert!(placement.notes.iter().any(|note| note == told), "{:?}", placement.notes);
+    let mut config = limited(5 * GIB);
+    config.model.context_tokens = 16_384;
+    let longer = Placement::plan(&spec, &machine(64 * GIB), &config).unwrap();
+    assert_eq!((longer.context_tokens, longer.device_blocks * 32), (16_384, 16_384));
+    assert!(spilled(&longer) > spilled(&placement));
+    assert!(longer.notes.iter().all(|note| !note.starts_with("context of")), "{:?}", longer.notes);
+    // A context that fits beside all weights is no reason to spill, whatever was trained for.
+    let placement = plan(&spec, 7 * GIB).unwrap();
+    assert_eq!(spilled(&placement), 0);
+    assert!((8192..131_072).contains(&placement.context_tokens), "{}", placement.context_tokens);
+    config.model.context_tokens = 131_072;
+    let refused = Placement::plan(&spec, &machine(64 * GIB), &config);
+    assert!(matches!(refused, Err(RequestError::InsufficientMemory { .. })), "{refused:?}");
+}
+
+#[test]
+fn a_store_that_was_asked_for_is_paid_with_layers() {
+    let spec = shape("llama-8b:q4_0");
+    let with_store = |bytes| {
+        let mut config = limited(5 * GIB);
+        config.kv.cache_bytes = ByteSize(bytes);
+        Placement::plan(&spec, &machine(64 * GIB), &config).unwrap()
+    };
+    let (one, two) = (with_store(0), with_store(2 * GIB));
+    assert_eq!(two.stages[0].kv_bytes, 2 * GIB);
+    assert!(spilled(&two) > spilled(&one));
+    // More than all layers can pay for.
+    let most = with_store(64 * GIB);
+    assert_not_overcommitted(&most, 5 * GIB, 64 * GIB);
+    assert_eq!(spilled(&most), spec.layers.len());
+    assert!(most.notes.iter().any(|note| note.starts_with("kv.cache_bytes is 64.00 GiB")));
+}
+
+#[test]
+fn without_spilling_a_model_fits_or_does_not() {
+    let spec = shape("llama-8b:q4_0");
+    let mut config = limited(4 * GIB);
+    config.gpu.spill = false;
+    let refused = Placement::plan(&spec, &machine(64 * GIB), &config);
+    assert!(matches!(refused, Err(RequestError::InsufficientMemory { .. })), "{refused:?}");
+    config.gpu.device = "auto".into();
+    let placement = Placement::plan(&spec, &machine(64 * GIB), &config).unwrap();
+    assert_eq!((placement.device(), &placement.spill), (&Device::Cpu, &None));
+}
+
+#[test]
+fn an_explanation_keeps_the_two_memories_apart() {
+    let placement = plan(&shape("llama-8b:q4_0"), 4 * GIB).unwrap();
+    let spill = placement.spill.clone().unwrap();
+    let rows = placement.explain();
+    let at = rows.iter().position(|row| row.what == "total").unwrap();
+    let (above, below) = (&rows[..at], &rows[at + 1..]);
+    let names =
+        |rows: &[ExplainRow]| -> Vec<String> { rows.iter().map(|row| row.what.clone()).collect() };
+    assert_eq!(names(above), ["weights", "KV cache", "activations", "ring", "margin"]);
+    assert_eq!(above.iter().map(|row| row.bytes).sum::<u64>(), rows[at].bytes);
+    assert!(rows[at].bytes <= 4 * GIB && above.iter().all(|row| row.device == "gpu 0"));
+    assert_eq!(names(below), ["spilled weights", "crossing", "KV swap"]);
+    assert!(below.iter().all(|row| row.device == "host"));
+    assert_eq!((below[0].bytes, below[1].bytes), (spill.weight_bytes, spill.crossing_bytes));
+    let first = format!("FFN of {} of 32 layers: {}", spill.layers.len(), spill.layers[0]);
+    assert!(below[0].why.starts_with(&first), "{}", below[0].why);
+    let all = plan(&shape("llama-8b:q4_0"), 3 * GIB).unwrap();
+    let row = all.explain().into_iter().find(|row| row.what == "spilled weights").unwrap();
+    assert_eq!(row.why, "FFN of 30 of 32 layers: 0–6, 8–22, 24–31");
+}
+
+#[test]
+fn a_network_smaller_than_the_ring_is_not_spilled() {
+    // Two layers save less than the ring takes.
+    let spec = spec();
+    let whole = plan(&spec, 0).unwrap();
+    let limit = whole.stages[0].weight_bytes + whole.stages[0].activation_bytes;
+    assert!(matches!(plan(&spec, limit), Err(RequestError::InsufficientMemory { .. })));
+}
+
+proptest! {
+    #[test]
+    fn neither_memory_is_overcommitted(
+        limit in GIB / 2..8 * GIB,
+        host in 1u64 << 24..8 * GIB,
+        cache in 0u64..4 * GIB,
+        context in 0usize..10_000,
+    ) {
+        let mut config = limited(limit);
+        config.kv.cache_bytes = ByteSize(cache);
+        config.model.context_tokens = context;
+        if let Ok(placement) = Placement::plan(&shape("llama-8b:q4_k_m"), &machine(host), &config) {
+            assert_not_overcommitted(&placement, limit, host);
+        }
+    }
+}
