@@ -43,8 +43,9 @@ extern "C" __global__ void __launch_bounds__(256) hand_over(const __grid_constan
     copy_quads(args, [](const float4* at) { return *at; });
     __syncthreads();
     if (threadIdx.x != 0) return;
-    __threadfence_system();
+    __threadfence();
     if (atomicAdd(args.finished, 1) != gridDim.x - 1) return;
+    __threadfence();
     *args.finished = 0;
     store_flag(args.flags, event_number(args.base, args.index));
 }

@@ -35,9 +35,6 @@ pub struct Crossing {
     cols: usize,
 }
 
-// SAFETY: the host uses its memory through `CrossingHost` alone.
-unsafe impl Sync for Crossing {}
-
 /// What the CPU's threads use of a [`Crossing`].
 #[derive(Clone, Copy, Debug)]
 pub struct CrossingHost<'a> {

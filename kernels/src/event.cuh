@@ -21,9 +21,8 @@ __device__ __forceinline__ uint2 load_flags(const uint2* flags) {
     return make_uint2(static_cast<uint32_t>(both), static_cast<uint32_t>(both >> 32));
 }
 
-// Whoever reads it sees what this thread wrote before, and what it knows that others did.
+// Whoever reads it sees what this thread wrote before, and what others wrote that it knows to be done.
 __device__ __forceinline__ void store_flag(uint32_t* flag, uint32_t value) {
-    __threadfence_system();
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 

@@ -1,7 +1,8 @@
 // Launches overlap on GPUs of compute capability 9.0 and above: a kernel may start while the one before
 // it still works (gpu.rs asks for that), so that its own start costs nothing. Every kernel therefore calls
 // begin(), or let_next_start() and then wait_for_earlier(): before the latter it touches nothing that any
-// earlier kernel writes, and all its blocks come past it.
+// earlier kernel writes, and all its blocks come past it. Weights may be asked for before: products of matrices
+// that change inside a step are not started early (`DeviceMatrix::changing`).
 #pragma once
 
 __device__ __forceinline__ void let_next_start() {

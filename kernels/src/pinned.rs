@@ -18,6 +18,8 @@ pub struct PinnedMemory {
 
 // SAFETY: it is plain memory that this value owns.
 unsafe impl Send for PinnedMemory {}
+// SAFETY: shared references only read it; what uses its start says who writes when.
+unsafe impl Sync for PinnedMemory {}
 
 impl Gpu {
     /// `bytes` zeroed bytes of pinned host memory, aligned to a page.

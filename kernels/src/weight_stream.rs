@@ -2,8 +2,9 @@
 //!
 //! A stream of the ring's own copies pieces to slots, piece `index` of a step to slot `index` modulo
 //! their number. The compute stream takes them apart one after the other. Two flags tell one what
-//! the other has done: `arrived` in the GPU's memory, `consumed` in the host's. Pieces are events of
-//! a step ([`event_number`]), so that the takes can be recorded and replayed.
+//! the other has done: `arrived` and `consumed`. They lie in host memory, since streams refuse flags
+//! in what they allocate. Pieces are events of a step ([`event_number`]), so that the takes can be
+//! recorded and replayed.
 
 use crate::event::event_number;
 use crate::fate::OnGpu;
@@ -15,12 +16,13 @@ use cudarc::driver::{CudaStream, result, sys};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Slots start at multiples of this, behind as many bytes for `arrived`.
+/// Slots start at multiples of this.
 const SLOT_ALIGNMENT: usize = 256;
 /// Where flags lie in host memory: `released` is the host's.
 const CONSUMED: usize = 0;
-const RELEASED: usize = 128;
-const HOST_BYTES: usize = 256;
+const ARRIVED: usize = 128;
+const RELEASED: usize = 256;
+const HOST_BYTES: usize = 384;
 
 /// A ring of slots in the GPU's memory and a stream of its own that fills it. Waits end when it is
 /// dropped.
@@ -48,7 +50,7 @@ impl Gpu {
     pub fn weight_ring(&self, slots: usize, slot_bytes: usize) -> Result<WeightRing, GpuError> {
         assert!(slots > 0, "a ring has slots");
         let slot_bytes = slot_bytes.next_multiple_of(SLOT_ALIGNMENT);
-        let memory = self.alloc(SLOT_ALIGNMENT + slots * slot_bytes)?;
+        let memory = self.alloc(slots * slot_bytes)?;
         let host = self.alloc_pinned(HOST_BYTES)?;
         let host_start = self.address_of(&host)?;
         let stream = self.stream().context().new_stream();
@@ -85,7 +87,7 @@ impl WeightRing {
         gpu.bound()?;
         let stream = self.stream.cu_stream();
         if let Some(before) = index.checked_sub(self.slots) {
-            let (flag, number) = (self.host_start + CONSUMED as u64, event_number(base, before));
+            let (flag, number) = (self.flag(CONSUMED), event_number(base, before));
             // Until the flag is no less than the number, as `event_number` tells.
             let flags = sys::CUstreamWaitValue_flags::CU_STREAM_WAIT_VALUE_GEQ as u32;
             // SAFETY: the flag lives as long as the stream.
@@ -103,11 +105,10 @@ impl WeightRing {
             unsafe { result::memcpy_htod_async(to, &bytes[part], stream) }
                 .map_err(|error| gpu.failed("copying to it", error))?;
         }
-        let arrived = self.arrived().of(1, size_of::<u32>());
         // The flag is written behind what the copy wrote.
         let flags = sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
         // SAFETY: the flag lives as long as the stream.
-        unsafe { sys::cuStreamWriteValue32_v2(stream, arrived, number, flags) }
+        unsafe { sys::cuStreamWriteValue32_v2(stream, self.flag(ARRIVED), number, flags) }
             .result()
             .map_err(|error| gpu.failed("saying that weights arrived", error))
     }
@@ -130,8 +131,7 @@ impl WeightRing {
     ) -> Result<(), GpuError> {
         assert!(matrix.is_changing(), "products would read what was there before");
         let slot = self.slot(index, matrix.piece_bytes());
-        let [consumed, released] = [CONSUMED, RELEASED].map(|place| self.host_start + place as u64);
-        let arrived = self.arrived().of(1, size_of::<u32>());
+        let (arrived, released) = (self.flag(ARRIVED), self.flag(RELEASED));
         // SAFETY: the flags live as long as the ring, and it waits for the GPU when it is dropped.
         unsafe { gpu.await_event((arrived, released), (base, index)) }?;
         if matrix.dtype().is_quantized() {
@@ -140,7 +140,7 @@ impl WeightRing {
             matrix.pack(gpu, slot, 0..matrix.rows())?;
         }
         // SAFETY: as above.
-        unsafe { gpu.raise_event(consumed, (base, index)) }
+        unsafe { gpu.raise_event(self.flag(CONSUMED), (base, index)) }
     }
 
     /// Waits until all that was sent has arrived: before the memory it came from is freed.
@@ -170,13 +170,14 @@ impl WeightRing {
         self.memory.bytes()
     }
 
-    fn arrived(&self) -> Span<'_> {
-        self.memory.span().part(0, size_of::<u32>())
+    /// The GPU's address of a flag.
+    fn flag(&self, place: usize) -> u64 {
+        self.host_start + place as u64
     }
 
     fn slot(&self, index: usize, bytes: usize) -> Span<'_> {
         assert!(bytes <= self.slot_bytes, "{bytes} bytes into a slot of {}", self.slot_bytes);
-        let start = SLOT_ALIGNMENT + index % self.slots * self.slot_bytes;
+        let start = index % self.slots * self.slot_bytes;
         self.memory.span().part(start, bytes)
     }
 

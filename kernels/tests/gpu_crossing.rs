@@ -1,0 +1,153 @@
+//! Rows that cross between a GPU and threads of the CPU inside a step.
+
+#![allow(clippy::print_stdout, reason = "tests say what they skip, and what they measure")]
+
+mod gpu;
+
+use gpu::{Random, from_gpu, gpu};
+use std::thread;
+use std::time::{Duration, Instant};
+use tandem_kernels::{Crossing, CrossingHost, Gpu, GpuError, Span, event_number};
+
+/// Bases of steps one after the other: they wrap around, also inside a step.
+const BASES: [u32; 6] = [0, 1024, 0x7000_0000, 0xe000_0000, 0xffff_fffd, 16];
+
+/// A thread of the CPU that doubles the rows of some events.
+fn double_rows(host: CrossingHost<'_>, (base, events): (u32, usize), elements: usize) {
+    for number in (0..events).map(|index| event_number(base, index)) {
+        while !host.has_reached(number) {
+            std::hint::spin_loop();
+        }
+        let (out, room) = host.rows_out();
+        assert!(elements <= room);
+        // SAFETY: the GPU has handed over as many elements and waits for as many.
+        unsafe {
+            for at in 0..elements {
+                out.add(at).write(2.0 * host.rows_in().add(at).read());
+            }
+        }
+        host.done(number);
+    }
+}
+
+/// Starts what doubles `x` once per event.
+fn start_crossings(
+    gpu: &Gpu,
+    crossing: &Crossing,
+    (x, y): (Span<'_>, Span<'_>),
+    (base, rows, events): (Span<'_>, usize, usize),
+) -> Result<(), GpuError> {
+    for index in 0..events {
+        gpu.hand_over(crossing, x, rows, (base, index))?;
+        gpu.take_back(crossing, y, rows, (base, index))?;
+        gpu.copy(y, x)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn rows_cross_to_a_thread_and_back_in_every_step() {
+    let Some(gpu) = gpu() else { return };
+    let (cols, events) = (520, 5);
+    let mut random = Random(2);
+    let base = gpu.alloc(16).expect("memory");
+    for rows in [1, 3, 32] {
+        let elements = rows * cols;
+        let crossing = gpu.crossing(32, cols).expect("memory");
+        assert!(crossing.bytes() >= 2 * 32 * cols * 4);
+        let x = gpu.alloc(4 * elements).expect("memory");
+        let y = gpu.alloc(4 * elements).expect("memory");
+        let start =
+            || start_crossings(&gpu, &crossing, (x.span(), y.span()), (base.span(), rows, events));
+        let mut graph = None;
+        for step_base in BASES {
+            let values = random.floats(elements);
+            gpu.upload(&values, x.span()).expect("an upload");
+            gpu.upload(&[step_base], base.span()).expect("an upload");
+            thread::scope(|scope| {
+                scope.spawn(|| double_rows(crossing.host(), (step_base, events), elements));
+                match &graph {
+                    None => start().expect("launches"),
+                    // SAFETY: all that was recorded is still there.
+                    Some(graph) => unsafe { gpu.replay(graph).expect("a launch") },
+                }
+                gpu.synchronize().expect("a step");
+            });
+            let wanted: Vec<f32> = values.iter().map(|value| 32.0 * value).collect();
+            let same = from_gpu(&gpu, &x, elements) == wanted;
+            assert!(same, "{rows} rows, base {step_base}");
+            let record = || gpu.record(start).expect("a record").expect("a graph");
+            graph = graph.or_else(|| Some(record()));
+        }
+    }
+}
+
+#[test]
+fn a_release_ends_the_waits_of_a_step_and_the_next_one_waits_again() {
+    let Some(gpu) = gpu() else { return };
+    let (rows, cols) = (2, 64);
+    let mut crossing = gpu.crossing(rows, cols).expect("memory");
+    let (base, x) = (gpu.alloc(16).expect("memory"), gpu.alloc(4 * rows * cols).expect("memory"));
+    let take = |crossing: &Crossing| {
+        gpu.hand_over(crossing, x.span(), rows, (base.span(), 0)).expect("a launch");
+        gpu.take_back(crossing, x.span(), rows, (base.span(), 0)).expect("a launch");
+    };
+    let pause = Duration::from_millis(30);
+    for step_base in [0, 1024u32] {
+        gpu.upload(&[step_base], base.span()).expect("an upload");
+        let started = Instant::now();
+        thread::scope(|scope| {
+            let host = crossing.host();
+            scope.spawn(move || {
+                thread::sleep(pause);
+                host.release();
+            });
+            take(&crossing);
+            gpu.synchronize().expect("a wait that ends");
+        });
+        assert!(started.elapsed() >= pause, "it waited for the release");
+        crossing.rearm();
+    }
+}
+
+/// How long it takes to hand rows over and to take them back, each time from a thread that copies
+/// nothing.
+#[test]
+fn crossings_are_measured() {
+    let Some(gpu) = gpu() else { return };
+    let (cols, events, steps) = (4096, 200, 5);
+    let base = gpu.alloc(16).expect("memory");
+    for rows in [1, 8, 32] {
+        let crossing = gpu.crossing(rows, cols).expect("memory");
+        let x = gpu.alloc(4 * rows * cols).expect("memory");
+        let start = || {
+            (0..events).try_for_each(|index| {
+                gpu.hand_over(&crossing, x.span(), rows, (base.span(), index))?;
+                gpu.take_back(&crossing, x.span(), rows, (base.span(), index))
+            })
+        };
+        let mut graph = None;
+        for step in 0..steps {
+            let step_base: u32 = 1024 * step;
+            gpu.upload(&[step_base], base.span()).expect("an upload");
+            let marks = [gpu.mark().expect("a mark"), gpu.mark().expect("a mark")];
+            thread::scope(|scope| {
+                scope.spawn(|| double_rows(crossing.host(), (step_base, events), 0));
+                gpu.mark_again(&marks[0]).expect("a mark");
+                match &graph {
+                    None => start().expect("launches"),
+                    // SAFETY: all that was recorded is still there.
+                    Some(graph) => unsafe { gpu.replay(graph).expect("a launch") },
+                }
+                gpu.mark_again(&marks[1]).expect("a mark");
+                gpu.synchronize().expect("a step");
+            });
+            let us = marks[0].us_until(&marks[1]).expect("a time") / events as f64;
+            if step > 1 {
+                println!("{rows} rows of {cols} to the CPU and back: {us:.2} us");
+            }
+            let record = || gpu.record::<GpuError>(start).expect("a record").expect("a graph");
+            graph = graph.or_else(|| Some(record()));
+        }
+    }
+}

@@ -1,0 +1,353 @@
+//! Weights that stream from the host's memory inside a step, against the same ones that stay on the
+//! GPU, whose products `gpu_products.rs` holds against the specification.
+
+#![allow(clippy::print_stdout, reason = "tests say what they skip, and what they measure")]
+
+mod gpu;
+
+use gpu::specification::{file_bytes, round};
+use gpu::{EightBitMemory, Random, from_gpu, gpu, on_gpu};
+use std::thread;
+use std::time::{Duration, Instant};
+use tandem_cpu_kernels::{DType, Layout, packed_bytes, repack_row_group};
+use tandem_kernels::{
+    Columns, DeviceMatrix, DeviceMemory, Gate, Gated, Gpu, GpuError, Product, Span, Staging,
+    WeightRing, half_bytes,
+};
+
+/// Bases of steps one after the other: they wrap around, also inside a step.
+const BASES: [u32; 6] = [0, 1024, 0x7000_0000, 0xe000_0000, 0xffff_fffd, 16];
+
+/// Activations in the form that products take.
+struct Activations {
+    values: DeviceMemory,
+    eight_bits: EightBitMemory,
+    halves: DeviceMemory,
+    shape: (usize, usize),
+}
+
+impl Activations {
+    fn new(gpu: &Gpu, (columns, cols): (usize, usize), random: &mut Random) -> Self {
+        let values = on_gpu(gpu, &random.floats(columns * cols));
+        let made = Self {
+            values,
+            eight_bits: EightBitMemory::new(gpu, columns, cols, false),
+            halves: gpu.alloc(half_bytes(columns, cols)).expect("memory"),
+            shape: (columns, cols),
+        };
+        gpu.round_rows(&round(&made.view(gpu))).expect("rounding");
+        made
+    }
+
+    fn view(&self, gpu: &Gpu) -> Columns<'_> {
+        let (columns, cols) = self.shape;
+        let is_narrow = columns <= gpu.narrow_max();
+        let eight_bits = is_narrow.then(|| self.eight_bits.view());
+        let halves = (!is_narrow).then(|| self.halves.span());
+        Columns { columns, cols, values: Some(self.values.span()), eight_bits, halves }
+    }
+}
+
+fn product<'a>(matrix: &'a DeviceMatrix, out: Span<'a>) -> Product<'a> {
+    Product { matrix, bias: None, out, stride: matrix.rows() }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// The products of a matrix with some activations.
+fn products(gpu: &Gpu, matrix: &DeviceMatrix, x: &Activations) -> Vec<u32> {
+    let count = x.shape.0 * matrix.rows();
+    let out = on_gpu(gpu, &vec![f32::NAN; count]);
+    gpu.multiply(&[product(matrix, out.span())], &x.view(gpu)).expect("products");
+    bits(&from_gpu(gpu, &out, count))
+}
+
+/// A matrix of a file as the CPU holds it.
+fn as_the_cpu_has(dtype: DType, (rows, cols): (usize, usize), file: &[u8]) -> Vec<u8> {
+    if !dtype.is_quantized() {
+        return file.to_vec();
+    }
+    let row_bytes = dtype.row_bytes(cols).expect("whole blocks");
+    let bytes = packed_bytes(dtype, Layout::Rows16, rows, cols).expect("a size");
+    let mut packed = vec![0xa5; bytes];
+    for (file, packed) in file.chunks(16 * row_bytes).zip(packed.chunks_mut(16 * row_bytes)) {
+        repack_row_group(dtype, cols, file, packed);
+    }
+    packed
+}
+
+#[test]
+fn interleaved_rows_are_taken_apart_as_those_of_a_file() {
+    let Some(gpu) = gpu() else { return };
+    let staging = Staging::new(&gpu).expect("staging memory");
+    let mut random = Random(1);
+    for dtype in DType::ALL.into_iter().filter(|dtype| dtype.is_quantized()) {
+        let block = dtype.block_elements();
+        for (rows, cols) in [(1, block), (16, 3 * block), (37, 768), (300, 2304), (45, 5 * block)] {
+            let file = file_bytes(dtype, rows, cols, &mut random);
+            let wanted = DeviceMatrix::upload(&gpu, &staging, dtype, (rows, cols), &file);
+            let wanted = wanted.expect("an upload");
+            let packed = on_gpu(&gpu, &as_the_cpu_has(dtype, (rows, cols), &file));
+            let got = DeviceMatrix::changing(&gpu, dtype, (rows, cols)).expect("memory");
+            got.pack_rows16(&gpu, packed.span()).expect("a launch");
+            for columns in [1, 12] {
+                let x = Activations::new(&gpu, (columns, cols), &mut random);
+                let same = products(&gpu, &got, &x) == products(&gpu, &wanted, &x);
+                assert!(same, "{dtype} [{rows}, {cols}] × {columns}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_released_ring_waits_for_no_piece_and_no_slot() {
+    let Some(gpu) = gpu() else { return };
+    let (shape, base) = ((16, 64), gpu.alloc(16).expect("memory"));
+    let matrix = DeviceMatrix::changing(&gpu, DType::Q4_0, shape).expect("memory");
+    let bytes = vec![0; 2 * 16 * 18];
+    let mut ring = gpu.weight_ring(1, bytes.len()).expect("memory");
+    assert!(ring.bytes() >= bytes.len());
+    for step_base in [0, 1024u32] {
+        gpu.upload(&[step_base], base.span()).expect("an upload");
+        thread::scope(|scope| {
+            let ring = &ring;
+            scope.spawn(move || {
+                thread::sleep(Duration::from_millis(30));
+                ring.release();
+            });
+            // A piece that nobody takes, one that waits for its slot, and one that never comes.
+            for index in 0..2 {
+                // SAFETY: the ring is waited for below.
+                unsafe { ring.send(&gpu, &bytes, (step_base, index)).expect("a copy") };
+            }
+            ring.take(&gpu, &matrix, (base.span(), 2)).expect("launches");
+            gpu.synchronize().expect("a wait that ends");
+            ring.synchronize(&gpu).expect("a wait that ends");
+        });
+        ring.rearm();
+    }
+}
+
+/// Memory of whole pages: what is registered shares none with others.
+struct Pages {
+    memory: Vec<u8>,
+    start: usize,
+    bytes: usize,
+}
+
+impl Pages {
+    fn new(bytes: usize) -> Pages {
+        let bytes = bytes.next_multiple_of(4096);
+        let memory = vec![0; bytes + 4096];
+        let start = memory.as_ptr().align_offset(4096);
+        Pages { memory, start, bytes }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.memory[self.start..][..self.bytes]
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..][..self.bytes]
+    }
+}
+
+/// Matrices of one type and shape that follow each other through a ring, other ones in every second
+/// step.
+struct Pieces {
+    dtype: DType,
+    shape: (usize, usize),
+    /// As the CPU has them, one behind the other.
+    host: Pages,
+    /// The same ones on the GPU.
+    resident: Vec<DeviceMatrix>,
+}
+
+const PIECES: usize = 5;
+
+impl Pieces {
+    fn new(gpu: &Gpu, dtype: DType, shape: (usize, usize), random: &mut Random) -> Pieces {
+        let staging = Staging::new(gpu).expect("staging memory");
+        let files: Vec<_> =
+            (0..2 * PIECES).map(|_| file_bytes(dtype, shape.0, shape.1, random)).collect();
+        let upload = |file: &Vec<u8>| DeviceMatrix::upload(gpu, &staging, dtype, shape, file);
+        let resident = files.iter().map(|file| upload(file).expect("an upload")).collect();
+        let bytes = as_the_cpu_has(dtype, shape, &files[0]).len();
+        let mut host = Pages::new(2 * PIECES * bytes);
+        for (file, place) in files.iter().zip(host.bytes_mut().chunks_mut(bytes)) {
+            place.copy_from_slice(&as_the_cpu_has(dtype, shape, file));
+        }
+        Pieces { dtype, shape, host, resident }
+    }
+
+    fn piece_bytes(&self) -> usize {
+        let layout = if self.dtype.is_quantized() { Layout::Rows16 } else { Layout::RowMajor };
+        packed_bytes(self.dtype, layout, self.shape.0, self.shape.1).expect("a size")
+    }
+
+    /// Sends those of a step.
+    ///
+    /// # Safety
+    /// The step is waited for while this lives.
+    unsafe fn send(&self, gpu: &Gpu, ring: &WeightRing, (step, base): (usize, u32)) {
+        let bytes = self.piece_bytes();
+        for index in 0..PIECES {
+            let piece = &self.host.bytes()[(step % 2 * PIECES + index) * bytes..][..bytes];
+            // SAFETY: as the caller promises.
+            unsafe { ring.send(gpu, piece, (base, index)).expect("a copy") };
+        }
+    }
+}
+
+/// Steps of which the last is launched and the others are replayed: `start` takes the pieces of a
+/// step in their order, `check` looks at what the step with its number has made.
+fn in_steps(
+    gpu: &Gpu,
+    (pieces, ring, base): (&Pieces, &WeightRing, Span<'_>),
+    start: impl Fn() -> Result<(), GpuError>,
+    check: impl Fn(usize),
+) {
+    // This loads the kernels, which might wait for the ring once pieces are sent.
+    let graph = gpu.record(&start).expect("a record").expect("a graph");
+    for (step, step_base) in BASES.into_iter().enumerate() {
+        gpu.upload(&[step_base], base).expect("an upload");
+        // SAFETY: the step is waited for below.
+        unsafe { pieces.send(gpu, ring, (step, step_base)) };
+        match BASES.get(step + 1) {
+            // SAFETY: all that was recorded is still there.
+            Some(_) => unsafe { gpu.replay(&graph).expect("a launch") },
+            None => start().expect("launches"),
+        }
+        gpu.synchronize().expect("a step");
+        ring.synchronize(gpu).expect("a step");
+        check(step);
+    }
+}
+
+#[test]
+fn products_of_streamed_weights_are_those_of_resident_ones_in_every_step() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random(3);
+    let base = gpu.alloc(16).expect("memory");
+    for (dtype, shape) in [
+        (DType::Q4_0, (4096, 1024)),
+        (DType::Q4_0, (37, 320)),
+        (DType::Q6_K, (37, 768)),
+        (DType::Q4_K, (1600, 2048)),
+        (DType::E4M3_128, (200, 512)),
+        (DType::F16, (51, 256)),
+    ] {
+        let pieces = Pieces::new(&gpu, dtype, shape, &mut random);
+        // SAFETY: the pieces live as long.
+        let registered = unsafe { gpu.register(pieces.host.bytes()) }.expect("memory");
+        assert_eq!(registered.bytes(), pieces.host.bytes().len());
+        let matrix = DeviceMatrix::changing(&gpu, dtype, shape).expect("memory");
+        for columns in [1, 6, 40, 150] {
+            let ring = gpu.weight_ring(2, pieces.piece_bytes()).expect("memory");
+            let x = Activations::new(&gpu, (columns, shape.1), &mut random);
+            let outs: Vec<_> =
+                (0..PIECES).map(|_| on_gpu(&gpu, &vec![f32::NAN; columns * shape.0])).collect();
+            let start = || {
+                for (index, out) in outs.iter().enumerate() {
+                    ring.take(&gpu, &matrix, (base.span(), index))?;
+                    gpu.multiply(&[product(&matrix, out.span())], &x.view(&gpu))?;
+                }
+                Ok(())
+            };
+            let wanted: Vec<_> =
+                pieces.resident.iter().map(|matrix| products(&gpu, matrix, &x)).collect();
+            in_steps(&gpu, (&pieces, &ring, base.span()), start, |step| {
+                for (index, out) in outs.iter().enumerate() {
+                    let got = bits(&from_gpu(&gpu, out, columns * shape.0));
+                    let same = got == wanted[step % 2 * PIECES + index];
+                    assert!(same, "{dtype} {shape:?} × {columns}, step {step}, piece {index}");
+                }
+            });
+        }
+    }
+}
+
+/// The gate is the piece before: both are streamed, and multiplied at once.
+#[test]
+fn gated_products_of_streamed_weights_are_those_of_resident_ones() {
+    let Some(gpu) = gpu() else { return };
+    let (mut random, dtype, shape) = (Random(4), DType::Q4_0, (4096, 1024));
+    let base = gpu.alloc(16).expect("memory");
+    let pieces = Pieces::new(&gpu, dtype, shape, &mut random);
+    let matrices = [0, 1].map(|_| DeviceMatrix::changing(&gpu, dtype, shape).expect("memory"));
+    let counters = gpu.alloc(Gated::counter_bytes(shape.0)).expect("memory");
+    for columns in [1, 5] {
+        let ring = gpu.weight_ring(3, pieces.piece_bytes()).expect("memory");
+        let x = Activations::new(&gpu, (columns, shape.1), &mut random);
+        let outs = [0, 1].map(|_| on_gpu(&gpu, &vec![f32::NAN; columns * shape.0]));
+        let target = EightBitMemory::new(&gpu, columns, shape.0, false);
+        let multiply = |gate, up| {
+            let gated = Gated {
+                gate: product(gate, outs[0].span()),
+                up: product(up, outs[1].span()),
+                activation: Gate::Silu,
+                out: None,
+                eight_bits: Some(target.view()),
+                halves: None,
+                counters: counters.span(),
+            };
+            gpu.multiply_gated(None, &gated, &x.view(&gpu)).map(|_| ())
+        };
+        let start = || {
+            ring.take(&gpu, &matrices[0], (base.span(), 0))?;
+            for index in 1..PIECES {
+                ring.take(&gpu, &matrices[index % 2], (base.span(), index))?;
+                multiply(&matrices[1 - index % 2], &matrices[index % 2])?;
+            }
+            Ok(())
+        };
+        in_steps(&gpu, (&pieces, &ring, base.span()), start, |step| {
+            let got = target.bytes(&gpu);
+            let last = step % 2 * PIECES + PIECES - 1;
+            multiply(&pieces.resident[last - 1], &pieces.resident[last]).expect("a product");
+            assert!(got == target.bytes(&gpu), "{columns} columns, step {step}");
+        });
+    }
+}
+
+#[test]
+fn streaming_is_measured() {
+    let Some(gpu) = gpu() else { return };
+    let shape = (14336, 4096);
+    let marks = [gpu.mark().expect("a mark"), gpu.mark().expect("a mark")];
+    for dtype in DType::ALL.into_iter().filter(|dtype| dtype.is_quantized()) {
+        let bytes = packed_bytes(dtype, Layout::Rows16, shape.0, shape.1).expect("a size");
+        let packed = gpu.alloc(bytes).expect("memory");
+        let matrix = DeviceMatrix::changing(&gpu, dtype, shape).expect("memory");
+        for times in [1, 10] {
+            gpu.mark_again(&marks[0]).expect("a mark");
+            for _ in 0..times {
+                matrix.pack_rows16(&gpu, packed.span()).expect("a launch");
+            }
+            gpu.mark_again(&marks[1]).expect("a mark");
+            let us = marks[0].us_until(&marks[1]).expect("a time") / f64::from(times);
+            let gbs = bytes as f64 / us / 1e3;
+            println!("pack_rows16 {dtype}, {times} times: {us:.1} us, {gbs:.0} GB/s read");
+        }
+    }
+    let (slots, bytes) = (4, 64 << 20);
+    let host = Pages::new(slots * bytes);
+    let started = Instant::now();
+    // SAFETY: the memory lives as long.
+    let _registered = unsafe { gpu.register(host.bytes()) }.expect("memory");
+    println!("registering {} bytes: {:?}", slots * bytes, started.elapsed());
+    let ring = gpu.weight_ring(slots, bytes).expect("memory");
+    for base in [0, 1024, 2048] {
+        let started = Instant::now();
+        for (index, piece) in host.bytes().chunks(bytes).enumerate() {
+            // SAFETY: the ring is waited for below.
+            unsafe { ring.send(&gpu, piece, (base, index)).expect("a copy") };
+        }
+        let sent = started.elapsed();
+        ring.synchronize(&gpu).expect("copies");
+        let gbs = (slots * bytes) as f64 / started.elapsed().as_secs_f64() / 1e9;
+        println!("send: {sent:?} until all were on their way, {gbs:.1} GB/s");
+    }
+}
