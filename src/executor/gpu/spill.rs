@@ -120,7 +120,11 @@ impl GpuSpill {
             bases: Bases::default(),
             weights: Arc::clone(weights),
         };
-        spill.measure()?;
+        if let Err(error) = spill.measure() {
+            // The CPU may still wait for rows.
+            spill.abandon();
+            return Err(error);
+        }
         tracing::info!(costs = ?spill.costs, "spilled networks were measured");
         Ok(Some(spill))
     }
