@@ -108,6 +108,36 @@ impl Gpu {
         started.result().map_err(|error| self.failed("starting a kernel", error))
     }
 
+    /// Loads all kernels now. The driver loads a kernel where it is first started, and may wait for
+    /// all that runs: where something that runs waits for what is started after it, this comes
+    /// first.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn load_kernels(&self) -> Result<(), GpuError> {
+        self.bound()?;
+        let (any, _) = self.function("take_back")?;
+        let (mut module, mut count) = (std::ptr::null_mut(), 0);
+        // SAFETY: the function is loaded, so its module is; both results are written.
+        unsafe {
+            sys::cuFuncGetModule(&raw mut module, any.cu_function())
+                .result()
+                .and_then(|()| sys::cuModuleGetFunctionCount(&raw mut count, module).result())
+        }
+        .map_err(|error| self.failed("counting its kernels", error))?;
+        let mut functions = vec![std::ptr::null_mut(); count as usize];
+        // SAFETY: there is room for as many functions as the module has.
+        unsafe { sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module) }
+            .result()
+            .map_err(|error| self.failed("finding its kernels", error))?;
+        functions.into_iter().try_for_each(|function| {
+            // SAFETY: the function is one of the module.
+            unsafe { sys::cuFuncLoad(function) }
+                .result()
+                .map_err(|error| self.failed("loading its kernels", error))
+        })
+    }
+
     /// A kernel, and whether it may start while the one before it works: whether what the driver
     /// runs was compiled for a GPU that can wait for that (`launch.cuh`).
     fn function(&self, kernel: &str) -> Result<(CudaFunction, bool), GpuError> {

@@ -6,7 +6,7 @@
 //! in what they allocate. Pieces are events of a step ([`event_number`]), so that the takes can be
 //! recorded and replayed.
 
-use crate::event::event_number;
+use crate::event::{event_number, has_reached};
 use crate::fate::OnGpu;
 use crate::gpu::{DeviceMemory, Gpu, GpuError, Span};
 use crate::pack::DeviceMatrix;
@@ -35,9 +35,10 @@ pub struct WeightRing {
     stream: OnGpu<Arc<CudaStream>>,
     slots: usize,
     slot_bytes: usize,
-    /// Number of the last piece that was sent.
-    sent: AtomicU32,
 }
+
+// SAFETY: its host memory is used as atomics alone, and streams may be used by any thread.
+unsafe impl Sync for WeightRing {}
 
 impl Gpu {
     /// A ring of `slots` slots for pieces of up to `slot_bytes` bytes.
@@ -58,16 +59,26 @@ impl Gpu {
         let stream = OnGpu::new(stream, self);
         // The ring's stream starts with memory that the other has cleared.
         self.synchronize()?;
-        let sent = AtomicU32::new(0);
-        Ok(WeightRing { host, host_start, memory, stream, slots, slot_bytes, sent })
+        Ok(WeightRing { host, host_start, memory, stream, slots, slot_bytes })
     }
 }
 
 impl WeightRing {
-    /// Lets the ring's stream wait until piece `index - slots` of the step was taken, copy a piece to
-    /// its slot, and say that piece `index` of the step with this base has arrived. Pieces of a step
-    /// are sent in their order, after the step before has been waited for. Never blocks when the
-    /// bytes are [registered](crate::RegisteredMemory), and some hundred are on their way.
+    /// Whether the slot of piece `index` of the step with this base is free: whether what lay there
+    /// in this step was taken, or the ring is released.
+    ///
+    /// The ring's stream does not wait for that itself. The driver knows nothing of such a wait, and
+    /// may put work of the other stream behind it that it waits for.
+    pub fn has_room(&self, (base, index): (u32, usize)) -> bool {
+        let Some(before) = index.checked_sub(self.slots) else { return true };
+        let flag = |place| self.host_flag(place).load(Ordering::Acquire);
+        has_reached(flag(CONSUMED), event_number(base, before)) || flag(RELEASED) != 0
+    }
+
+    /// Lets the ring's stream copy a piece to its slot, which [has room](Self::has_room), and say
+    /// that piece `index` of the step with this base has arrived. Pieces of a step are sent in their
+    /// order, after the step before has been waited for. Does not block when the bytes are
+    /// [registered](crate::RegisteredMemory).
     ///
     /// # Safety
     /// The bytes stay as they are until the step has been waited for, or the ring has.
@@ -86,17 +97,7 @@ impl WeightRing {
         let slot = self.slot(index, bytes.len());
         gpu.bound()?;
         let stream = self.stream.cu_stream();
-        if let Some(before) = index.checked_sub(self.slots) {
-            let (flag, number) = (self.flag(CONSUMED), event_number(base, before));
-            // Until the flag is no less than the number, as `event_number` tells.
-            let flags = sys::CUstreamWaitValue_flags::CU_STREAM_WAIT_VALUE_GEQ as u32;
-            // SAFETY: the flag lives as long as the stream.
-            unsafe { sys::cuStreamWaitValue32_v2(stream, flag, number, flags) }
-                .result()
-                .map_err(|error| gpu.failed("waiting for a slot", error))?;
-        }
         let number = event_number(base, index);
-        self.sent.store(number, Ordering::Release);
         let start = bytes.as_ptr().addr();
         for piece in pieces(start..start + bytes.len()) {
             let part = piece.start - start..piece.end - start;
@@ -151,12 +152,11 @@ impl WeightRing {
         gpu.wait_for(&self.stream)
     }
 
-    /// Ends all waits, the GPU's for pieces and the ring's for slots, now and until
+    /// Ends all waits, the GPU's for pieces and the host's for slots, now and until
     /// [`WeightRing::rearm`]: for when not all pieces of a step are sent, or taken. What the step
     /// computes then is of no use.
     pub fn release(&self) {
         self.host_flag(RELEASED).store(1, Ordering::Release);
-        self.host_flag(CONSUMED).store(self.sent.load(Ordering::Acquire), Ordering::Release);
     }
 
     /// Makes it ready for a next step after [`WeightRing::release`]. The GPU must have been waited

@@ -19,6 +19,7 @@ mod ops;
 mod sampling;
 mod spill;
 mod spill_schedule;
+mod spill_sender;
 mod spill_thread;
 mod spill_weights;
 mod weights;

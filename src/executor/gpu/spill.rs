@@ -5,6 +5,7 @@
 use super::GpuStage;
 use super::inputs::Part;
 use super::spill_schedule::{Shares, SpillCosts};
+use super::spill_sender::{SendOrder, SpillSender};
 use super::spill_thread::{SpillOrder, SpillThread};
 use super::spill_weights::SpilledWeights;
 use super::weights::GpuWeights;
@@ -14,7 +15,7 @@ use crate::placement::{CROSSING_TOKENS_MAX, RING_SLOTS};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tandem_kernels::{DeviceMatrix, DeviceMemory, Gpu, Span, WeightRing};
+use tandem_kernels::{DeviceMatrix, DeviceMemory, Span};
 
 /// Steps' numbers lie so far apart: more than a step has events.
 const STEP_EVENTS: u32 = 1 << 12;
@@ -34,7 +35,7 @@ const MEASURED_TIMES: usize = 2;
 
 /// Weights on their way, and where they come to.
 struct Stream {
-    ring: WeightRing,
+    sender: SpillSender,
     /// What a network's matrices are taken apart into. Networks with matrices of one shape share
     /// them, since they are computed one after the other.
     scratch: Vec<DeviceMatrix>,
@@ -52,12 +53,12 @@ pub(super) struct GpuSpill {
     asked: Option<u8>,
     tokens_max: usize,
     bases: Bases,
-    // Last: streams copy from them.
     weights: Arc<GpuWeights>,
 }
 
 impl Stream {
-    fn new(gpu: &Gpu, weights: &GpuWeights, from: &SpilledWeights) -> Result<Self, ExecutorError> {
+    fn new(weights: &Arc<GpuWeights>, from: &SpilledWeights) -> Result<Self, ExecutorError> {
+        let gpu = weights.gpu();
         let (mut scratch, mut places) = (Vec::<DeviceMatrix>::new(), HashMap::new());
         for network in from.networks() {
             let mut used = Vec::new();
@@ -82,11 +83,12 @@ impl Stream {
             }
         }
         let ring = gpu.weight_ring(RING_SLOTS, from.largest_piece())?;
-        Ok(Self { ring, scratch, places })
+        let sender = SpillSender::start(ring, Arc::clone(weights))?;
+        Ok(Self { sender, scratch, places })
     }
 
     fn bytes(&self) -> usize {
-        self.ring.bytes() + self.scratch.iter().map(DeviceMatrix::bytes).sum::<usize>()
+        self.sender.ring().bytes() + self.scratch.iter().map(DeviceMatrix::bytes).sum::<usize>()
     }
 }
 
@@ -100,7 +102,7 @@ impl GpuSpill {
         options: &StageOptions,
     ) -> Result<Option<Self>, ExecutorError> {
         let (gpu, Some(from)) = (weights.gpu(), weights.spilled()) else { return Ok(None) };
-        let stream = from.can_stream().then(|| Stream::new(gpu, weights, from)).transpose()?;
+        let stream = from.can_stream().then(|| Stream::new(weights, from)).transpose()?;
         let tokens = options.step_tokens_max;
         let tokens_max = if stream.is_some() { tokens.min(CROSSING_TOKENS_MAX) } else { tokens };
         let embedding = weights.program().dims.embedding;
@@ -165,15 +167,13 @@ impl GpuSpill {
             let is_here = Arc::clone(is_here);
             self.thread.begin(SpillOrder { base: self.bases.crossing, tokens, is_here })?;
         }
-        let Some(stream) = &self.stream else { return Ok(()) };
-        let networks = self.from().networks().iter().zip(is_here.iter());
-        let pieces = networks.filter(|(_, is_here)| !**is_here).flat_map(|(network, _)| network);
-        for (index, piece) in pieces.enumerate() {
-            let bytes = self.from().bytes(piece);
-            // SAFETY: weights never change, and outlive the ring.
-            unsafe { stream.ring.send(self.weights.gpu(), bytes, (self.bases.ring, index))? };
+        match &self.stream {
+            Some(stream) if streamed > 0 => {
+                let is_here = Arc::clone(is_here);
+                stream.sender.begin(SendOrder { base: self.bases.ring, is_here })
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// Waits for the CPU's side of a step.
@@ -182,12 +182,18 @@ impl GpuSpill {
     /// What it failed with.
     pub fn finish(&self, streamed: usize) -> Result<(), ExecutorError> {
         let has_begun = self.shares.of(streamed).contains(&true);
-        if has_begun { self.thread.finish().map(drop) } else { Ok(()) }
+        let computed = if has_begun { self.thread.finish().map(drop) } else { Ok(()) };
+        let sent = match &self.stream {
+            Some(stream) if streamed > 0 => stream.sender.finish(),
+            _ => Ok(()),
+        };
+        computed.and(sent)
     }
 
-    /// The GPU will not come to the CPU any more.
+    /// The GPU will not come to the CPU, nor to weights, any more.
     pub fn abandon(&self) {
         self.thread.abandon();
+        self.stream.iter().for_each(|stream| stream.sender.abandon());
     }
 
     /// Where the matrix of a streamed network is while it is computed.
@@ -266,23 +272,14 @@ impl GpuSpill {
             for (index, piece) in from.networks().iter().flatten().take(RING_SLOTS).enumerate() {
                 let bytes = from.bytes(piece);
                 // SAFETY: weights never change, and outlive the ring.
-                unsafe { stream.ring.send(gpu, bytes, (base, index))? };
+                unsafe { stream.sender.ring().send(gpu, bytes, (base, index))? };
                 sent += bytes.len();
             }
-            stream.ring.synchronize(gpu)?;
+            stream.sender.ring().synchronize(gpu)?;
             if least.is_none_or(|least| started.elapsed() >= least) {
                 let of_network = from.stored_bytes() as f64 / from.networks().len() as f64;
                 return Ok(Some(started.elapsed().as_secs_f64() / sent as f64 * of_network));
             }
-        }
-    }
-}
-
-impl Drop for GpuSpill {
-    fn drop(&mut self) {
-        if let Some(stream) = &self.stream {
-            // The weights are let go after it; a GPU that is lost copies nothing any more.
-            let _ = stream.ring.synchronize(self.weights.gpu());
         }
     }
 }
@@ -312,7 +309,7 @@ impl GpuStage {
         let first: usize = before.map(|index| networks[index].len()).sum();
         for (piece, at) in networks[index].iter().zip(first..) {
             let matrix = &stream.scratch[stream.places[&piece.matrix]];
-            stream.ring.take(gpu, matrix, (self.base(Part::Pieces), at))?;
+            stream.sender.ring().take(gpu, matrix, (self.base(Part::Pieces), at))?;
         }
         Ok(false)
     }

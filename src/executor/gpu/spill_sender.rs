@@ -1,0 +1,130 @@
+//! The thread that sends weights of spilled networks to the GPU while it computes: piece after piece,
+//! as slots of the ring become free.
+
+use super::spill_weights::{Piece, SpilledWeights};
+use super::weights::GpuWeights;
+use crate::executor::ExecutorError;
+use crossbeam_channel::{Receiver, Sender, bounded};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use tandem_kernels::WeightRing;
+
+/// Between two looks at the ring: a piece takes longer, and several are on their way.
+const LOOK_EVERY: Duration = Duration::from_micros(10);
+
+/// The pieces of one step.
+pub(super) struct SendOrder {
+    /// The number that pieces are counted from.
+    pub base: u32,
+    /// By index: whether the CPU computes a network; those of all others are sent.
+    pub is_here: Arc<[bool]>,
+}
+
+struct Shared {
+    ring: WeightRing,
+    /// The step has failed: no more slots become free.
+    is_abandoned: AtomicBool,
+    // Last: the ring copies from them.
+    weights: Arc<GpuWeights>,
+}
+
+/// A running thread, and the ring that it fills.
+pub(super) struct SpillSender {
+    shared: Arc<Shared>,
+    orders: Option<Sender<SendOrder>>,
+    results: Receiver<Result<(), ExecutorError>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl SpillSender {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// The system gives no thread.
+    pub fn start(ring: WeightRing, weights: Arc<GpuWeights>) -> Result<Self, ExecutorError> {
+        let shared = Arc::new(Shared { ring, is_abandoned: AtomicBool::new(false), weights });
+        let (orders, ordered) = bounded::<SendOrder>(1);
+        let (done, results) = bounded(1);
+        let body_shared = Arc::clone(&shared);
+        let body = move || {
+            for order in ordered {
+                if done.send(body_shared.send(&order)).is_err() {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("tandem-stream".into());
+        let thread = thread.spawn(body).map_err(ExecutorError::Threads)?;
+        Ok(Self { shared, orders: Some(orders), results, thread: Some(thread) })
+    }
+
+    pub fn ring(&self) -> &WeightRing {
+        &self.shared.ring
+    }
+
+    /// Begins to send the pieces of a step. Each has to be finished before the next.
+    ///
+    /// # Errors
+    /// The thread has gone.
+    pub fn begin(&self, order: SendOrder) -> Result<(), ExecutorError> {
+        let orders = self.orders.as_ref().expect("orders until the thread is dropped");
+        orders.send(order).map_err(|_| gone())
+    }
+
+    /// Waits until the pieces of a step are sent.
+    ///
+    /// # Errors
+    /// What the driver refused.
+    pub fn finish(&self) -> Result<(), ExecutorError> {
+        self.results.recv().map_err(|_| gone())?
+    }
+
+    /// Ends a step whose pieces nobody takes any more.
+    pub fn abandon(&self) {
+        self.shared.is_abandoned.store(true, Ordering::Release);
+        self.shared.ring.release();
+    }
+}
+
+impl Drop for SpillSender {
+    fn drop(&mut self) {
+        self.orders = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread was told as the end of its step.
+            let _ = thread.join();
+        }
+        // What it copies from may be let go after this; a GPU that is lost copies nothing any more.
+        let _ = self.shared.ring.synchronize(self.shared.weights.gpu());
+    }
+}
+
+fn gone() -> ExecutorError {
+    ExecutorError::GpuStageFailed { reason: "the thread that sends weights has ended".into() }
+}
+
+impl Shared {
+    fn send(&self, SendOrder { base, is_here }: &SendOrder) -> Result<(), ExecutorError> {
+        let (gpu, from) = (self.weights.gpu(), self.weights.spilled());
+        let from = from.expect("what is sent was spilled");
+        for (index, piece) in streamed(from, is_here).enumerate() {
+            let started = Instant::now();
+            while !self.ring.has_room((*base, index)) {
+                if self.is_abandoned.load(Ordering::Acquire) || started.elapsed() > gpu.wait_max() {
+                    return Ok(());
+                }
+                std::thread::sleep(LOOK_EVERY);
+            }
+            // SAFETY: weights never change, and outlive the ring.
+            unsafe { self.ring.send(gpu, from.bytes(piece), (*base, index))? };
+        }
+        Ok(())
+    }
+}
+
+/// The pieces of networks that the CPU does not compute, in their order.
+fn streamed<'w>(from: &'w SpilledWeights, is_here: &[bool]) -> impl Iterator<Item = &'w Piece> {
+    let networks = from.networks().iter().zip(is_here);
+    networks.filter(|(_, is_here)| !**is_here).flat_map(|(network, _)| network)
+}
