@@ -17,9 +17,9 @@ const DONE: usize = 128;
 const RELEASED: usize = DONE + 4;
 const ROWS: usize = 256;
 
-const THREADS: usize = 256;
-/// As many as keep the bus busy.
-const BLOCKS_MAX: usize = 16;
+const THREADS: usize = 512;
+/// As many as keep the bus busy (`crossing.cu`).
+const BLOCKS_MAX: usize = 4;
 /// Elements that are copied at once.
 const QUAD: usize = 4;
 

@@ -117,14 +117,14 @@ fn a_released_ring_waits_for_no_piece_and_no_slot() {
                 thread::sleep(Duration::from_millis(30));
                 ring.release();
             });
-            // A piece that nobody takes, one that waits for its slot, and one that never comes.
-            for index in 0..2 {
-                // SAFETY: the ring is waited for below.
-                unsafe { ring.send(&gpu, &bytes, (step_base, index)).expect("a copy") };
-            }
+            // A piece that nobody takes, one that has no slot, and one that never comes.
+            // SAFETY: the ring is waited for below.
+            unsafe { ring.send(&gpu, &bytes, (step_base, 0)).expect("a copy") };
+            assert!(!ring.has_room((step_base, 1)), "the slot is not free");
             ring.take(&gpu, &matrix, (base.span(), 2)).expect("launches");
             gpu.synchronize().expect("a wait that ends");
             ring.synchronize(&gpu).expect("a wait that ends");
+            assert!(ring.has_room((step_base, 1)), "it is released");
         });
         ring.rearm();
     }
@@ -187,7 +187,7 @@ impl Pieces {
         packed_bytes(self.dtype, layout, self.shape.0, self.shape.1).expect("a size")
     }
 
-    /// Sends those of a step.
+    /// Sends those of a step, each when there is room.
     ///
     /// # Safety
     /// The step is waited for while this lives.
@@ -195,6 +195,9 @@ impl Pieces {
         let bytes = self.piece_bytes();
         for index in 0..PIECES {
             let piece = &self.host.bytes()[(step % 2 * PIECES + index) * bytes..][..bytes];
+            while !ring.has_room((base, index)) {
+                std::hint::spin_loop();
+            }
             // SAFETY: as the caller promises.
             unsafe { ring.send(gpu, piece, (base, index)).expect("a copy") };
         }
@@ -209,18 +212,20 @@ fn in_steps(
     start: impl Fn() -> Result<(), GpuError>,
     check: impl Fn(usize),
 ) {
-    // This loads the kernels, which might wait for the ring once pieces are sent.
+    // This loads the kernels, which might wait for the GPU once it waits for pieces.
     let graph = gpu.record(&start).expect("a record").expect("a graph");
     for (step, step_base) in BASES.into_iter().enumerate() {
         gpu.upload(&[step_base], base).expect("an upload");
-        // SAFETY: the step is waited for below.
-        unsafe { pieces.send(gpu, ring, (step, step_base)) };
-        match BASES.get(step + 1) {
-            // SAFETY: all that was recorded is still there.
-            Some(_) => unsafe { gpu.replay(&graph).expect("a launch") },
-            None => start().expect("launches"),
-        }
-        gpu.synchronize().expect("a step");
+        thread::scope(|scope| {
+            // SAFETY: the step is waited for below.
+            scope.spawn(move || unsafe { pieces.send(gpu, ring, (step, step_base)) });
+            match BASES.get(step + 1) {
+                // SAFETY: all that was recorded is still there.
+                Some(_) => unsafe { gpu.replay(&graph).expect("a launch") },
+                None => start().expect("launches"),
+            }
+            gpu.synchronize().expect("a step");
+        });
         ring.synchronize(gpu).expect("a step");
         check(step);
     }
