@@ -2,8 +2,8 @@
 //!
 //! A stream of the ring's own copies pieces to slots, piece `index` of a step to slot `index` modulo
 //! their number. The compute stream takes them apart one after the other. Two flags tell one what
-//! the other has done: `arrived` and `consumed`. They lie in host memory, since streams refuse flags
-//! in what they allocate. Pieces are events of a step ([`event_number`]), so that the takes can be
+//! the other has done: `arrived` and `consumed`. They lie in host memory, and all that the
+//! stream of the ring waits for is the host's to wait for. Pieces are events of a step ([`event_number`]), so that the takes can be
 //! recorded and replayed.
 
 use crate::event::{event_number, has_reached};
@@ -12,10 +12,13 @@ use crate::gpu::{DeviceMemory, Gpu, GpuError, Span};
 use crate::pack::DeviceMatrix;
 use crate::pinned::PinnedMemory;
 use crate::registered::pieces;
-use cudarc::driver::{CudaStream, result, sys};
+use cudarc::driver::{CudaEvent, CudaStream, result, sys};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
+/// Between two looks at flags and copies.
+const LOOK_EVERY: Duration = Duration::from_micros(10);
 /// Slots start at multiples of this.
 const SLOT_ALIGNMENT: usize = 256;
 /// Where flags lie in host memory: `released` is the host's.
@@ -33,7 +36,8 @@ pub struct WeightRing {
     host_start: u64,
     memory: DeviceMemory,
     stream: OnGpu<Arc<CudaStream>>,
-    slots: usize,
+    /// By slot: behind the last copy to it.
+    copied: Vec<OnGpu<CudaEvent>>,
     slot_bytes: usize,
 }
 
@@ -57,61 +61,101 @@ impl Gpu {
         let stream = self.stream().context().new_stream();
         let stream = stream.map_err(|error| self.failed("making a stream", error))?;
         let stream = OnGpu::new(stream, self);
+        let event = |_| {
+            let event = self.stream().context().new_event(None);
+            event
+                .map(|event| OnGpu::new(event, self))
+                .map_err(|error| self.failed("marking its work", error))
+        };
+        let copied = (0..slots).map(event).collect::<Result<_, _>>()?;
         // The ring's stream starts with memory that the other has cleared.
         self.synchronize()?;
-        Ok(WeightRing { host, host_start, memory, stream, slots, slot_bytes })
+        Ok(WeightRing { host, host_start, memory, stream, copied, slot_bytes })
     }
 }
 
 impl WeightRing {
-    /// Whether the slot of piece `index` of the step with this base is free: whether what lay there
-    /// in this step was taken, or the ring is released.
+    /// Copies the pieces of a step to the GPU in their order, each as its slot becomes free, and says
+    /// of each that it has arrived: for a thread of its own, after the step before has been waited
+    /// for. Ends early where `gives_up` says so, or the ring is released.
     ///
-    /// The ring's stream does not wait for that itself. The driver knows nothing of such a wait, and
-    /// may put work of the other stream behind it that it waits for.
-    pub fn has_room(&self, (base, index): (u32, usize)) -> bool {
-        let Some(before) = index.checked_sub(self.slots) else { return true };
-        let flag = |place| self.host_flag(place).load(Ordering::Acquire);
-        has_reached(flag(CONSUMED), event_number(base, before)) || flag(RELEASED) != 0
-    }
-
-    /// Lets the ring's stream copy a piece to its slot, which [has room](Self::has_room), and say
-    /// that piece `index` of the step with this base has arrived. Pieces of a step are sent in their
-    /// order, after the step before has been waited for. Does not block when the bytes are
-    /// [registered](crate::RegisteredMemory).
+    /// All waiting is the host's. Where the ring's stream waits for a flag, or writes one, the driver
+    /// may put that behind, or before, work of the other stream that waits for it: it knows nothing
+    /// of flags.
     ///
     /// # Safety
-    /// The bytes stay as they are until the step has been waited for, or the ring has.
+    /// The bytes stay as they are until the ring [has been waited for](Self::synchronize).
     ///
     /// # Errors
     /// What the driver refuses.
     ///
     /// # Panics
-    /// When a slot is smaller.
-    pub unsafe fn send(
+    /// When a slot is smaller than a piece.
+    pub unsafe fn send<'b>(
         &self,
         gpu: &Gpu,
-        bytes: &[u8],
-        (base, index): (u32, usize),
+        base: u32,
+        pieces: impl IntoIterator<Item = &'b [u8]>,
+        gives_up: impl Fn() -> bool,
     ) -> Result<(), GpuError> {
+        let (mut sent, mut arrived) = (0, 0);
+        let mut pieces = pieces.into_iter();
+        let mut next = pieces.next();
+        while next.is_some() || arrived < sent {
+            if arrived < sent && self.has_come(gpu, arrived)? {
+                self.host_flag(ARRIVED).store(event_number(base, arrived), Ordering::Release);
+                arrived += 1;
+            } else if let Some(piece) = next.filter(|_| self.has_room((base, sent))) {
+                // SAFETY: as the caller promises.
+                unsafe { self.copy(gpu, piece, sent)? };
+                sent += 1;
+                next = pieces.next();
+            } else if gives_up() || self.host_flag(RELEASED).load(Ordering::Acquire) != 0 {
+                return Ok(());
+            } else {
+                // A piece takes longer, and several are on their way.
+                std::thread::sleep(LOOK_EVERY);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the slot of piece `index` of the step with this base is free: whether what lay there
+    /// in this step was taken.
+    fn has_room(&self, (base, index): (u32, usize)) -> bool {
+        let before = index.checked_sub(self.copied.len());
+        let consumed = self.host_flag(CONSUMED).load(Ordering::Acquire);
+        before.is_none_or(|before| has_reached(consumed, event_number(base, before)))
+    }
+
+    /// Whether the copy of piece `index` is done.
+    fn has_come(&self, gpu: &Gpu, index: usize) -> Result<bool, GpuError> {
+        let event = &self.copied[index % self.copied.len()];
+        // SAFETY: the event lives.
+        match unsafe { result::event::query(event.cu_event()) } {
+            Ok(()) => Ok(true),
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            Err(error) => Err(gpu.failed("copying to it", error)),
+        }
+    }
+
+    /// Starts the copy of piece `index` to its slot.
+    ///
+    /// # Safety
+    /// As of [`WeightRing::send`].
+    unsafe fn copy(&self, gpu: &Gpu, bytes: &[u8], index: usize) -> Result<(), GpuError> {
         let slot = self.slot(index, bytes.len());
         gpu.bound()?;
-        let stream = self.stream.cu_stream();
-        let number = event_number(base, index);
         let start = bytes.as_ptr().addr();
         for piece in pieces(start..start + bytes.len()) {
             let part = piece.start - start..piece.end - start;
             let to = slot.part(part.start, part.len()).unaligned(part.len(), 1);
             // SAFETY: the slot holds as many bytes; the caller keeps them as they are.
-            unsafe { result::memcpy_htod_async(to, &bytes[part], stream) }
+            unsafe { result::memcpy_htod_async(to, &bytes[part], self.stream.cu_stream()) }
                 .map_err(|error| gpu.failed("copying to it", error))?;
         }
-        // The flag is written behind what the copy wrote.
-        let flags = sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
-        // SAFETY: the flag lives as long as the stream.
-        unsafe { sys::cuStreamWriteValue32_v2(stream, self.flag(ARRIVED), number, flags) }
-            .result()
-            .map_err(|error| gpu.failed("saying that weights arrived", error))
+        let event = &self.copied[index % self.copied.len()];
+        event.record(&self.stream).map_err(|error| gpu.failed("marking its work", error))
     }
 
     /// Starts kernels that wait until piece `index` of the step has arrived, take it apart into all
@@ -177,7 +221,7 @@ impl WeightRing {
 
     fn slot(&self, index: usize, bytes: usize) -> Span<'_> {
         assert!(bytes <= self.slot_bytes, "{bytes} bytes into a slot of {}", self.slot_bytes);
-        let start = index % self.slots * self.slot_bytes;
+        let start = index % self.copied.len() * self.slot_bytes;
         self.memory.span().part(start, bytes)
     }
 

@@ -273,12 +273,10 @@ impl GpuSpill {
             let base = self.next_bases(self.from().networks().len()).ring;
             let Some(stream) = &self.stream else { return Ok(None) };
             let (gpu, from) = (self.weights.gpu(), self.from());
-            for (index, piece) in from.networks().iter().flatten().take(RING_SLOTS).enumerate() {
-                let bytes = from.bytes(piece);
-                // SAFETY: weights never change, and outlive the ring.
-                unsafe { stream.sender.ring().send(gpu, bytes, (base, index))? };
-                sent += bytes.len();
-            }
+            let pieces = from.networks().iter().flatten().take(RING_SLOTS);
+            let pieces = pieces.map(|piece| from.bytes(piece)).inspect(|piece| sent += piece.len());
+            // SAFETY: weights never change, and outlive the ring.
+            unsafe { stream.sender.ring().send(gpu, base, pieces, || false)? };
             stream.sender.ring().synchronize(gpu)?;
             if least.is_none_or(|least| started.elapsed() >= least) {
                 let of_network = from.stored_bytes() as f64 / from.networks().len() as f64;

@@ -8,11 +8,8 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tandem_kernels::WeightRing;
-
-/// Between two looks at the ring: a piece takes longer, and several are on their way.
-const LOOK_EVERY: Duration = Duration::from_micros(10);
 
 /// The pieces of one step.
 pub(super) struct SendOrder {
@@ -108,18 +105,11 @@ impl Shared {
     fn send(&self, SendOrder { base, is_here }: &SendOrder) -> Result<(), ExecutorError> {
         let (gpu, from) = (self.weights.gpu(), self.weights.spilled());
         let from = from.expect("what is sent was spilled");
-        for (index, piece) in streamed(from, is_here).enumerate() {
-            let started = Instant::now();
-            while !self.ring.has_room((*base, index)) {
-                if self.is_abandoned.load(Ordering::Acquire) || started.elapsed() > gpu.wait_max() {
-                    return Ok(());
-                }
-                std::thread::sleep(LOOK_EVERY);
-            }
-            // SAFETY: weights never change, and outlive the ring.
-            unsafe { self.ring.send(gpu, from.bytes(piece), (*base, index))? };
-        }
-        Ok(())
+        let pieces = streamed(from, is_here).map(|piece| from.bytes(piece));
+        let (started, wait_max) = (Instant::now(), gpu.wait_max());
+        let gives_up = || self.is_abandoned.load(Ordering::Acquire) || started.elapsed() > wait_max;
+        // SAFETY: weights never change, and outlive the ring.
+        Ok(unsafe { self.ring.send(gpu, *base, pieces, gives_up)? })
     }
 }
 
