@@ -70,7 +70,10 @@ fn on_gpu(model: &Model, options: &StageOptions) -> Option<GpuStage> {
     };
     let mut pool = CpuPool::new(&options.pool).unwrap();
     match GpuWeights::load(0, &request, Some(&mut pool), &mut |_| {}) {
-        Ok(weights) => Some(GpuStage::start(Arc::new(weights), options).unwrap()),
+        Ok(weights) => {
+            weights.limit_waits(Duration::from_secs(10));
+            Some(GpuStage::start(Arc::new(weights), options).unwrap())
+        }
         Err(ExecutorError::Gpu(error)) if std::env::var_os("TANDEM_REQUIRE_GPU").is_none() => {
             println!("skipped: {error}");
             None

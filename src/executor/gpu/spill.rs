@@ -102,6 +102,8 @@ impl GpuSpill {
         options: &StageOptions,
     ) -> Result<Option<Self>, ExecutorError> {
         let (gpu, Some(from)) = (weights.gpu(), weights.spilled()) else { return Ok(None) };
+        // In a step the GPU waits for the host, so nothing in it may wait for the GPU.
+        gpu.load_kernels()?;
         let stream = from.can_stream().then(|| Stream::new(weights, from)).transpose()?;
         let tokens = options.step_tokens_max;
         let tokens_max = if stream.is_some() { tokens.min(CROSSING_TOKENS_MAX) } else { tokens };
