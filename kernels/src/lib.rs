@@ -9,6 +9,7 @@
 //! which exists only where the library, a device and a recent enough driver do.
 
 mod attention;
+mod copies;
 mod device;
 mod draw;
 mod driver;
@@ -35,6 +36,7 @@ mod stream;
 mod wide;
 
 pub use attention::{Attend, HeadCounts, KvSpans, TokenTables};
+pub use copies::{CopyLanes, CopyWay};
 pub use device::{ComputeCapability, DeviceFacts};
 pub use draw::{Asked, ListBounds, RowAnswer, RowDraws, RowList, RowQuestion};
 pub use driver::{CudaVersion, Driver, DriverError, driver};
