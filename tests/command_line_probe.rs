@@ -1,4 +1,5 @@
-//! `tandem probe` as a person runs it: what it prints and what it keeps. Never how fast anything is.
+//! `tandem probe` as a person runs it: what it prints and what it keeps. Never how fast anything
+//! is.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 

@@ -1,7 +1,7 @@
 //! Owns the facts of the machine: processors, caches, memory, GPUs, and the pinning of threads.
 //! It must not know models or what anybody does with the facts; it decides nothing, and measures
-//! only when asked to ([`roofs`], [`Probe`]). Called by the command line and the engine at start-up, and by
-//! the executor's workers, which pin themselves.
+//! only when asked to ([`roofs`], [`Probe`]). Called by the command line and the engine at
+//! start-up, and by the executor's workers, which pin themselves.
 
 mod affinity;
 mod cgroup;
