@@ -65,7 +65,7 @@ pub struct GpuRates {
     pub pageable: CopyRates,
     /// Copies to the GPU while all workers read host memory.
     pub beside_reads: BesideReads,
-    /// From the start of a kernel that does nothing to the end of the wait for it, in microseconds:
+    /// From the start of a kernel with nearly nothing to do to the end of the wait, in µs:
     /// the middle one of many.
     pub crossing_us: f64,
 }
