@@ -23,9 +23,11 @@ const READ_CACHES: u64 = 8;
 const READ_BYTES: [u64; 2] = [512 << 20, 2 << 30];
 const READ_BYTES_QUICK: u64 = 64 << 20;
 const READ_MEMORY_DIVISOR: u64 = 4;
-/// Pinned memory for each way between host and GPU.
-const COPY_BYTES: usize = 64 << 20;
-const COPY_BYTES_QUICK: usize = 8 << 20;
+/// Pinned memory for each way between host and GPU, at most a part of what is available. Reads
+/// beside the copies push it out of the caches.
+const COPY_BYTES: u64 = 256 << 20;
+const COPY_BYTES_QUICK: u64 = 8 << 20;
+const COPY_MEMORY_DIVISOR: u64 = 16;
 /// How long a file is read.
 const DISK: Duration = Duration::from_millis(1000);
 const DISK_QUICK: Duration = Duration::from_millis(100);
@@ -102,9 +104,9 @@ fn measure(
     (config, is_quick): (&Config, bool),
 ) -> Result<Measured> {
     let caches = READ_CACHES * hardware.topology.cache_bytes(3);
-    let wanted = match is_quick {
-        true => READ_BYTES_QUICK,
-        false => caches.clamp(READ_BYTES[0], READ_BYTES[1]),
+    let (wanted, copies) = match is_quick {
+        true => (READ_BYTES_QUICK, COPY_BYTES_QUICK),
+        false => (caches.clamp(READ_BYTES[0], READ_BYTES[1]), COPY_BYTES),
     };
     let free = hardware.memory_available_bytes / READ_MEMORY_DIVISOR;
     let bytes = wanted.min(free).next_multiple_of(8) as usize;
@@ -115,7 +117,7 @@ fn measure(
         team: roofs::Team { threads: workers.threads, cpus: workers.cpus.clone() },
         kernels,
         memory: bytemuck::cast_slice_mut(&mut memory[..]),
-        copy_bytes: if is_quick { COPY_BYTES_QUICK } else { COPY_BYTES },
+        copy_bytes: copies.min(hardware.memory_available_bytes / COPY_MEMORY_DIVISOR) as usize,
     };
     Ok(probe.measure(&hardware.gpus))
 }
