@@ -1,5 +1,8 @@
 //! The machine's facts, read from fake `/sys` and `/proc` trees and from this machine.
 
+#[path = "hardware/probe.rs"]
+mod probe;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;

@@ -9,6 +9,7 @@
 //! which exists only where the library, a device and a recent enough driver do.
 
 mod attention;
+mod copies;
 mod crossing;
 mod device;
 mod draw;
@@ -39,6 +40,7 @@ mod weight_stream;
 mod wide;
 
 pub use attention::{Attend, HeadCounts, KvSpans, TokenTables};
+pub use copies::{CopyLanes, CopyWay};
 pub use crossing::{Crossing, CrossingHost};
 pub use device::{ComputeCapability, DeviceFacts};
 pub use draw::{Asked, ListBounds, RowAnswer, RowDraws, RowList, RowQuestion};

@@ -1,6 +1,7 @@
 //! The command line's grammar, as clap reads it. No logic.
 
 use super::bench::BenchArguments;
+use super::probe::ProbeArguments;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 use tandem::units::ByteSize;
@@ -161,6 +162,8 @@ pub enum Command {
         #[command(flatten)]
         engine: EngineArguments,
     },
+    /// Show what this machine is and what its memory, processors and GPUs reach; measured once
+    Probe(ProbeArguments),
     /// Turn text into tokens; asks the running service if no model is named
     Tokenize {
         /// The text; without it standard input

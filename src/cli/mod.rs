@@ -14,6 +14,7 @@ mod loading;
 mod output;
 mod perplexity;
 mod plan;
+mod probe;
 mod repl;
 mod sampling_params;
 mod serve;
@@ -94,6 +95,10 @@ async fn act(command: Command, settings: Settings, output: Output) -> Result<()>
             inspect::run(file, options, output)
         }
         Command::Plan { file, .. } => plan::run(file, &settings.config, output),
+        Command::Probe(arguments) => {
+            let folder = user_folder("XDG_CACHE_HOME", ".cache");
+            probe::run(arguments, &settings.config, folder.as_deref(), output)
+        }
         Command::Bench(arguments) => bench::run(arguments, &settings.config, output),
         Command::Config { command: ConfigCommand::Show } => config_show::run(&settings, output),
         Command::Serve { .. } => serve_here(settings, output).await,
@@ -125,13 +130,19 @@ async fn talk(command: &Command, settings: Settings, output: Output) -> Result<(
     if let Some(options) = GenerateOptions::from_command(command) {
         return generate::run(options, place, output).await;
     }
-    let state = std::env::var_os("XDG_STATE_HOME").filter(|folder| !folder.is_empty());
-    let home = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state"));
-    let history = state.map(PathBuf::from).or(home).map(|folder| folder.join("tandem/history"));
+    let state = user_folder("XDG_STATE_HOME", ".local/state");
+    let history = state.map(|folder| folder.join("history"));
     match ChatOptions::from_command(command, history) {
         Some(options) => chat::run(options, place, output).await,
         None => Ok(()),
     }
+}
+
+/// Our folder where the user keeps such files: below what the variable says, or below home.
+fn user_folder(variable: &str, below_home: &str) -> Option<PathBuf> {
+    let named = std::env::var_os(variable).filter(|folder| !folder.is_empty());
+    let home = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(below_home));
+    named.map(PathBuf::from).or(home).map(|folder| folder.join("tandem"))
 }
 
 async fn serve_here(settings: Settings, output: Output) -> Result<()> {

@@ -1,17 +1,25 @@
 //! Owns the facts of the machine: processors, caches, memory, GPUs, and the pinning of threads.
 //! It must not know models or what anybody does with the facts; it decides nothing, and measures
-//! only when asked to ([`roofs`]). Called by the command line and the engine at start-up, and by
-//! the executor's workers, which pin themselves.
+//! only when asked to ([`roofs`], [`Probe`]). Called by the command line and the engine at
+//! start-up, and by the executor's workers, which pin themselves.
 
 mod affinity;
 mod cgroup;
+mod disk;
 mod gpu;
+mod measured;
+mod probe;
+mod probe_cache;
 pub mod roofs;
 mod system_files;
 mod topology;
 
 pub use affinity::{PinError, choose_cpus, pin_current_thread};
+pub use disk::disk_read_rate;
 pub use gpu::{Gpu, Gpus, MemoryHolder};
+pub use measured::{BesideReads, CopyRates, DiskRate, GpuRates, MacRate, Measured, ReadRate};
+pub use probe::Probe;
+pub use probe_cache::{Fingerprint, load_measured, probe_file, store_measured};
 pub use topology::{
     Cache, CacheKind, CoreKind, CpuId, LogicalCpu, NumaNode, Topology, TopologySource,
 };
@@ -31,11 +39,13 @@ pub struct HardwareProfile {
     pub memory_total_bytes: u64,
     /// Host memory that can be had now without pushing anybody out, counting reclaimable cache.
     pub memory_available_bytes: u64,
+    /// What all of it reaches, where that was measured.
+    pub measured: Option<Measured>,
 }
 
 impl HardwareProfile {
     /// The profile of this machine, as this process is allowed to use it. Never fails: what the
-    /// system does not tell is filled with the least that must be there.
+    /// system does not tell is filled with the least that must be there. Measures nothing.
     pub fn detect() -> HardwareProfile {
         let files = SystemFiles::new(Path::new("/"));
         let (memory_total_bytes, memory_available_bytes) = cgroup::memory(&files);
@@ -44,6 +54,7 @@ impl HardwareProfile {
             gpus: Gpus::detect(),
             memory_total_bytes,
             memory_available_bytes,
+            measured: None,
         }
     }
 

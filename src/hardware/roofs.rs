@@ -34,9 +34,25 @@ pub struct Team {
 /// of the kind that the real data has: huge ones read faster.
 pub fn read_bytes_per_second(team: &Team, kernels: &Kernels, memory: &mut [u64]) -> f64 {
     let bytes = size_of_val(memory) as f64;
+    let passes = read_passes(team, kernels, memory, (READ_PASSES, &|_| ()));
+    let best = passes.iter().min().copied().unwrap_or_default();
+    bytes / best.as_secs_f64().max(1e-9)
+}
+
+/// How long each of `passes` passes over the memory takes, one of them the first, which writes and
+/// is left out. `begins` is told of each, by one thread.
+pub(super) fn read_passes(
+    team: &Team,
+    kernels: &Kernels,
+    memory: &mut [u64],
+    (passes, begins): (usize, &(dyn Fn(usize) + Sync)),
+) -> Vec<Duration> {
     let share = memory.len().div_ceil(team.threads.max(1)).max(1);
     let parts: Vec<_> = memory.chunks_mut(share).map(Mutex::new).collect();
-    let passes = in_step(team, READ_PASSES, |thread, pass| {
+    let mut times = in_step(team, passes, |thread, pass| {
+        if thread == 0 {
+            begins(pass);
+        }
         let Some(part) = parts.get(thread) else { return };
         let mut part = part.lock().unwrap_or_else(PoisonError::into_inner);
         if pass == 0 {
@@ -45,8 +61,8 @@ pub fn read_bytes_per_second(team: &Team, kernels: &Kernels, memory: &mut [u64])
             std::hint::black_box(kernels.read_words(&part));
         }
     });
-    let best = passes.iter().skip(1).min().copied().unwrap_or_default();
-    bytes / best.as_secs_f64().max(1e-9)
+    times.remove(0);
+    times
 }
 
 /// Multiply-accumulates per second of the team together, in registers, with the instructions and
@@ -84,7 +100,11 @@ pub struct GpuRoofs {
 /// # Errors
 /// There is no such GPU, or what the driver refuses.
 pub fn of_gpu(ordinal: usize) -> Result<GpuRoofs, GpuError> {
-    let gpu = Gpu::open(&driver()?, ordinal)?;
+    of_open(&Gpu::open(&driver()?, ordinal)?)
+}
+
+/// The same of a GPU that is open.
+pub(super) fn of_open(gpu: &Gpu) -> Result<GpuRoofs, GpuError> {
     let (free, _) = gpu.memory()?;
     // Arithmetic first: it brings the clocks of an idle GPU up.
     let macs_per_second = gpu.macs_per_second()?;

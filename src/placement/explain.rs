@@ -68,7 +68,12 @@ impl Placement {
         let why = format!("FFN of {count} of {all} layers: {which}");
         [
             row("spilled weights", HOST, spill.weight_bytes, why),
-            row("crossing", HOST, spill.crossing_bytes, "rows to the CPU and back, and its own"),
+            row(
+                "crossing",
+                HOST,
+                spill.crossing_bytes,
+                "rows to the CPU and back, and what it makes of them",
+            ),
         ]
     }
 

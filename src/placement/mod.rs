@@ -85,7 +85,7 @@ pub struct Placement {
     pub host_blocks: usize,
     /// Bytes of the second tier.
     pub host_kv_bytes: u64,
-    /// Feed-forward networks that lie in host memory, where a GPU runs a model that it does not hold.
+    /// Feed-forward networks that lie in host memory, where a GPU runs a model that it can't hold.
     pub spill: Option<Spill>,
     /// CPU worker threads and their processors.
     pub workers: Workers,
@@ -131,8 +131,8 @@ impl Placement {
         Self::within(spec, config, (&workers, &room), notes)
     }
 
-    /// Places a model on a GPU that has `room` for it: the whole, or, where that does not fit with a
-    /// context of use, all but some feed-forward networks.
+    /// Places a model on a GPU that has `room` for it: the whole, or, where that does not fit with
+    /// a context of use, all but some feed-forward networks.
     fn on_gpu(
         spec: &ModelSpec,
         (hardware, config): (&HardwareProfile, &Config),

@@ -1,5 +1,5 @@
-//! What a device has for a model, and how much of it becomes KV: the longest sequence and the blocks
-//! of the store.
+//! What a device has for a model, and how much of it becomes KV: the longest sequence and the
+//! blocks of the store.
 
 use super::{Device, Spill};
 use crate::config::Config;

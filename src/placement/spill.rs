@@ -1,5 +1,5 @@
-//! Which feed-forward networks are spilled: their weights lie in host memory, though a GPU that does
-//! not hold the whole model runs it. Attention, KV, norms and logits of all layers stay with it.
+//! Which feed-forward networks are spilled: their weights lie in host memory, though a GPU that
+//! does not hold the whole model runs it. Attention, KV, norms and logits of all layers stay there.
 //!
 //! In a step the CPU computes a spilled network, or its weights stream through a ring of slots into
 //! the GPU's memory, or both. The fewest networks are spilled: reading one from host memory takes
@@ -41,8 +41,8 @@ pub struct Spill {
 /// What a GPU and the host have for a model of which as little as possible is spilled, where
 /// spilling helps at all. `whole` is what the GPU has for the whole model.
 ///
-/// The store of KV is one context or what was asked for, as far as it fits with the most that can be
-/// spilled.
+/// The store of KV is one context or what was asked for, as far as it fits with the most that can
+/// be spilled.
 ///
 /// # Errors
 /// `InsufficientMemory` of the host.
