@@ -90,7 +90,10 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
                 host_blocks: placement.host_blocks,
             };
             let options = stage_options(config, &hardware.topology, kv)?;
-            let options = StageOptions { part: Some(part_of(&spec, &placement)), ..options };
+            let (threads, cores) = (placement.workers.threads, placement.workers.cores());
+            let pool = PoolOptions { threads, cores, ..options.pool };
+            let part = Some(part_of(&spec, &placement));
+            let options = StageOptions { part, pool, ..options };
             let model = (checkpoint, Arc::clone(&spec));
             load_weights(shared, model, (placement.device(), options), source.on_progress)?
         }

@@ -145,9 +145,10 @@ impl Placement {
         if !config.gpu.spill || whole.as_ref().is_ok_and(is_enough) {
             return whole;
         }
-        let spilled = match spill::room(spec, (hardware, workers), config, room, &mut notes) {
+        let workers = workers.beside_gpu(&config.cpu);
+        let spilled = match spill::room(spec, (hardware, &workers), config, room, &mut notes) {
             Ok(None) => return whole,
-            Ok(Some(room)) => Self::within(spec, config, (workers, &room), notes),
+            Ok(Some(room)) => Self::within(spec, config, (&workers, &room), notes),
             Err(error) => Err(error),
         };
         match (whole, spilled) {

@@ -12,6 +12,9 @@ use serde::Serialize;
 use std::collections::BTreeSet;
 use std::fmt;
 
+/// One processor of so many is left to the threads that serve a GPU.
+const GPU_DIVISOR: usize = 8;
+
 /// Threads and their processors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Workers {
@@ -77,6 +80,21 @@ impl Workers {
         let mut cpus = choose_cpus(topology, threads + 1);
         let engine_loop = if cpus.len() > threads { cpus.pop() } else { None };
         Ok(Self { threads, cpus, engine_loop, why: why.join("; ") })
+    }
+
+    /// As many as leave room for the threads that serve a GPU beside them, unless a number was asked
+    /// for. A worker whose processor another thread has for a moment holds up all of them, and
+    /// memory is as fast with the rest.
+    pub(super) fn beside_gpu(&self, config: &CpuConfig) -> Self {
+        let left = if config.threads == 0 { self.threads / GPU_DIVISOR } else { 0 };
+        if left == 0 {
+            return self.clone();
+        }
+        let threads = self.threads - left;
+        let mut cpus = self.cpus.clone();
+        cpus.truncate(threads);
+        let why = format!("{}; {left} less, for threads that serve the GPU", self.why);
+        Self { threads, cpus, why, ..self.clone() }
     }
 
     /// Processors of the workers as a pool wants them.

@@ -265,3 +265,17 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn workers_leave_processors_to_the_threads_that_serve_the_gpu() {
+    let llama = shape("llama-8b:q4_0");
+    let workers = |limit, threads| {
+        let mut config = limited(limit);
+        config.cpu.threads = threads;
+        Placement::plan(&llama, &machine(64 * GIB), &config).unwrap().workers
+    };
+    let (whole, spilled) = (workers(20 * GIB, 0), workers(3 * GIB, 0));
+    assert_eq!(spilled.threads, whole.threads - whole.threads / 8);
+    assert!(spilled.cpus.len() <= spilled.threads);
+    assert_eq!(workers(3 * GIB, 1).threads, 1);
+}

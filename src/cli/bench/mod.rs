@@ -116,13 +116,7 @@ impl<'a> Bench<'a> {
         let size =
             RigSize { block_tokens, kv_dtype, stream_blocks, streams, step_tokens_max, vocab };
         let hardware = HardwareProfile::detect();
-        let configured = stage_options(config, &hardware.topology, size.kv())?.pool.threads;
-        let mut thread_counts = arguments.thread_counts();
-        if thread_counts.is_empty() {
-            thread_counts.push(configured);
-        }
-        // As in the configuration, 0 is as many as there are cores.
-        thread_counts.iter_mut().filter(|count| **count == 0).for_each(|count| *count = configured);
+        let thread_counts = arguments.thread_counts();
         let config = config.clone();
         let (device, part) = (Device::Cpu, StagePart::whole(subject.spec.layers.len()));
         let mut bench = Self {
@@ -139,6 +133,12 @@ impl<'a> Bench<'a> {
         };
         let placement = bench.check_memory()?;
         bench.part = part_of(&bench.subject.spec, &placement);
+        // As in the configuration, 0 is as many as are best.
+        let (best, counts) = (placement.workers.threads, &mut bench.thread_counts);
+        if counts.is_empty() {
+            counts.push(best);
+        }
+        counts.iter_mut().filter(|count| **count == 0).for_each(|count| *count = best);
         bench.device = placement.device().clone();
         Ok(bench)
     }

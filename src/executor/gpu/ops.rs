@@ -49,16 +49,20 @@ impl GpuStage {
         if let Some(spill) = &self.spill {
             spill.begin(shape.tokens, shape.streamed)?;
         }
-        let ran = self.run_shape(shape).and_then(|()| self.sample(plan));
-        if let Some(spill) = &self.spill {
-            if ran.is_err() {
-                spill.abandon();
-            }
-            let done = spill.finish(shape.streamed);
-            // A GPU that failed is why the CPU was not answered.
-            return ran.and(done);
+        let launched = self.run_shape(shape);
+        let done = self.finish_spilled(launched.is_ok(), streamed);
+        // A GPU that failed is why the CPU was not answered.
+        launched.and_then(|()| self.sample(plan)).and(done)
+    }
+
+    /// Waits for the host's side of a step that was launched, or was not. This thread sleeps
+    /// meanwhile, since workers have all processors.
+    fn finish_spilled(&self, is_launched: bool, streamed: usize) -> Result<(), ExecutorError> {
+        let Some(spill) = &self.spill else { return Ok(()) };
+        if !is_launched {
+            spill.abandon();
         }
-        ran
+        spill.finish(streamed)
     }
 
     /// Starts the kernels of a step: from a record, if steps of its shape were seen.

@@ -4,7 +4,7 @@
 
 use super::GpuStage;
 use super::inputs::Part;
-use super::spill_schedule::{Shares, SpillCosts};
+use super::spill_schedule::{Shares, SpillCosts, WidthCosts};
 use super::spill_sender::{SendOrder, SpillSender};
 use super::spill_thread::{SpillOrder, SpillThread};
 use super::spill_weights::SpilledWeights;
@@ -116,7 +116,7 @@ impl GpuSpill {
             thread,
             stream,
             shares: Shares::new(from.networks().len()),
-            costs: SpillCosts { cpu: Vec::new(), stream: None },
+            costs: SpillCosts { widths: Vec::new(), stream: None },
             asked: options.spill_streamed,
             tokens_max,
             bases: Bases::default(),
@@ -219,28 +219,37 @@ impl GpuSpill {
         let embedding = gpu_weights.program().dims.embedding;
         let rows = gpu.alloc(self.tokens_max * embedding * size_of::<f32>())?;
         let base = gpu.alloc(size_of::<u32>())?;
-        let alone = self.stream_seconds(None)?;
-        let mut beside = 0_f64;
+        self.costs.stream = self.stream_seconds(None)?;
         let tokens_max = self.tokens_max;
         for tokens in MEASURED_TOKENS.into_iter().filter(|tokens| *tokens <= tokens_max) {
-            let mut least = [f64::INFINITY; 2];
+            let mut least = [f64::INFINITY; 3];
             for _ in 0..MEASURED_TIMES {
-                let order = self.measured_order(tokens);
-                let networks = order.is_here.iter().filter(|here| **here).count() as f64;
-                self.cross(&order, (&rows, &base))?;
-                let took = self.thread.finish()?;
-                least[0] = least[0].min(took.as_secs_f64() / networks);
-                let order = self.measured_order(tokens);
-                self.cross(&order, (&rows, &base))?;
-                beside = beside.max(self.stream_seconds(Some(took))?.unwrap_or(0.0));
-                let took = self.thread.finish()?;
-                least[1] = least[1].min(took.as_secs_f64() / networks);
+                let seconds = self.measure_width(tokens, (&rows, &base))?;
+                least.iter_mut().zip(seconds).for_each(|(least, seconds)| {
+                    *least = least.min(seconds);
+                });
             }
-            self.costs.cpu.push((tokens, least));
+            let [cpu, cpu_beside, stream_beside] = least;
+            self.costs.widths.push(WidthCosts { tokens, cpu, cpu_beside, stream_beside });
         }
-        gpu.synchronize()?;
-        self.costs.stream = alone.map(|alone| [alone, beside]);
-        Ok(())
+        Ok(gpu.synchronize()?)
+    }
+
+    /// Seconds of a network on the CPU, alone and beside a stream of weights, and of its weights.
+    fn measure_width(
+        &mut self,
+        tokens: usize,
+        memory: (&DeviceMemory, &DeviceMemory),
+    ) -> Result<[f64; 3], ExecutorError> {
+        let networks = MEASURED_NETWORKS.min(self.from().networks().len()) as f64;
+        let order = self.measured_order(tokens);
+        self.cross(&order, memory)?;
+        let alone = self.thread.finish()?;
+        let order = self.measured_order(tokens);
+        self.cross(&order, memory)?;
+        let stream = self.stream_seconds(Some(alone))?.unwrap_or(f64::INFINITY);
+        let beside = self.thread.finish()?;
+        Ok([alone.as_secs_f64() / networks, beside.as_secs_f64() / networks, stream])
     }
 
     /// An order for the first networks.

@@ -3,55 +3,75 @@
 
 use std::sync::Arc;
 
-/// Seconds that one spilled network takes, at steps of some widths.
+/// Seconds that one spilled network takes at steps of some width.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct WidthCosts {
+    pub tokens: usize,
+    /// On the CPU while nothing streams.
+    pub cpu: f64,
+    /// On the CPU beside a stream of weights, which reads the same memory.
+    pub cpu_beside: f64,
+    /// Its weights on their way to the GPU while the CPU computes.
+    pub stream_beside: f64,
+}
+
+/// What spilled networks cost.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct SpillCosts {
-    /// Tokens, ascending, and seconds of a network on the CPU: while nothing streams, and beside a
-    /// stream of weights, which reads the same memory.
-    pub cpu: Vec<(usize, [f64; 2])>,
-    /// Seconds that the weights of a network take to the GPU, alone and while the CPU computes.
-    /// `None` where they can't stream.
-    pub stream: Option<[f64; 2]>,
+    /// By ascending width; at least one.
+    pub widths: Vec<WidthCosts>,
+    /// Seconds of the weights of a network on their way to the GPU while the CPU rests. `None` where
+    /// they can't stream.
+    pub stream: Option<f64>,
 }
 
 /// For each number of streamed networks, which of them the CPU computes.
 pub(super) struct Shares(Vec<Arc<[bool]>>);
 
 impl SpillCosts {
-    /// Seconds of a network on the CPU; between widths, and beyond the last, along a line.
-    fn cpu_seconds(&self, tokens: usize, is_beside: bool) -> f64 {
-        let at = |index: usize| {
-            let (tokens, seconds) = self.cpu[index];
-            (tokens as f64, seconds[usize::from(is_beside)])
-        };
-        let above = self.cpu.iter().position(|(width, _)| *width >= tokens);
-        let above = above.unwrap_or(self.cpu.len() - 1).max(1).min(self.cpu.len() - 1);
-        let ((low, low_s), (high, high_s)) = (at(above.saturating_sub(1)), at(above));
-        if high <= low {
-            return high_s;
+    /// Costs at a width; between those that are known, and beyond the last, along a line.
+    fn at(&self, tokens: usize) -> WidthCosts {
+        let last = self.widths.len() - 1;
+        let above = self.widths.iter().position(|known| known.tokens >= tokens).unwrap_or(last);
+        let above = above.clamp(1.min(last), last);
+        let (low, high) = (self.widths[above.saturating_sub(1)], self.widths[above]);
+        if high.tokens <= low.tokens {
+            return high;
         }
-        let slope = ((high_s - low_s) / (high - low)).max(0.0);
-        (low_s + slope * (tokens as f64 - low)).max(0.0)
+        let part = (tokens as f64 - low.tokens as f64) / (high.tokens - low.tokens) as f64;
+        let between = |low: f64, high: f64| (low + part * (high - low)).max(0.0);
+        WidthCosts {
+            tokens,
+            cpu: between(low.cpu, high.cpu.max(low.cpu)),
+            cpu_beside: between(low.cpu_beside, high.cpu_beside.max(low.cpu_beside)),
+            stream_beside: between(low.stream_beside, high.stream_beside),
+        }
+    }
+
+    /// Seconds of `here` networks on the CPU beside `streamed` on their way: whoever ends first lets
+    /// the other be alone.
+    fn seconds(&self, costs: &WidthCosts, here: f64, streamed: f64) -> f64 {
+        let alone = self.stream.unwrap_or(f64::INFINITY);
+        let (cpu, stream) = (here * costs.cpu_beside, streamed * costs.stream_beside);
+        if stream <= cpu {
+            stream + (here - stream / costs.cpu_beside) * costs.cpu
+        } else {
+            cpu + (streamed - cpu / costs.stream_beside) * alone
+        }
     }
 
     /// How many of `networks` are best streamed in a step of `tokens` tokens, of which the CPU can
     /// take `tokens_max`.
     pub fn streamed(&self, networks: usize, tokens: usize, tokens_max: usize) -> usize {
-        let Some(stream) = self.stream else { return 0 };
+        if self.stream.is_none() {
+            return 0;
+        }
         if tokens > tokens_max {
             return networks;
         }
-        let seconds = |streamed: usize| {
-            let here = (networks - streamed) as f64;
-            match streamed {
-                0 => here * self.cpu_seconds(tokens, false),
-                _ if streamed == networks => streamed as f64 * stream[0],
-                _ => {
-                    let cpu = here * self.cpu_seconds(tokens, true);
-                    cpu.max(streamed as f64 * stream[1])
-                }
-            }
-        };
+        let costs = self.at(tokens);
+        let seconds =
+            |streamed: usize| self.seconds(&costs, (networks - streamed) as f64, streamed as f64);
         // Of equals the fewest: less crosses the bus.
         (0..=networks).min_by(|a, b| seconds(*a).total_cmp(&seconds(*b))).unwrap_or(0)
     }
@@ -83,36 +103,54 @@ impl Shares {
 mod tests {
     use super::*;
 
-    fn costs(stream: Option<[f64; 2]>) -> SpillCosts {
-        SpillCosts {
-            cpu: vec![(1, [1.0, 1.2]), (8, [1.0, 1.2]), (32, [4.0, 4.0]), (128, [16.0, 16.0])],
-            stream,
-        }
+    fn width(tokens: usize, cpu: f64, cpu_beside: f64) -> WidthCosts {
+        WidthCosts { tokens, cpu, cpu_beside, stream_beside: 2.5 }
+    }
+
+    fn costs(stream: Option<f64>) -> SpillCosts {
+        let widths = vec![
+            width(1, 1.0, 1.2),
+            width(8, 1.0, 1.2),
+            width(32, 4.0, 4.0),
+            width(128, 16.0, 16.0),
+        ];
+        SpillCosts { widths, stream }
     }
 
     #[test]
     fn wider_steps_stream_more_until_all_is_streamed() {
-        let costs = costs(Some([2.0, 2.5]));
+        let costs = costs(Some(2.0));
         let streamed = [1, 8, 32, 64, 128, 256].map(|tokens| costs.streamed(20, tokens, 256));
         assert!(streamed.is_sorted(), "{streamed:?}");
-        // 14 · 1.2 = 16.8 and 6 · 2.5 = 15: the best of all cuts of 20.
+        // 6 take 15.0 on their way, in which the CPU does 12.5 of the other 14.
         assert_eq!(streamed[0], 6);
         assert_eq!(costs.streamed(20, 257, 256), 20);
     }
 
     #[test]
+    fn whoever_ends_first_lets_the_other_be_alone() {
+        let costs = costs(Some(2.0));
+        let at = costs.at(1);
+        assert_eq!(costs.seconds(&at, 20.0, 0.0), 20.0);
+        assert_eq!(costs.seconds(&at, 0.0, 20.0), 40.0);
+        assert!((costs.seconds(&at, 14.0, 6.0) - 16.5).abs() < 1e-9);
+        assert!((costs.seconds(&at, 5.0, 6.0) - (6.0 + 3.6 * 2.0)).abs() < 1e-9);
+    }
+
+    #[test]
     fn nothing_streams_where_it_can_not_or_does_not_pay() {
         assert_eq!(costs(None).streamed(20, 1000, 1000), 0);
-        assert_eq!(costs(Some([30.0, 40.0])).streamed(20, 1, 256), 0);
+        let mut slow = costs(Some(30.0));
+        slow.widths.iter_mut().for_each(|width| width.stream_beside = 40.0);
+        assert_eq!(slow.streamed(20, 1, 256), 0);
     }
 
     #[test]
     fn times_between_widths_lie_on_a_line() {
         let costs = costs(None);
-        assert_eq!(costs.cpu_seconds(20, false), 2.5);
-        assert_eq!(costs.cpu_seconds(256, false), 32.0);
-        let single = SpillCosts { cpu: vec![(1, [3.0, 4.0])], stream: None };
-        assert_eq!(single.cpu_seconds(7, true), 4.0);
+        assert_eq!([costs.at(20).cpu, costs.at(256).cpu, costs.at(1).cpu], [2.5, 32.0, 1.0]);
+        let single = SpillCosts { widths: vec![width(1, 3.0, 4.0)], stream: None };
+        assert_eq!(single.at(7).cpu_beside, 4.0);
     }
 
     #[test]
