@@ -22,18 +22,24 @@ const LAYERS: [&[&str]; 7] = [
 const SIDEWAYS: [(&str, &str); 2] = [("blocking", "actors"), ("cli", "server")];
 
 /// The only files of the root package that may hold unsafe code.
-const UNSAFE_FILES: [&str; 14] = [
+const UNSAFE_FILES: [&str; 20] = [
     "src/executor/cpu.rs",
     "src/executor/cpu/attend.rs",
     "src/executor/cpu/experts.rs",
     "src/executor/cpu/products.rs",
     "src/executor/cpu/rotate.rs",
+    "src/executor/cpu/spilled.rs",
     "src/executor/cpu/stream.rs",
     "src/executor/cpu_pool.rs",
     "src/executor/gpu/graphs.rs",
     "src/executor/gpu/inputs.rs",
     "src/executor/gpu/ops.rs",
+    "src/executor/gpu/spill.rs",
+    "src/executor/gpu/spill_sender.rs",
+    "src/executor/gpu/spill_thread.rs",
+    "src/executor/gpu/spill_weights.rs",
     "src/executor/kv_store.rs",
+    "src/executor/spill.rs",
     "src/executor/buffers.rs",
     "src/formats/mapped_file.rs",
     "src/memory/arena.rs",

@@ -40,18 +40,31 @@ pub struct UnknownIsa {
     pub name: String,
 }
 
+/// Threads from which on AMX is taken: half of those of the machine where it was measured.
+const AMX_WORKERS_MIN: usize = 8;
+
 impl Isa {
     /// Every instruction set, in ascending order.
     pub const ALL: [Isa; 6] =
         [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Avx512Vnni, Isa::Amx];
 
-    /// The fastest instruction set of this CPU that the operating system also saves on a context
-    /// switch (the standard library's detection reads XCR0). Never [`Isa::Amx`]: it is faster from
-    /// 16 columns on, but decoding a weight to bf16 takes longer than two processors' memory does
-    /// to deliver it, and one stream ran at two thirds of the speed (docs/performance.md).
+    /// The fastest instruction set for few threads of this CPU that the operating system also saves
+    /// on a context switch (the standard library's detection reads XCR0). Never [`Isa::Amx`], which
+    /// is for many ([`Isa::for_workers`]).
     pub fn detect() -> Isa {
         let fastest_first = Isa::ALL.into_iter().rev().filter(|isa| *isa != Isa::Amx);
         fastest_first.into_iter().find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)
+    }
+
+    /// The best instruction set for so many threads that share this CPU's memory. With many of them
+    /// memory gives each so little that decoding weights to bf16 keeps up with it, and [`Isa::Amx`]
+    /// costs one stream a tenth and doubles the speed of wide steps; with few, one stream would
+    /// lose a third (docs/performance.md).
+    pub fn for_workers(workers: usize) -> Isa {
+        match workers >= AMX_WORKERS_MIN && Isa::Amx.is_available() {
+            true => Isa::Amx,
+            false => Isa::detect(),
+        }
     }
 
     /// The instruction sets that this CPU can run, in ascending order.

@@ -41,3 +41,10 @@ fn only_quantised_types_are_interleaved_and_only_for_vectors() {
         assert_eq!(interleaved, dtype.is_quantized());
     }
 }
+
+#[test]
+fn tiles_are_for_many_workers() {
+    assert_eq!(Isa::for_workers(2), Isa::detect());
+    let is_amx = Isa::for_workers(16) == Isa::Amx;
+    assert_eq!(is_amx, Isa::Amx.is_available());
+}

@@ -196,8 +196,8 @@ impl<'a> CrossingHost<'a> {
         unsafe { self.start.as_ptr().add(ROWS).cast() }
     }
 
-    /// Where the GPU takes rows back from, `[rows, cols]` f32, and how many elements these are. They
-    /// may be written from when an event [has been reached](Self::has_reached), whose rows the
+    /// Where the GPU takes rows back from, `[rows, cols]` f32, and how many elements these are.
+    /// They may be written from when an event [has been reached](Self::has_reached), whose rows the
     /// GPU handed over after it took the last ones back, until the CPU is [done](Self::done).
     pub fn rows_out(&self) -> (*mut f32, usize) {
         // SAFETY: these rows lie behind the others, in the same memory.

@@ -12,8 +12,8 @@ const PIECE_BYTES: usize = 256 << 20;
 const PAGE_BYTES: usize = 4096;
 
 /// Host memory registered with the driver, so that copies from it are asynchronous and fast. When
-/// dropped, after all copies, it is host memory like any other again; of a GPU that is lost it stays
-/// registered.
+/// dropped, after all copies, it is host memory like any other again; of a GPU that is lost it
+/// stays registered.
 pub struct RegisteredMemory {
     /// Addresses that were registered.
     pieces: Vec<usize>,
@@ -29,7 +29,8 @@ impl Gpu {
     /// The memory stays mapped while the value lives.
     ///
     /// # Errors
-    /// [`GpuError::Failed`] with the driver's word when it refuses a piece; then none is registered.
+    /// [`GpuError::Failed`] with the driver's word when it refuses a piece; then none is
+    /// registered.
     pub unsafe fn register(&self, bytes: &[u8]) -> Result<RegisteredMemory, GpuError> {
         self.bound()?;
         let mut registered = RegisteredMemory {

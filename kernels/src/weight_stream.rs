@@ -1,10 +1,10 @@
 //! Weights that stream from the host's memory through a ring of slots while the GPU computes.
 //!
-//! A stream of the ring's own copies pieces to slots, piece `index` of a step to slot `index` modulo
-//! their number. The compute stream takes them apart one after the other. Two flags tell one what
-//! the other has done: `arrived` and `consumed`. They lie in host memory, and all that the
-//! stream of the ring waits for is the host's to wait for. Pieces are events of a step ([`event_number`]), so that the takes can be
-//! recorded and replayed.
+//! A stream of the ring's own copies pieces to slots, piece `index` of a step to slot `index`
+//! modulo their number. The compute stream takes them apart one after the other. Two flags tell one
+//! what the other has done: `arrived` and `consumed`. They lie in host memory, and all that the
+//! stream of the ring waits for is the host's to wait for. Pieces are events of a step
+//! ([`event_number`]), so that the takes can be recorded and replayed.
 
 use crate::event::{event_number, has_reached};
 use crate::fate::OnGpu;
@@ -75,13 +75,13 @@ impl Gpu {
 }
 
 impl WeightRing {
-    /// Copies the pieces of a step to the GPU in their order, each as its slot becomes free, and says
-    /// of each that it has arrived: for a thread of its own, after the step before has been waited
-    /// for. Ends early where `gives_up` says so, or the ring is released.
+    /// Copies the pieces of a step to the GPU in their order, each as its slot becomes free, and
+    /// says of each that it has arrived: for a thread of its own, after the step before has been
+    /// waited for. Ends early where `gives_up` says so, or the ring is released.
     ///
-    /// All waiting is the host's. Where the ring's stream waits for a flag, or writes one, the driver
-    /// may put that behind, or before, work of the other stream that waits for it: it knows nothing
-    /// of flags.
+    /// All waiting is the host's. Where the ring's stream waits for a flag, or writes one, the
+    /// driver may put that behind, or before, work of the other stream that waits for it: it knows
+    /// nothing of flags.
     ///
     /// # Safety
     /// The bytes stay as they are until the ring [has been waited for](Self::synchronize).

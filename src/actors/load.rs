@@ -168,10 +168,10 @@ fn model_info(
     }
 }
 
-fn isa(config: &Config) -> Result<Option<Isa>, EngineError> {
+fn isa(config: &Config, workers: usize) -> Result<Option<Isa>, EngineError> {
     let name = config.cpu.isa.as_str();
     if name == "auto" {
-        return Ok(None);
+        return Ok(Some(Isa::for_workers(workers)));
     }
     let allowed = || {
         let names: Vec<&str> = Isa::available().map(Isa::name).collect();
@@ -199,7 +199,7 @@ pub fn stage_options(
     Ok(StageOptions {
         part: None,
         pool: PoolOptions { threads, cores, spin_us: config.cpu.spin_us },
-        isa: isa(config)?,
+        isa: isa(config, threads)?,
         huge_pages: config.cpu.huge_pages,
         kv,
         step_tokens_max: config.scheduler.step_tokens_max,

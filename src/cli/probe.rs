@@ -58,7 +58,7 @@ pub fn run(
     let mut hardware = HardwareProfile::detect();
     let workers = Workers::choose(&hardware.topology, &config.cpu)?;
     let isa = match config.cpu.isa.as_str() {
-        "auto" => Isa::detect(),
+        "auto" => Isa::for_workers(workers.threads),
         name => name.parse()?,
     };
     let kernels = Kernels::for_isa(isa)?;

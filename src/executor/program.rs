@@ -18,9 +18,9 @@
 //! GateExperts  normed, routes → hidden     a row per pair of token and expert, 8-bit
 //! DownExperts  hidden, routes → projected  the weighted sum
 //! ```
-//! A layer's feed-forward network may be *spilled*: its weights lie in host memory though a GPU runs
-//! the model. Both programs then have its ops between two more, and whichever device computes it in
-//! a step, the other leaves it out:
+//! A layer's feed-forward network may be *spilled*: its weights lie in host memory though a GPU
+//! runs the model. Both programs then have its ops between two more, and whichever device computes
+//! it in a step, the other leaves it out:
 //! ```text
 //! SpillStart   normed comes from the GPU
 //! Gate, Project, or Route, GateExperts, DownExperts

@@ -82,9 +82,9 @@ impl Workers {
         Ok(Self { threads, cpus, engine_loop, why: why.join("; ") })
     }
 
-    /// As many as leave room for the threads that serve a GPU beside them, unless a number was asked
-    /// for. A worker whose processor another thread has for a moment holds up all of them, and
-    /// memory is as fast with the rest.
+    /// As many as leave room for the threads that serve a GPU beside them, unless a number was
+    /// asked for. A worker whose processor another thread has for a moment holds up all of them,
+    /// and memory is as fast with the rest.
     pub(super) fn beside_gpu(&self, config: &CpuConfig) -> Self {
         let left = if config.threads == 0 { self.threads / GPU_DIVISOR } else { 0 };
         if left == 0 {

@@ -20,8 +20,8 @@ pub(super) struct WidthCosts {
 pub(super) struct SpillCosts {
     /// By ascending width; at least one.
     pub widths: Vec<WidthCosts>,
-    /// Seconds of the weights of a network on their way to the GPU while the CPU rests. `None` where
-    /// they can't stream.
+    /// Seconds of the weights of a network on their way to the GPU while the CPU rests. `None`
+    /// where they can't stream.
     pub stream: Option<f64>,
 }
 
@@ -48,8 +48,8 @@ impl SpillCosts {
         }
     }
 
-    /// Seconds of `here` networks on the CPU beside `streamed` on their way: whoever ends first lets
-    /// the other be alone.
+    /// Seconds of `here` networks on the CPU beside `streamed` on their way: whoever ends first
+    /// lets the other be alone.
     fn seconds(&self, costs: &WidthCosts, here: f64, streamed: f64) -> f64 {
         let alone = self.stream.unwrap_or(f64::INFINITY);
         let (cpu, stream) = (here * costs.cpu_beside, streamed * costs.stream_beside);

@@ -1,5 +1,5 @@
-//! The thread that sends weights of spilled networks to the GPU while it computes: piece after piece,
-//! as slots of the ring become free.
+//! The thread that sends weights of spilled networks to the GPU while it computes: piece after
+//! piece, as slots of the ring become free.
 
 use super::spill_weights::{Piece, SpilledWeights};
 use super::weights::GpuWeights;
@@ -109,7 +109,8 @@ impl Shared {
         let (started, wait_max) = (Instant::now(), gpu.wait_max());
         let gives_up = || self.is_abandoned.load(Ordering::Acquire) || started.elapsed() > wait_max;
         // SAFETY: weights never change, and outlive the ring.
-        Ok(unsafe { self.ring.send(gpu, *base, pieces, gives_up)? })
+        unsafe { self.ring.send(gpu, *base, pieces, gives_up) }?;
+        Ok(())
     }
 }
 
