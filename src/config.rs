@@ -98,9 +98,7 @@ impl GpuConfig {
             }),
         }
     }
-}
 
-impl GpuConfig {
     /// Percent of the spilled networks whose weights stream to the GPU where the CPU could compute
     /// them; none where that is to be measured.
     ///

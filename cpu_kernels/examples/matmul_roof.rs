@@ -32,7 +32,7 @@ fn main() {
     let isa = arguments.get(1).map_or(Isa::detect(), |name| name.parse().expect("an ISA"));
     let row_major = arguments.get(2).is_some_and(|layout| layout == "row_major");
     let kernels = Kernels::for_isa(isa).expect("an ISA of this CPU");
-    let roof = read_roof(threads);
+    let roof = read_roof(kernels, threads);
     println!("{isa}, {threads} thread(s), read roof {:.1} GB/s", roof / 1e9);
     println!("type     layout    columns   GB/s  % of roof  GMAC/s  cost of 1 column x");
     let only = arguments
@@ -112,15 +112,11 @@ fn multiply(
     })
 }
 
-fn read_roof(threads: usize) -> f64 {
+fn read_roof(kernels: &'static Kernels, threads: usize) -> f64 {
     let memory = vec![1u64; weight_bytes() / 8];
     let seconds = best_of(2 * PASSES, || {
         on_threads(threads, memory.len(), |range| {
-            let mut sums = [0u64; 64];
-            for chunk in memory[range].as_chunks::<64>().0 {
-                sums.iter_mut().zip(chunk).for_each(|(sum, value)| *sum = sum.wrapping_add(*value));
-            }
-            std::hint::black_box(sums);
+            std::hint::black_box(kernels.read_words(&memory[range]));
         });
     });
     weight_bytes() as f64 / seconds

@@ -135,11 +135,6 @@ impl Crossing {
         CrossingHost { start, elements, lifetime: PhantomData }
     }
 
-    /// Lets the GPU wait again after [`CrossingHost::release`], which it must have come past.
-    pub fn rearm(&mut self) {
-        self.host().flag(RELEASED).store(0, Ordering::Release);
-    }
-
     /// Bytes of host memory held.
     pub fn bytes(&self) -> usize {
         self.memory.len()
@@ -210,7 +205,7 @@ impl<'a> CrossingHost<'a> {
         self.flag(DONE).store(number, Ordering::Release);
     }
 
-    /// Ends all waits of the GPU, now and until [`Crossing::rearm`]: for when the CPU can't go on.
+    /// Ends all waits of the GPU, for good: for when the CPU can't go on.
     /// What the GPU takes back then is whatever lies there.
     pub fn release(&self) {
         self.flag(RELEASED).store(1, Ordering::Release);

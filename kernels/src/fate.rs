@@ -86,6 +86,15 @@ impl Gpu {
         Duration::from_micros(self.fate().wait_max_us.load(Ordering::Relaxed))
     }
 
+    /// Whether all that was started is done.
+    ///
+    /// # Errors
+    /// What any kernel before has failed with.
+    pub fn is_done(&self) -> Result<bool, GpuError> {
+        self.bound()?;
+        self.is_idle(self.stream())
+    }
+
     /// Waits for all that was started.
     ///
     /// # Errors

@@ -196,17 +196,10 @@ impl WeightRing {
         gpu.wait_for(&self.stream)
     }
 
-    /// Ends all waits, the GPU's for pieces and the host's for slots, now and until
-    /// [`WeightRing::rearm`]: for when not all pieces of a step are sent, or taken. What the step
-    /// computes then is of no use.
+    /// Ends all waits, the GPU's for pieces and the host's for slots, for good: for when not all
+    /// pieces of a step are sent, or taken. What the step computes then is of no use.
     pub fn release(&self) {
         self.host_flag(RELEASED).store(1, Ordering::Release);
-    }
-
-    /// Makes it ready for a next step after [`WeightRing::release`]. The GPU must have been waited
-    /// for, and the ring.
-    pub fn rearm(&mut self) {
-        self.host_flag(RELEASED).store(0, Ordering::Release);
     }
 
     /// Bytes of the GPU's memory held.

@@ -75,6 +75,14 @@ impl<'a> Rows<'a> {
         Rows { pointer: values.as_mut_ptr(), rows, width, lifetime: PhantomData }
     }
 
+    /// `[rows, width]` f32 that others than this process's threads use as well.
+    ///
+    /// # Safety
+    /// There are as many elements, which live for `'a` and are initialised.
+    pub unsafe fn shared(pointer: *mut f32, rows: usize, width: usize) -> Self {
+        Rows { pointer, rows, width, lifetime: PhantomData }
+    }
+
     /// Columns `part` of row `row`, for reading.
     ///
     /// # Safety

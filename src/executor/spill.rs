@@ -3,7 +3,7 @@
 use super::buffers::Rows;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
-use tandem_kernels::CrossingHost;
+use tandem_kernels::{CrossingHost, event_number};
 
 /// One step of the CPU's side.
 #[derive(Clone, Copy)]
@@ -37,15 +37,15 @@ impl<'a> SpillStep<'a> {
         (is_abandoned, wait_max): (&'a AtomicBool, Duration),
     ) -> Self {
         let (out, elements) = crossing.rows_out();
-        // SAFETY: the crossing has as many elements on either side; exclusive, says the caller.
-        let [rows_in, rows_out] = [crossing.rows_in().cast_mut(), out].map(|start| unsafe {
-            Rows::new(std::slice::from_raw_parts_mut(start, elements), tokens, cols)
-        });
+        assert!(tokens * cols <= elements, "[{tokens}, {cols}] where {elements} elements cross");
+        // SAFETY: the crossing has as many elements on either side, and lives as long.
+        let [rows_in, rows_out] = [crossing.rows_in().cast_mut(), out]
+            .map(|start| unsafe { Rows::shared(start, tokens, cols) });
         Self { crossing, rows_in, rows_out, base, is_here, is_abandoned, wait_max }
     }
 
     /// The number of a network's event.
     pub fn number(&self, index: usize) -> u32 {
-        self.base.wrapping_add(index as u32 + 1)
+        event_number(self.base, index)
     }
 }

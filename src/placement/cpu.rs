@@ -97,8 +97,8 @@ fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
 pub(super) fn ffn_activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
     let Widths { dense_up, hidden, routing } = Widths::of(spec);
     let embedding = spec.embedding_dim as u64;
-    // projected, up; normed twice.
-    let plain = embedding + dense_up + routing;
+    // residual, projected, up; normed twice.
+    let plain = 2 * embedding + dense_up + routing;
     tokens * (4 * plain + (2 * embedding + hidden) * ROUNDED_BYTES)
 }
 

@@ -141,7 +141,8 @@ impl Placement {
     ) -> Result<Self, RequestError> {
         let whole = Self::within(spec, config, (workers, room), notes.clone());
         let asked = config.model.context_tokens;
-        let is_enough = |placed: &Self| asked > 0 || placed.context_tokens >= spilled_context(spec);
+        let is_enough =
+            |placed: &Self| asked > 0 || placed.context_tokens >= spilled_context(spec) / 2;
         if !config.gpu.spill || whole.as_ref().is_ok_and(is_enough) {
             return whole;
         }

@@ -16,6 +16,7 @@ use crate::request::RequestError;
 use crate::units::ByteSize;
 use serde::Serialize;
 use std::collections::HashSet;
+use tandem_cpu_kernels::repack::ROWS;
 use tandem_cpu_kernels::{Layout, packed_bytes};
 use tandem_kernels::DeviceMatrix;
 
@@ -166,9 +167,25 @@ fn device_bytes(spec: &ModelSpec, layer: usize) -> u64 {
     matrices(&spec.layers[layer].ffn).into_iter().map(bytes).sum()
 }
 
+/// Whether networks can stream to the GPU: only in the interleaved layout, which float weights and
+/// experts of odd sizes have not.
+fn can_stream(spec: &ModelSpec) -> bool {
+    spec.layers.iter().all(|layer| {
+        let experts = layer.ffn.experts().map_or(1, |experts| experts.n_experts);
+        let is_interleaved = |matrix: &&TensorRef| {
+            let rows = matrix.rows / experts;
+            matrix.dtype.is_quantized() && (experts == 1 || rows.is_multiple_of(ROWS))
+        };
+        matrices(&layer.ffn).iter().all(is_interleaved)
+    })
+}
+
 /// Bytes of the ring: slots for any matrix, and for each kind of matrix the one that it becomes in
 /// the layout of a GPU's kernels.
 fn ring_bytes(spec: &ModelSpec, layers: &[usize]) -> u64 {
+    if !can_stream(spec) {
+        return 0;
+    }
     let (mut slot, mut scratch, mut seen) = (0, 0, HashSet::new());
     for layer in layers {
         for (role, matrix) in matrices(&spec.layers[*layer].ffn).into_iter().enumerate() {
@@ -184,7 +201,8 @@ fn ring_bytes(spec: &ModelSpec, layers: &[usize]) -> u64 {
 
 /// Bytes of host memory for rows on their way to the CPU and back, and for what it makes of them.
 fn crossing_bytes(spec: &ModelSpec, workers: &Workers, config: &Config) -> u64 {
-    let tokens = config.scheduler.step_tokens_max.min(CROSSING_TOKENS_MAX) as u64;
+    let most = if can_stream(spec) { CROSSING_TOKENS_MAX } else { usize::MAX };
+    let tokens = config.scheduler.step_tokens_max.min(most) as u64;
     let rows = 2 * tokens * spec.embedding_dim as u64 * size_of::<f32>() as u64;
     rows + ffn_activation_bytes(spec, tokens) + worker_bytes(spec, workers, tokens)
 }

@@ -14,6 +14,8 @@ use std::fmt;
 
 /// One processor of so many is left to the threads that serve a GPU.
 const GPU_DIVISOR: usize = 8;
+/// Fewer workers share their processors with those threads.
+const GPU_WORKERS_MIN: usize = 4;
 
 /// Threads and their processors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -86,10 +88,10 @@ impl Workers {
     /// asked for. A worker whose processor another thread has for a moment holds up all of them,
     /// and memory is as fast with the rest.
     pub(super) fn beside_gpu(&self, config: &CpuConfig) -> Self {
-        let left = if config.threads == 0 { self.threads / GPU_DIVISOR } else { 0 };
-        if left == 0 {
+        if config.threads > 0 || self.threads < GPU_WORKERS_MIN {
             return self.clone();
         }
+        let left = (self.threads / GPU_DIVISOR).max(1);
         let threads = self.threads - left;
         let mut cpus = self.cpus.clone();
         cpus.truncate(threads);

@@ -10,15 +10,17 @@ const COLUMNS: [usize; 28] = [
 ];
 /// Less than a group of 16, around one, around two, and more.
 const ROWS: [usize; 7] = [33, 7, 15, 100, 17, 1, 64];
-/// More than one chunk of the decode-once kernel, which has 512 elements; less, and no whole one.
-const ELEMENTS: [usize; 3] = [1280, 256, 768];
+/// More than one chunk of the decode-once kernel, which has 512 elements; less, and no whole one;
+/// odd numbers of groups, where a type's blocks are as short.
+const ELEMENTS: [usize; 6] = [1280, 96, 768, 1056, 32, 256];
 
 #[test]
 fn every_type_has_the_bits_of_the_specification_with_any_number_of_columns() {
     for dtype in DType::ALL {
         let mut random = Random(dtype as u64);
         for (index, columns) in COLUMNS.into_iter().enumerate() {
-            let (rows, cols) = (ROWS[index % ROWS.len()], ELEMENTS[index % ELEMENTS.len()]);
+            let cols = ELEMENTS[index % ELEMENTS.len()].next_multiple_of(dtype.block_elements());
+            let rows = ROWS[index % ROWS.len()];
             let weights = quantized_weights(dtype, rows, cols, &mut random);
             let x = random.floats(columns * cols);
             let whole = std::slice::from_ref(&(0..rows)).to_vec();

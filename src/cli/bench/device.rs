@@ -38,7 +38,7 @@ impl DeviceWeights {
     pub fn bytes(&self) -> usize {
         match self {
             Self::Cpu(weights) => weights.bytes(),
-            Self::Gpu(weights) => weights.bytes(),
+            Self::Gpu(weights) => weights.bytes() + weights.spilled_bytes(),
         }
     }
 

@@ -14,6 +14,7 @@ use crate::executor::{ExecutorError, StageOptions};
 use crate::placement::{CROSSING_TOKENS_MAX, RING_SLOTS};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tandem_kernels::{DeviceMatrix, DeviceMemory, Span};
 
@@ -29,6 +30,8 @@ pub(super) struct Bases {
 }
 /// Tokens of the steps that are measured at the start.
 const MEASURED_TOKENS: [usize; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
+/// Between two looks at a GPU that the CPU waits for.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Networks of such a step, and how often it is repeated.
 const MEASURED_NETWORKS: usize = 4;
 const MEASURED_TIMES: usize = 2;
@@ -49,6 +52,8 @@ pub(super) struct GpuSpill {
     stream: Option<Stream>,
     shares: Shares,
     costs: SpillCosts,
+    /// Set when a step can't come to its end.
+    is_abandoned: Arc<AtomicBool>,
     /// Percent that were asked for.
     asked: Option<u8>,
     tokens_max: usize,
@@ -57,7 +62,11 @@ pub(super) struct GpuSpill {
 }
 
 impl Stream {
-    fn new(weights: &Arc<GpuWeights>, from: &SpilledWeights) -> Result<Self, ExecutorError> {
+    fn new(
+        weights: &Arc<GpuWeights>,
+        from: &SpilledWeights,
+        is_abandoned: Arc<AtomicBool>,
+    ) -> Result<Self, ExecutorError> {
         let gpu = weights.gpu();
         let (mut scratch, mut places) = (Vec::<DeviceMatrix>::new(), HashMap::new());
         for network in from.networks() {
@@ -83,7 +92,7 @@ impl Stream {
             }
         }
         let ring = gpu.weight_ring(RING_SLOTS, from.largest_piece())?;
-        let sender = SpillSender::start(ring, Arc::clone(weights))?;
+        let sender = SpillSender::start(ring, Arc::clone(weights), is_abandoned)?;
         Ok(Self { sender, scratch, places })
     }
 
@@ -104,30 +113,37 @@ impl GpuSpill {
         let (gpu, Some(from)) = (weights.gpu(), weights.spilled()) else { return Ok(None) };
         // In a step the GPU waits for the host, so nothing in it may wait for the GPU.
         gpu.load_kernels()?;
-        let stream = from.can_stream().then(|| Stream::new(weights, from)).transpose()?;
+        let is_abandoned = Arc::<AtomicBool>::default();
+        let stream = || Stream::new(weights, from, Arc::clone(&is_abandoned));
+        let stream = from.can_stream().then(stream).transpose()?;
         let tokens = options.step_tokens_max;
         let tokens_max = if stream.is_some() { tokens.min(CROSSING_TOKENS_MAX) } else { tokens };
         let embedding = weights.program().dims.embedding;
         let crossing = gpu.crossing(tokens_max, embedding)?;
         let options = StageOptions { step_tokens_max: tokens_max, ..from.stage_options(options) };
         let cpu = Arc::clone(from.weights());
-        let thread = SpillThread::start(crossing, cpu, &options, gpu.wait_max())?;
+        let waits = (Arc::clone(&is_abandoned), gpu.wait_max());
+        let thread = SpillThread::start(crossing, (cpu, &options), waits)?;
         let mut spill = Self {
             thread,
             stream,
             shares: Shares::new(from.networks().len()),
             costs: SpillCosts { widths: Vec::new(), stream: None },
+            is_abandoned,
             asked: options.spill_streamed,
             tokens_max,
             bases: Bases::default(),
             weights: Arc::clone(weights),
         };
-        if let Err(error) = spill.measure() {
-            // The CPU may still wait for rows.
-            spill.abandon();
-            return Err(error);
+        // Measured once: a stage that follows one that crashed shares as that did.
+        match from.costs().get() {
+            Some(costs) => spill.costs = costs.clone(),
+            None => {
+                spill.measure()?;
+                tracing::info!(costs = ?spill.costs, "spilled networks were measured");
+                let _ = from.costs().set(spill.costs.clone());
+            }
         }
-        tracing::info!(costs = ?spill.costs, "spilled networks were measured");
         Ok(Some(spill))
     }
 
@@ -188,7 +204,7 @@ impl GpuSpill {
     /// What it failed with.
     pub fn finish(&self, streamed: usize) -> Result<(), ExecutorError> {
         let has_begun = self.shares.of(streamed).contains(&true);
-        let computed = if has_begun { self.thread.finish().map(drop) } else { Ok(()) };
+        let computed = if has_begun { self.finish_computing() } else { Ok(()) };
         let sent = match &self.stream {
             Some(stream) if streamed > 0 => stream.sender.finish(),
             _ => Ok(()),
@@ -196,9 +212,21 @@ impl GpuSpill {
         computed.and(sent)
     }
 
+    /// Waits for the CPU, which waits for the GPU: one that was lost will not come.
+    fn finish_computing(&self) -> Result<(), ExecutorError> {
+        loop {
+            if let Some(done) = self.thread.finish_within(LOOK_EVERY) {
+                return done.map(drop);
+            }
+            if self.weights.gpu().is_done().is_err() {
+                self.abandon();
+            }
+        }
+    }
+
     /// The GPU will not come to the CPU, nor to weights, any more.
     pub fn abandon(&self) {
-        self.thread.abandon();
+        self.is_abandoned.store(true, Ordering::Release);
         self.stream.iter().for_each(|stream| stream.sender.abandon());
     }
 
@@ -217,14 +245,23 @@ impl GpuSpill {
         let gpu_weights = Arc::clone(&self.weights);
         let gpu = gpu_weights.gpu();
         let embedding = gpu_weights.program().dims.embedding;
-        let rows = gpu.alloc(self.tokens_max * embedding * size_of::<f32>())?;
-        let base = gpu.alloc(size_of::<u32>())?;
-        self.costs.stream = self.stream_seconds(None)?;
+        // Of equal rows all tokens would go to the same experts.
+        let values = varied(self.tokens_max * embedding);
+        let memory = CrossedMemory {
+            rows: gpu.alloc(size_of_val(&values[..]))?,
+            back: gpu.alloc(size_of_val(&values[..]))?,
+            base: gpu.alloc(size_of::<u32>())?,
+        };
+        gpu.upload(&values, memory.rows.span())?;
+        for _ in 0..MEASURED_TIMES {
+            let known = self.costs.stream.unwrap_or(f64::INFINITY);
+            self.costs.stream = self.stream_seconds(None)?.map(|seconds| seconds.min(known));
+        }
         let tokens_max = self.tokens_max;
         for tokens in MEASURED_TOKENS.into_iter().filter(|tokens| *tokens <= tokens_max) {
             let mut least = [f64::INFINITY; 3];
             for _ in 0..MEASURED_TIMES {
-                let seconds = self.measure_width(tokens, (&rows, &base))?;
+                let seconds = self.measure_width(tokens, &memory)?;
                 least.iter_mut().zip(seconds).for_each(|(least, seconds)| {
                     *least = least.min(seconds);
                 });
@@ -239,7 +276,7 @@ impl GpuSpill {
     fn measure_width(
         &mut self,
         tokens: usize,
-        memory: (&DeviceMemory, &DeviceMemory),
+        memory: &CrossedMemory,
     ) -> Result<[f64; 3], ExecutorError> {
         let networks = MEASURED_NETWORKS.min(self.from().networks().len()) as f64;
         let order = self.measured_order(tokens);
@@ -259,19 +296,16 @@ impl GpuSpill {
         SpillOrder { base: self.next_bases(0).crossing, tokens, is_here }
     }
 
-    /// Gives an order and starts the GPU's side of it, with rows of zeros.
-    fn cross(
-        &self,
-        order: &SpillOrder,
-        (rows, base): (&DeviceMemory, &DeviceMemory),
-    ) -> Result<(), ExecutorError> {
+    /// Gives an order and starts the GPU's side of it.
+    fn cross(&self, order: &SpillOrder, memory: &CrossedMemory) -> Result<(), ExecutorError> {
+        let CrossedMemory { rows, back, base } = memory;
         let (gpu, crossing) = (self.weights.gpu(), self.thread.crossing());
         gpu.upload(&[order.base], base.span())?;
         let (tokens, is_here) = (order.tokens, Arc::clone(&order.is_here));
         self.thread.begin(SpillOrder { is_here, ..*order })?;
         for index in (0..order.is_here.len()).filter(|index| order.is_here[*index]) {
             gpu.hand_over(crossing, rows.span(), tokens, (base.span(), index))?;
-            gpu.take_back(crossing, rows.span(), tokens, (base.span(), index))?;
+            gpu.take_back(crossing, back.span(), tokens, (base.span(), index))?;
         }
         Ok(())
     }
@@ -295,6 +329,19 @@ impl GpuSpill {
             }
         }
     }
+}
+
+/// What crosses while costs are measured.
+struct CrossedMemory {
+    rows: DeviceMemory,
+    back: DeviceMemory,
+    base: DeviceMemory,
+}
+
+/// Numbers between -1 and 1 that repeat after long (Knuth's multiplicative hash).
+fn varied(count: usize) -> Vec<f32> {
+    let number = |index: u32| index.wrapping_mul(2_654_435_761) as i32 as f32 / 2f32.powi(31);
+    (0..count as u32).map(number).collect()
 }
 
 impl GpuStage {

@@ -28,6 +28,17 @@ pub(super) struct SpillCosts {
 /// For each number of streamed networks, which of them the CPU computes.
 pub(super) struct Shares(Vec<Arc<[bool]>>);
 
+/// Steps of a class of widths are shared alike, so that a token's bits do not depend on how many
+/// others are in a step of its class: the width for which the shares of a class are best.
+fn class_tokens(tokens: usize) -> usize {
+    match tokens {
+        0..=8 => 4,
+        9..=32 => 24,
+        33..=128 => 96,
+        _ => 256,
+    }
+}
+
 impl SpillCosts {
     /// Costs at a width; between those that are known, and beyond the last, along a line.
     fn at(&self, tokens: usize) -> WidthCosts {
@@ -69,7 +80,7 @@ impl SpillCosts {
         if tokens > tokens_max {
             return networks;
         }
-        let costs = self.at(tokens);
+        let costs = self.at(class_tokens(tokens));
         let seconds =
             |streamed: usize| self.seconds(&costs, (networks - streamed) as f64, streamed as f64);
         // Of equals the fewest: less crosses the bus.
@@ -120,8 +131,11 @@ mod tests {
     #[test]
     fn wider_steps_stream_more_until_all_is_streamed() {
         let costs = costs(Some(2.0));
-        let streamed = [1, 8, 32, 64, 128, 256].map(|tokens| costs.streamed(20, tokens, 256));
+        let streamed = [1, 8, 9, 32, 33, 128, 129, 256];
+        let streamed = streamed.map(|tokens| costs.streamed(20, tokens, 256));
         assert!(streamed.is_sorted(), "{streamed:?}");
+        let classes = streamed.as_chunks::<2>().0;
+        assert!(classes.iter().all(|[least, most]| least == most), "{streamed:?}");
         // 6 take 15.0 on their way, in which the CPU does 12.5 of the other 14.
         assert_eq!(streamed[0], 6);
         assert_eq!(costs.streamed(20, 257, 256), 20);
@@ -162,6 +176,6 @@ mod tests {
             assert_eq!(here.iter().sum::<usize>(), 7 - streamed);
             assert!(streamed == 7 || here[0] == 1);
         }
-        assert_eq!(shares.of(4)[..], [true, false, false, true, false, true, false]);
+        assert_eq!(shares.of(4)[..], [true, false, true, false, true, false, false]);
     }
 }

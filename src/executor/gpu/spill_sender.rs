@@ -21,8 +21,8 @@ pub(super) struct SendOrder {
 
 struct Shared {
     ring: WeightRing,
-    /// The step has failed: no more slots become free.
-    is_abandoned: AtomicBool,
+    /// Set when a step can't come to its end: no more slots become free.
+    is_abandoned: Arc<AtomicBool>,
     // Last: the ring copies from them.
     weights: Arc<GpuWeights>,
 }
@@ -40,12 +40,17 @@ impl SpillSender {
     ///
     /// # Errors
     /// The system gives no thread.
-    pub fn start(ring: WeightRing, weights: Arc<GpuWeights>) -> Result<Self, ExecutorError> {
-        let shared = Arc::new(Shared { ring, is_abandoned: AtomicBool::new(false), weights });
+    pub fn start(
+        ring: WeightRing,
+        weights: Arc<GpuWeights>,
+        is_abandoned: Arc<AtomicBool>,
+    ) -> Result<Self, ExecutorError> {
+        let shared = Arc::new(Shared { ring, is_abandoned, weights });
         let (orders, ordered) = bounded::<SendOrder>(1);
         let (done, results) = bounded(1);
         let body_shared = Arc::clone(&shared);
         let body = move || {
+            let _leaving = Leaving(&body_shared);
             for order in ordered {
                 if done.send(body_shared.send(&order)).is_err() {
                     return;
@@ -80,14 +85,23 @@ impl SpillSender {
 
     /// Ends a step whose pieces nobody takes any more.
     pub fn abandon(&self) {
-        self.shared.is_abandoned.store(true, Ordering::Release);
-        self.shared.ring.release();
+        self.shared.give_up();
+    }
+}
+
+/// Gives up when its thread leaves, however it leaves.
+struct Leaving<'a>(&'a Shared);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.0.give_up();
     }
 }
 
 impl Drop for SpillSender {
     fn drop(&mut self) {
         self.orders = None;
+        self.shared.give_up();
         if let Some(thread) = self.thread.take() {
             // A panic of the thread was told as the end of its step.
             let _ = thread.join();
@@ -102,6 +116,12 @@ fn gone() -> ExecutorError {
 }
 
 impl Shared {
+    /// Ends all waits for pieces and slots, and those of the CPU's side: the step fails.
+    fn give_up(&self) {
+        self.is_abandoned.store(true, Ordering::Release);
+        self.ring.release();
+    }
+
     fn send(&self, SendOrder { base, is_here }: &SendOrder) -> Result<(), ExecutorError> {
         let (gpu, from) = (self.weights.gpu(), self.weights.spilled());
         let from = from.expect("what is sent was spilled");
@@ -109,7 +129,12 @@ impl Shared {
         let (started, wait_max) = (Instant::now(), gpu.wait_max());
         let gives_up = || self.is_abandoned.load(Ordering::Acquire) || started.elapsed() > wait_max;
         // SAFETY: weights never change, and outlive the ring.
-        unsafe { self.ring.send(gpu, *base, pieces, gives_up) }?;
+        let sent = unsafe { self.ring.send(gpu, *base, pieces, gives_up) };
+        if sent.is_err() || gives_up() {
+            // The GPU waits for pieces, and the CPU for the GPU.
+            self.give_up();
+        }
+        sent?;
         Ok(())
     }
 }

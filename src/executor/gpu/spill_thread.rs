@@ -5,7 +5,7 @@ use crate::executor::spill::SpillStep;
 use crate::executor::{ExecutorError, Stage, StageOptions, Weights};
 use crate::step::StepPlan;
 use crate::units::TokenId;
-use crossbeam_channel::{Receiver, RecvError, Sender, TryRecvError, bounded};
+use crossbeam_channel::{Receiver, RecvError, RecvTimeoutError, Sender, TryRecvError, bounded};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -28,9 +28,26 @@ pub(super) struct SpillOrder {
 /// What both threads hold.
 struct Shared {
     crossing: Crossing,
-    /// The GPU will not come: workers that wait end.
-    is_abandoned: AtomicBool,
+    /// Set when a step can't come to its end: workers that wait for the GPU end.
+    is_abandoned: Arc<AtomicBool>,
     wait_max: Duration,
+}
+
+impl Shared {
+    /// Ends all waits of both sides: the step's rows have no meaning then.
+    fn give_up(&self) {
+        self.is_abandoned.store(true, Ordering::Release);
+        self.crossing.host().release();
+    }
+}
+
+/// Gives up when its thread leaves, however it leaves.
+struct Leaving<'a>(&'a Shared);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.0.give_up();
+    }
 }
 
 /// A running thread.
@@ -48,11 +65,10 @@ impl SpillThread {
     /// Memory or threads refused.
     pub fn start(
         crossing: Crossing,
-        weights: Arc<Weights>,
-        options: &StageOptions,
-        wait_max: Duration,
+        (weights, options): (Arc<Weights>, &StageOptions),
+        (is_abandoned, wait_max): (Arc<AtomicBool>, Duration),
     ) -> Result<Self, ExecutorError> {
-        let shared = Arc::new(Shared { crossing, is_abandoned: AtomicBool::new(false), wait_max });
+        let shared = Arc::new(Shared { crossing, is_abandoned, wait_max });
         let (orders, ordered) = bounded(1);
         let (done, results) = bounded(1);
         let mut options = options.clone();
@@ -87,15 +103,20 @@ impl SpillThread {
         self.results.recv().map_err(|_| gone())?
     }
 
-    /// Ends the waits of an order that the GPU will not come to. It still has to be finished.
-    pub fn abandon(&self) {
-        self.shared.is_abandoned.store(true, Ordering::Release);
+    /// As [`SpillThread::finish`], for no longer than `most`; none when that is over.
+    pub fn finish_within(&self, most: Duration) -> Option<Result<Duration, ExecutorError>> {
+        match self.results.recv_timeout(most) {
+            Ok(result) => Some(result),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => Some(Err(gone())),
+        }
     }
 }
 
 impl Drop for SpillThread {
     fn drop(&mut self) {
         self.orders = None;
+        self.shared.give_up();
         if let Some(thread) = self.thread.take() {
             // A panic of the thread was told as the failure of its order.
             let _ = thread.join();
@@ -114,6 +135,7 @@ fn serve(
     orders: &Receiver<SpillOrder>,
     results: &Sender<Result<Duration, ExecutorError>>,
 ) {
+    let _leaving = Leaving(shared);
     let cols = weights.program().dims.embedding;
     let made = Stage::restart(weights, options).and_then(|mut stage| {
         stage.warm_up(options.huge_pages())?;
@@ -134,13 +156,13 @@ fn serve(
         let started = Instant::now();
         plan.tokens.resize(tokens, TokenId(0));
         let host = shared.crossing.host();
-        let waits = (&shared.is_abandoned, shared.wait_max);
+        let waits = (&*shared.is_abandoned, shared.wait_max);
         // SAFETY: this thread alone works on the host's side, one step after the other, and the
         // GPU keeps to the order of events.
         let step = unsafe { SpillStep::new(host, [tokens, cols], (base, &is_here), waits) };
         let result = stage.run_spilled(&plan, step);
         if result.is_err() {
-            host.release();
+            shared.give_up();
         }
         if results.send(result.map(|()| started.elapsed())).is_err() {
             return;

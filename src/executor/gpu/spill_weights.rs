@@ -1,6 +1,7 @@
 //! The weights of spilled networks in host memory, in the layout of the CPU's kernels, which the
 //! GPU takes apart as they arrive.
 
+use super::spill_schedule::SpillCosts;
 use crate::executor::cpu_pool::CpuPool;
 use crate::executor::kv_store::KvOptions;
 use crate::executor::program::{FeedForwards, MatrixId, Program, StagePart};
@@ -8,7 +9,7 @@ use crate::executor::weights::{LoadProgress, Weights, WeightsRequest};
 use crate::executor::{ExecutorError, StageOptions};
 use crate::tensor::DType;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use tandem_kernels::{Gpu, RegisteredMemory};
 
 /// A matrix of a spilled network.
@@ -27,6 +28,8 @@ pub(super) struct SpilledWeights {
     networks: Vec<Vec<Piece>>,
     /// None where weights can't stream.
     registered: Option<RegisteredMemory>,
+    /// What they cost, once that is measured.
+    costs: OnceLock<SpillCosts>,
     // Last: what is registered has to be there.
     weights: Arc<Weights>,
 }
@@ -77,11 +80,15 @@ impl SpilledWeights {
         let count = program.matrices.iter().filter_map(|entry| entry.spilled).max();
         let networks =
             networks.unwrap_or_else(|| (0..=count.unwrap_or(0)).map(|_| Vec::new()).collect());
-        Ok(Some(Self { part, networks, registered, weights }))
+        Ok(Some(Self { part, networks, registered, costs: OnceLock::new(), weights }))
     }
 
     pub fn networks(&self) -> &[Vec<Piece>] {
         &self.networks
+    }
+
+    pub fn costs(&self) -> &OnceLock<SpillCosts> {
+        &self.costs
     }
 
     /// Whether the driver can copy from them by itself.
