@@ -4,6 +4,8 @@
 
 #[path = "placement/gpu.rs"]
 mod gpu;
+#[path = "placement/predict.rs"]
+mod predict;
 #[path = "placement/spill.rs"]
 mod spill;
 #[path = "support/tiny_model.rs"]

@@ -1,17 +1,23 @@
 //! Owns the decision of what lies where: weights, KV blocks, activations, the longest sequence that
-//! fits, and the workers' processors. Pure: the same model, machine and configuration give the same
-//! placement, and nothing is allocated here. The engine calls it before it loads anything,
-//! `tandem plan` to explain.
+//! fits, and the workers' processors; and the prediction of how fast that will be. Pure: the same
+//! model, machine and configuration give the same placement, and nothing is allocated here. The
+//! engine calls it before it loads anything, `tandem plan` to explain.
 
 mod cpu;
 mod explain;
 mod gpu;
 mod kv_dtype;
+mod predict;
+mod predict_costs;
+mod predict_work;
 mod room;
+mod share;
 mod spill;
 mod workers;
 
 pub use explain::ExplainRow;
+pub use predict::{DecodeSpeed, Prediction, PromptSpeed};
+pub use share::SharedTimes;
 pub use spill::{CROSSING_TOKENS_MAX, RING_SLOTS, Spill};
 pub use workers::Workers;
 

@@ -132,7 +132,7 @@ fn spread(bytes: &[u64], count: usize) -> Vec<usize> {
 }
 
 /// Gate, up and down: what is spilled of a layer.
-fn matrices(ffn: &FfnSpec) -> [&TensorRef; 3] {
+pub(super) fn matrices(ffn: &FfnSpec) -> [&TensorRef; 3] {
     match ffn {
         FfnSpec::Dense(dense) => [&dense.gate.weight, &dense.up.weight, &dense.down.weight],
         FfnSpec::Experts(experts) => [&experts.gate, &experts.up, &experts.down],
@@ -169,7 +169,7 @@ fn device_bytes(spec: &ModelSpec, layer: usize) -> u64 {
 
 /// Whether networks can stream to the GPU: only in the interleaved layout, which float weights and
 /// experts of odd sizes have not.
-fn can_stream(spec: &ModelSpec) -> bool {
+pub(super) fn can_stream(spec: &ModelSpec) -> bool {
     spec.layers.iter().all(|layer| {
         let experts = layer.ffn.experts().map_or(1, |experts| experts.n_experts);
         let is_interleaved = |matrix: &&TensorRef| {

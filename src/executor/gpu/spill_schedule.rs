@@ -1,6 +1,7 @@
 //! Who computes the spilled feed-forward networks of a step: the CPU, or the GPU as their weights
 //! stream by. Pure arithmetic on measured times.
 
+use crate::placement::SharedTimes;
 use std::sync::Arc;
 
 /// Seconds that one spilled network takes at steps of some width.
@@ -59,16 +60,11 @@ impl SpillCosts {
         }
     }
 
-    /// Seconds of `here` networks on the CPU beside `streamed` on their way: whoever ends first
-    /// lets the other be alone.
-    fn seconds(&self, costs: &WidthCosts, here: f64, streamed: f64) -> f64 {
-        let alone = self.stream.unwrap_or(f64::INFINITY);
-        let (cpu, stream) = (here * costs.cpu_beside, streamed * costs.stream_beside);
-        if stream <= cpu {
-            stream + (here - stream / costs.cpu_beside) * costs.cpu
-        } else {
-            cpu + (streamed - cpu / costs.stream_beside) * alone
-        }
+    /// The same as placement's arithmetic has them.
+    fn times(&self, tokens: usize) -> SharedTimes {
+        let WidthCosts { cpu, cpu_beside, stream_beside, .. } = self.at(tokens);
+        let stream = self.stream.unwrap_or(f64::INFINITY);
+        SharedTimes { cpu, cpu_beside, stream, stream_beside }
     }
 
     /// How many of `networks` are best streamed in a step of `tokens` tokens, of which the CPU can
@@ -80,9 +76,9 @@ impl SpillCosts {
         if tokens > tokens_max {
             return networks;
         }
-        let costs = self.at(class_tokens(tokens));
+        let times = self.times(class_tokens(tokens));
         let seconds =
-            |streamed: usize| self.seconds(&costs, (networks - streamed) as f64, streamed as f64);
+            |streamed: usize| times.seconds((networks - streamed) as f64, streamed as f64);
         // Of equals the fewest: less crosses the bus.
         (0..=networks).min_by(|a, b| seconds(*a).total_cmp(&seconds(*b))).unwrap_or(0)
     }
@@ -144,11 +140,11 @@ mod tests {
     #[test]
     fn whoever_ends_first_lets_the_other_be_alone() {
         let costs = costs(Some(2.0));
-        let at = costs.at(1);
-        assert_eq!(costs.seconds(&at, 20.0, 0.0), 20.0);
-        assert_eq!(costs.seconds(&at, 0.0, 20.0), 40.0);
-        assert!((costs.seconds(&at, 14.0, 6.0) - 16.5).abs() < 1e-9);
-        assert!((costs.seconds(&at, 5.0, 6.0) - (6.0 + 3.6 * 2.0)).abs() < 1e-9);
+        let at = costs.times(1);
+        assert_eq!(at.seconds(20.0, 0.0), 20.0);
+        assert_eq!(at.seconds(0.0, 20.0), 40.0);
+        assert!((at.seconds(14.0, 6.0) - 16.5).abs() < 1e-9);
+        assert!((at.seconds(5.0, 6.0) - (6.0 + 3.6 * 2.0)).abs() < 1e-9);
     }
 
     #[test]

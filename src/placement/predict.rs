@@ -1,0 +1,120 @@
+//! How fast a placed model will be, from what was measured of the machine: tokens per second of
+//! decoding and of prompts, and what one GiB more of the GPU's memory would buy.
+//!
+//! ```text
+//! CPU step     = max(weights read / DRAM, operations / (CPU · share)) + KV / DRAM
+//! GPU step     = reads + operations / (tensor cores · share) + KV / VRAM
+//!                where reads = layers · wait + weights read / (VRAM · share)
+//! GPU prompt   = max(reads, operations / (tensor cores · share))
+//! spilled step = GPU step + min over streamed networks (CPU's beside streams + crossings)
+//!                where all are streamed: max(weights / pinned copies, GPU step or prompt)
+//! ```
+//! Shares and the wait are what kernels reach of their roofs on one kind of machine, told with
+//! their reasons in `predict_costs.rs`. Of experts a step of m tokens reads n·(1 − (1 − k/n)^m), as
+//! many as m independent choices of k of n touch.
+//!
+//! Against `docs/performance.md`: one stream and prompts of dense models within 15 %, 8 and 32
+//! streams within 20 %, more on the CPU. Not modelled: the arithmetic of attention, which long
+//! contexts feel; prompts of small experts on a GPU, a third slower than predicted; kernels of GPUs
+//! before Hopper; weights in floats on the CPU; `gpu.spill_streamed`; and time between steps.
+
+use super::predict_costs::{Costs, Usage};
+use super::{Device, Placement};
+use crate::config::Config;
+use crate::hardware::HardwareProfile;
+use crate::model::ModelSpec;
+use serde::Serialize;
+
+/// Streams and lengths of prompts that are predicted, where they fit.
+const STREAMS: [usize; 3] = [1, 8, 32];
+const PROMPTS: [usize; 2] = [512, 2048];
+/// Tokens of context that each stream is predicted with, at most the placement's.
+const CONTEXT_TOKENS: usize = 512;
+const GIB: u64 = 1 << 30;
+
+/// How fast a placed model will be.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Prediction {
+    /// Tokens of context that each stream of `decode` has.
+    pub context_tokens: usize,
+    /// By ascending number of streams; those that the KV store and a step hold.
+    pub decode: Vec<DecodeSpeed>,
+    /// By ascending length; those that the context holds.
+    pub prompt: Vec<PromptSpeed>,
+    /// Tokens per second of one stream if the GPU's memory had one GiB more for the model. `None`
+    /// where nothing is spilled.
+    pub gib_more: Option<f64>,
+}
+
+/// Sequences that are decoded together.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct DecodeSpeed {
+    /// How many.
+    pub streams: usize,
+    /// Of all of them together.
+    pub tokens_per_second: f64,
+}
+
+/// A prompt that is read alone.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct PromptSpeed {
+    /// How long it is.
+    pub tokens: usize,
+    /// Until its first answer token.
+    pub tokens_per_second: f64,
+}
+
+impl Prediction {
+    /// Predicts a placement that was planned with this machine and configuration; `None` where the
+    /// machine, or its GPU, was not measured.
+    pub fn of(
+        spec: &ModelSpec,
+        placement: &Placement,
+        hardware: &HardwareProfile,
+        config: &Config,
+    ) -> Option<Self> {
+        let context_tokens = CONTEXT_TOKENS.min(placement.context_tokens);
+        let step_tokens_max = config.scheduler.step_tokens_max;
+        let usage = Usage { context_tokens, step_tokens_max };
+        let costs = Costs::new(spec, placement, hardware.measured.as_ref()?, usage)?;
+        let kv_tokens = placement.device_blocks * placement.block_tokens;
+        let most = config.scheduler.sequences_max.min(step_tokens_max);
+        let fits = |streams: &usize| *streams <= most && streams * context_tokens <= kv_tokens;
+        let decode = STREAMS.into_iter().filter(fits).map(|streams| DecodeSpeed {
+            streams,
+            tokens_per_second: streams as f64 / costs.decode_seconds(streams),
+        });
+        let prompts = PROMPTS.into_iter().filter(|tokens| *tokens <= placement.context_tokens);
+        let prompt = prompts.map(|tokens| PromptSpeed {
+            tokens,
+            tokens_per_second: tokens as f64 / costs.prompt_seconds(tokens),
+        });
+        Some(Self {
+            context_tokens,
+            decode: decode.collect(),
+            prompt: prompt.collect(),
+            gib_more: gib_more(spec, placement, (hardware, config), usage),
+        })
+    }
+}
+
+/// Tokens per second of one stream on a GPU with one GiB more.
+fn gib_more(
+    spec: &ModelSpec,
+    placement: &Placement,
+    (hardware, config): (&HardwareProfile, &Config),
+    usage: Usage,
+) -> Option<f64> {
+    placement.spill.as_ref()?;
+    let (mut hardware, mut config) = (hardware.clone(), config.clone());
+    hardware.gpus.devices.iter_mut().for_each(|gpu| gpu.memory_free_bytes += GIB);
+    if config.gpu.vram_limit.0 > 0 {
+        config.gpu.vram_limit.0 += GIB;
+    }
+    let more = Placement::plan(spec, &hardware, &config).ok()?;
+    if *more.device() == Device::Cpu {
+        return None;
+    }
+    let costs = Costs::new(spec, &more, hardware.measured.as_ref()?, usage)?;
+    Some(1.0 / costs.decode_seconds(1))
+}

@@ -1,0 +1,191 @@
+//! Seconds of a step, from the work of its parts and the measured rates of what does it. The
+//! formulas are told in `predict.rs`.
+
+use super::predict_work::{Work, ffn_work, network_bytes, rest_work};
+use super::spill::can_stream;
+use super::{CROSSING_TOKENS_MAX, Device, Placement, SharedTimes};
+use crate::hardware::{GpuRates, Measured};
+use crate::model::ModelSpec;
+
+/// Seconds of a layer in which the kernels of a step on a GPU wait for each other: one of 50 µs
+/// reads for 27 at the roof (`docs/performance.md`, "One H200"). It does not grow with the layer: a
+/// Llama of 70B, with layers of three and a half times the bytes, decodes at 80 % of the roof and
+/// one of 8B at 55 %.
+const LAYER_WAIT: f64 = 23e-6;
+/// Share of the memory's rate at which a GPU reads weights beside that, by the tokens of a step:
+/// one; up to eight, which are multiplied in 8 bits; more. As of 3,529 and 7,535 tokens/s with 8
+/// and 32 streams there.
+const VRAM_SHARES: [(usize, f64); 3] = [(1, 1.0), (8, 0.7), (usize::MAX, 0.4)];
+/// The same of experts, whose kernels have less to do each.
+const VRAM_SHARE_EXPERTS: f64 = 0.4;
+/// Share of the tensor cores' rate that steps reach: prompts of 8B 453 of 902 TFLOP/s, attention
+/// and norms included; experts 179 to 245.
+const TENSOR_SHARE: f64 = 0.5;
+const TENSOR_SHARE_EXPERTS: f64 = 0.2;
+/// Tokens from which reading and arithmetic overlap on a GPU: wider products have enough to do.
+const OVERLAP_TOKENS: usize = 129;
+/// Share of the CPU's rate in registers that products reach ("Sixteen cores"): 8-bit ones 1.6 to
+/// 2.0 of 4.1 T multiply-adds/s. Tiles of AMX in bf16 wait for weights to be decoded: 3.0 to 3.3 of
+/// 11.5.
+const CPU_SHARE: f64 = 0.4;
+const CPU_SHARE_TILES: f64 = 0.25;
+/// What the probe calls the numbers that tiles multiply.
+const TILE_NUMBERS: &str = "bf16";
+
+/// What is done.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Usage {
+    /// Tokens that each decoding stream attends to.
+    pub context_tokens: usize,
+    /// Of the widest step.
+    pub step_tokens_max: usize,
+}
+
+/// What the workers reach.
+struct CpuRates {
+    /// Bytes of host memory read per second.
+    read: f64,
+    /// Multiply-accumulates of products per second.
+    macs: f64,
+}
+
+/// What a placed model costs.
+pub(super) struct Costs<'a> {
+    spec: &'a ModelSpec,
+    placement: &'a Placement,
+    usage: Usage,
+    cpu: CpuRates,
+    /// `None` where the CPU computes all.
+    gpu: Option<&'a GpuRates>,
+}
+
+impl CpuRates {
+    /// Of so many threads; between numbers that were measured along a line.
+    fn of(measured: &Measured, threads: usize) -> Option<Self> {
+        let last = measured.reads.last()?;
+        let above = measured.reads.iter().position(|read| read.threads >= threads);
+        let read = match above {
+            None => last.bytes_per_second,
+            Some(0) => measured.reads[0].bytes_per_second,
+            Some(above) => {
+                let (low, high) = (&measured.reads[above - 1], &measured.reads[above]);
+                let part = (threads - low.threads) as f64 / (high.threads - low.threads) as f64;
+                low.bytes_per_second + part * (high.bytes_per_second - low.bytes_per_second)
+            }
+        };
+        let is_tiles = measured.cpu.numbers == TILE_NUMBERS;
+        let share = if is_tiles { CPU_SHARE_TILES } else { CPU_SHARE };
+        let part = threads.min(last.threads) as f64 / last.threads as f64;
+        Some(Self { read, macs: measured.cpu.per_second * share * part })
+    }
+
+    fn seconds(&self, work: Work) -> f64 {
+        (work.bytes / self.read).max(work.macs / self.macs)
+    }
+}
+
+impl<'a> Costs<'a> {
+    /// `None` where a rate that it takes was not measured.
+    pub fn new(
+        spec: &'a ModelSpec,
+        placement: &'a Placement,
+        measured: &'a Measured,
+        usage: Usage,
+    ) -> Option<Self> {
+        let cpu = CpuRates::of(measured, placement.workers.threads)?;
+        let gpu = match placement.device() {
+            Device::Cpu => None,
+            Device::Gpu(index) => Some(measured.gpus.iter().find(|gpu| gpu.ordinal == *index)?),
+        };
+        Some(Self { spec, placement, usage, cpu, gpu })
+    }
+
+    /// Seconds of a step of so many streams.
+    pub fn decode_seconds(&self, streams: usize) -> f64 {
+        let kv_tokens = streams * self.usage.context_tokens;
+        let kv_bytes = self.spec.kv_bytes_per_token(self.placement.kv_dtype) * kv_tokens as u64;
+        let rate = self.gpu.map_or(self.cpu.read, |gpu| gpu.read_bytes_per_second);
+        self.step_seconds(streams, streams) + kv_bytes as f64 / rate
+    }
+
+    /// Seconds of a prompt of so many tokens in as few steps as there can be.
+    pub fn prompt_seconds(&self, tokens: usize) -> f64 {
+        let (most, last) = (self.usage.step_tokens_max, tokens % self.usage.step_tokens_max);
+        let (whole, last) =
+            if last == 0 { (tokens / most - 1, most) } else { (tokens / most, last) };
+        whole as f64 * self.step_seconds(most, 0) + self.step_seconds(last, 1)
+    }
+
+    /// Seconds of a step without its KV; `logits` of its tokens get logits.
+    fn step_seconds(&self, tokens: usize, logits: usize) -> f64 {
+        let rest = rest_work(self.spec, tokens, logits);
+        let Some(gpu) = self.gpu else {
+            return self.cpu.seconds(rest + self.networks(tokens, |_| true));
+        };
+        let spilled = self.placement.spill.as_ref().map_or(&[][..], |spill| &spill.layers);
+        let resident = self.networks(tokens, |layer| !spilled.contains(&layer));
+        if spilled.is_empty() {
+            return self.gpu_seconds(gpu, tokens, (rest, resident));
+        }
+        let network = self.networks(tokens, |layer| spilled.contains(&layer));
+        let network = network * (1.0 / spilled.len() as f64);
+        let times = self.shared_times(gpu, network);
+        let crossed = 2 * tokens * self.spec.embedding_dim * size_of::<f32>();
+        let crossing = gpu.crossing_us * 1e-6 + crossed as f64 / gpu.pinned.to_gpu;
+        let with_streamed = |streamed: usize| {
+            let here = (spilled.len() - streamed) as f64;
+            let on_gpu = resident + network * streamed as f64;
+            let on_gpu = self.gpu_seconds(gpu, tokens, (rest, on_gpu));
+            let both = times.seconds(here, streamed as f64) + here * crossing;
+            // Nobody waits for the CPU: what comes and what is computed overlap.
+            if here == 0.0 { on_gpu.max(both) } else { on_gpu + both }
+        };
+        let choices = match can_stream(self.spec) {
+            false => 0..=0,
+            true if tokens > CROSSING_TOKENS_MAX => spilled.len()..=spilled.len(),
+            true => 0..=spilled.len(),
+        };
+        choices.map(with_streamed).fold(f64::INFINITY, f64::min)
+    }
+
+    /// The work of those networks whose layers are chosen.
+    fn networks(&self, tokens: usize, is_chosen: impl Fn(usize) -> bool) -> Work {
+        let layers = self.spec.layers.iter().enumerate().filter(|(at, _)| is_chosen(*at));
+        layers.map(|(_, layer)| ffn_work(&layer.ffn, tokens)).sum()
+    }
+
+    /// Seconds of what a GPU computes, its networks apart from the rest.
+    fn gpu_seconds(&self, gpu: &GpuRates, tokens: usize, (rest, networks): (Work, Work)) -> f64 {
+        let share = VRAM_SHARES.iter().find(|(most, _)| tokens <= *most).map_or(1.0, |s| s.1);
+        let has_experts = self.spec.experts().next().is_some();
+        let (dense, experts) =
+            if has_experts { (rest, networks) } else { (rest + networks, Work::default()) };
+        let (vram, macs) = (gpu.read_bytes_per_second, gpu.macs.per_second);
+        let wait = LAYER_WAIT * self.spec.layers.len() as f64;
+        let reads = wait + dense.bytes / (vram * share);
+        let arithmetic = dense.macs / (macs * TENSOR_SHARE);
+        let dense = match tokens {
+            OVERLAP_TOKENS.. => reads.max(arithmetic),
+            _ => reads + arithmetic,
+        };
+        dense
+            + experts.bytes / (vram * VRAM_SHARE_EXPERTS)
+            + experts.macs / (macs * TENSOR_SHARE_EXPERTS)
+    }
+
+    /// Of one spilled network, the mean of all. A stream carries all experts.
+    fn shared_times(&self, gpu: &GpuRates, network: Work) -> SharedTimes {
+        let beside = CpuRates { read: gpu.beside_reads.reads.min(self.cpu.read), ..self.cpu };
+        let spill = self.placement.spill.as_ref();
+        let layers = spill.map_or(&[][..], |spill| &spill.layers);
+        let bytes: f64 = layers.iter().map(|at| network_bytes(&self.spec.layers[*at].ffn)).sum();
+        let bytes = bytes / layers.len() as f64;
+        let to_gpu_beside = gpu.beside_reads.to_gpu.min(gpu.pinned.to_gpu);
+        SharedTimes {
+            cpu: self.cpu.seconds(network),
+            cpu_beside: beside.seconds(network),
+            stream: bytes / gpu.pinned.to_gpu,
+            stream_beside: bytes / to_gpu_beside,
+        }
+    }
+}
