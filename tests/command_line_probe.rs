@@ -3,14 +3,30 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
+#[path = "support/tiny_model.rs"]
+mod tiny_model;
+
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Output};
+use tiny_model::{Family, TinyModel};
+
+fn tandem(arguments: &[&str], home: &Path) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
+    command.args(arguments).current_dir(home);
+    command.env_clear().env("HOME", home).output().unwrap()
+}
 
 fn probe(arguments: &[&str], home: &Path) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
-    command.arg("probe").args(arguments).current_dir(home);
-    command.env_clear().env("HOME", home).output().unwrap()
+    tandem(&[&["probe"], arguments].concat(), home)
+}
+
+/// What `tandem plan` prints of a tiny model.
+fn plan(arguments: &[&str], home: &Path) -> String {
+    TinyModel::new(Family::Llama).write(&home.join("tiny.gguf"));
+    let output = tandem(&[&["plan", "tiny.gguf"], arguments].concat(), home);
+    assert!(output.status.success(), "{arguments:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
 }
 
 fn ok(arguments: &[&str], home: &Path) -> String {
@@ -48,4 +64,23 @@ fn a_machine_is_measured_once() {
     let file = Path::new(first["kept_in"].as_str().unwrap());
     assert!(file.starts_with(home.path().join(".cache/tandem")), "{}", file.display());
     assert_eq!(shown(&["--fresh"])["is_known"], false);
+    // A plan with as many workers predicts what they reach.
+    let one = ["--set", "cpu.threads=1", "--set", "gpu.device=off"];
+    let told = plan(&one, home.path());
+    assert!(told.contains("predicted") && told.contains("1 stream "), "{told}");
+    let arguments = [&one[..], &["--json"]].concat();
+    let shown: Value = serde_json::from_str(&plan(&arguments, home.path())).unwrap();
+    let (first, more) = (&shown["prediction"]["decode"][0], &shown["prediction"]["gib_more"]);
+    assert_eq!((&first["streams"], more), (&1.into(), &Value::Null));
+    assert!(first["tokens_per_second"].as_f64() > Some(0.0), "{shown}");
+}
+
+#[test]
+fn a_plan_predicts_nothing_on_a_machine_that_was_not_measured() {
+    let home = tempfile::tempdir().unwrap();
+    let hint = "`tandem probe` measures this machine; then plan predicts tokens/s";
+    assert!(plan(&[], home.path()).contains(hint));
+    let shown: Value = serde_json::from_str(&plan(&["--json"], home.path())).unwrap();
+    assert!(shown.get("prediction").is_some_and(Value::is_null), "{shown}");
+    assert!(!home.path().join(".cache").exists(), "a plan measures nothing");
 }

@@ -94,10 +94,11 @@ async fn act(command: Command, settings: Settings, output: Output) -> Result<()>
             let options = inspect::InspectOptions { tensors: *tensors, metadata: *metadata };
             inspect::run(file, options, output)
         }
-        Command::Plan { file, .. } => plan::run(file, &settings.config, output),
+        Command::Plan { file, .. } => {
+            plan::run(file, &settings.config, cache_folder().as_deref(), output)
+        }
         Command::Probe(arguments) => {
-            let folder = user_folder("XDG_CACHE_HOME", ".cache");
-            probe::run(arguments, &settings.config, folder.as_deref(), output)
+            probe::run(arguments, &settings.config, cache_folder().as_deref(), output)
         }
         Command::Bench(arguments) => bench::run(arguments, &settings.config, output),
         Command::Config { command: ConfigCommand::Show } => config_show::run(&settings, output),
@@ -136,6 +137,11 @@ async fn talk(command: &Command, settings: Settings, output: Output) -> Result<(
         Some(options) => chat::run(options, place, output).await,
         None => Ok(()),
     }
+}
+
+/// Where what was measured of this machine is kept.
+fn cache_folder() -> Option<PathBuf> {
+    user_folder("XDG_CACHE_HOME", ".cache")
 }
 
 /// Our folder where the user keeps such files: below what the variable says, or below home.

@@ -57,10 +57,7 @@ pub fn run(
 ) -> Result<()> {
     let mut hardware = HardwareProfile::detect();
     let workers = Workers::choose(&hardware.topology, &config.cpu)?;
-    let isa = match config.cpu.isa.as_str() {
-        "auto" => Isa::for_workers(workers.threads),
-        name => name.parse()?,
-    };
+    let isa = isa(&workers, config)?;
     let kernels = Kernels::for_isa(isa)?;
     let fingerprint = Fingerprint::of(&hardware, workers.threads, isa);
     let kept_in = folder.map(probe_file).filter(|_| !arguments.quick);
@@ -95,6 +92,27 @@ pub fn run(
         return Ok(output.object(&profile)?);
     }
     print(&hardware, &workers, &fingerprint, output)
+}
+
+fn isa(workers: &Workers, config: &Config) -> Result<Isa> {
+    Ok(match config.cpu.isa.as_str() {
+        "auto" => Isa::for_workers(workers.threads),
+        name => name.parse()?,
+    })
+}
+
+/// What was measured of this machine, if it was and still holds. Measures nothing.
+///
+/// # Errors
+/// A setting of the workers is wrong.
+pub fn known(
+    hardware: &HardwareProfile,
+    config: &Config,
+    folder: Option<&Path>,
+) -> Result<Option<Measured>> {
+    let workers = Workers::choose(&hardware.topology, &config.cpu)?;
+    let fingerprint = Fingerprint::of(hardware, workers.threads, isa(&workers, config)?);
+    Ok(folder.and_then(|folder| load_measured(&probe_file(folder), &fingerprint)))
 }
 
 fn measure(
