@@ -10,7 +10,8 @@ mod tiny_model;
 
 use stage::{Model, options, plan_tokens, run, score_next};
 use std::sync::Arc;
-use tandem::executor::{ExecutorError, Stage, StageOptions, StagePart, handoff};
+use tandem::executor::program::Op;
+use tandem::executor::{ExecutorError, Program, Stage, StageOptions, StagePart, handoff};
 use tandem::memory::HugePages;
 use tandem::step::{BlockCopy, StepOutput, StepPlan, Tier};
 use tandem::units::{BlockId, TokenId};
@@ -198,5 +199,51 @@ fn a_warmed_stage_answers_like_a_cold_one() {
             .stage(&StageOptions { part, ..options(2, 64) })
             .warm_up(HugePages::SystemDefault)
             .unwrap();
+    }
+}
+
+/// The ops between the marks of spilled networks, network by network.
+fn spilled_ops(program: &Program) -> Vec<&[Op]> {
+    let starts = program.ops.iter().enumerate().filter_map(|(at, op)| match op {
+        Op::SpillStart { index } => Some((at, *index)),
+        _ => None,
+    });
+    let of = |(at, index): (usize, usize)| {
+        let ops = &program.ops[at + 1..];
+        let end = ops.iter().position(|op| *op == Op::SpillEnd { index }).unwrap();
+        &ops[..end]
+    };
+    starts.map(of).collect()
+}
+
+#[test]
+fn spilled_networks_are_between_marks_in_one_program_and_alone_in_the_other() {
+    for family in Family::ALL {
+        let model = TinyModel { layers: 4, ..TinyModel::new(family) };
+        let spec = Model::from_bytes(&model.gguf().bytes()).spec;
+        let whole = Program::lower(&spec, &StagePart::whole(4)).unwrap();
+        let part = StagePart::spilling(4, &[1, 3]);
+        let [here, alone] =
+            [&part, &part.spilled().unwrap()].map(|part| Program::lower(&spec, part).unwrap());
+        let is_mark = |op: &&Op| matches!(op, Op::SpillStart { .. } | Op::SpillEnd { .. });
+        let without: Vec<_> = here.ops.iter().filter(|op| !is_mark(op)).collect();
+        assert_eq!(without, whole.ops.iter().collect::<Vec<_>>(), "{family:?}");
+        let (ours, theirs) = (spilled_ops(&here), spilled_ops(&alone));
+        let kinds = |ops: &[Op]| ops.iter().map(std::mem::discriminant).collect::<Vec<_>>();
+        assert_eq!(ours.len(), 2);
+        assert!(ours.iter().zip(&theirs).all(|(ours, theirs)| kinds(ours) == kinds(theirs)));
+        assert_eq!(alone.ops.len(), theirs.iter().map(|ops| ops.len() + 2).sum::<usize>());
+        // Each spilled matrix is the other program's, and a router is of both.
+        let spilled = here.matrices.iter().filter(|entry| entry.spilled.is_some());
+        let names: Vec<_> = spilled.map(|entry| &entry.tensor.name).collect();
+        let routers = if family.has_experts() { 2 } else { 0 };
+        assert_eq!((names.len(), alone.matrices.len()), (6, 6 + routers), "{family:?}");
+        assert!(
+            names
+                .iter()
+                .all(|name| { alone.matrices.iter().any(|entry| entry.tensor.name == **name) })
+        );
+        assert!(alone.matrices.iter().all(|entry| entry.spilled.is_none()));
+        assert!(StagePart::spilling(4, &[]).spilled().is_none());
     }
 }

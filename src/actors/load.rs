@@ -212,7 +212,7 @@ pub fn stage_options(
 pub fn part_of(spec: &ModelSpec, placement: &Placement) -> StagePart {
     let layers = spec.layers.len();
     match &placement.spill {
-        Some(spill) => StagePart::spilled(layers, &spill.layers)[0].clone(),
+        Some(spill) => StagePart::spilling(layers, &spill.layers),
         None => StagePart::whole(layers),
     }
 }

@@ -194,7 +194,7 @@ impl GpuStages {
         progress: &mut (dyn FnMut(LoadProgress) + Send),
     ) -> Result<Self, ExecutorError> {
         let part = options.part.clone().unwrap_or_else(|| StagePart::whole(spec.layers.len()));
-        let has_spilled = part.has_spilled();
+        let has_spilled = part.spilled().is_some();
         let request = request(checkpoint, spec, part, &options);
         let weights = match has_spilled {
             true => with_pool(&options, |pool| {

@@ -13,7 +13,7 @@ const SHARES: [u8; 3] = [0, 50, 100];
 
 /// Options of a stage that has spilled the networks of some layers.
 fn spilling(model: &Model, layers: &[usize], streamed: u8) -> StageOptions {
-    let [part, _] = StagePart::spilled(model.spec.layers.len(), layers);
+    let part = StagePart::spilling(model.spec.layers.len(), layers);
     StageOptions { part: Some(part), spill_streamed: Some(streamed), ..options(2, 512) }
 }
 

@@ -365,8 +365,7 @@ impl GpuStage {
         }
         let stream = spill.stream.as_ref().expect("networks stream where they can");
         let networks = spill.from().networks();
-        let before = (0..index).filter(|index| !is_here[*index]);
-        let first: usize = before.map(|index| networks[index].len()).sum();
+        let first = spill.from().streamed(is_here, index).count();
         for (piece, at) in networks[index].iter().zip(first..) {
             let matrix = &stream.scratch[stream.places[&piece.matrix]];
             stream.sender.ring().take(gpu, matrix, (self.base(Part::Pieces), at))?;

@@ -1,7 +1,6 @@
 //! The thread that sends weights of spilled networks to the GPU while it computes: piece after
 //! piece, as slots of the ring become free.
 
-use super::spill_weights::{Piece, SpilledWeights};
 use super::weights::GpuWeights;
 use crate::executor::ExecutorError;
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -125,7 +124,7 @@ impl Shared {
     fn send(&self, SendOrder { base, is_here }: &SendOrder) -> Result<(), ExecutorError> {
         let (gpu, from) = (self.weights.gpu(), self.weights.spilled());
         let from = from.expect("what is sent was spilled");
-        let pieces = streamed(from, is_here).map(|piece| from.bytes(piece));
+        let pieces = from.streamed(is_here, is_here.len()).map(|piece| from.bytes(piece));
         let (started, wait_max) = (Instant::now(), gpu.wait_max());
         let gives_up = || self.is_abandoned.load(Ordering::Acquire) || started.elapsed() > wait_max;
         // SAFETY: weights never change, and outlive the ring.
@@ -137,10 +136,4 @@ impl Shared {
         sent?;
         Ok(())
     }
-}
-
-/// The pieces of networks that the CPU does not compute, in their order.
-fn streamed<'w>(from: &'w SpilledWeights, is_here: &[bool]) -> impl Iterator<Item = &'w Piece> {
-    let networks = from.networks().iter().zip(is_here);
-    networks.filter(|(_, is_here)| !**is_here).flat_map(|(network, _)| network)
 }

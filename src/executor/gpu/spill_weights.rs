@@ -4,7 +4,7 @@
 use super::spill_schedule::SpillCosts;
 use crate::executor::cpu_pool::CpuPool;
 use crate::executor::kv_store::KvOptions;
-use crate::executor::program::{FeedForwards, MatrixId, Program, StagePart};
+use crate::executor::program::{MatrixId, Program, StagePart};
 use crate::executor::weights::{LoadProgress, Weights, WeightsRequest};
 use crate::executor::{ExecutorError, StageOptions};
 use crate::tensor::DType;
@@ -34,17 +34,6 @@ pub(super) struct SpilledWeights {
     weights: Arc<Weights>,
 }
 
-/// The part of a model that a GPU's program has spilled.
-pub(super) fn spilled_part(part: &StagePart) -> Option<StagePart> {
-    match &part.feed_forwards {
-        FeedForwards::Spilled(layers) if !layers.is_empty() => {
-            let alone = FeedForwards::SpilledAlone(layers.clone());
-            Some(StagePart { layers: 0..0, feed_forwards: alone, ..part.clone() })
-        }
-        _ => None,
-    }
-}
-
 impl SpilledWeights {
     /// Loads what `program`, the GPU's, has spilled, and registers it with the driver. Where that
     /// is refused the CPU computes all of it.
@@ -57,7 +46,7 @@ impl SpilledWeights {
         pool: &mut CpuPool,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Option<Self>, ExecutorError> {
-        let Some(part) = spilled_part(&request.part) else { return Ok(None) };
+        let Some(part) = request.part.spilled() else { return Ok(None) };
         let request = WeightsRequest { part: part.clone(), ..request.clone() };
         let weights = Arc::new(Weights::load(&request, pool, progress)?);
         let networks = networks(program, &weights);
@@ -85,6 +74,13 @@ impl SpilledWeights {
 
     pub fn networks(&self) -> &[Vec<Piece>] {
         &self.networks
+    }
+
+    /// The pieces of a step in the order in which they are sent and taken: of the networks below
+    /// `end` that the CPU does not compute.
+    pub fn streamed(&self, is_here: &[bool], end: usize) -> impl Iterator<Item = &Piece> {
+        let networks = self.networks[..end].iter().zip(is_here);
+        networks.filter(|(_, is_here)| !**is_here).flat_map(|(network, _)| network)
     }
 
     pub fn costs(&self) -> &OnceLock<SpillCosts> {

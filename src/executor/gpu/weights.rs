@@ -1,7 +1,7 @@
 //! The weights of a model in a GPU's memory: matrices in the layout of its kernels, vectors in f32.
 //! Rows of an embedding that is not multiplied with stay where they are and travel with each step.
 
-use super::spill_weights::{SpilledWeights, spilled_part};
+use super::spill_weights::SpilledWeights;
 use crate::executor::ExecutorError;
 use crate::executor::cpu_pool::CpuPool;
 use crate::executor::program::{
@@ -100,7 +100,7 @@ impl GpuWeights {
             progress(LoadProgress { done_bytes, total_bytes: total as usize });
         };
         let on_gpu = weights.load_matrices(pool.as_deref_mut(), &mut report)?;
-        if spilled_part(&request.part).is_some() {
+        if request.part.spilled().is_some() {
             let pool = pool.expect("workers for spilled weights");
             let mut report = |part: LoadProgress| report(on_gpu + part.done_bytes);
             let of_program = (request, &weights.program);

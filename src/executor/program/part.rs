@@ -58,22 +58,21 @@ impl StagePart {
         }
     }
 
-    /// All of a model but the feed-forward networks of some layers, ascending, and these alone.
-    pub fn spilled(n_layers: usize, layers: &[usize]) -> [Self; 2] {
-        let whole = Self::whole(n_layers);
-        [
-            Self { feed_forwards: FeedForwards::Spilled(layers.to_vec()), ..whole.clone() },
-            Self {
-                layers: 0..0,
-                feed_forwards: FeedForwards::SpilledAlone(layers.to_vec()),
-                ..whole
-            },
-        ]
+    /// All of a model with `n_layers` layers but the feed-forward networks of some, ascending.
+    pub fn spilling(n_layers: usize, layers: &[usize]) -> Self {
+        let feed_forwards = FeedForwards::Spilled(layers.to_vec());
+        Self { feed_forwards, ..Self::whole(n_layers) }
     }
 
-    /// Whether feed-forward networks of its layers are spilled.
-    pub fn has_spilled(&self) -> bool {
-        matches!(&self.feed_forwards, FeedForwards::Spilled(layers) if !layers.is_empty())
+    /// The feed-forward networks that this part has spilled, if there are any.
+    pub fn spilled(&self) -> Option<Self> {
+        match &self.feed_forwards {
+            FeedForwards::Spilled(layers) if !layers.is_empty() => {
+                let feed_forwards = FeedForwards::SpilledAlone(layers.clone());
+                Some(Self { layers: 0..0, feed_forwards, ..self.clone() })
+            }
+            _ => None,
+        }
     }
 
     /// The two stages of a model that is cut before layer `cut`, `0 ..= n_layers`.
