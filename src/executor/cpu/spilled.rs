@@ -18,10 +18,7 @@ impl Step<'_> {
     /// Waits for the GPU's rows, and rounds those of this worker.
     pub(super) fn take_spilled(&self, worker: &Worker<'_>, index: usize) {
         let spill = self.spill();
-        match self.clocks {
-            None => wait(spill, index),
-            Some(clocks) => clocks.wait(worker.index, || wait(spill, index)),
-        }
+        wait(spill, index);
         let (normed, width) = (self.buffers.normed, self.buffers.normed.values.width);
         for token in self.rows(worker, self.plan.tokens.len()) {
             // SAFETY: the row is of this worker's own memory or fell to it; the GPU has handed its
