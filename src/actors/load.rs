@@ -168,17 +168,21 @@ fn model_info(
     }
 }
 
-fn isa(config: &Config, workers: usize) -> Result<Option<Isa>, EngineError> {
+/// Whose kernels so many compute workers run, by the configuration.
+///
+/// # Errors
+/// An instruction set that is not there.
+pub fn compute_isa(config: &Config, workers: usize) -> Result<Isa, EngineError> {
     let name = config.cpu.isa.as_str();
     if name == "auto" {
-        return Ok(Some(Isa::for_workers(workers)));
+        return Ok(Isa::for_workers(workers));
     }
     let allowed = || {
         let names: Vec<&str> = Isa::available().map(Isa::name).collect();
         format!("auto, {}", names.join(", "))
     };
     let chosen = name.parse::<Isa>().ok().filter(|isa| isa.is_available());
-    chosen.map(Some).ok_or_else(|| {
+    chosen.ok_or_else(|| {
         let (field, got) = ("cpu.isa".to_owned(), name.to_owned());
         EngineError::Config(ConfigError { field, got, allowed: allowed() })
     })
@@ -199,7 +203,7 @@ pub fn stage_options(
     Ok(StageOptions {
         part: None,
         pool: PoolOptions { threads, cores, spin_us: config.cpu.spin_us },
-        isa: isa(config, threads)?,
+        isa: Some(compute_isa(config, threads)?),
         huge_pages: config.cpu.huge_pages,
         kv,
         step_tokens_max: config.scheduler.step_tokens_max,

@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use tandem::actors::compute_isa;
 use tandem::config::Config;
 use tandem::hardware::{
     CoreKind, Fingerprint, GpuRates, HardwareProfile, Measured, Probe, Topology, disk_read_rate,
@@ -15,7 +16,7 @@ use tandem::hardware::{
 use tandem::memory::{AlignedBytes, HugePages};
 use tandem::placement::Workers;
 use tandem::units::ByteSize;
-use tandem_cpu_kernels::{Isa, Kernels};
+use tandem_cpu_kernels::Kernels;
 
 /// Host memory that is read: so many times what the caches of the third level hold, within bounds,
 /// and at most a part of what is free.
@@ -57,7 +58,7 @@ pub fn run(
 ) -> Result<()> {
     let mut hardware = HardwareProfile::detect();
     let workers = Workers::choose(&hardware.topology, &config.cpu)?;
-    let isa = isa(&workers, config)?;
+    let isa = compute_isa(config, workers.threads)?;
     let kernels = Kernels::for_isa(isa)?;
     let fingerprint = Fingerprint::of(&hardware, workers.threads, isa);
     let kept_in = folder.map(probe_file).filter(|_| !arguments.quick);
@@ -94,13 +95,6 @@ pub fn run(
     print(&hardware, &workers, &fingerprint, output)
 }
 
-fn isa(workers: &Workers, config: &Config) -> Result<Isa> {
-    Ok(match config.cpu.isa.as_str() {
-        "auto" => Isa::for_workers(workers.threads),
-        name => name.parse()?,
-    })
-}
-
 /// What was measured of this machine, if it was and still holds. Measures nothing.
 ///
 /// # Errors
@@ -111,7 +105,8 @@ pub fn known(
     folder: Option<&Path>,
 ) -> Result<Option<Measured>> {
     let workers = Workers::choose(&hardware.topology, &config.cpu)?;
-    let fingerprint = Fingerprint::of(hardware, workers.threads, isa(&workers, config)?);
+    let fingerprint =
+        Fingerprint::of(hardware, workers.threads, compute_isa(config, workers.threads)?);
     Ok(folder.and_then(|folder| load_measured(&probe_file(folder), &fingerprint)))
 }
 

@@ -16,6 +16,7 @@ mod kv;
 mod norms;
 mod op_marks;
 mod ops;
+mod order_thread;
 mod sampling;
 mod spill;
 mod spill_schedule;

@@ -20,6 +20,13 @@ use tandem_kernels::{DeviceMatrix, DeviceMemory, Span};
 
 /// Steps' numbers lie so far apart: more than a step has events.
 const STEP_EVENTS: u32 = 1 << 12;
+/// Between two looks at a GPU that the CPU waits for.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// Tokens of the steps that are measured at the start.
+const MEASURED_TOKENS: [usize; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
+/// Networks of such a step, and how often it is repeated.
+const MEASURED_NETWORKS: usize = 4;
+const MEASURED_TIMES: usize = 2;
 
 /// What the events of a step are counted from: the crossings and the pieces that stream. Each grows
 /// in steps that use it, so that no flag is ever taken for one of long ago.
@@ -28,13 +35,6 @@ pub(super) struct Bases {
     pub crossing: u32,
     pub ring: u32,
 }
-/// Tokens of the steps that are measured at the start.
-const MEASURED_TOKENS: [usize; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
-/// Between two looks at a GPU that the CPU waits for.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
-/// Networks of such a step, and how often it is repeated.
-const MEASURED_NETWORKS: usize = 4;
-const MEASURED_TIMES: usize = 2;
 
 /// Weights on their way, and where they come to.
 struct Stream {
@@ -187,12 +187,16 @@ impl GpuSpill {
         let is_here = self.shares.of(streamed);
         if is_here.contains(&true) {
             let is_here = Arc::clone(is_here);
-            self.thread.begin(SpillOrder { base: self.bases.crossing, tokens, is_here })?;
+            self.thread.orders().begin(SpillOrder {
+                base: self.bases.crossing,
+                tokens,
+                is_here,
+            })?;
         }
         match &self.stream {
             Some(stream) if streamed > 0 => {
                 let is_here = Arc::clone(is_here);
-                stream.sender.begin(SendOrder { base: self.bases.ring, is_here })
+                stream.sender.orders().begin(SendOrder { base: self.bases.ring, is_here })
             }
             _ => Ok(()),
         }
@@ -206,7 +210,7 @@ impl GpuSpill {
         let has_begun = self.shares.of(streamed).contains(&true);
         let computed = if has_begun { self.finish_computing() } else { Ok(()) };
         let sent = match &self.stream {
-            Some(stream) if streamed > 0 => stream.sender.finish(),
+            Some(stream) if streamed > 0 => stream.sender.orders().finish(),
             _ => Ok(()),
         };
         computed.and(sent)
@@ -215,7 +219,7 @@ impl GpuSpill {
     /// Waits for the CPU, which waits for the GPU: one that was lost will not come.
     fn finish_computing(&self) -> Result<(), ExecutorError> {
         loop {
-            if let Some(done) = self.thread.finish_within(LOOK_EVERY) {
+            if let Some(done) = self.thread.orders().finish_within(LOOK_EVERY) {
                 return done.map(drop);
             }
             if self.weights.gpu().is_done().is_err() {
@@ -281,11 +285,11 @@ impl GpuSpill {
         let networks = MEASURED_NETWORKS.min(self.from().networks().len()) as f64;
         let order = self.measured_order(tokens);
         self.cross(&order, memory)?;
-        let alone = self.thread.finish()?;
+        let alone = self.thread.orders().finish()?;
         let order = self.measured_order(tokens);
         self.cross(&order, memory)?;
         let stream = self.stream_seconds(Some(alone))?.unwrap_or(f64::INFINITY);
-        let beside = self.thread.finish()?;
+        let beside = self.thread.orders().finish()?;
         Ok([alone.as_secs_f64() / networks, beside.as_secs_f64() / networks, stream])
     }
 
@@ -302,7 +306,7 @@ impl GpuSpill {
         let (gpu, crossing) = (self.weights.gpu(), self.thread.crossing());
         gpu.upload(&[order.base], base.span())?;
         let (tokens, is_here) = (order.tokens, Arc::clone(&order.is_here));
-        self.thread.begin(SpillOrder { is_here, ..*order })?;
+        self.thread.orders().begin(SpillOrder { is_here, ..*order })?;
         for index in (0..order.is_here.len()).filter(|index| order.is_here[*index]) {
             gpu.hand_over(crossing, rows.span(), tokens, (base.span(), index))?;
             gpu.take_back(crossing, back.span(), tokens, (base.span(), index))?;

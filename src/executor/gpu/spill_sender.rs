@@ -1,12 +1,11 @@
 //! The thread that sends weights of spilled networks to the GPU while it computes: piece after
 //! piece, as slots of the ring become free.
 
+use super::order_thread::OrderThread;
 use super::weights::GpuWeights;
 use crate::executor::ExecutorError;
-use crossbeam_channel::{Receiver, Sender, bounded};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::Instant;
 use tandem_kernels::WeightRing;
 
@@ -28,10 +27,9 @@ struct Shared {
 
 /// A running thread, and the ring that it fills.
 pub(super) struct SpillSender {
+    // Dropped before what it works on.
+    thread: OrderThread<SendOrder, ()>,
     shared: Arc<Shared>,
-    orders: Option<Sender<SendOrder>>,
-    results: Receiver<Result<(), ExecutorError>>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl SpillSender {
@@ -45,41 +43,25 @@ impl SpillSender {
         is_abandoned: Arc<AtomicBool>,
     ) -> Result<Self, ExecutorError> {
         let shared = Arc::new(Shared { ring, is_abandoned, weights });
-        let (orders, ordered) = bounded::<SendOrder>(1);
-        let (done, results) = bounded(1);
         let body_shared = Arc::clone(&shared);
-        let body = move || {
+        let thread = OrderThread::start("tandem-stream", move |orders, results| {
             let _leaving = Leaving(&body_shared);
-            for order in ordered {
-                if done.send(body_shared.send(&order)).is_err() {
+            for order in orders {
+                if results.send(body_shared.send(&order)).is_err() {
                     return;
                 }
             }
-        };
-        let thread = std::thread::Builder::new().name("tandem-stream".into());
-        let thread = thread.spawn(body).map_err(ExecutorError::Threads)?;
-        Ok(Self { shared, orders: Some(orders), results, thread: Some(thread) })
+        })?;
+        Ok(Self { thread, shared })
+    }
+
+    /// Orders, each for the pieces of a step.
+    pub fn orders(&self) -> &OrderThread<SendOrder, ()> {
+        &self.thread
     }
 
     pub fn ring(&self) -> &WeightRing {
         &self.shared.ring
-    }
-
-    /// Begins to send the pieces of a step. Each has to be finished before the next.
-    ///
-    /// # Errors
-    /// The thread has gone.
-    pub fn begin(&self, order: SendOrder) -> Result<(), ExecutorError> {
-        let orders = self.orders.as_ref().expect("orders until the thread is dropped");
-        orders.send(order).map_err(|_| gone())
-    }
-
-    /// Waits until the pieces of a step are sent.
-    ///
-    /// # Errors
-    /// What the driver refused.
-    pub fn finish(&self) -> Result<(), ExecutorError> {
-        self.results.recv().map_err(|_| gone())?
     }
 
     /// Ends a step whose pieces nobody takes any more.
@@ -99,19 +81,16 @@ impl Drop for Leaving<'_> {
 
 impl Drop for SpillSender {
     fn drop(&mut self) {
-        self.orders = None;
+        // Before the thread is waited for.
         self.shared.give_up();
-        if let Some(thread) = self.thread.take() {
-            // A panic of the thread was told as the end of its step.
-            let _ = thread.join();
-        }
-        // What it copies from may be let go after this; a GPU that is lost copies nothing any more.
-        let _ = self.shared.ring.synchronize(self.shared.weights.gpu());
     }
 }
 
-fn gone() -> ExecutorError {
-    ExecutorError::GpuStageFailed { reason: "the thread that sends weights has ended".into() }
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // What the ring copies from may be let go after this; a GPU that is lost copies nothing.
+        let _ = self.ring.synchronize(self.weights.gpu());
+    }
 }
 
 impl Shared {

@@ -1,14 +1,14 @@
 //! The thread on which the CPU computes what a GPU has spilled. Inside a step the two meet by flags
 //! in memory that both see, so it has nothing to do with the driver; it gets one order a step.
 
+use super::order_thread::{OrderResult, OrderThread};
 use crate::executor::spill::SpillStep;
 use crate::executor::{ExecutorError, Stage, StageOptions, Weights};
 use crate::step::StepPlan;
 use crate::units::TokenId;
-use crossbeam_channel::{Receiver, RecvError, RecvTimeoutError, Sender, TryRecvError, bounded};
+use crossbeam_channel::{Receiver, RecvError, Sender, TryRecvError};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tandem_kernels::Crossing;
 
@@ -52,10 +52,9 @@ impl Drop for Leaving<'_> {
 
 /// A running thread.
 pub(super) struct SpillThread {
+    // Dropped before what it works on.
+    thread: OrderThread<SpillOrder, Duration>,
     shared: Arc<Shared>,
-    orders: Option<Sender<SpillOrder>>,
-    results: Receiver<Result<Duration, ExecutorError>>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl SpillThread {
@@ -69,63 +68,34 @@ impl SpillThread {
         (is_abandoned, wait_max): (Arc<AtomicBool>, Duration),
     ) -> Result<Self, ExecutorError> {
         let shared = Arc::new(Shared { crossing, is_abandoned, wait_max });
-        let (orders, ordered) = bounded(1);
-        let (done, results) = bounded(1);
         let mut options = options.clone();
         options.pool.spin_us = options.pool.spin_us.max(AWAKE.as_micros() as u64);
         let body_shared = Arc::clone(&shared);
-        let body = move || serve(&body_shared, (weights, &options), &ordered, &done);
-        let thread = std::thread::Builder::new().name("tandem-spill".into());
-        let thread = thread.spawn(body).map_err(ExecutorError::Threads)?;
-        let started = Self { shared, orders: Some(orders), results, thread: Some(thread) };
-        started.finish()?;
+        let thread = OrderThread::start("tandem-spill", move |orders, results| {
+            serve(&body_shared, (weights, &options), orders, results);
+        })?;
+        let started = Self { thread, shared };
+        // That the stage is made.
+        started.thread.finish()?;
         Ok(started)
+    }
+
+    /// Orders, each for the CPU's part of a step, and how long they took. Where one failed, the GPU
+    /// has got rows of no meaning.
+    pub fn orders(&self) -> &OrderThread<SpillOrder, Duration> {
+        &self.thread
     }
 
     pub fn crossing(&self) -> &Crossing {
         &self.shared.crossing
     }
-
-    /// Gives the order of a step. Each has to be finished before the next.
-    ///
-    /// # Errors
-    /// The thread has gone.
-    pub fn begin(&self, order: SpillOrder) -> Result<(), ExecutorError> {
-        let orders = self.orders.as_ref().expect("orders until the thread is dropped");
-        orders.send(order).map_err(|_| gone())
-    }
-
-    /// Waits for the end of an order, and says how long it took.
-    ///
-    /// # Errors
-    /// What the CPU failed with: the GPU has then got rows of no meaning.
-    pub fn finish(&self) -> Result<Duration, ExecutorError> {
-        self.results.recv().map_err(|_| gone())?
-    }
-
-    /// As [`SpillThread::finish`], for no longer than `most`; none when that is over.
-    pub fn finish_within(&self, most: Duration) -> Option<Result<Duration, ExecutorError>> {
-        match self.results.recv_timeout(most) {
-            Ok(result) => Some(result),
-            Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => Some(Err(gone())),
-        }
-    }
 }
 
 impl Drop for SpillThread {
     fn drop(&mut self) {
-        self.orders = None;
+        // Before the thread is waited for.
         self.shared.give_up();
-        if let Some(thread) = self.thread.take() {
-            // A panic of the thread was told as the failure of its order.
-            let _ = thread.join();
-        }
     }
-}
-
-fn gone() -> ExecutorError {
-    ExecutorError::GpuStageFailed { reason: "the thread of spilled networks has ended".into() }
 }
 
 /// The thread's life: makes the stage, answers, and answers each order.
@@ -133,7 +103,7 @@ fn serve(
     shared: &Shared,
     (weights, options): (Arc<Weights>, &StageOptions),
     orders: &Receiver<SpillOrder>,
-    results: &Sender<Result<Duration, ExecutorError>>,
+    results: &Sender<OrderResult<Duration>>,
 ) {
     let _leaving = Leaving(shared);
     let cols = weights.program().dims.embedding;
