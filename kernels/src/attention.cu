@@ -55,7 +55,7 @@ template <typename Type, int DIM> struct OwnKey {
         const HeadPlace value = store.value<Type>(at.base, at.slot);
         take(store.key<Type>(at.base, at.slot), value, store.head_dim);
         const uint32_t bytes = store.head_dim * Type::BYTES;
-        for (uint32_t i = 0; i < bytes; i += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(value.pieces + i));
+        for (uint32_t i = 0; i < bytes; i += 128) prefetch(value.pieces + i);
     }
 
     // The key, and scales of the value, from some places.
@@ -122,7 +122,7 @@ template <int DIM, int HEADS> __device__ __forceinline__ void weigh(Running<DIM,
         for (int distance = 16; distance > 0; distance /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
         state.max[h] = top;
         scores[h] = visible ? expf(scores[h] - top) : 0.0f;
-        state.weight[h] = warp_total(scores[h]);
+        state.weight[h] = warp_sum(scores[h]);
     }
 }
 

@@ -2,12 +2,6 @@
 #pragma once
 #include "quants.cuh"
 
-__device__ __forceinline__ float sum_over_warp(float value) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
-    return value;
-}
-
 // Four elements in a row of `cols`, zeros beyond it; `cols` is a multiple of four.
 __device__ __forceinline__ float4 quad_at(const float* row, uint32_t i, uint32_t cols) {
     return i < cols ? *reinterpret_cast<const float4*>(row + i) : make_float4(0, 0, 0, 0);

@@ -35,12 +35,6 @@ __device__ __forceinline__ const Part& part_of(const Part parts[PARTS], uint32_t
     return parts[(n_parts > 1 && block >= parts[1].first_block) + (n_parts > 2 && block >= parts[2].first_block)];
 }
 
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
-    return value;
-}
-
 // Integers come out of tensor cores as floats: sums start at this float's bits, and each unit that
 // is added is one unit in its last place. Exact below 2^22.
 constexpr int MAGIC = 0x4b400000;

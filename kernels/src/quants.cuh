@@ -7,6 +7,13 @@
 // Elements that share one activation scale.
 constexpr int GROUP = 32;
 
+// The sum of what the lanes of a warp have, in each of them.
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
+    return value;
+}
+
 // What a group of 32 activations has besides its 32 integers.
 struct GroupScale {
     float scale;    // value of one integer step

@@ -4,21 +4,19 @@
 #include "quants.cuh"
 #include "tensor_cores.cuh"
 
-// BYTES bytes to shared memory: 4, 8, 16 or 32.
-template <int BYTES> __device__ __forceinline__ void copy_bytes(uint8_t* to, const uint8_t* from) {
-    if constexpr (BYTES > 16) {
-        copy_16_bytes(to, from);
-        copy_16_bytes(to + 16, from + 16);
-    } else if constexpr (BYTES == 16) {
-        copy_16_bytes(to, from);
-    } else {
+// BYTES bytes, 4, 8, 16 or 32, to shared memory by its own address, which compilers do not make anew.
+template <int BYTES> __device__ __forceinline__ void copy_to(uint32_t to, const uint8_t* from) {
 #if __CUDA_ARCH__ >= 800
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES));
+    if constexpr (BYTES >= 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+    if constexpr (BYTES == 32) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + 16), "l"(from + 16));
+    if constexpr (BYTES < 16) asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES));
 #else
-        for (int i = 0; i < BYTES / 4; i++) reinterpret_cast<uint32_t*>(to)[i] = reinterpret_cast<const uint32_t*>(from)[i];
+#pragma unroll
+    for (int i = 0; i < BYTES / 4; i++) asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + 4 * i), "r"(__ldg(reinterpret_cast<const uint32_t*>(from) + i)));
 #endif
-    }
 }
+
+template <int BYTES> __device__ __forceinline__ void copy_bytes(uint8_t* to, const uint8_t* from) { copy_to<BYTES>(shared_address(to), from); }
 
 template <class T> constexpr int LANE_BYTES = LANE_QUANTS<T> + LANE_HIGHS<T>;
 

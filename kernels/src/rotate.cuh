@@ -18,12 +18,6 @@ struct RotateArgs {
     uint32_t interleaved; // elements 2i and 2i + 1 turn together; else i and i + pairs
 };
 
-__device__ __forceinline__ float warp_total(float value) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
-    return value;
-}
-
 // A head of a token that a warp rotates: a query, a key, or a value, which stays as it is. All that no kernel
 // writes is on its way before anything is waited for.
 struct HeadRotation {
@@ -64,7 +58,7 @@ struct HeadRotation {
             float squares = 0;
 #pragma unroll
             for (int k = 0; k < PER_LANE; k++) squares = __fmaf_rn(own[k], own[k], squares);
-            scale = 1.0f / sqrtf(warp_total(squares) / static_cast<float>(dim) + eps);
+            scale = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(dim) + eps);
         }
 #pragma unroll
         for (int k = 0; k < PER_LANE; k++) {

@@ -10,10 +10,10 @@ constexpr int NORM_THREADS_MAX = 1024;
 
 // The sum over the block, in every thread; `parts` has room for each warp.
 __device__ __forceinline__ float sum_over_block(float value, float* parts) {
-    value = sum_over_warp(value);
+    value = warp_sum(value);
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
     __syncthreads();
-    return sum_over_warp(threadIdx.x % 32 < blockDim.x / 32 ? parts[threadIdx.x % 32] : 0.0f);
+    return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? parts[threadIdx.x % 32] : 0.0f);
 }
 
 struct NormArgs {

@@ -62,11 +62,11 @@ template <class Shape> struct NormOnTheWay {
             float squares = 0;
 #pragma unroll
             for (int k = 0; k < QUADS; k++) squares = is_one(j, k) ? quad_squares(v[j][k], squares) : squares;
-            squares = sum_over_warp(squares);
+            squares = warp_sum(squares);
             if (lane == 0) parts[j * (Shape::STREAMING / 32) + threadIdx.x / 32] = squares;
         }
         meet_some<Shape::STREAMING>(OF_NORM);
-        const float scale = norm_scale(sum_over_warp(lane < norm.threads / 32 ? parts[lane] : 0.0f), cols, norm.eps);
+        const float scale = norm_scale(warp_sum(lane < norm.threads / 32 ? parts[lane] : 0.0f), cols, norm.eps);
 #pragma unroll
         for (int j = 0; j < TWICE; j++)
 #pragma unroll

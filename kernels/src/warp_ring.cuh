@@ -6,18 +6,6 @@
 
 constexpr int TILE_ROWS = 16;
 
-// BYTES bytes to shared memory by its own address, which compilers do not make anew.
-template <int BYTES> __device__ __forceinline__ void copy_to(uint32_t to, const uint8_t* from) {
-#if __CUDA_ARCH__ >= 800
-    if constexpr (BYTES >= 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
-    if constexpr (BYTES == 32) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + 16), "l"(from + 16));
-    if constexpr (BYTES < 16) asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES));
-#else
-#pragma unroll
-    for (int i = 0; i < BYTES / 4; i++) asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + 4 * i), "r"(__ldg(reinterpret_cast<const uint32_t*>(from) + i)));
-#endif
-}
-
 // What is asked for of a tile: this lane's part of quants and high bits of a chunk, rows g and g + 8, and of scales.
 template <class T> struct TileRows {
     // Bytes of a chunk of a tile, and of what scales lie together.
