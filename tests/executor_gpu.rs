@@ -131,10 +131,11 @@ fn agree(model: &Model, dtype: KvDType, bound: f64) {
 #[test]
 fn float_models_of_every_family_and_type_agree_with_the_cpu() {
     for family in Family::ALL {
-        // Experts of E4M3 have no kernels.
-        let has = |dtype: &DType| !family.has_experts() || dtype.block_elements() == 1;
-        for dtype in DType::ALL.into_iter().filter(|dtype| !dtype.is_quantized() && has(dtype)) {
+        for dtype in DType::ALL.into_iter().filter(|dtype| !dtype.is_quantized()) {
             let model = TinyModel::new(family).dtype(dtype);
+            // What wide steps multiply as f16 is rounded, which may swap experts.
+            let is_rounded = family.has_experts() && dtype.block_elements() > 1;
+            let model = if is_rounded { model.with_all_experts() } else { model };
             let bound = if dtype.block_elements() == 1 { EXACT } else { HALVES };
             agree(&Model::from_bytes(&model.gguf().bytes()), KvDType::F16, bound);
         }
@@ -186,8 +187,9 @@ fn folders_of_awq_gptq_and_fp8_answer_as_files_do() {
         (DType::E4M3_128, Format::Fp8),
         (DType::E4M3_32, Format::Fp8),
     ] {
-        for family in [Family::Llama, Family::Qwen2] {
-            let mut model = TinyModel::new(family).dtype(dtype);
+        for family in [Family::Llama, Family::Qwen2, Family::Mixtral] {
+            let model = TinyModel::new(family).dtype(dtype);
+            let mut model = if family.has_experts() { model.with_all_experts() } else { model };
             model.embedding_dtype = DType::BF16;
             let folder = Folder::new(&model, &model.gguf(), format).write();
             let model = Model::open(Checkpoint::open(folder.path()).unwrap());

@@ -6,9 +6,9 @@ use crate::products::{Columns, Product, lower_name};
 use crate::wide::WideArgs;
 
 /// Rows, columns and threads of a block.
-const ROWS: usize = 32;
+pub(crate) const ROWS: usize = 32;
 const COLUMNS: usize = 8;
-const THREADS: usize = 256;
+pub(crate) const THREADS: usize = 256;
 
 impl Gpu {
     pub(crate) fn multiply_e4m3(

@@ -12,7 +12,8 @@
 //   activations and weights of a later chunk are asked for
 //   for each 16 elements: weights, decoded in registers, times 16 columns at a time on tensor cores
 //
-// Float weights meet f32 activations in both (expert_floats), a warp a row.
+// Float weights meet f32 activations in both (expert_floats), a warp a row; and e4m3 weights in the first (expert_e4m3), as
+// in e4m3.cu.
 //
 // A sum has its elements in one order, however many columns an expert has: a token's bits do not depend on them.
 //
@@ -21,6 +22,7 @@
 // | tokens                 | 1                  | 8                    | 64                     | 2048                |
 // | 8 of 128, 768 × 2048   | 9.0, 5.7; 1600     | 39, 26; 2400, 1800   | 101, 56; 2200, 2000    | 502, 288; 205 TFLOP/s |
 // | 2 of 8, 14336 × 4096   | 48, 24; 2800       | 159, 80; 3000        | 325, 181; 1600, 1500   | 3922, 1979; 245 TFLOP/s |
+#include "e4m3.cuh"
 #include "narrow.cuh"
 #include "routes.cuh"
 #include "wide.cuh"
@@ -284,6 +286,34 @@ template <class T, int COLUMNS> __device__ __forceinline__ void expert_wide(cons
     }
 }
 
+struct ExpertE4m3Args {
+    E4m3Args product;
+    Experts experts;
+};
+
+template <class T> __device__ __forceinline__ void expert_e4m3(const ExpertE4m3Args& args) {
+    begin();
+    ExpertSlot slot;
+    if (!args.experts.routes.take(blockIdx.y, slot)) return;
+    const ExpertWalk walk(args.experts, slot);
+    const E4m3Args& product = args.product;
+    const Part& part = product.parts[blockIdx.x / args.experts.row_blocks];
+    const uint32_t first_row = blockIdx.x % args.experts.row_blocks * E4M3_ROWS, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const E4m3Range range(product);
+    E4m3Rows<T> coming(part, product.padded / CHUNK, walk.first_row + first_row + g, range.first);
+    for (uint32_t first = 0; first < walk.count; first += E4M3_COLUMNS) {
+        if (range.count > 0) coming.load(range.first, 0);
+        const float* const x = product.x + static_cast<size_t>(walk.column(min(first + g, walk.count - 1))) * product.cols + 4 * t;
+        float acc[E4M3_TILES][4] = {};
+        multiply_e4m3<T>(product, coming, range.first, range.count, x, acc);
+        add_e4m3_ranges(acc, [&](uint32_t column, uint32_t row, float sum) {
+            const uint32_t at = first_row + row;
+            if (first + column < walk.count && at < args.experts.rows) part.out[static_cast<size_t>(walk.pairs[first + column]) * part.stride + at] = sum;
+        });
+        __syncthreads();
+    }
+}
+
 struct ExpertFloatArgs {
     const uint8_t* weights[2]; // [experts · rows][cols]
     float* out[2];             // [pairs][rows]
@@ -353,3 +383,8 @@ FOR_QUANTIZED(EXPERT_PRODUCTS)
 EXPERT_KERNEL(expert_floats_f32, ExpertFloatArgs, EXPERT_THREADS, 1, expert_floats<F32>)
 EXPERT_KERNEL(expert_floats_f16, ExpertFloatArgs, EXPERT_THREADS, 1, expert_floats<F16>)
 EXPERT_KERNEL(expert_floats_bf16, ExpertFloatArgs, EXPERT_THREADS, 1, expert_floats<Bf16>)
+#define EXPERT_E4M3(name, T)                                                                                     \
+    EXPERT_KERNEL(expert_##name, ExpertE4m3Args, 32 * E4M3_RANGES, T::COUNT == 1 ? 2 : 1, expert_e4m3<T>)         \
+    EXPERT_WIDE(expert_wide_##name##_16, T, 16)                                                                  \
+    EXPERT_WIDE(expert_wide_##name##_64, T, 64)
+FOR_E4M3(EXPERT_E4M3)

@@ -4,9 +4,10 @@
 //! with the GPU alone knows ([`ExpertRoutes`](crate::ExpertRoutes)). A pair of token and expert has
 //! the same bits in any step whose activations have the same form.
 
+use crate::e4m3;
 use crate::gpu::{Gpu, GpuError, Span};
 use crate::launch::Manner;
-use crate::pack::{DeviceMatrix, lane_bytes};
+use crate::pack::{DeviceMatrix, has_planes, lane_bytes};
 use crate::products::{
     CHUNK, Columns, PARTS, Part, ProductArgs, SCALE_BYTES, half_bytes, lower_name,
 };
@@ -95,7 +96,7 @@ struct SumArgs {
 
 // SAFETY: plain numbers in the order of `ExpertNarrowArgs` in experts.cu.
 unsafe impl DeviceRepr for ExpertArgs<ProductArgs> {}
-// SAFETY: plain numbers in the order of `ExpertWideArgs` in experts.cu.
+// SAFETY: plain numbers in the order of `ExpertWideArgs` and `ExpertE4m3Args` in experts.cu.
 unsafe impl DeviceRepr for ExpertArgs<WideArgs> {}
 // SAFETY: plain numbers in the order of `ExpertFloatArgs` in experts.cu.
 unsafe impl DeviceRepr for ExpertFloatArgs {}
@@ -158,12 +159,12 @@ impl ExpertRun<'_> {
 }
 
 impl DeviceMatrix {
-    /// Whether the kernels can multiply with experts of so many rows each: those of quantised
-    /// weights lie in blocks of 16.
+    /// Whether the kernels can multiply with experts of so many rows each: those of quantised and
+    /// e4m3 weights lie in blocks of 16.
     pub fn supports_experts(dtype: DType, rows: usize) -> bool {
         match dtype {
             DType::F32 | DType::F16 | DType::BF16 => true,
-            _ => dtype.is_quantized() && rows.is_multiple_of(WARP_ROWS),
+            _ => has_planes(dtype) && rows.is_multiple_of(WARP_ROWS),
         }
     }
 }
@@ -198,9 +199,10 @@ impl Gpu {
                 let rows = all_rows / n_experts;
                 assert!(DeviceMatrix::supports_experts(dtype, rows), "experts of {rows} rows");
                 let run = ExpertRun { products, x, routed, rows };
-                match x.halves.filter(|_| dtype.is_quantized()) {
+                match x.halves.filter(|_| has_planes(dtype)) {
                     Some(halves) => self.experts_wide(&run, halves)?,
                     None if dtype.is_quantized() => self.experts_narrow(&run)?,
+                    None if has_planes(dtype) => self.experts_e4m3(&run)?,
                     None => self.experts_floats(&run)?,
                 }
             }
@@ -247,8 +249,18 @@ impl Gpu {
         unsafe { self.launch_as(&kernel, shape, run.manner(), &arguments) }
     }
 
+    fn experts_e4m3(&self, run: &ExpertRun<'_>) -> Result<(), GpuError> {
+        let (experts, [blocks, slots]) = run.experts(e4m3::ROWS);
+        let parts = (run.parts(), run.products.len());
+        let product = WideArgs::with_parts(parts, (run.x, run.x.floats()));
+        let arguments = ExpertArgs { product, experts };
+        let kernel = format!("expert_{}", lower_name(run.dtype()));
+        let shape = ([blocks, slots, 1], e4m3::THREADS, 0);
+        // SAFETY: as in `experts_narrow`.
+        unsafe { self.launch_as(&kernel, shape, run.manner(), &arguments) }
+    }
+
     fn experts_floats(&self, run: &ExpertRun<'_>) -> Result<(), GpuError> {
-        let x = run.x.values.expect("float weights need activations in f32");
         let (experts, [blocks, slots]) = run.experts(WARPS);
         let (mut weights, mut out) = ([0; MATRICES], [0; MATRICES]);
         for (index, product) in run.products.iter().enumerate() {
@@ -257,7 +269,7 @@ impl Gpu {
         let arguments = ExpertFloatArgs {
             weights,
             out,
-            x: x.of(run.x.columns * run.x.cols, F32),
+            x: run.x.floats(),
             experts,
             cols: run.x.cols as u32,
             unused: 0,

@@ -196,7 +196,7 @@ impl<'a> World<'a> {
     fn wanted(&self, logits: &[f32], x: &[f32]) -> (Vec<f32>, f32) {
         let ((n_experts, n_used), cols) = (self.counts, self.cols);
         let tokens = logits.len() / n_experts;
-        let is_exact = tokens > self.gpu.narrow_max() && self.dtype.is_quantized();
+        let is_exact = tokens > self.gpu.narrow_max() && self.dtype.block_elements() > 1;
         let rows = logits.chunks_exact(n_experts);
         let of_pairs: Vec<usize> =
             rows.flat_map(|row| chosen(row, n_used, 1.0)).map(|(expert, _)| expert).collect();
@@ -275,6 +275,8 @@ fn a_pair_has_the_same_bits_whatever_else_is_in_a_step_of_its_form() {
         (DType::Q6_K, 1536),
         (DType::Q2_K, 1536),
         (DType::BF16, 1536),
+        (DType::E4M3_128, 1536),
+        (DType::E4M3_32, 4352),
     ] {
         let world = World::new(&gpu, counts, (dtype, 48, cols), &mut random);
         for ((tokens, part), spread) in
