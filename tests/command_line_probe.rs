@@ -73,6 +73,19 @@ fn a_machine_is_measured_once() {
     let (first, more) = (&shown["prediction"]["decode"][0], &shown["prediction"]["gib_more"]);
     assert_eq!((&first["streams"], more), (&1.into(), &Value::Null));
     assert!(first["tokens_per_second"].as_f64() > Some(0.0), "{shown}");
+    assert_eq!(shown["measured"], Value::Null);
+    // What was predicted can be run.
+    let measured = [&one[..], &["--measured", "--context", "600"]].concat();
+    let told = plan(&measured, home.path());
+    assert!(told.contains("of predicted") && told.contains(" %"), "{told}");
+    let shown: Value =
+        serde_json::from_str(&plan(&[&measured[..], &["--json"]].concat(), home.path())).unwrap();
+    for kind in ["decode", "prompt"] {
+        let [predicted, run] =
+            ["prediction", "measured"].map(|of| shown[of][kind].as_array().unwrap());
+        assert_eq!(predicted.len(), run.len(), "{shown}");
+        assert!(run.iter().all(|speed| speed.as_f64() > Some(0.0)) && !run.is_empty(), "{shown}");
+    }
 }
 
 #[test]
@@ -82,5 +95,8 @@ fn a_plan_predicts_nothing_on_a_machine_that_was_not_measured() {
     assert!(plan(&[], home.path()).contains(hint));
     let shown: Value = serde_json::from_str(&plan(&["--json"], home.path())).unwrap();
     assert!(shown.get("prediction").is_some_and(Value::is_null), "{shown}");
+    let output = tandem(&["plan", "tiny.gguf", "--measured"], home.path());
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(2) && message.contains("tandem probe"), "{message}");
     assert!(!home.path().join(".cache").exists(), "a plan measures nothing");
 }

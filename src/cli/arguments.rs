@@ -159,6 +159,9 @@ pub enum Command {
     Plan {
         /// Model file
         file: PathBuf,
+        /// Load the model, run what is predicted, and show both
+        #[arg(long)]
+        measured: bool,
         #[command(flatten)]
         engine: EngineArguments,
     },

@@ -14,6 +14,7 @@ mod loading;
 mod output;
 mod perplexity;
 mod plan;
+mod plan_measured;
 mod probe;
 mod repl;
 mod sampling_params;
@@ -94,8 +95,9 @@ async fn act(command: Command, settings: Settings, output: Output) -> Result<()>
             let options = inspect::InspectOptions { tensors: *tensors, metadata: *metadata };
             inspect::run(file, options, output)
         }
-        Command::Plan { file, .. } => {
-            plan::run(file, &settings.config, cache_folder().as_deref(), output)
+        Command::Plan { file, measured, .. } => {
+            let options = plan::PlanOptions { file, measured: *measured };
+            plan::run(options, &settings.config, cache_folder().as_deref(), output).await
         }
         Command::Probe(arguments) => {
             probe::run(arguments, &settings.config, cache_folder().as_deref(), output)

@@ -1,6 +1,9 @@
-//! `tandem plan FILE`: what would lie where, before anything is loaded.
+//! `tandem plan FILE`: what would lie where, before anything is loaded; and, where it is asked for,
+//! how fast it is beside how fast it was predicted to be.
 
+use super::failure::{Exit, USAGE};
 use super::output::Output;
+use super::plan_measured::{self, Measured};
 use super::probe;
 use anyhow::Result;
 use serde_json::json;
@@ -13,21 +16,52 @@ use tandem::placement::{Device, Placement, Prediction};
 use tandem::request::RequestError;
 use tandem::units::ByteSize;
 
+/// Which model, and what of it.
+#[derive(Clone, Copy, Debug)]
+pub struct PlanOptions<'a> {
+    /// The model's file or folder.
+    pub file: &'a Path,
+    /// Whether it is loaded, and what was predicted is run.
+    pub measured: bool,
+}
+
 /// Prints the placement of a model on this machine, and how fast it will be where `folder` holds
 /// what was measured of the machine.
 ///
 /// # Errors
-/// The file is bad, or the model does not fit: then need, free and what to change.
-pub fn run(file: &Path, config: &Config, folder: Option<&Path>, output: Output) -> Result<()> {
-    let checkpoint = Checkpoint::open(file).map_err(RequestError::from)?;
-    let spec = ModelSpec::from_checkpoint(&checkpoint).map_err(RequestError::from)?;
-    let mut hardware = HardwareProfile::detect();
-    hardware.measured = probe::known(&hardware, config, folder)?;
+/// The file is bad, or the model does not fit: then need, free and what to change. Nothing was
+/// predicted that could be run, or it can't be.
+pub async fn run(
+    options: PlanOptions<'_>,
+    config: &Config,
+    folder: Option<&Path>,
+    output: Output,
+) -> Result<()> {
+    let (spec, hardware) = {
+        let checkpoint = Checkpoint::open(options.file).map_err(RequestError::from)?;
+        let spec = ModelSpec::from_checkpoint(&checkpoint).map_err(RequestError::from)?;
+        let mut hardware = HardwareProfile::detect();
+        hardware.measured = probe::known(&hardware, config, folder)?;
+        (spec, hardware)
+    };
     let placement = Placement::plan(&spec, &hardware, config)?;
     let prediction = Prediction::of(&spec, &placement, &hardware, config);
+    let measured = match (&prediction, options.measured) {
+        (_, false) => None,
+        (Some(prediction), true) => {
+            let mut config = config.clone();
+            config.model.path = options.file.to_owned();
+            Some(plan_measured::run(prediction, &config, output).await?)
+        }
+        (None, true) => {
+            let message = "nothing is predicted that could be measured: run `tandem probe` first";
+            return Err(Exit { code: USAGE, message: message.to_owned() }.into());
+        }
+    };
     if output.json {
         output.object(&json!({
             "placement": placement, "explain": placement.explain(), "prediction": prediction,
+            "measured": measured,
         }))?;
         return Ok(());
     }
@@ -45,7 +79,12 @@ pub fn run(file: &Path, config: &Config, folder: Option<&Path>, output: Output) 
     match prediction {
         Some(prediction) => {
             output.line("")?;
-            output.table(&["predicted", "tokens/s", "how"], &rows(&prediction))?;
+            let (mut head, mut rows) = (vec!["predicted", "tokens/s", "how"], rows(&prediction));
+            if let Some(measured) = measured {
+                head.extend(["measured", "of predicted"]);
+                add_measured(&mut rows, &prediction, &measured);
+            }
+            output.table(&head, &rows)?;
         }
         None => output.line("`tandem probe` measures this machine; then plan predicts tokens/s")?,
     }
@@ -70,11 +109,30 @@ fn print_placement(placement: &Placement, architecture: &str, output: Output) ->
     Ok(())
 }
 
+/// Adds what was measured, and its share of what was predicted, to the rows of predictions.
+fn add_measured(rows: &mut [Vec<String>], prediction: &Prediction, measured: &Measured) {
+    let predicted = prediction.decode.iter().map(|decode| decode.tokens_per_second);
+    let predicted =
+        predicted.chain(prediction.prompt.iter().map(|prompt| prompt.tokens_per_second));
+    let measured = measured.decode.iter().chain(&measured.prompt);
+    let cells = predicted.zip(measured).map(|(predicted, measured)| {
+        [speed(*measured), format!("{:.0} %", 100.0 * measured / predicted)]
+    });
+    let unknown = std::iter::repeat_with(|| ["–", "–"].map(str::to_owned));
+    rows.iter_mut().zip(cells.chain(unknown)).for_each(|(row, cells)| row.extend(cells));
+}
+
+fn speed(tokens_per_second: f64) -> String {
+    if tokens_per_second < 100.0 {
+        format!("{tokens_per_second:.1}")
+    } else {
+        format!("{tokens_per_second:.0}")
+    }
+}
+
 /// How fast it will be, in rows of a table.
 fn rows(prediction: &Prediction) -> Vec<Vec<String>> {
     let context = format!("each at {} tokens of context", prediction.context_tokens);
-    let speed =
-        |speed: f64| if speed < 100.0 { format!("{speed:.1}") } else { format!("{speed:.0}") };
     let row = |what: String, rate: f64, how: &str| vec![what, speed(rate), how.to_owned()];
     let mut rows = Vec::new();
     for decode in &prediction.decode {
