@@ -144,17 +144,17 @@ fn float_models_of_every_family_and_type_agree_with_the_cpu() {
 
 /// One sequence in narrow and wide steps against plain loops over f32.
 fn near_reference(model: &Model, name: &str) {
-    near_reference_with(model, &options(1, 512), name);
+    let Some(mut gpu) = on_gpu(model, &options(1, 512)) else { return };
+    stays_near(&mut gpu, model, name);
 }
 
-fn near_reference_with(model: &Model, options: &StageOptions, name: &str) {
-    let Some(mut gpu) = on_gpu(model, options) else { return };
+fn stays_near(gpu: &mut GpuStage, model: &Model, name: &str) {
     let tokens = random_tokens(&mut 11, 300, model.spec.vocab_size);
     let mut rows = Vec::new();
     for range in [0..30, 30..31, 31..32, 32..40, 40..150, 150..300] {
         let mut plan = StepPlan::default();
         plan_tokens(&mut plan, (1, 0), &tokens, range, score_next(&tokens, TOP));
-        rows.extend(step(&mut gpu, &plan));
+        rows.extend(step(gpu, &plan));
     }
     let part = StagePart::whole(model.spec.layers.len());
     let program = Program::lower(&model.spec, &part).unwrap();

@@ -11,7 +11,9 @@ mod tiny_model;
 use stage::{Model, options, plan_tokens, run, score_next};
 use std::sync::Arc;
 use tandem::executor::program::Op;
-use tandem::executor::{ExecutorError, Program, Stage, StageOptions, StagePart, handoff};
+use tandem::executor::{
+    ExecutorError, Program, SpilledLayers, SpilledUnit, Stage, StageOptions, StagePart, handoff,
+};
 use tandem::memory::HugePages;
 use tandem::step::{BlockCopy, StepOutput, StepPlan, Tier};
 use tandem::units::{BlockId, TokenId};
@@ -202,48 +204,98 @@ fn a_warmed_stage_answers_like_a_cold_one() {
     }
 }
 
-/// The ops between the marks of spilled networks, network by network.
-fn spilled_ops(program: &Program) -> Vec<&[Op]> {
+/// The spilled units of a program in its order, each with the ops between its marks.
+fn spilled_units(program: &Program) -> Vec<(SpilledUnit, &[Op])> {
     let starts = program.ops.iter().enumerate().filter_map(|(at, op)| match op {
-        Op::SpillStart { index } => Some((at, *index)),
+        Op::SpillStart { unit, .. } => Some((at, *unit)),
         _ => None,
     });
-    let of = |(at, index): (usize, usize)| {
+    let of = |(at, unit): (usize, SpilledUnit)| {
         let ops = &program.ops[at + 1..];
-        let end = ops.iter().position(|op| *op == Op::SpillEnd { index }).unwrap();
-        &ops[..end]
+        let is_end = |op: &Op| matches!(op, Op::SpillEnd { unit: ended, .. } if *ended == unit);
+        (unit, &ops[..ops.iter().position(is_end).unwrap()])
     };
     starts.map(of).collect()
 }
 
+/// What lies in host memory, and the units and layers of units that these make.
+fn spillings() -> [(SpilledLayers, Vec<usize>); 4] {
+    let layers = |feed_forward: &[usize], attention: &[usize]| SpilledLayers {
+        feed_forward: feed_forward.to_vec(),
+        attention: attention.to_vec(),
+        ring_slots: 4,
+    };
+    [
+        (layers(&[1, 3], &[]), vec![0, 1]),
+        (layers(&[], &[2]), vec![0, 0]),
+        (layers(&[0, 1, 2, 3], &[0, 3]), vec![0, 0, 0, 1, 2, 3, 3, 3]),
+        (layers(&[1], &[0, 1]), vec![0, 0, 1, 1, 1]),
+    ]
+}
+
 #[test]
-fn spilled_networks_are_between_marks_in_one_program_and_alone_in_the_other() {
-    for family in Family::ALL {
+fn spilled_units_are_between_marks_in_one_program_and_alone_in_the_other() {
+    for (family, (spilled, layers)) in
+        Family::ALL.into_iter().flat_map(|family| spillings().map(|spilled| (family, spilled)))
+    {
+        let name = format!("{family:?}, {spilled:?}");
         let model = TinyModel { layers: 4, ..TinyModel::new(family) };
         let spec = Model::from_bytes(&model.gguf().bytes()).spec;
         let whole = Program::lower(&spec, &StagePart::whole(4)).unwrap();
-        let part = StagePart::spilling(4, &[1, 3]);
+        let part = StagePart::spilling(4, spilled.clone());
         let [here, alone] =
             [&part, &part.spilled().unwrap()].map(|part| Program::lower(&spec, part).unwrap());
         let is_mark = |op: &&Op| matches!(op, Op::SpillStart { .. } | Op::SpillEnd { .. });
         let without: Vec<_> = here.ops.iter().filter(|op| !is_mark(op)).collect();
-        assert_eq!(without, whole.ops.iter().collect::<Vec<_>>(), "{family:?}");
-        let (ours, theirs) = (spilled_ops(&here), spilled_ops(&alone));
+        assert_eq!(without, whole.ops.iter().collect::<Vec<_>>(), "{name}");
+        let (ours, theirs) = (spilled_units(&here), spilled_units(&alone));
+        let marks = |program: &Program| -> Vec<Op> {
+            program.ops.iter().filter(is_mark).cloned().collect()
+        };
+        assert_eq!(marks(&here), marks(&alone), "{name}");
+        let units: Vec<_> = layers.into_iter().enumerate().collect();
+        let got: Vec<_> = ours.iter().map(|(unit, _)| (unit.index, unit.layer)).collect();
+        assert_eq!(got, units, "{name}");
         let kinds = |ops: &[Op]| ops.iter().map(std::mem::discriminant).collect::<Vec<_>>();
-        assert_eq!(ours.len(), 2);
-        assert!(ours.iter().zip(&theirs).all(|(ours, theirs)| kinds(ours) == kinds(theirs)));
-        assert_eq!(alone.ops.len(), theirs.iter().map(|ops| ops.len() + 2).sum::<usize>());
-        // Each spilled matrix is the other program's, and a router is of both.
-        let spilled = here.matrices.iter().filter(|entry| entry.spilled.is_some());
-        let names: Vec<_> = spilled.map(|entry| &entry.tensor.name).collect();
-        let routers = if family.has_experts() { 2 } else { 0 };
-        assert_eq!((names.len(), alone.matrices.len()), (6, 6 + routers), "{family:?}");
         assert!(
-            names
-                .iter()
-                .all(|name| { alone.matrices.iter().any(|entry| entry.tensor.name == **name) })
+            ours.iter().zip(&theirs).all(|((_, ours), (_, theirs))| {
+                kinds(ours) == kinds(theirs) && !ours.is_empty()
+            })
         );
-        assert!(alone.matrices.iter().all(|entry| entry.spilled.is_none()));
-        assert!(StagePart::spilling(4, &[]).spilled().is_none());
+        assert_eq!(alone.ops.len(), theirs.iter().map(|(_, ops)| ops.len() + 2).sum::<usize>());
+        assert!(alone.kv_layers.is_empty() && alone.ropes.is_empty(), "{name}");
+        // Each spilled matrix is the other program's, and a router is of both.
+        let names: Vec<_> = here
+            .matrices
+            .iter()
+            .filter(|entry| entry.spilled.is_some())
+            .map(|entry| &entry.tensor.name)
+            .collect();
+        let networks = spilled.feed_forward.len();
+        let routers = if family.has_experts() { networks } else { 0 };
+        let matrices = 3 * networks + 4 * spilled.attention.len();
+        assert_eq!((names.len(), alone.matrices.len()), (matrices, matrices + routers), "{name}");
+        let has = |name: &&String| alone.matrices.iter().any(|entry| entry.tensor.name == **name);
+        assert!(
+            names.iter().all(has) && alone.matrices.iter().all(|entry| entry.spilled.is_none())
+        );
     }
+    assert!(StagePart::spilling(4, SpilledLayers::default()).spilled().is_none());
+}
+
+#[test]
+fn a_program_of_spilled_units_has_the_widths_of_what_it_computes_alone() {
+    let spec = tiny(Family::Llama).spec;
+    let whole = Program::lower(&spec, &StagePart::whole(spec.layers.len())).unwrap().dims;
+    let dims = |feed_forward: &[usize], attention: &[usize]| {
+        let (feed_forward, attention) = (feed_forward.to_vec(), attention.to_vec());
+        let spilled = SpilledLayers { feed_forward, attention, ring_slots: 4 };
+        let part = StagePart::spilling(spec.layers.len(), spilled).spilled().unwrap();
+        Program::lower(&spec, &part).unwrap().dims
+    };
+    let (networks, attention, both) = (dims(&[0], &[]), dims(&[], &[0]), dims(&[0], &[1]));
+    assert_eq!((networks.heads, networks.attended, networks.hidden), (0, 0, whole.hidden));
+    assert_eq!((attention.heads, attention.attended), (whole.heads, whole.attended));
+    assert_eq!((attention.hidden, both.hidden, both.heads), (0, whole.hidden, whole.heads));
+    assert_eq!([networks, attention, both].map(|dims| dims.vocab), [0; 3]);
 }

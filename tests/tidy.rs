@@ -34,7 +34,7 @@ const UNSAFE_FILES: [&str; 20] = [
     "src/executor/gpu/graphs.rs",
     "src/executor/gpu/inputs.rs",
     "src/executor/gpu/ops.rs",
-    "src/executor/gpu/spill.rs",
+    "src/executor/gpu/spill_measure.rs",
     "src/executor/gpu/spill_sender.rs",
     "src/executor/gpu/spill_thread.rs",
     "src/executor/gpu/spill_weights.rs",

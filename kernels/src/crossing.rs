@@ -23,24 +23,29 @@ const BLOCKS_MAX: usize = 4;
 /// Elements that are copied at once.
 const QUAD: usize = 4;
 
-/// Host memory in which rows cross between GPU and CPU inside a step, `[rows, cols]` f32 each way.
-/// Waits of the GPU end when it is dropped.
+/// Host memory in which rows of f32 cross between GPU and CPU inside a step, each way in memory of
+/// its own. Waits of the GPU end when it is dropped.
 pub struct Crossing {
     memory: PinnedMemory,
     /// The GPU's address of that memory.
     start: u64,
     /// Blocks of a launch that have written: one u32.
     finished: DeviceMemory,
-    rows: usize,
-    cols: usize,
+    ways: Ways,
+}
+
+/// Elements that there is room for on either way.
+#[derive(Clone, Copy, Debug)]
+struct Ways {
+    to_cpu: usize,
+    to_gpu: usize,
 }
 
 /// What the CPU's threads use of a [`Crossing`].
 #[derive(Clone, Copy, Debug)]
 pub struct CrossingHost<'a> {
     start: NonNull<u8>,
-    /// Of the rows of one way.
-    elements: usize,
+    ways: Ways,
     lifetime: PhantomData<&'a Crossing>,
 }
 
@@ -65,60 +70,58 @@ struct CrossingArgs {
 unsafe impl DeviceRepr for CrossingArgs {}
 
 impl Gpu {
-    /// Memory in which up to `rows` rows of `cols` elements cross, each way.
+    /// Memory in which up to so many elements cross, to the CPU and back to the GPU.
     ///
     /// # Errors
     /// No memory, here or there.
-    ///
-    /// # Panics
-    /// When a row is no multiple of 4.
-    pub fn crossing(&self, rows: usize, cols: usize) -> Result<Crossing, GpuError> {
-        assert!(cols.is_multiple_of(QUAD), "rows are copied in fours, got {cols}");
-        let memory = self.alloc_pinned(ROWS + 2 * way_bytes(rows * cols))?;
+    pub fn crossing(&self, [to_cpu, to_gpu]: [usize; 2]) -> Result<Crossing, GpuError> {
+        let memory = self.alloc_pinned(ROWS + way_bytes(to_cpu) + way_bytes(to_gpu))?;
         let start = self.address_of(&memory)?;
         let finished = self.alloc(size_of::<u32>())?;
-        Ok(Crossing { memory, start, finished, rows, cols })
+        Ok(Crossing { memory, start, finished, ways: Ways { to_cpu, to_gpu } })
     }
 
-    /// Starts a kernel that copies `rows` rows `[rows, cols]` f32 to the host's side and then says
-    /// that event `index` of the step has come.
+    /// Starts a kernel that copies `elements` f32 to the host's side and then says that event
+    /// `index` of the step has come.
     ///
     /// # Errors
     /// What the driver refuses.
     ///
     /// # Panics
-    /// When there are not so many rows, here or there.
+    /// When there are not so many elements, here or there, or they are no multiple of 4.
     pub fn hand_over(
         &self,
         crossing: &Crossing,
         from: Span<'_>,
-        rows: usize,
+        elements: usize,
         event: (Span<'_>, usize),
     ) -> Result<(), GpuError> {
-        let elements = crossing.elements(rows);
+        let room = crossing.ways.to_cpu;
+        assert!(elements <= room, "{elements} elements cross where there is room for {room}");
         let from = from.of(elements, size_of::<f32>());
         let to = crossing.start + ROWS as u64;
         crossing.launch(self, ("hand_over", HANDED), (from, to, elements), event)
     }
 
     /// Starts a kernel that waits until the CPU is done with event `index` of the step, or has
-    /// released the GPU, and then copies `rows` rows of the GPU's side to `to`, `[rows, cols]` f32.
+    /// released the GPU, and then copies `elements` f32 of the GPU's side to `to`.
     ///
     /// # Errors
     /// What the driver refuses.
     ///
     /// # Panics
-    /// When there are not so many rows, here or there.
+    /// When there are not so many elements, here or there, or they are no multiple of 4.
     pub fn take_back(
         &self,
         crossing: &Crossing,
         to: Span<'_>,
-        rows: usize,
+        elements: usize,
         event: (Span<'_>, usize),
     ) -> Result<(), GpuError> {
-        let elements = crossing.elements(rows);
+        let Ways { to_cpu, to_gpu: room } = crossing.ways;
+        assert!(elements <= room, "{elements} elements cross where there is room for {room}");
         let to = to.of(elements, size_of::<f32>());
-        let from = crossing.start + (ROWS + way_bytes(crossing.rows * crossing.cols)) as u64;
+        let from = crossing.start + (ROWS + way_bytes(to_cpu)) as u64;
         crossing.launch(self, ("take_back", DONE), (from, to, elements), event)
     }
 }
@@ -131,19 +134,12 @@ fn way_bytes(elements: usize) -> usize {
 impl Crossing {
     /// What the CPU's threads use.
     pub fn host(&self) -> CrossingHost<'_> {
-        let (start, elements) = (self.memory.start(), self.rows * self.cols);
-        CrossingHost { start, elements, lifetime: PhantomData }
+        CrossingHost { start: self.memory.start(), ways: self.ways, lifetime: PhantomData }
     }
 
     /// Bytes of host memory held.
     pub fn bytes(&self) -> usize {
         self.memory.len()
-    }
-
-    /// Elements of some rows.
-    fn elements(&self, rows: usize) -> usize {
-        assert!(rows <= self.rows, "{rows} rows cross where there is room for {}", self.rows);
-        rows * self.cols
     }
 
     fn launch(
@@ -153,6 +149,7 @@ impl Crossing {
         (from, to, elements): (u64, u64, usize),
         (base, index): (Span<'_>, usize),
     ) -> Result<(), GpuError> {
+        assert!(elements.is_multiple_of(QUAD), "rows are copied in fours, got {elements}");
         let quads = elements / QUAD;
         let arguments = CrossingArgs {
             from,
@@ -183,21 +180,23 @@ impl<'a> CrossingHost<'a> {
         has_reached(self.flag(HANDED).load(Ordering::Acquire), number)
     }
 
-    /// Where the rows lie that the GPU hands over, `[rows, cols]` f32. They may be read from when
-    /// their event [has been reached](Self::has_reached) until the CPU is [done](Self::done) with
-    /// the event that the GPU waits for before it hands over the next ones.
-    pub fn rows_in(&self) -> *const f32 {
+    /// Where the rows lie that the GPU hands over, f32, and how many elements these are at most.
+    /// They may be read from when their event [has been reached](Self::has_reached) until the CPU
+    /// is [done](Self::done) with the event that the GPU waits for before it hands over the next
+    /// ones.
+    pub fn rows_in(&self) -> (*const f32, usize) {
         // SAFETY: the rows lie behind the flags, in the same memory.
-        unsafe { self.start.as_ptr().add(ROWS).cast() }
+        let rows = unsafe { self.start.as_ptr().add(ROWS) };
+        (rows.cast_const().cast(), self.ways.to_cpu)
     }
 
-    /// Where the GPU takes rows back from, `[rows, cols]` f32, and how many elements these are.
+    /// Where the GPU takes rows back from, f32, and how many elements these are at most.
     /// They may be written from when an event [has been reached](Self::has_reached), whose rows the
     /// GPU handed over after it took the last ones back, until the CPU is [done](Self::done).
     pub fn rows_out(&self) -> (*mut f32, usize) {
         // SAFETY: these rows lie behind the others, in the same memory.
-        let rows = unsafe { self.start.as_ptr().add(ROWS + way_bytes(self.elements)) };
-        (rows.cast(), self.elements)
+        let rows = unsafe { self.start.as_ptr().add(ROWS + way_bytes(self.ways.to_cpu)) };
+        (rows.cast(), self.ways.to_gpu)
     }
 
     /// Says that the rows of the event with this number are there to be taken back.

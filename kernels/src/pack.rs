@@ -258,29 +258,58 @@ impl DeviceMatrix {
         unsafe { gpu.launch(&kernel, (grid, PACK_THREADS, 0), &arguments) }
     }
 
-    /// Takes all rows from where they lie on the GPU as `Layout::Rows16`, as [`DeviceMatrix::pack`]
+    /// Takes some rows from where they lie on the GPU as `Layout::Rows16`, as [`DeviceMatrix::pack`]
     /// does from a file.
     ///
     /// # Errors
     /// What the driver refuses.
     ///
     /// # Panics
-    /// When the type has no such layout, or `packed` is shorter.
-    pub fn pack_rows16(&self, gpu: &Gpu, packed: Span<'_>) -> Result<(), GpuError> {
+    /// When the type has no such layout, `packed` is shorter, there are no such rows, or they do
+    /// not start and end with a group of 16 or the matrix.
+    pub fn pack_rows16(
+        &self,
+        gpu: &Gpu,
+        packed: Span<'_>,
+        rows: Range<usize>,
+    ) -> Result<(), GpuError> {
         assert!(self.dtype.is_quantized(), "{} has no Rows16 layout", self.dtype);
-        let arguments = self.pack_args(packed.of(self.piece_bytes(), 1), 0..self.rows);
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "{rows:?} of {}", self.rows);
+        let is_end = |row: usize| row == self.rows || row.is_multiple_of(ROWS16);
+        assert!(is_end(rows.start) && is_end(rows.end), "rows {rows:?} cut a group of {ROWS16}");
+        if rows.is_empty() {
+            return Ok(());
+        }
+        // The kernel sees a matrix that begins with these rows.
+        let arguments = PackArgs {
+            planes: self.planes_from(rows.start),
+            all_rows: (self.rows - rows.start) as u32,
+            ..self.pack_args(packed.of(self.piece_bytes(&rows), 1), 0..rows.len())
+        };
         let tiles = self.cols.div_ceil(CHUNK * GROUP).div_ceil(ROWS16_CHUNKS);
         let kernel = format!("pack_rows16_{}", lower_name(self.dtype));
-        let grid = [self.rows.div_ceil(ROWS16) * tiles, 1, 1];
-        // SAFETY: the span has all rows (asserted), and the planes have room for them.
+        let grid = [rows.len().div_ceil(ROWS16) * tiles, 1, 1];
+        // SAFETY: the span has these rows (asserted), and the planes have room for all rows.
         unsafe { gpu.launch(&kernel, (grid, PACK_THREADS, 0), &arguments) }
     }
 
-    /// Bytes of all rows as they come from the CPU: quantised ones in whole groups of 16.
-    pub(crate) fn piece_bytes(&self) -> usize {
+    /// The planes from a row on that starts a block of 16: blocks lie one after the other.
+    fn planes_from(&self, row: usize) -> Planes {
+        let bytes = plane_bytes(self.dtype).expect("quantised types have planes");
+        let groups = row * self.cols.div_ceil(GROUP).next_multiple_of(CHUNK);
+        let Planes { quants, highs, scales } = self.planes();
+        Planes {
+            quants: quants + (groups * bytes.quants) as u64,
+            highs: highs + (groups * bytes.highs) as u64,
+            scales: scales + (groups / bytes.scale_groups * bytes.scales) as u64,
+        }
+    }
+
+    /// Bytes of rows as they come from the CPU: quantised ones in whole groups of 16.
+    pub(crate) fn piece_bytes(&self, rows: &Range<usize>) -> usize {
         let row_bytes = self.dtype.row_bytes(self.cols).expect("whole blocks");
         let is_grouped = self.dtype.is_quantized();
-        row_bytes * if is_grouped { self.rows.next_multiple_of(ROWS16) } else { self.rows }
+        row_bytes * if is_grouped { rows.len().next_multiple_of(ROWS16) } else { rows.len() }
     }
 
     fn pack_args(&self, file: u64, rows: Range<usize>) -> PackArgs {

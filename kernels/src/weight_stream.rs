@@ -13,6 +13,7 @@ use crate::pack::DeviceMatrix;
 use crate::pinned::PinnedMemory;
 use crate::registered::pieces;
 use cudarc::driver::{CudaEvent, CudaStream, result, sys};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -158,31 +159,31 @@ impl WeightRing {
         event.record(&self.stream).map_err(|error| gpu.failed("marking its work", error))
     }
 
-    /// Starts kernels that wait until piece `index` of the step has arrived, take it apart into all
-    /// rows of a matrix, and then say that its slot is free. Quantised weights come as
+    /// Starts kernels that wait until piece `index` of the step has arrived, take it apart into
+    /// some rows of a matrix, and then say that its slot is free. Quantised weights come as
     /// `Layout::Rows16`, others row by row.
     ///
     /// # Errors
     /// What the driver refuses.
     ///
     /// # Panics
-    /// When a slot is smaller than the matrix, or the matrix is not [made for
-    /// this](DeviceMatrix::changing).
+    /// When a slot is smaller than the rows, the matrix is not [made for
+    /// this](DeviceMatrix::changing), or as [`DeviceMatrix::pack_rows16`].
     pub fn take(
         &self,
         gpu: &Gpu,
-        matrix: &DeviceMatrix,
+        (matrix, rows): (&DeviceMatrix, Range<usize>),
         (base, index): (Span<'_>, usize),
     ) -> Result<(), GpuError> {
         assert!(matrix.is_changing(), "products would read what was there before");
-        let slot = self.slot(index, matrix.piece_bytes());
+        let slot = self.slot(index, matrix.piece_bytes(&rows));
         let (arrived, released) = (self.flag(ARRIVED), self.flag(RELEASED));
         // SAFETY: the flags live as long as the ring, and it waits for the GPU when it is dropped.
         unsafe { gpu.await_event((arrived, released), (base, index)) }?;
         if matrix.dtype().is_quantized() {
-            matrix.pack_rows16(gpu, slot)?;
+            matrix.pack_rows16(gpu, slot, rows)?;
         } else {
-            matrix.pack(gpu, slot, 0..matrix.rows())?;
+            matrix.pack(gpu, slot, rows)?;
         }
         // SAFETY: as above.
         unsafe { gpu.raise_event(self.flag(CONSUMED), (base, index)) }

@@ -18,12 +18,12 @@ fn double_rows(host: CrossingHost<'_>, (base, events): (u32, usize), elements: u
         while !host.has_reached(number) {
             std::hint::spin_loop();
         }
-        let (out, room) = host.rows_out();
-        assert!(elements <= room);
+        let ((rows, handed), (out, room)) = (host.rows_in(), host.rows_out());
+        assert!(elements <= room.min(handed));
         // SAFETY: the GPU has handed over as many elements and waits for as many.
         unsafe {
             for at in 0..elements {
-                out.add(at).write(2.0 * host.rows_in().add(at).read());
+                out.add(at).write(2.0 * rows.add(at).read());
             }
         }
         host.done(number);
@@ -35,11 +35,11 @@ fn start_crossings(
     gpu: &Gpu,
     crossing: &Crossing,
     (x, y): (Span<'_>, Span<'_>),
-    (base, rows, events): (Span<'_>, usize, usize),
+    (base, elements, events): (Span<'_>, usize, usize),
 ) -> Result<(), GpuError> {
     for index in 0..events {
-        gpu.hand_over(crossing, x, rows, (base, index))?;
-        gpu.take_back(crossing, y, rows, (base, index))?;
+        gpu.hand_over(crossing, x, elements, (base, index))?;
+        gpu.take_back(crossing, y, elements, (base, index))?;
         gpu.copy(y, x)?;
     }
     Ok(())
@@ -53,12 +53,14 @@ fn rows_cross_to_a_thread_and_back_in_every_step() {
     let base = gpu.alloc(16).expect("memory");
     for rows in [1, 3, 32] {
         let elements = rows * cols;
-        let crossing = gpu.crossing(32, cols).expect("memory");
-        assert!(crossing.bytes() >= 2 * 32 * cols * 4);
+        // More to the CPU than back.
+        let crossing = gpu.crossing([64 * cols, 32 * cols]).expect("memory");
+        assert!(crossing.bytes() >= 3 * 32 * cols * 4);
         let x = gpu.alloc(4 * elements).expect("memory");
         let y = gpu.alloc(4 * elements).expect("memory");
-        let start =
-            || start_crossings(&gpu, &crossing, (x.span(), y.span()), (base.span(), rows, events));
+        let start = || {
+            start_crossings(&gpu, &crossing, (x.span(), y.span()), (base.span(), elements, events))
+        };
         let mut graph = None;
         for step_base in BASES {
             let values = random.floats(elements);
@@ -85,12 +87,12 @@ fn rows_cross_to_a_thread_and_back_in_every_step() {
 #[test]
 fn a_release_ends_the_waits_of_a_step() {
     let Some(gpu) = gpu() else { return };
-    let (rows, cols) = (2, 64);
-    let crossing = gpu.crossing(rows, cols).expect("memory");
-    let (base, x) = (gpu.alloc(16).expect("memory"), gpu.alloc(4 * rows * cols).expect("memory"));
+    let elements = 2 * 64;
+    let crossing = gpu.crossing([elements; 2]).expect("memory");
+    let (base, x) = (gpu.alloc(16).expect("memory"), gpu.alloc(4 * elements).expect("memory"));
     let take = |crossing: &Crossing| {
-        gpu.hand_over(crossing, x.span(), rows, (base.span(), 0)).expect("a launch");
-        gpu.take_back(crossing, x.span(), rows, (base.span(), 0)).expect("a launch");
+        gpu.hand_over(crossing, x.span(), elements, (base.span(), 0)).expect("a launch");
+        gpu.take_back(crossing, x.span(), elements, (base.span(), 0)).expect("a launch");
     };
     let pause = Duration::from_millis(30);
     gpu.upload(&[0u32], base.span()).expect("an upload");
@@ -140,14 +142,15 @@ fn crossings_are_measured() {
     let Some(gpu) = gpu() else { return };
     let cols = 4096;
     for rows in [1, 2, 4, 8, 16, 32] {
-        let x = gpu.alloc(4 * rows * cols).expect("memory");
+        let elements = rows * cols;
+        let x = gpu.alloc(4 * elements).expect("memory");
         let us = [false, true].map(|both| {
-            let crossing = gpu.crossing(rows, cols).expect("memory");
+            let crossing = gpu.crossing([elements; 2]).expect("memory");
             us_per_event(&gpu, crossing.host(), |base| {
                 (0..MEASURED).try_for_each(|index| {
-                    gpu.hand_over(&crossing, x.span(), rows, (base, index))?;
+                    gpu.hand_over(&crossing, x.span(), elements, (base, index))?;
                     if both {
-                        gpu.take_back(&crossing, x.span(), rows, (base, index))
+                        gpu.take_back(&crossing, x.span(), elements, (base, index))
                     } else {
                         Ok(())
                     }

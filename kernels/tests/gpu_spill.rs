@@ -91,7 +91,12 @@ fn interleaved_rows_are_taken_apart_as_those_of_a_file() {
             let wanted = wanted.expect("an upload");
             let packed = on_gpu(&gpu, &as_the_cpu_has(dtype, (rows, cols), &file));
             let got = DeviceMatrix::changing(&gpu, dtype, (rows, cols)).expect("memory");
-            got.pack_rows16(&gpu, packed.span()).expect("a launch");
+            // In two pieces, of which the second comes first.
+            let middle = (rows / 2).next_multiple_of(16).min(rows);
+            let bytes = middle * dtype.row_bytes(cols).expect("whole blocks");
+            let second = packed.span().part(bytes, packed.bytes() - bytes);
+            got.pack_rows16(&gpu, second, middle..rows).expect("a launch");
+            got.pack_rows16(&gpu, packed.span(), 0..middle).expect("a launch");
             for columns in [1, 12] {
                 let x = Activations::new(&gpu, (columns, cols), &mut random);
                 let same = products(&gpu, &got, &x) == products(&gpu, &wanted, &x);
@@ -117,7 +122,7 @@ fn a_released_ring_waits_for_no_piece_and_no_slot() {
             ring.release();
         });
         // A piece that never comes, one that nobody takes, and one that has no slot.
-        ring.take(&gpu, &matrix, (base.span(), 2)).expect("launches");
+        ring.take(&gpu, (&matrix, 0..shape.0), (base.span(), 2)).expect("launches");
         // SAFETY: the ring is waited for below.
         unsafe { ring.send(&gpu, 0, [&bytes[..]; 2], || false).expect("an end") };
         gpu.synchronize().expect("a wait that ends");
@@ -247,7 +252,7 @@ fn products_of_streamed_weights_are_those_of_resident_ones_in_every_step() {
                 (0..PIECES).map(|_| on_gpu(&gpu, &vec![f32::NAN; columns * shape.0])).collect();
             let start = || {
                 for (index, out) in outs.iter().enumerate() {
-                    ring.take(&gpu, &matrix, (base.span(), index))?;
+                    ring.take(&gpu, (&matrix, 0..shape.0), (base.span(), index))?;
                     gpu.multiply(&[product(&matrix, out.span())], &x.view(&gpu))?;
                 }
                 Ok(())
@@ -292,9 +297,10 @@ fn gated_products_of_streamed_weights_are_those_of_resident_ones() {
             gpu.multiply_gated(None, &gated, &x.view(&gpu)).map(|_| ())
         };
         let start = || {
-            ring.take(&gpu, &matrices[0], (base.span(), 0))?;
+            ring.take(&gpu, (&matrices[0], 0..shape.0), (base.span(), 0))?;
             for index in 1..PIECES {
-                ring.take(&gpu, &matrices[index % 2], (base.span(), index))?;
+                let matrix = &matrices[index % 2];
+                ring.take(&gpu, (matrix, 0..shape.0), (base.span(), index))?;
                 multiply(&matrices[1 - index % 2], &matrices[index % 2])?;
             }
             Ok(())
@@ -320,7 +326,7 @@ fn streaming_is_measured() {
         for times in [1, 10] {
             gpu.mark_again(&marks[0]).expect("a mark");
             for _ in 0..times {
-                matrix.pack_rows16(&gpu, packed.span()).expect("a launch");
+                matrix.pack_rows16(&gpu, packed.span(), 0..shape.0).expect("a launch");
             }
             gpu.mark_again(&marks[1]).expect("a mark");
             let us = marks[0].us_until(&marks[1]).expect("a time") / f64::from(times);

@@ -6,7 +6,7 @@ use super::shared::Shared;
 use super::stage::{CpuStages, GpuStages, StageFactory, StageFault, StepRunner};
 use super::{EngineError, LoadProgress, ModelInfo};
 use crate::config::{Config, ConfigError};
-use crate::executor::{KvOptions, PoolOptions, StageOptions, StagePart, StepPasses};
+use crate::executor::{KvOptions, PoolOptions, SpilledLayers, StageOptions, StagePart, StepPasses};
 use crate::formats::{Checkpoint, FormatError};
 use crate::hardware::{HardwareProfile, Topology};
 use crate::model::ModelSpec;
@@ -216,7 +216,14 @@ pub fn stage_options(
 pub fn part_of(spec: &ModelSpec, placement: &Placement) -> StagePart {
     let layers = spec.layers.len();
     match &placement.spill {
-        Some(spill) => StagePart::spilling(layers, &spill.layers),
+        Some(spill) => StagePart::spilling(
+            layers,
+            SpilledLayers {
+                feed_forward: spill.layers.clone(),
+                attention: spill.attention_layers.clone(),
+                ring_slots: spill.ring_slots,
+            },
+        ),
         None => StagePart::whole(layers),
     }
 }

@@ -17,7 +17,7 @@
 //! | Select | wanted rows; *all* | residual, projected | if wide |
 //! | Logits | vocabulary rows, then wanted rows | selected, logits | inside |
 //! | Send | tokens | projected | |
-//! | SpillStart | tokens; *all* | | if wide |
+//! | SpillStart | tokens; *all* of normed | | if wide, or attended |
 //! | SpillEnd | worker 0 says that the products are there | | |
 //!
 //! Nobody waits after the last op: the pool's job ends there. In a narrow step (`passes.rs`) every
@@ -56,7 +56,7 @@ use super::expert_groups::ExpertScratch;
 use super::kv_store::KvLayers;
 use super::op_times::OpClocks;
 use super::own_buffers::OwnBuffers;
-use super::program::{Op, Program};
+use super::program::{Buffer, Op, Program};
 use super::rotations::Rotations;
 use super::sample::RowSamplers;
 use super::spill::SpillStep;
@@ -117,8 +117,8 @@ impl Step<'_> {
     fn walk(&self, worker: &Worker<'_>) {
         let mut is_elsewhere = false;
         for (index, op) in self.program.ops.iter().enumerate() {
-            if let Op::SpillStart { index: spilled } = op {
-                is_elsewhere = !self.spill.is_some_and(|spill| spill.is_here[*spilled]);
+            if let Op::SpillStart { unit, .. } = op {
+                is_elsewhere = !self.spill.is_some_and(|spill| spill.computes(*unit));
             }
             if is_elsewhere {
                 continue;
@@ -138,6 +138,7 @@ impl Step<'_> {
     /// Whether workers read what others write in `op`.
     fn is_read_by_others(&self, op: &Op) -> bool {
         match op {
+            Op::SpillStart { input: Buffer::Attended, .. } => true,
             Op::Embed { .. }
             | Op::Receive
             | Op::SpillStart { .. }
@@ -205,8 +206,10 @@ impl Step<'_> {
                 self.gate_experts(worker, *shape, [*gate, *up], *activation);
             }
             Op::DownExperts { shape, down } => self.down_experts(worker, *shape, *down),
-            Op::SpillStart { index } => self.take_spilled(worker, *index),
-            Op::SpillEnd { index } => self.give_spilled(worker, *index),
+            Op::SpillStart { unit, input, precision } => {
+                self.take_spilled(worker, *unit, (*input, *precision));
+            }
+            Op::SpillEnd { unit, .. } => self.give_spilled(worker, *unit),
             Op::Send { pending } => self.send(worker, *pending),
             Op::Select { pending, norm } => self.select(worker, *pending, *norm),
             Op::Logits { output, softcap } => self.logits(worker, *output, *softcap),

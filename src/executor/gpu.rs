@@ -19,8 +19,10 @@ mod ops;
 mod order_thread;
 mod sampling;
 mod spill;
+mod spill_measure;
 mod spill_schedule;
 mod spill_sender;
+mod spill_stream;
 mod spill_thread;
 mod spill_weights;
 mod weights;
@@ -78,7 +80,7 @@ pub struct GpuStage {
 
 impl GpuStage {
     /// A stage with an empty KV store, whose second tier lies in host memory, on weights that are
-    /// there already. Workers are started where networks are spilled to the CPU, and for these
+    /// there already. Workers are started where weights are spilled to the CPU, and for these
     /// alone.
     ///
     /// # Errors

@@ -33,7 +33,7 @@ pub use handoff::{HandoffClosed, HandoffReceiver, HandoffSender, Slot, handoff};
 pub use kv_store::KvOptions;
 pub use op_times::OpTime;
 pub use passes::StepPasses;
-pub use program::{FeedForwards, Inlet, Outlet, Program, StagePart};
+pub use program::{Inlet, Outlet, PartWeights, Program, SpilledLayers, SpilledUnit, StagePart};
 pub use stage::{Stage, StageMemory, StageOptions};
 pub use weight_source::WeightSource;
 pub use weights::{LoadProgress, Weights, WeightsRequest};

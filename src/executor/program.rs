@@ -18,13 +18,13 @@
 //! GateExperts  normed, routes → hidden     a row per pair of token and expert, 8-bit
 //! DownExperts  hidden, routes → projected  the weighted sum
 //! ```
-//! A layer's feed-forward network may be *spilled*: its weights lie in host memory though a GPU
-//! runs the model. Both programs then have its ops between two more, and whichever device computes
-//! it in a step, the other leaves it out:
+//! Weights of a layer may be *spilled*: they lie in host memory though a GPU runs the model. Both
+//! programs then have the ops that multiply with them between two more, and whichever device
+//! computes such a unit in a step, the other leaves it out. A layer has up to three:
 //! ```text
-//! SpillStart   normed comes from the GPU
-//! Gate, Project, or Route, GateExperts, DownExperts
-//! SpillEnd     projected goes to the GPU
+//! SpillStart   normed comes from the GPU       normed          attended
+//! Gate, Project, or Route, GateExperts, ...    Project         Project
+//! SpillEnd     projected goes to the GPU       heads           projected
 //! ```
 //! Queries, keys and values read 16-bit activations ([`Precision`]), all else 8-bit ones, or on a
 //! device that rounds to bf16 all of them that.
@@ -34,7 +34,7 @@
 mod lowering;
 mod part;
 
-pub use part::{FeedForwards, Inlet, Outlet, StagePart};
+pub use part::{Inlet, Outlet, PartWeights, SpilledLayers, SpilledUnit, StagePart};
 
 use crate::model::{Activation, RopeSpec, TensorRef};
 
@@ -253,15 +253,21 @@ pub enum Op {
         /// `[n_experts · embedding_dim, hidden_dim]`
         down: MatrixId,
     },
-    /// A spilled feed-forward network begins: the ops up to its end are one device's.
+    /// A spilled unit begins: the ops up to its end are one device's.
     SpillStart {
-        /// Which one of the program, counted from 0.
-        index: usize,
+        /// Which one.
+        unit: SpilledUnit,
+        /// What its products read.
+        input: Buffer,
+        /// Of the input.
+        precision: Precision,
     },
     /// It ends.
     SpillEnd {
         /// Which one.
-        index: usize,
+        unit: SpilledUnit,
+        /// What it has made.
+        output: Buffer,
     },
     /// Pending addition at the end of a stage, then the residual stream goes to the next one.
     Send {
@@ -302,8 +308,8 @@ pub struct MatrixEntry {
     pub tensor: TensorRef,
     /// What for.
     pub used_for: MatrixUse,
-    /// Of which spilled feed-forward network it is, in the program of a stage that has spilled it.
-    pub spilled: Option<usize>,
+    /// Of which unit it is, in the program of a stage that has spilled it.
+    pub spilled: Option<SpilledUnit>,
 }
 
 /// Keys and values of one layer.

@@ -1,6 +1,7 @@
-//! What the workers of a CPU need in a step in which a GPU spills feed-forward networks to them.
+//! What the workers of a CPU need in a step in which a GPU leaves spilled units to them.
 
 use super::buffers::Rows;
+use super::program::SpilledUnit;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use tandem_kernels::{CrossingHost, event_number};
@@ -10,14 +11,12 @@ use tandem_kernels::{CrossingHost, event_number};
 pub(super) struct SpillStep<'a> {
     /// Where rows cross.
     pub crossing: CrossingHost<'a>,
-    /// `[n_tokens, embedding_dim]` that the GPU writes.
-    pub rows_in: Rows<'a>,
-    /// `[n_tokens, embedding_dim]` that the GPU reads.
-    pub rows_out: Rows<'a>,
+    /// Tokens of the step.
+    tokens: usize,
     /// The step's number: events are counted from it.
     base: u32,
-    /// By index: whether the CPU computes a network in this step.
-    pub is_here: &'a [bool],
+    /// By layer with spilled weights: whether the CPU computes its units in this step.
+    is_here: &'a [bool],
     /// Set when the GPU will not come.
     pub is_abandoned: &'a AtomicBool,
     /// How long a worker may wait for the GPU.
@@ -25,27 +24,44 @@ pub(super) struct SpillStep<'a> {
 }
 
 impl<'a> SpillStep<'a> {
-    /// A step of `[tokens, cols]` rows, in which the CPU computes the networks that `is_here` says.
+    /// A step of some tokens, in which the CPU computes the layers that `is_here` says.
     ///
     /// # Safety
     /// Nobody else on the host uses the crossing's rows while the step lives, and the GPU writes
     /// rows before it raises an event, and reads them after the CPU has.
     pub unsafe fn new(
         crossing: CrossingHost<'a>,
-        [tokens, cols]: [usize; 2],
+        tokens: usize,
         (base, is_here): (u32, &'a [bool]),
         (is_abandoned, wait_max): (&'a AtomicBool, Duration),
     ) -> Self {
-        let (out, elements) = crossing.rows_out();
-        assert!(tokens * cols <= elements, "[{tokens}, {cols}] where {elements} elements cross");
-        // SAFETY: the crossing has as many elements on either side, and lives as long.
-        let [rows_in, rows_out] = [crossing.rows_in().cast_mut(), out]
-            .map(|start| unsafe { Rows::shared(start, tokens, cols) });
-        Self { crossing, rows_in, rows_out, base, is_here, is_abandoned, wait_max }
+        Self { crossing, tokens, base, is_here, is_abandoned, wait_max }
     }
 
-    /// The number of a network's event.
-    pub fn number(&self, index: usize) -> u32 {
-        event_number(self.base, index)
+    /// `[n_tokens, width]` that the GPU writes.
+    pub fn rows_in(&self, width: usize) -> Rows<'a> {
+        let (start, elements) = self.crossing.rows_in();
+        assert!(self.tokens * width <= elements, "rows of {width} where {elements} elements cross");
+        // SAFETY: the crossing has as many elements (asserted), and lives as long; whose turn it is
+        // was promised when the step was made.
+        unsafe { Rows::shared(start.cast_mut(), self.tokens, width) }
+    }
+
+    /// `[rows, width]` that the GPU reads the first `n_tokens` of.
+    pub fn rows_out(&self, rows: usize, width: usize) -> Rows<'a> {
+        let (start, elements) = self.crossing.rows_out();
+        assert!(rows * width <= elements, "[{rows}, {width}] where {elements} elements cross");
+        // SAFETY: as of `rows_in`.
+        unsafe { Rows::shared(start, rows, width) }
+    }
+
+    /// Whether the CPU computes a unit.
+    pub fn computes(&self, unit: SpilledUnit) -> bool {
+        self.is_here[unit.layer]
+    }
+
+    /// The number of a unit's event.
+    pub fn number(&self, unit: SpilledUnit) -> u32 {
+        event_number(self.base, unit.index)
     }
 }

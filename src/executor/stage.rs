@@ -310,8 +310,8 @@ impl Stage {
         Ok(())
     }
 
-    /// Computes the feed-forward networks that a GPU has spilled to this stage and leaves to it in
-    /// a step of as many tokens as the plan has. Of the plan nothing else counts.
+    /// Computes the units that a GPU leaves to this stage in a step of as many tokens as the plan
+    /// has. Of the plan nothing else counts.
     ///
     /// # Errors
     /// As [`Stage::run`]; also when the GPU does not come.
@@ -334,7 +334,8 @@ impl Stage {
         let rotations = self.weights.rotations();
         let mut buffers = self.buffers.shaped(tokens, selected);
         if let Some(spill) = &ends.spill {
-            buffers.projected = spill.rows_out;
+            buffers.projected = spill.rows_out(tokens, buffers.projected.width);
+            buffers.heads = spill.rows_out(buffers.heads.rows, buffers.heads.width);
         }
         let step = Step {
             program,

@@ -93,13 +93,18 @@ fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
     tokens * (4 * plain + quantized * ROUNDED_BYTES) + LOGITS_ROWS * 4 * spec.vocab_size as u64
 }
 
-/// The same where the CPU computes nothing but feed-forward networks.
-pub(super) fn ffn_activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
+/// The same where the CPU computes nothing but what is spilled, with queries, keys and values and
+/// what attention gathered as wide as given: not at all where only networks are.
+pub(super) fn spilled_activation_bytes(
+    spec: &ModelSpec,
+    tokens: u64,
+    (heads, attended): (usize, usize),
+) -> u64 {
     let Widths { dense_up, hidden, routing } = Widths::of(spec);
     let embedding = spec.embedding_dim as u64;
-    // residual, projected, up; normed twice.
-    let plain = 2 * embedding + dense_up + routing;
-    tokens * (4 * plain + (2 * embedding + hidden) * ROUNDED_BYTES)
+    // residual, projected, up; heads twice and normed twice for their second-order 8-bit form.
+    let plain = 2 * embedding + 2 * heads as u64 + dense_up + routing;
+    tokens * (4 * plain + (2 * embedding + attended as u64 + hidden) * ROUNDED_BYTES)
 }
 
 /// Elements of a token's queries, keys and values.

@@ -65,7 +65,11 @@ impl Placement {
     fn of_spill(&self, spill: &Spill) -> [ExplainRow; 2] {
         let all: usize = self.stages.iter().map(|stage| stage.layers.len()).sum();
         let (count, which) = (spill.layers.len(), ranges(&spill.layers));
-        let why = format!("FFN of {count} of {all} layers: {which}");
+        let mut why = format!("FFN of {count} of {all} layers: {which}");
+        if !spill.attention_layers.is_empty() {
+            let (count, which) = (spill.attention_layers.len(), ranges(&spill.attention_layers));
+            why += &format!("; attention of {count}: {which}");
+        }
         [
             row("spilled weights", HOST, spill.weight_bytes, why),
             row(

@@ -13,12 +13,14 @@ mod predict_work;
 mod room;
 mod share;
 mod spill;
+mod spill_units;
 mod workers;
 
 pub use explain::ExplainRow;
 pub use predict::{DecodeSpeed, Prediction, PromptSpeed};
 pub use share::SharedTimes;
-pub use spill::{CROSSING_TOKENS_MAX, RING_SLOTS, Spill};
+pub use spill::{CROSSING_TOKENS_MAX, Spill};
+pub use spill_units::piece_rows;
 pub use workers::Workers;
 
 use crate::config::{Config, ConfigError, GpuChoice};
@@ -91,7 +93,7 @@ pub struct Placement {
     pub host_blocks: usize,
     /// Bytes of the second tier.
     pub host_kv_bytes: u64,
-    /// Feed-forward networks that lie in host memory, where a GPU runs a model that it can't hold.
+    /// Weights that lie in host memory, where a GPU runs a model that it can't hold.
     pub spill: Option<Spill>,
     /// CPU worker threads and their processors.
     pub workers: Workers,
@@ -138,7 +140,7 @@ impl Placement {
     }
 
     /// Places a model on a GPU that has `room` for it: the whole, or, where that does not fit with
-    /// a context of use, all but some feed-forward networks.
+    /// a context of use, all but what is spilled.
     fn on_gpu(
         spec: &ModelSpec,
         (hardware, config): (&HardwareProfile, &Config),

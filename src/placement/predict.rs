@@ -6,7 +6,7 @@
 //! GPU step     = reads + operations / (tensor cores · share) + KV / VRAM
 //!                where reads = layers · wait + weights read / (VRAM · share)
 //! GPU prompt   = max(reads, operations / (tensor cores · share))
-//! spilled step = GPU step + min over streamed networks (CPU's beside streams + crossings)
+//! spilled step = GPU step + min over streamed layers (CPU's beside streams + crossings)
 //!                where all are streamed: max(weights / pinned copies, GPU step or prompt)
 //! ```
 //! Shares and the wait are what kernels reach of their roofs on one kind of machine, told with

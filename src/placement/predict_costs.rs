@@ -1,9 +1,8 @@
 //! Seconds of a step, from the work of its parts and the measured rates of what does it. The
 //! formulas are told in `predict.rs`.
 
-use super::predict_work::{Work, ffn_work, network_bytes, rest_work};
-use super::spill::can_stream;
-use super::{CROSSING_TOKENS_MAX, Device, Placement, SharedTimes};
+use super::predict_work::{Parts, Work, attention_parts, network_parts, output_parts};
+use super::{CROSSING_TOKENS_MAX, Device, Placement, SharedTimes, Spill};
 use crate::hardware::{GpuRates, Measured};
 use crate::model::ModelSpec;
 
@@ -47,6 +46,21 @@ struct CpuRates {
     read: f64,
     /// Multiply-accumulates of products per second.
     macs: f64,
+}
+
+/// The work of a model's layers in a step.
+#[derive(Default)]
+struct Spilled {
+    /// Of what lies on the device that runs the model.
+    resident: Parts,
+    /// Layers with spilled weights.
+    layers: usize,
+    /// What is spilled of one of them, in the mean.
+    mean: Parts,
+    /// Bytes of its weights.
+    bytes: f64,
+    /// Its crossings, and the bytes that cross.
+    crossing: [f64; 2],
 }
 
 /// What a placed model costs.
@@ -118,48 +132,68 @@ impl<'a> Costs<'a> {
 
     /// Seconds of a step without its KV; `logits` of its tokens get logits.
     fn step_seconds(&self, tokens: usize, logits: usize) -> f64 {
-        let rest = rest_work(self.spec, tokens, logits);
-        let Some(gpu) = self.gpu else {
-            return self.cpu.seconds(rest + self.networks(tokens, |_| true));
-        };
-        let spilled = self.placement.spill.as_ref().map_or(&[][..], |spill| &spill.layers);
-        let resident = self.networks(tokens, |layer| !spilled.contains(&layer));
-        if spilled.is_empty() {
-            return self.gpu_seconds(gpu, tokens, (rest, resident));
+        let Spilled { mut resident, mean, layers, bytes, crossing } = self.spilled(tokens);
+        resident += output_parts(self.spec, logits);
+        let Some(gpu) = self.gpu else { return self.cpu.seconds(resident.all()) };
+        if layers == 0 {
+            return self.gpu_seconds(gpu, tokens, resident);
         }
-        let network = self.networks(tokens, |layer| spilled.contains(&layer));
-        let network = network * (1.0 / spilled.len() as f64);
-        let times = self.shared_times(gpu, network);
-        let crossed = 2 * tokens * self.spec.embedding_dim * size_of::<f32>();
-        let crossing = gpu.crossing_us * 1e-6 + crossed as f64 / gpu.pinned.to_gpu;
+        let times = self.shared_times(gpu, (mean.all(), bytes));
+        let crossing = crossing[0] * gpu.crossing_us * 1e-6 + crossing[1] / gpu.pinned.to_gpu;
         let with_streamed = |streamed: usize| {
-            let here = (spilled.len() - streamed) as f64;
-            let on_gpu = resident + network * streamed as f64;
-            let on_gpu = self.gpu_seconds(gpu, tokens, (rest, on_gpu));
+            let here = (layers - streamed) as f64;
+            let mut on_gpu = resident;
+            on_gpu += mean * streamed as f64;
+            let on_gpu = self.gpu_seconds(gpu, tokens, on_gpu);
             let both = times.seconds(here, streamed as f64) + here * crossing;
             // Nobody waits for the CPU: what comes and what is computed overlap.
             if here == 0.0 { on_gpu.max(both) } else { on_gpu + both }
         };
-        let choices = match can_stream(self.spec) {
+        let can_stream = self.spill().is_some_and(|spill| spill.can_stream(self.spec));
+        let choices = match can_stream {
             false => 0..=0,
-            true if tokens > CROSSING_TOKENS_MAX => spilled.len()..=spilled.len(),
-            true => 0..=spilled.len(),
+            true if tokens > CROSSING_TOKENS_MAX => layers..=layers,
+            true => 0..=layers,
         };
         choices.map(with_streamed).fold(f64::INFINITY, f64::min)
     }
 
-    /// The work of those networks whose layers are chosen.
-    fn networks(&self, tokens: usize, is_chosen: impl Fn(usize) -> bool) -> Work {
-        let layers = self.spec.layers.iter().enumerate().filter(|(at, _)| is_chosen(*at));
-        layers.map(|(_, layer)| ffn_work(&layer.ffn, tokens)).sum()
+    fn spill(&self) -> Option<&Spill> {
+        self.placement.spill.as_ref()
     }
 
-    /// Seconds of what a GPU computes, its networks apart from the rest.
-    fn gpu_seconds(&self, gpu: &GpuRates, tokens: usize, (rest, networks): (Work, Work)) -> f64 {
+    /// Divides the work of all layers.
+    fn spilled(&self, tokens: usize) -> Spilled {
+        let nothing = Spill::default();
+        let spill = self.spill().unwrap_or(&nothing);
+        let mut all = Spilled::default();
+        for (at, layer) in self.spec.layers.iter().enumerate() {
+            let of = |layers: &[usize]| layers.contains(&at);
+            for (is_spilled, parts) in [
+                (of(&spill.attention_layers), attention_parts(&layer.attention, tokens)),
+                (of(&spill.layers), network_parts(&layer.ffn, tokens)),
+            ] {
+                *if is_spilled { &mut all.mean } else { &mut all.resident } += parts;
+            }
+            let units = spill.units_of(at, layer);
+            all.layers += usize::from(!units.is_empty());
+            for unit in units {
+                all.bytes += unit.streamed_bytes() as f64;
+                all.crossing[0] += 1.0;
+                all.crossing[1] += unit.crossed_bytes() as f64 * tokens as f64;
+            }
+        }
+        let share = 1.0 / all.layers.max(1) as f64;
+        all.mean = all.mean * share;
+        all.bytes *= share;
+        all.crossing = all.crossing.map(|all| all * share);
+        all
+    }
+
+    /// Seconds of what a GPU computes.
+    fn gpu_seconds(&self, gpu: &GpuRates, tokens: usize, parts: Parts) -> f64 {
         let share = VRAM_SHARES.iter().find(|(most, _)| tokens <= *most).map_or(1.0, |s| s.1);
-        let has_experts = self.spec.experts().next().is_some();
-        let (dense, experts) =
-            if has_experts { (rest, networks) } else { (rest + networks, Work::default()) };
+        let Parts { dense, experts } = parts;
         let (vram, macs) = (gpu.read_bytes_per_second, gpu.macs.per_second);
         let wait = LAYER_WAIT * self.spec.layers.len() as f64;
         let reads = wait + dense.bytes / (vram * share);
@@ -173,17 +207,13 @@ impl<'a> Costs<'a> {
             + experts.macs / (macs * TENSOR_SHARE_EXPERTS)
     }
 
-    /// Of one spilled network, the mean of all. A stream carries all experts.
-    fn shared_times(&self, gpu: &GpuRates, network: Work) -> SharedTimes {
+    /// Of a layer of this work, whose weights have so many bytes. A stream carries all experts.
+    fn shared_times(&self, gpu: &GpuRates, (work, bytes): (Work, f64)) -> SharedTimes {
         let beside = CpuRates { read: gpu.beside_reads.reads.min(self.cpu.read), ..self.cpu };
-        let spill = self.placement.spill.as_ref();
-        let layers = spill.map_or(&[][..], |spill| &spill.layers);
-        let bytes: f64 = layers.iter().map(|at| network_bytes(&self.spec.layers[*at].ffn)).sum();
-        let bytes = bytes / layers.len() as f64;
         let to_gpu_beside = gpu.beside_reads.to_gpu.min(gpu.pinned.to_gpu);
         SharedTimes {
-            cpu: self.cpu.seconds(network),
-            cpu_beside: beside.seconds(network),
+            cpu: self.cpu.seconds(work),
+            cpu_beside: beside.seconds(work),
             stream: bytes / gpu.pinned.to_gpu,
             stream_beside: bytes / to_gpu_beside,
         }

@@ -1,10 +1,9 @@
 //! What the parts of a model do in a step: bytes of weights that are read, and
 //! multiply-accumulates.
 
-use super::spill::matrices;
-use crate::model::{FfnSpec, ModelSpec, TensorRef};
+use crate::model::{AttentionSpec, FfnSpec, ModelSpec, TensorRef};
 use std::iter::Sum;
-use std::ops::{Add, Mul};
+use std::ops::{Add, AddAssign, Mul};
 
 /// What a part of a model does in a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -42,34 +41,65 @@ fn met(tensor: &TensorRef, tokens: usize) -> Work {
     Work { bytes: tensor.bytes() as f64, macs: tensor.elements() as f64 * tokens as f64 }
 }
 
+/// Of parts that a GPU does at different shares of its roofs.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Parts {
+    /// Of all that every token meets.
+    pub dense: Work,
+    /// Of a layer with experts, its feed-forward network.
+    pub experts: Work,
+}
+
+impl AddAssign for Parts {
+    fn add_assign(&mut self, other: Self) {
+        self.dense = self.dense + other.dense;
+        self.experts = self.experts + other.experts;
+    }
+}
+
+impl Mul<f64> for Parts {
+    type Output = Self;
+
+    fn mul(self, times: f64) -> Self {
+        Self { dense: self.dense * times, experts: self.experts * times }
+    }
+}
+
+impl Parts {
+    /// Of both together.
+    pub fn all(self) -> Work {
+        self.dense + self.experts
+    }
+}
+
 /// Of a layer's network. Of n experts of which each token goes through k, m tokens read
 /// n·(1 − (1 − k/n)^m).
-pub(super) fn ffn_work(ffn: &FfnSpec, tokens: usize) -> Work {
+pub(super) fn network_parts(ffn: &FfnSpec, tokens: usize) -> Parts {
     match ffn {
-        FfnSpec::Dense(_) => matrices(ffn).into_iter().map(|matrix| met(matrix, tokens)).sum(),
+        FfnSpec::Dense(ffn) => {
+            let matrices = [&ffn.gate, &ffn.up, &ffn.down].map(|linear| &linear.weight);
+            let dense = matrices.into_iter().map(|matrix| met(matrix, tokens)).sum();
+            Parts { dense, ..Parts::default() }
+        }
         FfnSpec::Experts(experts) => {
             let used = experts.n_used as f64 / experts.n_experts as f64;
             let touched = 1.0 - (1.0 - used).powf(tokens as f64);
             let macs = experts.parameters() as f64 * used * tokens as f64;
-            Work { bytes: experts.bytes() as f64 * touched, macs } + met(&experts.router, tokens)
+            let work = Work { bytes: experts.bytes() as f64 * touched, macs };
+            Parts { experts: work + met(&experts.router, tokens), ..Parts::default() }
         }
     }
 }
 
-/// Bytes of a layer's matrices, those of all experts included.
-pub(super) fn network_bytes(ffn: &FfnSpec) -> f64 {
-    matrices(ffn).into_iter().map(|matrix| matrix.bytes() as f64).sum()
+/// Of the weights of an attention.
+pub(super) fn attention_parts(spec: &AttentionSpec, tokens: usize) -> Parts {
+    let linears = [&spec.query, &spec.key, &spec.value, &spec.output];
+    let dense = linears.into_iter().map(|linear| met(&linear.weight, tokens)).sum();
+    Parts { dense, ..Parts::default() }
 }
 
-/// Of all but the networks: attention, and the output for the `logits` tokens that get logits.
-pub(super) fn rest_work(spec: &ModelSpec, tokens: usize, logits: usize) -> Work {
-    let layers = spec.layers.iter().flat_map(|layer| {
-        let attention = &layer.attention;
-        [&attention.query, &attention.key, &attention.value, &attention.output]
-    });
-    let attention: Work = layers.map(|linear| met(&linear.weight, tokens)).sum();
-    match logits {
-        0 => attention,
-        _ => attention + met(&spec.output, logits),
-    }
+/// Of the output for the `logits` tokens that get logits.
+pub(super) fn output_parts(spec: &ModelSpec, logits: usize) -> Parts {
+    let dense = if logits > 0 { met(&spec.output, logits) } else { Work::default() };
+    Parts { dense, ..Parts::default() }
 }

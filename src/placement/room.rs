@@ -115,10 +115,11 @@ impl KvRoom {
         usize::try_from(blocks).unwrap_or(usize::MAX).saturating_mul(self.block_tokens)
     }
 
-    /// Bytes of a store for which weights are spilled: of one context, or what was asked for.
-    pub fn wanted_bytes(&self, config: &Config) -> u64 {
+    /// Bytes of a store for which weights are spilled: of one context of `tokens` tokens, or what
+    /// was asked for.
+    pub fn wanted_bytes(&self, config: &Config, tokens: usize) -> u64 {
         let tokens = match config.model.context_tokens {
-            0 => self.context_max,
+            0 => tokens,
             asked => asked,
         };
         let asked = config.kv.cache_bytes.0 / self.block_bytes * self.block_bytes;

@@ -1,7 +1,7 @@
-//! How long spilled networks take where the CPU computes some and weights of others stream to the
-//! GPU meanwhile: both read the same memory, and each is faster alone.
+//! How long spilled layers take where the CPU computes some and weights of others stream to the GPU
+//! meanwhile: both read the same memory, and each is faster alone.
 
-/// Seconds that one spilled network takes.
+/// Seconds that what is spilled of a layer takes, in the mean.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SharedTimes {
     /// On the CPU while nothing streams.
@@ -15,7 +15,7 @@ pub struct SharedTimes {
 }
 
 impl SharedTimes {
-    /// Seconds of `here` networks on the CPU beside `streamed` on their way: whoever ends first
+    /// Seconds of `here` layers on the CPU beside `streamed` on their way: whoever ends first
     /// lets the other be alone.
     pub fn seconds(&self, here: f64, streamed: f64) -> f64 {
         let (cpu, stream) = (here * self.cpu_beside, streamed * self.stream_beside);

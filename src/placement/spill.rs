@@ -1,39 +1,42 @@
-//! Which feed-forward networks are spilled: their weights lie in host memory, though a GPU that
-//! does not hold the whole model runs it. Attention, KV, norms and logits of all layers stay there.
+//! Which weights are spilled: they lie in host memory, though a GPU that does not hold the whole
+//! model runs it. Attention itself, KV, norms and logits of all layers stay there.
 //!
-//! In a step the CPU computes a spilled network, or its weights stream through a ring of slots into
-//! the GPU's memory, or both. The fewest networks are spilled: reading one from host memory takes
-//! some forty times as long. They are spread evenly over the layers, so that what streams or is
-//! computed for one has the time that the GPU takes for those between.
+//! In a step the CPU computes what is spilled of a layer, or its weights stream through a ring of
+//! slots into the GPU's memory. As little as possible is spilled: reading a weight from host memory
+//! takes some forty times as long. First feed-forward networks are; attention's weights, which take
+//! two more crossings a layer, only where no network is left. Layers are spread evenly, so that
+//! what streams or is computed for one has the time that the GPU takes for those between.
 
-use super::cpu::{HOST, ffn_activation_bytes, worker_bytes};
-use super::room::{margin_bytes, with_margin};
+use super::cpu::HOST;
+use super::room::{margin_bytes, spilled_context, with_margin};
+use super::spill_units::{Unit, attention_units, crossing_bytes, ffn_unit, slots_wanted};
 use super::{Room, Workers};
 use crate::config::Config;
 use crate::hardware::HardwareProfile;
-use crate::model::{FfnSpec, ModelSpec, TensorRef};
+use crate::model::ModelSpec;
 use crate::request::RequestError;
 use crate::units::ByteSize;
 use serde::Serialize;
-use std::collections::HashSet;
-use tandem_cpu_kernels::repack::ROWS;
-use tandem_cpu_kernels::{Layout, packed_bytes};
-use tandem_kernels::DeviceMatrix;
 
-/// Slots of the ring: one is multiplied with while others fill, the rest takes up what copies and
-/// kernels differ in pace.
-pub const RING_SLOTS: usize = 4;
+/// Slots of the smallest ring, for when nothing else is left to be spilled.
+const RING_SLOTS_MIN: usize = 4;
+/// Tokens of a context for which attention's weights are spilled, unless another one is asked for.
+const CONTEXT_TOKENS_SHORT: usize = 2048;
 /// Tokens of the widest step whose rows cross to the CPU and back: beyond them weights stream.
 pub const CROSSING_TOKENS_MAX: usize = 256;
 
-/// Feed-forward networks whose weights lie in host memory though a GPU runs the model.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// Weights that lie in host memory though a GPU runs the model.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Spill {
-    /// Layers, ascending.
+    /// Layers whose feed-forward networks do, ascending.
     pub layers: Vec<usize>,
-    /// Bytes of their weights in host memory, in the CPU kernels' layout.
+    /// Layers whose attention's weights do, ascending.
+    pub attention_layers: Vec<usize>,
+    /// Bytes of these weights in host memory, in the CPU kernels' layout.
     pub weight_bytes: u64,
-    /// Bytes of the slots and scratch through which they stream, on the GPU.
+    /// Slots of the ring through which they stream to the GPU.
+    pub ring_slots: usize,
+    /// Bytes of the slots, and of what weights are taken apart into, on the GPU.
     pub ring_bytes: u64,
     /// Bytes of host memory in which rows cross, and of the CPU's activations.
     pub crossing_bytes: u64,
@@ -42,8 +45,9 @@ pub struct Spill {
 /// What a GPU and the host have for a model of which as little as possible is spilled, where
 /// spilling helps at all. `whole` is what the GPU has for the whole model.
 ///
-/// The store of KV is one context or what was asked for, as far as it fits with the most that can
-/// be spilled.
+/// Feed-forward networks are spilled until the store holds one context or what was asked for, as
+/// far as it does with all of them spilled. Where that is less than a short context, attention's
+/// weights are spilled for one as well, and the ring is made smaller at last.
 ///
 /// # Errors
 /// `InsufficientMemory` of the host.
@@ -54,29 +58,26 @@ pub(super) fn room(
     whole: &Room,
     notes: &mut Vec<String>,
 ) -> Result<Option<Room>, RequestError> {
-    let host_bytes: Vec<u64> = (0..spec.layers.len()).map(|at| ffn_bytes(spec, at)).collect();
-    let crossing_bytes = crossing_bytes(spec, workers, config);
-    let candidate = |count| {
-        let layers = spread(&host_bytes, count);
-        let spill = Spill {
-            weight_bytes: layers.iter().map(|layer| host_bytes[*layer]).sum(),
-            ring_bytes: ring_bytes(spec, &layers),
-            crossing_bytes,
-            layers,
-        };
-        let left = spill.layers.iter().map(|layer| device_bytes(spec, *layer)).sum::<u64>();
-        Room { weight_bytes: whole.weight_bytes - left, spill: Some(spill), ..whole.clone() }
+    let ways = Ways::new(spec, (workers, config), whole);
+    let layers = spec.layers.len();
+    let networks: Vec<Room> = (1..=layers).map(|count| ways.room([count, 0])).collect();
+    let Some(first) = networks.first() else { return Ok(None) };
+    let [longest, short] = [usize::MAX, CONTEXT_TOKENS_SHORT].map(|tokens| {
+        first.for_kv(spec, config).wanted_bytes(config, tokens.min(spilled_context(spec)))
+    });
+    let least = |rooms: &[Room]| rooms.iter().map(Room::fixed_bytes).min().unwrap_or(u64::MAX);
+    let (usable, all_networks) = (whole.usable(), least(&networks));
+    let (rooms, wanted) = match all_networks.saturating_add(short) <= usable {
+        true => (networks, longest),
+        false => ([networks, ways.with_attention()].concat(), short),
     };
-    let candidates: Vec<Room> = (1..=spec.layers.len()).map(candidate).collect();
-    let Some(least) = candidates.iter().map(Room::fixed_bytes).min() else { return Ok(None) };
+    let least = least(&rooms);
     if least >= whole.fixed_bytes() {
         return Ok(None);
     }
-    let usable = whole.usable();
-    let wanted = candidates[0].for_kv(spec, config).wanted_bytes(config);
     let kv_bytes = wanted.min(usable.saturating_sub(least));
     let fits = |room: &Room| room.fixed_bytes() + kv_bytes <= usable.max(least);
-    let Some(mut room) = candidates.into_iter().find(fits) else { return Ok(None) };
+    let Some(mut room) = rooms.into_iter().find(fits) else { return Ok(None) };
     if let Some(spill) = &room.spill {
         let left = host_left(spill, hardware)?;
         room.swap_room = room.swap_room.map(|swap| swap.min(left));
@@ -85,13 +86,69 @@ pub(super) fn room(
     Ok(Some(room))
 }
 
+/// All ways to spill a model.
+struct Ways<'a> {
+    spec: &'a ModelSpec,
+    on: (&'a Workers, &'a Config),
+    whole: &'a Room,
+    /// By layer: bytes of its network, and of its attention, in host memory.
+    host_bytes: [Vec<u64>; 2],
+}
+
+impl<'a> Ways<'a> {
+    fn new(spec: &'a ModelSpec, on: (&'a Workers, &'a Config), whole: &'a Room) -> Self {
+        let networks = spec.layers.iter().map(|layer| ffn_unit(layer).host_bytes());
+        let attention = spec
+            .layers
+            .iter()
+            .map(|layer| attention_units(layer).iter().map(Unit::host_bytes).sum());
+        Self { spec, on, whole, host_bytes: [networks.collect(), attention.collect()] }
+    }
+
+    /// With so many networks, and the attention of so many layers, spilled.
+    fn room(&self, counts: [usize; 2]) -> Room {
+        let [layers, attention_layers] =
+            [0, 1].map(|part| spread(&self.host_bytes[part], counts[part]));
+        let mut spill = Spill { layers, attention_layers, ..Spill::default() };
+        let units: Vec<Unit<'_>> = spill.units(self.spec).collect();
+        spill.weight_bytes = units.iter().map(Unit::host_bytes).sum();
+        spill.ring_slots = slots_wanted(&units);
+        spill.crossing_bytes = crossing_bytes(self.spec, &units, self.on);
+        self.with(spill, &units)
+    }
+
+    fn with(&self, mut spill: Spill, units: &[Unit<'_>]) -> Room {
+        spill.set_ring_bytes(units);
+        let left: u64 = units.iter().map(Unit::device_bytes).sum();
+        let weight_bytes = self.whole.weight_bytes - left;
+        Room { weight_bytes, spill: Some(spill), ..self.whole.clone() }
+    }
+
+    /// With all networks, and more and more of attention, spilled; then with smaller rings.
+    fn with_attention(&self) -> Vec<Room> {
+        let layers = self.spec.layers.len();
+        let mut rooms: Vec<Room> = (1..=layers).map(|count| self.room([layers, count])).collect();
+        let all = rooms.last().and_then(|room| room.spill.clone()).unwrap_or_default();
+        let slots = std::iter::successors(Some(all.ring_slots), |slots| Some(slots / 2));
+        let slots = slots.skip(1).take_while(|slots| *slots >= RING_SLOTS_MIN);
+        let units: Vec<Unit<'_>> = all.units(self.spec).collect();
+        let smaller = |ring_slots| self.with(Spill { ring_slots, ..all.clone() }, &units);
+        rooms.extend(slots.map(smaller));
+        rooms
+    }
+}
+
 /// What lies in host memory, and what more memory of the GPU would change.
 fn in_words(spill: &Spill, spec: &ModelSpec, whole: &Room, kv_bytes: u64) -> String {
     let need = with_margin(whole.fixed_bytes().saturating_add(kv_bytes));
     let limit = if whole.available < whole.free { " (gpu.vram_limit)" } else { "" };
+    let attention = match spill.attention_layers.len() {
+        0 => String::new(),
+        count => format!(", and attention's weights of {count},"),
+    };
     format!(
-        "the feed-forward networks of {} of {} layers are spilled to host memory; {} more of the \
-         GPU's memory{limit} would hold them all, less some of them",
+        "the feed-forward networks of {} of {} layers{attention} are spilled to host memory; {} \
+         more of the GPU's memory{limit} would hold them all, less some of them",
         spill.layers.len(),
         spec.layers.len(),
         ByteSize(need.saturating_sub(whole.available))
@@ -129,80 +186,4 @@ fn spread(bytes: &[u64], count: usize) -> Vec<usize> {
         layers.push(layer.clamp(first, bytes.len() - (count - index)));
     }
     layers
-}
-
-/// Gate, up and down: what is spilled of a layer.
-pub(super) fn matrices(ffn: &FfnSpec) -> [&TensorRef; 3] {
-    match ffn {
-        FfnSpec::Dense(dense) => [&dense.gate.weight, &dense.up.weight, &dense.down.weight],
-        FfnSpec::Experts(experts) => [&experts.gate, &experts.up, &experts.down],
-    }
-}
-
-/// Bytes of a matrix as the CPU's kernels have it.
-fn packed(TensorRef { dtype, rows, cols, .. }: &TensorRef) -> u64 {
-    let layout = if dtype.is_quantized() { Layout::Rows16 } else { Layout::RowMajor };
-    packed_bytes(*dtype, layout, *rows, *cols).unwrap_or(usize::MAX) as u64
-}
-
-/// Bytes of a layer's network in host memory; of a router and biases the GPU has copies.
-fn ffn_bytes(spec: &ModelSpec, layer: usize) -> u64 {
-    let ffn = &spec.layers[layer].ffn;
-    let small = match ffn {
-        FfnSpec::Dense(dense) => [&dense.gate, &dense.up, &dense.down]
-            .into_iter()
-            .filter_map(|linear| linear.bias.as_ref())
-            .map(|bias| bias.elements() * size_of::<f32>() as u64)
-            .sum(),
-        FfnSpec::Experts(experts) => packed(&experts.router),
-    };
-    matrices(ffn).into_iter().map(packed).sum::<u64>() + small
-}
-
-/// Bytes that a GPU saves where a layer's network is spilled.
-fn device_bytes(spec: &ModelSpec, layer: usize) -> u64 {
-    let bytes = |TensorRef { dtype, rows, cols, .. }: &TensorRef| {
-        DeviceMatrix::bytes_of(*dtype, *rows, *cols) as u64
-    };
-    matrices(&spec.layers[layer].ffn).into_iter().map(bytes).sum()
-}
-
-/// Whether networks can stream to the GPU: only in the interleaved layout, which float weights and
-/// experts of odd sizes have not.
-pub(super) fn can_stream(spec: &ModelSpec) -> bool {
-    spec.layers.iter().all(|layer| {
-        let experts = layer.ffn.experts().map_or(1, |experts| experts.n_experts);
-        let is_interleaved = |matrix: &&TensorRef| {
-            let rows = matrix.rows / experts;
-            matrix.dtype.is_quantized() && (experts == 1 || rows.is_multiple_of(ROWS))
-        };
-        matrices(&layer.ffn).iter().all(is_interleaved)
-    })
-}
-
-/// Bytes of the ring: slots for any matrix, and for each kind of matrix the one that it becomes in
-/// the layout of a GPU's kernels.
-fn ring_bytes(spec: &ModelSpec, layers: &[usize]) -> u64 {
-    if !can_stream(spec) {
-        return 0;
-    }
-    let (mut slot, mut scratch, mut seen) = (0, 0, HashSet::new());
-    for layer in layers {
-        for (role, matrix) in matrices(&spec.layers[*layer].ffn).into_iter().enumerate() {
-            let TensorRef { dtype, rows, cols, .. } = matrix;
-            slot = packed(matrix).max(slot);
-            if seen.insert((role, *dtype, *rows, *cols)) {
-                scratch += DeviceMatrix::bytes_of(*dtype, *rows, *cols) as u64;
-            }
-        }
-    }
-    RING_SLOTS as u64 * slot + scratch
-}
-
-/// Bytes of host memory for rows on their way to the CPU and back, and for what it makes of them.
-fn crossing_bytes(spec: &ModelSpec, workers: &Workers, config: &Config) -> u64 {
-    let most = if can_stream(spec) { CROSSING_TOKENS_MAX } else { usize::MAX };
-    let tokens = config.scheduler.step_tokens_max.min(most) as u64;
-    let rows = 2 * tokens * spec.embedding_dim as u64 * size_of::<f32>() as u64;
-    rows + ffn_activation_bytes(spec, tokens) + worker_bytes(spec, workers, tokens)
 }

@@ -1,32 +1,44 @@
-//! Models whose feed-forward networks lie in host memory, some of them or all: computed by the CPU,
-//! by the GPU as their weights stream by, and by both.
+//! Models of which weights lie in host memory, some of them or all: computed by the CPU, by the GPU
+//! as their weights stream by, and by both.
 
 use super::stage::{Model, options, plan_tokens, score_next};
 use super::tiny_model::{Family, TinyModel};
-use super::{TOP, bits, near_reference_with, on_gpu, random_tokens, step};
-use tandem::executor::{StageOptions, StagePart};
+use super::{TOP, bits, on_gpu, random_tokens, stays_near, step};
+use std::sync::Arc;
+use tandem::executor::{GpuStage, SpilledLayers, StageOptions, StagePart};
 use tandem::step::StepPlan;
 use tandem::tensor::DType;
 
-/// Percent of the spilled networks that stream.
+/// Percent of the layers with spilled weights that stream.
 const SHARES: [u8; 3] = [0, 50, 100];
 
-/// Options of a stage that has spilled the networks of some layers.
-fn spilling(model: &Model, layers: &[usize], streamed: u8) -> StageOptions {
-    let part = StagePart::spilling(model.spec.layers.len(), layers);
+/// Networks of some layers, and the attention of some.
+fn layers(feed_forward: &[usize], attention: &[usize]) -> SpilledLayers {
+    let (feed_forward, attention) = (feed_forward.to_vec(), attention.to_vec());
+    SpilledLayers { feed_forward, attention, ring_slots: 4 }
+}
+
+/// Options of a stage that has spilled them.
+fn spilling(model: &Model, spilled: SpilledLayers, streamed: u8) -> StageOptions {
+    let part = StagePart::spilling(model.spec.layers.len(), spilled);
     StageOptions { part: Some(part), spill_streamed: Some(streamed), ..options(2, 512) }
 }
 
 #[test]
 fn spilled_models_of_every_family_stay_near_the_reference() {
+    let all = [0, 1, 2, 3];
     for family in Family::ALL {
-        for streamed in SHARES {
-            let model = TinyModel { layers: 4, ..TinyModel::new(family).dtype(DType::Q4_0) };
-            let model = if family.has_experts() { model.with_all_experts() } else { model };
-            let model = Model::from_bytes(&model.gguf().bytes());
-            for layers in [&[0, 1, 2, 3][..], &[1, 3]] {
-                let name = format!("{family:?}, {layers:?} spilled, {streamed} % streamed");
-                near_reference_with(&model, &spilling(&model, layers, streamed), &name);
+        let model = TinyModel { layers: 4, ..TinyModel::new(family).dtype(DType::Q4_0) };
+        let model = if family.has_experts() { model.with_all_experts() } else { model };
+        let model = Model::from_bytes(&model.gguf().bytes());
+        for spilled in [layers(&[1, 3], &[]), layers(&all, &[2]), layers(&all, &all)] {
+            let first = on_gpu(&model, &spilling(&model, spilled.clone(), 0));
+            let Some(weights) = first.map(|stage| Arc::clone(stage.weights())) else { return };
+            for streamed in SHARES {
+                let options = spilling(&model, spilled.clone(), streamed);
+                let mut stage = GpuStage::start(Arc::clone(&weights), &options).unwrap();
+                let name = format!("{family:?}, {spilled:?}, {streamed} % streamed");
+                stays_near(&mut stage, &model, &name);
             }
         }
     }
@@ -37,28 +49,56 @@ fn spilled_weights_of_every_type_stay_near_the_reference() {
     for dtype in DType::ALL.into_iter().filter(|dtype| dtype.is_quantized()) {
         let model = TinyModel { layers: 3, ..TinyModel::new(Family::Llama).dtype(dtype) };
         let model = Model::from_bytes(&model.gguf().bytes());
-        let name = format!("{dtype} spilled");
-        near_reference_with(&model, &spilling(&model, &[0, 1, 2], 50), &name);
+        for attention in [&[][..], &[0, 1, 2]] {
+            let spilled = layers(&[0, 1, 2], attention);
+            let name = format!("{dtype}, {spilled:?}");
+            let Some(mut gpu) = on_gpu(&model, &spilling(&model, spilled, 50)) else { return };
+            stays_near(&mut gpu, &model, &name);
+        }
     }
 }
 
 #[test]
-fn a_streamed_network_gives_the_bits_of_a_resident_one() {
+fn float_weights_that_are_spilled_are_the_cpus() {
+    for dtype in [DType::F32, DType::BF16] {
+        let model = TinyModel { layers: 3, ..TinyModel::new(Family::Qwen2).dtype(dtype) };
+        let model = Model::from_bytes(&model.gguf().bytes());
+        let spilled = layers(&[0, 1, 2], &[0, 2]);
+        let options = spilling(&model, spilled, 50);
+        let Some(mut gpu) = on_gpu(&model, &options) else { return };
+        stays_near(&mut gpu, &model, &format!("{dtype} spilled"));
+    }
+}
+
+#[test]
+fn what_streams_gives_the_bits_of_what_is_resident() {
+    let all = [0, 1, 2, 3, 4];
     for dtype in [DType::Q4_0, DType::Q4_K, DType::Q6_K, DType::Q8_0] {
         let model = TinyModel { layers: 5, ..TinyModel::new(Family::Llama).dtype(dtype) };
-        let model = Model::from_bytes(&model.gguf().bytes());
-        let Some(mut resident) = on_gpu(&model, &options(2, 512)) else { return };
-        let mut streamed = on_gpu(&model, &spilling(&model, &[0, 1, 2, 3, 4], 100)).unwrap();
-        let tokens = random_tokens(&mut 8, 400, model.spec.vocab_size);
-        // Steps of one shape are launched, recorded, and replayed.
-        let singles = (300..330).map(|start| start..start + 1);
-        let last = std::iter::once(330..400);
-        for range in [0..200, 200..210, 210..300].into_iter().chain(singles).chain(last) {
-            let mut plan = StepPlan::default();
-            plan_tokens(&mut plan, (0, 0), &tokens, range.clone(), score_next(&tokens, TOP));
-            let wanted = bits(&step(&mut resident, &plan));
-            assert_eq!(bits(&step(&mut streamed, &plan)), wanted, "{dtype}: {range:?}");
-        }
+        same_bits(&model, &layers(&all, &[]));
+        same_bits(&model, &layers(&all, &all));
+    }
+    // Biases, norms of heads, and rows whose second part of 8 bits is multiplied as well.
+    for family in [Family::Qwen2, Family::Qwen3, Family::Gemma3] {
+        let model = TinyModel { layers: 5, ..TinyModel::new(family).dtype(DType::Q4_0) };
+        same_bits(&model, &layers(&[0, 2], &[3, 4]));
+    }
+}
+
+fn same_bits(model: &TinyModel, spilled: &SpilledLayers) {
+    let name = format!("{:?} {}: {spilled:?}", model.family, model.dtype);
+    let model = Model::from_bytes(&model.gguf().bytes());
+    let Some(mut resident) = on_gpu(&model, &options(2, 512)) else { return };
+    let mut streamed = on_gpu(&model, &spilling(&model, spilled.clone(), 100)).unwrap();
+    let tokens = random_tokens(&mut 8, 400, model.spec.vocab_size);
+    // Steps of one shape are launched, recorded, and replayed.
+    let singles = (300..330).map(|start| start..start + 1);
+    let last = std::iter::once(330..400);
+    for range in [0..200, 200..210, 210..300].into_iter().chain(singles).chain(last) {
+        let mut plan = StepPlan::default();
+        plan_tokens(&mut plan, (0, 0), &tokens, range.clone(), score_next(&tokens, TOP));
+        let wanted = bits(&step(&mut resident, &plan));
+        assert_eq!(bits(&step(&mut streamed, &plan)), wanted, "{name}: {range:?}");
     }
 }
 
@@ -67,9 +107,13 @@ fn weights_are_held_once() {
     let model = TinyModel { layers: 4, ..TinyModel::new(Family::Llama).dtype(DType::Q4_0) };
     let model = Model::from_bytes(&model.gguf().bytes());
     let Some(resident) = on_gpu(&model, &options(1, 512)) else { return };
-    let spilled = on_gpu(&model, &spilling(&model, &[0, 2], 0)).unwrap();
-    let (all, rest) = (resident.weights().bytes(), spilled.weights().bytes());
-    let host = spilled.weights().spilled_bytes();
-    assert_eq!(resident.weights().spilled_bytes(), 0);
-    assert!(rest < all && rest + host < all + all / 10, "{rest} and {host} of {all}");
+    let held = [layers(&[0, 2], &[]), layers(&[0, 1, 2, 3], &[0, 1, 2, 3])].map(|spilled| {
+        let spilled = on_gpu(&model, &spilling(&model, spilled, 0)).unwrap();
+        let (all, rest) = (resident.weights().bytes(), spilled.weights().bytes());
+        let host = spilled.weights().spilled_bytes();
+        assert_eq!(resident.weights().spilled_bytes(), 0);
+        assert!(rest < all && rest + host < all + all / 10, "{rest} and {host} of {all}");
+        rest
+    });
+    assert!(held[1] < held[0], "{held:?}");
 }

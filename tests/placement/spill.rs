@@ -1,5 +1,4 @@
-//! Which feed-forward networks are spilled, on machines whose GPUs are made up, for well-known
-//! shapes.
+//! Which weights are spilled, on machines whose GPUs are made up, for well-known shapes.
 
 use super::gpu::{config, gpu, with};
 use super::spec;
@@ -37,13 +36,17 @@ fn spilled(placement: &Placement) -> usize {
     placement.spill.as_ref().map_or(0, |spill| spill.layers.len())
 }
 
+/// Layers whose networks, and whose attention's weights, are spilled.
+fn counts(placement: &Placement) -> [usize; 2] {
+    let attention = placement.spill.as_ref().map_or(0, |spill| spill.attention_layers.len());
+    [spilled(placement), attention]
+}
+
 /// The parts, each by itself, add up to at most what is available of both memories.
 fn assert_not_overcommitted(placement: &Placement, available: u64, host_bytes: u64) {
     let stage = &placement.stages[0];
-    let Spill { weight_bytes, ring_bytes, crossing_bytes, .. } = placement
-        .spill
-        .clone()
-        .unwrap_or(Spill { layers: Vec::new(), weight_bytes: 0, ring_bytes: 0, crossing_bytes: 0 });
+    let spill = placement.spill.clone().unwrap_or_default();
+    let Spill { weight_bytes, ring_bytes, crossing_bytes, .. } = spill;
     let on_gpu = stage.weight_bytes + stage.kv_bytes + stage.activation_bytes + ring_bytes;
     assert_eq!(on_gpu, placement.device_bytes());
     assert!(on_gpu + placement.margin_bytes <= available, "{on_gpu} of {available}");
@@ -70,30 +73,47 @@ fn a_model_that_fits_is_not_spilled() {
     }
 }
 
+/// Networks first, attention once none is left, each spread evenly.
+fn assert_in_order(placement: &Placement, layers: usize) {
+    let Some(spill) = &placement.spill else { return };
+    assert_spread(&spill.layers, layers);
+    if !spill.attention_layers.is_empty() {
+        assert_eq!(spill.layers.len(), layers);
+        assert_spread(&spill.attention_layers, layers);
+    }
+    let note = format!("of {} of {layers} layers", spill.layers.len());
+    assert!(placement.notes.iter().any(|told| told.contains(&note)), "{:?}", placement.notes);
+}
+
 #[test]
-fn the_smaller_the_limit_the_more_layers_are_spilled_evenly_until_it_is_refused() {
-    for name in ["llama-8b:q4_0", "llama-8b:q4_k_m", "qwen3-30b-a3b:q4_0", "llama-70b:q4_0"] {
+fn the_smaller_the_limit_the_more_is_spilled_evenly_until_it_is_refused() {
+    for (name, least) in [
+        ("llama-8b:q4_0", 1 << 30),
+        ("llama-8b:q4_k_m", 5 << 28),
+        ("qwen3-30b-a3b:q4_0", 2 << 30),
+        ("llama-70b:q4_0", 9 << 28),
+    ] {
         let spec = shape(name);
-        let (mut last, mut seen, mut limit) = (0, 0, 48 * GIB);
+        let layers = spec.layers.len();
+        let (mut last, mut seen, mut limit) = ([0; 2], [0; 2], 48 * GIB);
         let refused = loop {
             match plan(&spec, limit) {
                 Ok(placement) => {
                     assert_not_overcommitted(&placement, limit, 64 * GIB);
-                    let count = spilled(&placement);
-                    assert!(count >= last, "{count} after {last} of {name} at {limit}");
-                    if let Some(spill) = &placement.spill {
-                        assert_spread(&spill.layers, spec.layers.len());
-                        let note = format!("of {count} of {} layers", spec.layers.len());
-                        assert!(placement.notes.iter().any(|told| told.contains(&note)), "{name}");
+                    assert_in_order(&placement, layers);
+                    let counts = counts(&placement);
+                    for part in 0..2 {
+                        assert!(counts[part] >= last[part], "{counts:?} {last:?} {name} {limit}");
+                        seen[part] += usize::from(counts[part] > last[part]);
                     }
-                    seen += usize::from(count > last);
-                    last = count;
+                    last = counts;
                 }
                 Err(error) => break error,
             }
             limit -= GIB / 16;
         };
-        assert!(seen > 10 && last == spec.layers.len(), "{seen} {last} of {name}");
+        assert!(limit < least, "{name} is refused {limit} bytes");
+        assert!(seen[0] > 10 && seen[1] > 1 && last == [layers; 2], "{seen:?} {last:?} of {name}");
         let RequestError::InsufficientMemory { device, need, free, suggest } = refused else {
             panic!("{refused:?}")
         };
@@ -106,6 +126,49 @@ fn the_smaller_the_limit_the_more_layers_are_spilled_evenly_until_it_is_refused(
         assert_eq!((placement.device(), &placement.spill), (&Device::Cpu, &None));
         assert!(placement.notes[0].starts_with("no GPU is used: GPU 0"), "{:?}", placement.notes);
     }
+}
+
+#[test]
+fn attention_is_spilled_for_a_short_context_or_for_one_that_was_asked_for() {
+    let spec = shape("llama-8b:q4_0");
+    // Down to the last limit at which all networks make room for 2048 tokens of context.
+    let mut limit = 4 * GIB;
+    let mut shortest = usize::MAX;
+    loop {
+        let placement = plan(&spec, limit).unwrap();
+        if counts(&placement)[1] > 0 {
+            assert_eq!(counts(&placement)[1], 1, "at {limit}");
+            assert!((2048..2200).contains(&placement.context_tokens), "{placement:?}");
+            break;
+        }
+        assert!(placement.context_tokens <= shortest, "at {limit}");
+        shortest = placement.context_tokens;
+        limit -= GIB / 64;
+    }
+    assert!((2048..2400).contains(&shortest), "{shortest}");
+    let mut config = limited(limit);
+    for (asked, attention) in [(512, 0), (2048, 1), (4096, 12)] {
+        config.model.context_tokens = asked;
+        let placement = Placement::plan(&spec, &machine(64 * GIB), &config).unwrap();
+        assert_eq!(placement.context_tokens, asked);
+        assert!(counts(&placement)[1].abs_diff(attention) <= 1, "{:?}", counts(&placement));
+    }
+    // The last that is left gets what context it can have, with the smallest ring.
+    let smallest = plan(&spec, GIB).unwrap();
+    let spill = smallest.spill.as_ref().unwrap();
+    assert_eq!((counts(&smallest), spill.ring_slots), ([32, 32], 4));
+    assert!((256..2048).contains(&smallest.context_tokens), "{}", smallest.context_tokens);
+}
+
+#[test]
+fn an_explanation_tells_attention_from_networks() {
+    let placement = plan(&shape("llama-8b:q4_0"), 5 << 28).unwrap();
+    let row = placement.explain().into_iter().find(|row| row.what == "spilled weights").unwrap();
+    let [_, attention] = counts(&placement);
+    let why = format!("FFN of 32 of 32 layers: 0–31; attention of {attention}: ");
+    assert!(row.why.starts_with(&why), "{}", row.why);
+    let note = format!("of 32 of 32 layers, and attention's weights of {attention}, are spilled");
+    assert!(placement.notes.iter().any(|told| told.contains(&note)), "{:?}", placement.notes);
 }
 
 #[test]
@@ -251,18 +314,26 @@ fn a_network_smaller_than_the_ring_is_not_spilled() {
 
 proptest! {
     #[test]
-    fn neither_memory_is_overcommitted(
+    fn neither_memory_is_overcommitted_and_more_of_it_never_spills_more(
         limit in GIB / 2..8 * GIB,
+        more in 0..2 * GIB,
         host in 1u64 << 24..8 * GIB,
         cache in 0u64..4 * GIB,
         context in 0usize..10_000,
     ) {
-        let mut config = limited(limit);
-        config.kv.cache_bytes = ByteSize(cache);
-        config.model.context_tokens = context;
-        if let Ok(placement) = Placement::plan(&shape("llama-8b:q4_k_m"), &machine(host), &config) {
-            assert_not_overcommitted(&placement, limit, host);
-        }
+        let spec = shape("llama-8b:q4_k_m");
+        let of = |limit| {
+            let mut config = limited(limit);
+            config.kv.cache_bytes = ByteSize(cache);
+            config.model.context_tokens = context;
+            Placement::plan(&spec, &machine(host), &config).ok()
+        };
+        let Some(less) = of(limit) else { return Ok(()) };
+        assert_not_overcommitted(&less, limit, host);
+        assert_in_order(&less, spec.layers.len());
+        let more = of(limit + more).unwrap();
+        let (less, more) = (counts(&less), counts(&more));
+        prop_assert!(more[0] <= less[0] && more[1] <= less[1], "{:?} after {:?}", more, less);
     }
 }
 

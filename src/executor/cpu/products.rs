@@ -45,11 +45,7 @@ impl Step<'_> {
             Buffer::Heads => self.buffers.heads,
             _ => self.buffers.projected,
         };
-        let input = match input {
-            Buffer::Attended => self.buffers.attended,
-            Buffer::Hidden => self.buffers.hidden,
-            _ => self.buffers.normed,
-        };
+        let input = self.input(input);
         let n_tokens = self.plan.tokens.len();
         let unit = Self::matmul_rows(n_tokens);
         let layout = PartUnits { step: self, parts, unit };
@@ -66,6 +62,15 @@ impl Step<'_> {
                 first_row += rows;
                 first_unit += rows.div_ceil(unit);
             }
+        }
+    }
+
+    /// What products read.
+    pub(super) fn input(&self, input: Buffer) -> QuantizedRows<'_> {
+        match input {
+            Buffer::Attended => self.buffers.attended,
+            Buffer::Hidden => self.buffers.hidden,
+            _ => self.buffers.normed,
         }
     }
 

@@ -91,7 +91,7 @@ impl Step<'_> {
     }
 
     /// Puts what the 8-bit form of row `row` misses into row `rest`, in both forms.
-    fn refine(&self, target: QuantizedRows<'_>, row: usize, rest: usize) {
+    pub(super) fn refine(&self, target: QuantizedRows<'_>, row: usize, rest: usize) {
         let Some(eight_bit) = target.rounded else { return };
         let all = 0..target.values.width;
         // SAFETY: the caller owns both rows of the target in this op.

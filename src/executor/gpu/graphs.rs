@@ -17,7 +17,7 @@ pub(super) struct StepShape {
     pub positions_max: usize,
     /// Whether each token is its sequence's only one.
     pub is_each_alone: bool,
-    /// Spilled networks whose weights stream.
+    /// Layers whose spilled weights stream.
     pub streamed: usize,
 }
 

@@ -10,12 +10,14 @@ use crate::executor::ExecutorError;
 use crate::executor::program::{Buffer, Norm, Op, Pending, Precision};
 use tandem_kernels::{Added, NormBefore, NormRows, RowNorm, Span};
 
-/// A norm that the product after it is to make.
+/// A norm that the product after it may make.
 #[derive(Clone, Copy)]
 pub(super) struct ComingNorm {
     pub pending: Pending,
     pub norm: Norm,
     pub precision: Precision,
+    /// Whether the CPU reads what it gives.
+    pub is_for_cpu: bool,
 }
 
 impl GpuStage {
@@ -30,9 +32,15 @@ impl GpuStage {
         self.has_moved.set(self.has_moved.get() ^ has_moved);
     }
 
-    /// Whether float products or the CPU read normalised rows as they are.
-    fn needs_normed_values(&self) -> bool {
-        self.weights.has_floats() || self.spill.is_some()
+    /// What reads the rows before `after`, in a step in which `streamed` layers are streamed: past
+    /// a mark, the product of a unit that streams. A mark of the CPU's is returned as it is.
+    pub(super) fn reader<'o>(&self, after: &'o [Op], streamed: usize) -> Option<&'o Op> {
+        match after {
+            [Op::SpillStart { unit, .. }, reader, ..] if !self.is_of_cpu(*unit, streamed) => {
+                Some(reader)
+            }
+            _ => after.first(),
+        }
     }
 
     fn row_norm(&self, norm: Norm) -> RowNorm<'_> {
@@ -55,7 +63,7 @@ impl GpuStage {
             added: self.added(coming.pending),
             norm: self.row_norm(coming.norm),
             gather: None,
-            values: self.needs_normed_values().then(|| normed.values()),
+            values: (coming.is_for_cpu || self.weights.has_floats()).then(|| normed.values()),
             eight_bits: normed.eight_bits(tokens, coming.precision),
             halves: normed.halves(tokens),
             rows: tokens,
@@ -63,15 +71,17 @@ impl GpuStage {
         }
     }
 
-    /// Normalises, unless the op after it is a product that may do so: then the norm is returned.
+    /// Normalises, unless what reads it is a product that may do so: then the norm is returned.
     pub(super) fn norm_now_or_later(
         &self,
         tokens: usize,
         coming: ComingNorm,
-        next: Option<&Op>,
+        reader: Option<&Op>,
     ) -> Result<Option<ComingNorm>, ExecutorError> {
+        let is_for_cpu = matches!(reader, Some(Op::SpillStart { .. }));
+        let coming = ComingNorm { is_for_cpu, ..coming };
         let is_read_once =
-            matches!(next, Some(Op::Gate { .. } | Op::Project { input: Buffer::Normed, .. }));
+            matches!(reader, Some(Op::Gate { .. } | Op::Project { input: Buffer::Normed, .. }));
         if tokens == 1 && is_read_once {
             return Ok(Some(coming));
         }

@@ -93,25 +93,24 @@ impl GpuStage {
         // Where there is one token, products normalise on theirs.
         let mut before = None;
         let ops = &self.weights.program().ops;
-        let after = ops.iter().skip(1).map(Some).chain([None]);
         let mut is_of_cpu = false;
-        for (index, (op, next)) in ops.iter().zip(after).enumerate() {
+        for (index, op) in ops.iter().enumerate() {
             match op {
-                Op::SpillEnd { index } => {
+                &Op::SpillEnd { unit, output } => {
                     if std::mem::take(&mut is_of_cpu) {
-                        self.end_spilled(tokens, *index)?;
+                        self.end_spilled(tokens, (unit, output))?;
                     }
                 }
                 _ if is_of_cpu => {}
-                Op::SpillStart { index } => {
-                    is_of_cpu = self.start_spilled((tokens, shape.streamed), *index)?;
+                &Op::SpillStart { unit, input, .. } => {
+                    is_of_cpu = self.start_spilled((tokens, shape.streamed), (unit, input))?;
                 }
                 Op::Embed { scale, .. } => self.embed(tokens, *scale)?,
                 Op::Select { .. } => {}
-                Op::Norm { pending, norm, precision } => {
-                    let coming =
-                        ComingNorm { pending: *pending, norm: *norm, precision: *precision };
-                    before = self.norm_now_or_later(tokens, coming, next)?;
+                &Op::Norm { pending, norm, precision } => {
+                    let coming = ComingNorm { pending, norm, precision, is_for_cpu: false };
+                    let reader = self.reader(&ops[index + 1..], shape.streamed);
+                    before = self.norm_now_or_later(tokens, coming, reader)?;
                 }
                 Op::Project { input, output, parts, precision } => {
                     let (from, to) = ((*input, *precision), (*output, &parts[..]));

@@ -1,10 +1,10 @@
-//! Who computes the spilled feed-forward networks of a step: the CPU, or the GPU as their weights
+//! Who computes the spilled units of a step, layer by layer: the CPU, or the GPU as their weights
 //! stream by. Pure arithmetic on measured times.
 
 use crate::placement::SharedTimes;
 use std::sync::Arc;
 
-/// Seconds that one spilled network takes at steps of some width.
+/// Seconds that the spilled units of a layer take at steps of some width, in the mean.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct WidthCosts {
     pub tokens: usize,
@@ -16,17 +16,17 @@ pub(super) struct WidthCosts {
     pub stream_beside: f64,
 }
 
-/// What spilled networks cost.
+/// What spilled units cost.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct SpillCosts {
     /// By ascending width; at least one.
     pub widths: Vec<WidthCosts>,
-    /// Seconds of the weights of a network on their way to the GPU while the CPU rests. `None`
+    /// Seconds of the weights of a layer on their way to the GPU while the CPU rests. `None`
     /// where they can't stream.
     pub stream: Option<f64>,
 }
 
-/// For each number of streamed networks, which of them the CPU computes.
+/// For each number of streamed layers, which of them the CPU computes.
 pub(super) struct Shares(Vec<Arc<[bool]>>);
 
 /// Steps of a class of widths are shared alike, so that a token's bits do not depend on how many
@@ -67,40 +67,39 @@ impl SpillCosts {
         SharedTimes { cpu, cpu_beside, stream, stream_beside }
     }
 
-    /// How many of `networks` are best streamed in a step of `tokens` tokens, of which the CPU can
+    /// How many of `layers` are best streamed in a step of `tokens` tokens, of which the CPU can
     /// take `tokens_max`.
-    pub fn streamed(&self, networks: usize, tokens: usize, tokens_max: usize) -> usize {
+    pub fn streamed(&self, layers: usize, tokens: usize, tokens_max: usize) -> usize {
         if self.stream.is_none() {
             return 0;
         }
         if tokens > tokens_max {
-            return networks;
+            return layers;
         }
         let times = self.times(class_tokens(tokens));
-        let seconds =
-            |streamed: usize| times.seconds((networks - streamed) as f64, streamed as f64);
+        let seconds = |streamed: usize| times.seconds((layers - streamed) as f64, streamed as f64);
         // Of equals the fewest: less crosses the bus.
-        (0..=networks).min_by(|a, b| seconds(*a).total_cmp(&seconds(*b))).unwrap_or(0)
+        (0..=layers).min_by(|a, b| seconds(*a).total_cmp(&seconds(*b))).unwrap_or(0)
     }
 }
 
 impl Shares {
     /// Those that the CPU computes lie as evenly as can be, and the first is among them if any is:
     /// meanwhile the first weights arrive.
-    pub fn new(networks: usize) -> Self {
+    pub fn new(layers: usize) -> Self {
         let share = |streamed: usize| {
-            let here = networks - streamed;
-            (0..networks)
+            let here = layers - streamed;
+            (0..layers)
                 .map(|index| {
-                    let before = |index: usize| (index * here).div_ceil(networks);
+                    let before = |index: usize| (index * here).div_ceil(layers);
                     before(index + 1) > before(index)
                 })
                 .collect()
         };
-        Self((0..=networks).map(share).collect())
+        Self((0..=layers).map(share).collect())
     }
 
-    /// Which networks the CPU computes where `streamed` of them are streamed.
+    /// Which layers the CPU computes where `streamed` of them are streamed.
     pub fn of(&self, streamed: usize) -> &Arc<[bool]> {
         &self.0[streamed]
     }

@@ -1,4 +1,4 @@
-//! The thread that sends weights of spilled networks to the GPU while it computes: piece after
+//! The thread that sends spilled weights to the GPU while it computes: piece after
 //! piece, as slots of the ring become free.
 
 use super::order_thread::OrderThread;
@@ -13,7 +13,7 @@ use tandem_kernels::WeightRing;
 pub(super) struct SendOrder {
     /// The number that pieces are counted from.
     pub base: u32,
-    /// By index: whether the CPU computes a network; those of all others are sent.
+    /// By layer with spilled weights: whether the CPU computes its units; all others are sent.
     pub is_here: Arc<[bool]>,
 }
 
@@ -103,7 +103,7 @@ impl Shared {
     fn send(&self, SendOrder { base, is_here }: &SendOrder) -> Result<(), ExecutorError> {
         let (gpu, from) = (self.weights.gpu(), self.weights.spilled());
         let from = from.expect("what is sent was spilled");
-        let pieces = from.streamed(is_here, is_here.len()).map(|piece| from.bytes(piece));
+        let pieces = from.streamed(is_here, from.units().len()).map(|piece| from.bytes(piece));
         let (started, wait_max) = (Instant::now(), gpu.wait_max());
         let gives_up = || self.is_abandoned.load(Ordering::Acquire) || started.elapsed() > wait_max;
         // SAFETY: weights never change, and outlive the ring.

@@ -21,7 +21,7 @@ pub(super) struct SpillOrder {
     /// The number that events are counted from.
     pub base: u32,
     pub tokens: usize,
-    /// By index: whether the CPU computes a network.
+    /// By layer with spilled weights: whether the CPU computes its units.
     pub is_here: Arc<[bool]>,
 }
 
@@ -106,7 +106,6 @@ fn serve(
     results: &Sender<OrderResult<Duration>>,
 ) {
     let _leaving = Leaving(shared);
-    let cols = weights.program().dims.embedding;
     let made = Stage::restart(weights, options).and_then(|mut stage| {
         stage.warm_up(options.huge_pages())?;
         Ok(stage)
@@ -129,7 +128,7 @@ fn serve(
         let waits = (&*shared.is_abandoned, shared.wait_max);
         // SAFETY: this thread alone works on the host's side, one step after the other, and the
         // GPU keeps to the order of events.
-        let step = unsafe { SpillStep::new(host, [tokens, cols], (base, &is_here), waits) };
+        let step = unsafe { SpillStep::new(host, tokens, (base, &is_here), waits) };
         let result = stage.run_spilled(&plan, step);
         if result.is_err() {
             shared.give_up();

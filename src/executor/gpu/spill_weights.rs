@@ -1,31 +1,43 @@
-//! The weights of spilled networks in host memory, in the layout of the CPU's kernels, which the
-//! GPU takes apart as they arrive.
+//! Spilled weights in host memory, in the layout of the CPU's kernels, which the GPU takes apart as
+//! they arrive.
 
 use super::spill_schedule::SpillCosts;
 use crate::executor::cpu_pool::CpuPool;
 use crate::executor::kv_store::KvOptions;
-use crate::executor::program::{MatrixId, Program, StagePart};
+use crate::executor::program::{MatrixId, Op, PartWeights, Program, SpilledUnit, StagePart};
 use crate::executor::weights::{LoadProgress, Weights, WeightsRequest};
 use crate::executor::{ExecutorError, StageOptions};
+use crate::placement::piece_rows;
 use crate::tensor::DType;
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
+use tandem_cpu_kernels::repack::ROWS;
 use tandem_kernels::{Gpu, RegisteredMemory};
 
-/// A matrix of a spilled network.
+/// Rows of a matrix of a spilled unit: what streams at once.
 pub(super) struct Piece {
     /// In the program of the GPU.
     pub matrix: MatrixId,
     pub dtype: DType,
+    pub rows: Range<usize>,
     /// In the arena of the weights.
     bytes: Range<usize>,
 }
 
-/// The weights of all spilled networks of a model.
+/// A spilled unit.
+pub(super) struct Unit {
+    /// Of which layer it is, of those with spilled weights.
+    layer: usize,
+    /// Its matrices, in the order of the program; none where they can't stream.
+    pub pieces: Vec<Piece>,
+}
+
+/// All spilled weights of a model.
 pub(super) struct SpilledWeights {
     part: StagePart,
-    /// By index of the network: its matrices, in the order of the program.
-    networks: Vec<Vec<Piece>>,
+    /// By index of the unit.
+    units: Vec<Unit>,
     /// None where weights can't stream.
     registered: Option<RegisteredMemory>,
     /// What they cost, once that is measured.
@@ -49,10 +61,11 @@ impl SpilledWeights {
         let Some(part) = request.part.spilled() else { return Ok(None) };
         let request = WeightsRequest { part: part.clone(), ..request.clone() };
         let weights = Arc::new(Weights::load(&request, pool, progress)?);
-        let networks = networks(program, &weights);
-        let registered = match &networks {
+        let mut units: Vec<_> =
+            units(program).map(|unit| Unit { layer: unit.layer, pieces: Vec::new() }).collect();
+        let registered = match add_pieces(&mut units, program, &weights) {
             // SAFETY: the weights outlive what is registered.
-            Some(_) => match unsafe { gpu.register(weights.arena()) } {
+            Some(()) => match unsafe { gpu.register(weights.arena()) } {
                 Ok(registered) => Some(registered),
                 Err(error) => {
                     tracing::warn!(%error, "spilled weights can't stream: the CPU computes them");
@@ -66,21 +79,36 @@ impl SpilledWeights {
                 None
             }
         };
-        let count = program.matrices.iter().filter_map(|entry| entry.spilled).max();
-        let networks =
-            networks.unwrap_or_else(|| (0..=count.unwrap_or(0)).map(|_| Vec::new()).collect());
-        Ok(Some(Self { part, networks, registered, costs: OnceLock::new(), weights }))
+        Ok(Some(Self { part, units, registered, costs: OnceLock::new(), weights }))
     }
 
-    pub fn networks(&self) -> &[Vec<Piece>] {
-        &self.networks
+    pub fn units(&self) -> &[Unit] {
+        &self.units
     }
 
-    /// The pieces of a step in the order in which they are sent and taken: of the networks below
-    /// `end` that the CPU does not compute.
+    /// Layers with spilled weights.
+    pub fn layers(&self) -> usize {
+        self.units.last().map_or(0, |unit| unit.layer + 1)
+    }
+
+    /// Slots of the ring through which they stream.
+    pub fn ring_slots(&self) -> usize {
+        match &self.part.weights {
+            PartWeights::Only(spilled) => spilled.ring_slots.max(1),
+            _ => unreachable!("the part has nothing but what is spilled"),
+        }
+    }
+
+    /// All pieces, in the order of the program.
+    pub fn pieces(&self) -> impl Iterator<Item = &Piece> {
+        self.units.iter().flat_map(|unit| &unit.pieces)
+    }
+
+    /// The pieces of a step in the order in which they are sent and taken: of the units below `end`
+    /// in layers that the CPU does not compute.
     pub fn streamed(&self, is_here: &[bool], end: usize) -> impl Iterator<Item = &Piece> {
-        let networks = self.networks[..end].iter().zip(is_here);
-        networks.filter(|(_, is_here)| !**is_here).flat_map(|(network, _)| network)
+        let units = self.units[..end].iter().filter(|unit| !is_here[unit.layer]);
+        units.flat_map(|unit| &unit.pieces)
     }
 
     pub fn costs(&self) -> &OnceLock<SpillCosts> {
@@ -102,11 +130,11 @@ impl SpilledWeights {
 
     /// Bytes of all pieces.
     pub fn stored_bytes(&self) -> usize {
-        self.networks.iter().flatten().map(|piece| piece.bytes.len()).sum()
+        self.pieces().map(|piece| piece.bytes.len()).sum()
     }
 
     pub fn largest_piece(&self) -> usize {
-        self.networks.iter().flatten().map(|piece| piece.bytes.len()).max().unwrap_or(0)
+        self.pieces().map(|piece| piece.bytes.len()).max().unwrap_or(0)
     }
 
     /// How the CPU's stage is made, where the GPU's is made so.
@@ -117,18 +145,30 @@ impl SpilledWeights {
     }
 }
 
-/// The matrices of each spilled network, or none where some lie in no arena.
-fn networks(program: &Program, weights: &Weights) -> Option<Vec<Vec<Piece>>> {
-    let mut networks = Vec::new();
+fn units(program: &Program) -> impl Iterator<Item = SpilledUnit> {
+    program.ops.iter().filter_map(|op| match op {
+        Op::SpillStart { unit, .. } => Some(*unit),
+        _ => None,
+    })
+}
+
+/// Gives each unit its pieces; none where some lie in no arena.
+fn add_pieces(units: &mut [Unit], program: &Program, weights: &Weights) -> Option<()> {
+    let entries = weights.program().matrices.iter();
+    let names: HashMap<_, _> = entries.map(|entry| entry.tensor.name.as_str()).zip(0..).collect();
     for (id, entry) in (0..).map(MatrixId).zip(&program.matrices) {
-        let Some(index) = entry.spilled else { continue };
-        networks.resize_with(networks.len().max(index + 1), Vec::new);
-        let name = &entry.tensor.name;
-        let there = weights.program().matrices.iter().position(|entry| entry.tensor.name == *name);
-        let there = MatrixId(there.expect("both programs name it") as u32);
-        let bytes = weights.arena_place(there)?;
-        let dtype = weights.matrix(there).dtype();
-        networks[index].push(Piece { matrix: id, dtype, bytes });
+        let Some(unit) = entry.spilled else { continue };
+        let there = MatrixId(names[entry.tensor.name.as_str()]);
+        let (place, matrix) = (weights.arena_place(there)?, weights.matrix(there));
+        let group_bytes = place.len() / matrix.rows().div_ceil(ROWS);
+        let at_once = piece_rows(matrix.rows(), place.len());
+        for first in (0..matrix.rows()).step_by(at_once) {
+            let rows = first..(first + at_once).min(matrix.rows());
+            let [start, end] = [rows.start / ROWS, rows.end.div_ceil(ROWS)]
+                .map(|group| place.start + group * group_bytes);
+            let piece = Piece { matrix: id, dtype: matrix.dtype(), rows, bytes: start..end };
+            units[unit.index].pieces.push(piece);
+        }
     }
-    Some(networks)
+    Some(())
 }

@@ -54,7 +54,7 @@ pub struct GpuWeights {
 }
 
 impl GpuWeights {
-    /// Opens a GPU and loads a model's weights there, and those of spilled networks into host
+    /// Opens a GPU and loads a model's weights there, and spilled ones into host
     /// memory. `pool` makes random weights and interleaves spilled ones: it is needed for those
     /// alone.
     ///
@@ -218,7 +218,7 @@ impl GpuWeights {
         self.spilled.as_ref()
     }
 
-    /// Bytes that spilled networks hold in host memory.
+    /// Bytes that spilled weights hold in host memory.
     pub fn spilled_bytes(&self) -> usize {
         self.spilled.as_ref().map_or(0, |spilled| spilled.weights().bytes())
     }

@@ -13,9 +13,9 @@
 
 use super::Buffer::{Attended, Heads, Hidden, Normed, Projected};
 use super::{
-    ExpertShape, FeedForwards, HeadShape, Inlet, KvLayerId, KvShape, Linear, MatrixEntry, MatrixId,
-    MatrixUse, Norm, Op, Outlet, Pending, Precision, Program, ProgramDims, RopeId, StagePart,
-    VectorId,
+    Buffer, ExpertShape, HeadShape, Inlet, KvLayerId, KvShape, Linear, MatrixEntry, MatrixId,
+    MatrixUse, Norm, Op, Outlet, PartWeights, Pending, Precision, Program, ProgramDims, RopeId,
+    SpilledLayers, SpilledUnit, StagePart, VectorId,
 };
 use crate::executor::ExecutorError;
 use crate::model::{
@@ -37,11 +37,9 @@ impl Program {
     /// When `part.layers` are not layers of the model.
     pub fn lower(spec: &ModelSpec, part: &StagePart) -> Result<Program, ExecutorError> {
         let mut lowering = Lowering::new(spec);
-        if let FeedForwards::SpilledAlone(layers) = &part.feed_forwards {
-            for index in layers {
-                let layer = &spec.layers[*index];
-                lowering.hidden_widths(*index, layer)?;
-                lowering.spilled_feed_forward(layer, false);
+        if let PartWeights::Only(spilled) = &part.weights {
+            for (index, layer) in spec.layers.iter().enumerate() {
+                lowering.spilled_alone(layer, index, spilled)?;
             }
             return Ok(lowering.program);
         }
@@ -57,11 +55,11 @@ impl Program {
         for index in part.layers.clone() {
             let layer = &spec.layers[index];
             lowering.widths(index, layer)?;
-            let is_spilled = match &part.feed_forwards {
-                FeedForwards::Spilled(layers) => layers.contains(&index),
-                _ => false,
+            let sides = match &part.weights {
+                PartWeights::Without(spilled) => Sides::of(spilled, index, Side::Elsewhere),
+                _ => Sides::default(),
             };
-            pending = lowering.layer(layer, is_spilled, pending);
+            pending = lowering.layer(layer, sides, pending);
         }
         match part.outlet {
             Outlet::Handoff => lowering.program.ops.push(Op::Send { pending }),
@@ -95,13 +93,42 @@ fn same_or_first<const N: usize>(
     Ok(())
 }
 
+/// Where the weights of a unit are.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Side {
+    /// On the device that runs the model.
+    #[default]
+    Resident,
+    /// With the program that has nothing but what is spilled; this is the other.
+    Elsewhere,
+    /// Spilled, and this program is the one that has them.
+    Here,
+}
+
+/// Where those of a layer are.
+#[derive(Clone, Copy, Default)]
+struct Sides {
+    attention: Side,
+    feed_forward: Side,
+}
+
+impl Sides {
+    /// Of a layer; what is spilled of it is on `side`.
+    fn of(spilled: &SpilledLayers, layer: usize, side: Side) -> Self {
+        let of = |layers: &[usize]| if layers.contains(&layer) { side } else { Side::Resident };
+        Self { attention: of(&spilled.attention), feed_forward: of(&spilled.feed_forward) }
+    }
+}
+
 struct Lowering {
     program: Program,
     matrices: HashMap<String, MatrixId>,
     vectors: HashMap<String, VectorId>,
-    n_spilled: usize,
-    /// The spilled network whose ops are emitted, if its matrices lie elsewhere.
-    spilled: Option<usize>,
+    /// Spilled units so far, and layers that have any.
+    n_units: usize,
+    n_spilled_layers: usize,
+    /// The unit whose ops are emitted, if its matrices lie elsewhere.
+    spilled: Option<SpilledUnit>,
 }
 
 impl Lowering {
@@ -119,19 +146,25 @@ impl Lowering {
             program,
             matrices: HashMap::new(),
             vectors: HashMap::new(),
-            n_spilled: 0,
+            n_units: 0,
+            n_spilled_layers: 0,
             spilled: None,
         }
     }
 
     /// Sets the widths of the buffers, or checks that this layer has the same.
     fn widths(&mut self, layer: usize, spec: &LayerSpec) -> Result<(), ExecutorError> {
+        self.head_widths(layer, spec)?;
+        self.hidden_widths(layer, spec)
+    }
+
+    /// The same of the attention alone.
+    fn head_widths(&mut self, layer: usize, spec: &LayerSpec) -> Result<(), ExecutorError> {
         let shape = head_shape(&spec.attention);
         let dims = &mut self.program.dims;
         let heads = ("heads", &mut dims.heads, shape.width());
         let attended = ("attended", &mut dims.attended, shape.query_dim());
-        same_or_first(layer, [heads, attended])?;
-        self.hidden_widths(layer, spec)
+        same_or_first(layer, [heads, attended])
     }
 
     /// The same of the feed-forward network alone.
@@ -146,38 +179,85 @@ impl Lowering {
     }
 
     /// Emits one layer; returns what is left to be added to the residual stream.
-    fn layer(&mut self, layer: &LayerSpec, is_spilled: bool, pending: Pending) -> Pending {
+    fn layer(&mut self, layer: &LayerSpec, sides: Sides, pending: Pending) -> Pending {
+        let units_before = self.n_units;
         let norm = self.norm(&layer.attention_norm);
         self.program.ops.push(Op::Norm { pending, norm, precision: self.heads_precision() });
-        self.attention(&layer.attention);
+        self.attention(&layer.attention, sides.attention);
         let pending = self.pending(layer.attention_post_norm.as_ref());
         let norm = self.norm(&layer.ffn_norm);
         self.program.ops.push(Op::Norm { pending, norm, precision: Precision::Eight });
-        if is_spilled {
-            self.spilled_feed_forward(layer, true);
-        } else {
-            self.feed_forward(&layer.ffn);
-        }
+        self.feed_forward(&layer.ffn, sides.feed_forward);
+        self.n_spilled_layers += usize::from(self.n_units > units_before);
         self.pending(layer.ffn_post_norm.as_ref())
     }
 
-    fn feed_forward(&mut self, spec: &FfnSpec) {
-        match spec {
-            FfnSpec::Dense(dense) => self.gated(dense),
-            FfnSpec::Experts(experts) => self.experts(experts),
+    /// Emits the spilled units of a layer, and nothing else of it.
+    fn spilled_alone(
+        &mut self,
+        layer: &LayerSpec,
+        index: usize,
+        spilled: &SpilledLayers,
+    ) -> Result<(), ExecutorError> {
+        let (units_before, sides) = (self.n_units, Sides::of(spilled, index, Side::Here));
+        if sides.attention == Side::Here {
+            self.head_widths(index, layer)?;
+            self.heads(&layer.attention, Side::Here);
+            self.attended(&layer.attention, Side::Here);
         }
+        if sides.feed_forward == Side::Here {
+            self.hidden_widths(index, layer)?;
+            self.feed_forward(&layer.ffn, Side::Here);
+        }
+        self.n_spilled_layers += usize::from(self.n_units > units_before);
+        Ok(())
     }
 
-    /// A feed-forward network between its two marks; `is_elsewhere` says that its matrices, but
-    /// for a router, lie with the other program.
-    fn spilled_feed_forward(&mut self, layer: &LayerSpec, is_elsewhere: bool) {
-        let index = self.n_spilled;
-        self.n_spilled += 1;
-        self.program.ops.push(Op::SpillStart { index });
-        self.spilled = is_elsewhere.then_some(index);
-        self.feed_forward(&layer.ffn);
+    /// A unit from one buffer to another: between two marks where it is spilled.
+    fn unit(
+        &mut self,
+        side: Side,
+        ([input, output], precision): ([Buffer; 2], Precision),
+        emit: impl FnOnce(&mut Self),
+    ) {
+        if side == Side::Resident {
+            return emit(self);
+        }
+        let unit = SpilledUnit { index: self.n_units, layer: self.n_spilled_layers };
+        self.n_units += 1;
+        self.program.ops.push(Op::SpillStart { unit, input, precision });
+        self.spilled = (side == Side::Elsewhere).then_some(unit);
+        emit(self);
         self.spilled = None;
-        self.program.ops.push(Op::SpillEnd { index });
+        self.program.ops.push(Op::SpillEnd { unit, output });
+    }
+
+    fn feed_forward(&mut self, spec: &FfnSpec, side: Side) {
+        self.unit(side, ([Normed, Projected], Precision::Eight), |lowering| match spec {
+            FfnSpec::Dense(dense) => lowering.gated(dense),
+            FfnSpec::Experts(experts) => lowering.experts(experts),
+        });
+    }
+
+    /// Queries, keys and values.
+    fn heads(&mut self, spec: &AttentionSpec, side: Side) {
+        let precision = self.heads_precision();
+        self.unit(side, ([Normed, Heads], precision), |lowering| {
+            let parts = [&spec.query, &spec.key, &spec.value].map(|linear| lowering.linear(linear));
+            lowering.project([Normed, Heads], parts.to_vec(), precision);
+        });
+    }
+
+    /// The output of an attention.
+    fn attended(&mut self, spec: &AttentionSpec, side: Side) {
+        self.unit(side, ([Attended, Projected], Precision::Eight), |lowering| {
+            let parts = vec![lowering.linear(&spec.output)];
+            lowering.project([Attended, Projected], parts, Precision::Eight);
+        });
+    }
+
+    fn project(&mut self, [input, output]: [Buffer; 2], parts: Vec<Linear>, precision: Precision) {
+        self.program.ops.push(Op::Project { input, output, parts, precision });
     }
 
     /// What queries, keys and values are computed from.
@@ -186,48 +266,29 @@ impl Lowering {
         if narrow { Precision::Sixteen } else { Precision::Eight }
     }
 
-    fn attention(&mut self, spec: &AttentionSpec) {
+    fn attention(&mut self, spec: &AttentionSpec, side: Side) {
         let shape = head_shape(spec);
         let layer = KvLayerId(self.program.kv_layers.len() as u32);
         let (n_kv_heads, head_dim) = (shape.n_kv_heads, shape.head_dim);
         self.program.kv_layers.push(KvShape { n_kv_heads, head_dim });
 
-        let parts = [&spec.query, &spec.key, &spec.value].map(|linear| self.linear(linear));
+        self.heads(spec, side);
         let query_norm = spec.query_norm.as_ref().map(|norm| self.norm(norm));
         let key_norm = spec.key_norm.as_ref().map(|norm| self.norm(norm));
         let rope = self.rope(&spec.rope);
-        let output = vec![self.linear(&spec.output)];
         let (window, scale, softcap) = (spec.window, spec.scale, spec.softcap);
         self.program.ops.extend([
-            Op::Project {
-                input: Normed,
-                output: Heads,
-                parts: parts.to_vec(),
-                precision: self.heads_precision(),
-            },
             Op::Rotate { shape, query_norm, key_norm, rope, layer },
             Op::Attend { shape, layer, window, scale, softcap },
-            Op::Project {
-                input: Attended,
-                output: Projected,
-                parts: output,
-                precision: Precision::Eight,
-            },
         ]);
+        self.attended(spec, side);
     }
 
     fn gated(&mut self, spec: &DenseFfnSpec) {
         let (gate, up) = (self.linear(&spec.gate), self.linear(&spec.up));
         let down = vec![self.linear(&spec.down)];
-        self.program.ops.extend([
-            Op::Gate { gate, up, activation: spec.activation },
-            Op::Project {
-                input: Hidden,
-                output: Projected,
-                parts: down,
-                precision: Precision::Eight,
-            },
-        ]);
+        self.program.ops.push(Op::Gate { gate, up, activation: spec.activation });
+        self.project([Hidden, Projected], down, Precision::Eight);
     }
 
     fn experts(&mut self, spec: &ExpertsSpec) {

@@ -20,18 +20,39 @@ pub enum Outlet {
     Handoff,
 }
 
-/// Where the feed-forward networks of a stage's layers are.
+/// Which weights of a model are *spilled* to host memory, and how they stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum FeedForwards {
-    /// Here.
+pub struct SpilledLayers {
+    /// Layers whose feed-forward networks are, ascending.
+    pub feed_forward: Vec<usize>,
+    /// Layers whose attention's weights are, ascending: of queries, keys and values, and of its
+    /// output.
+    pub attention: Vec<usize>,
+    /// Slots of the ring through which weights stream to the GPU.
+    pub ring_slots: usize,
+}
+
+/// A run of ops whose weights are spilled: a feed-forward network, queries, keys and values, or the
+/// output of an attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SpilledUnit {
+    /// Counted over the program from 0.
+    pub index: usize,
+    /// Of which layer it is, of those with spilled weights, counted from 0.
+    pub layer: usize,
+}
+
+/// Which weights of its layers a stage has.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum PartWeights {
+    /// All.
     #[default]
-    Here,
-    /// Here, but those of these layers, ascending: they are *spilled* to host memory. Another
-    /// program has them alone ([`FeedForwards::SpilledAlone`]).
-    Spilled(Vec<usize>),
-    /// The stage is nothing but those of these layers, ascending: what a stage on a GPU has
-    /// spilled. It has no layers, no inlet and no outlet.
-    SpilledAlone(Vec<usize>),
+    All,
+    /// All but those that are spilled. Another program has them alone ([`PartWeights::Only`]).
+    Without(SpilledLayers),
+    /// The stage is nothing but the ops of these: what a stage on a GPU has spilled. It has no
+    /// layers, no inlet and no outlet.
+    Only(SpilledLayers),
 }
 
 /// Which part of a model a stage runs.
@@ -43,8 +64,15 @@ pub struct StagePart {
     pub inlet: Inlet,
     /// What comes after them.
     pub outlet: Outlet,
-    /// Which of their feed-forward networks.
-    pub feed_forwards: FeedForwards,
+    /// Which of their weights.
+    pub weights: PartWeights,
+}
+
+impl SpilledLayers {
+    /// Whether nothing is spilled.
+    pub fn is_empty(&self) -> bool {
+        self.feed_forward.is_empty() && self.attention.is_empty()
+    }
 }
 
 impl StagePart {
@@ -54,22 +82,21 @@ impl StagePart {
             layers: 0..n_layers,
             inlet: Inlet::Embedding,
             outlet: Outlet::Logits,
-            feed_forwards: FeedForwards::Here,
+            weights: PartWeights::All,
         }
     }
 
-    /// All of a model with `n_layers` layers but the feed-forward networks of some, ascending.
-    pub fn spilling(n_layers: usize, layers: &[usize]) -> Self {
-        let feed_forwards = FeedForwards::Spilled(layers.to_vec());
-        Self { feed_forwards, ..Self::whole(n_layers) }
+    /// All of a model with `n_layers` layers but what is spilled.
+    pub fn spilling(n_layers: usize, spilled: SpilledLayers) -> Self {
+        Self { weights: PartWeights::Without(spilled), ..Self::whole(n_layers) }
     }
 
-    /// The feed-forward networks that this part has spilled, if there are any.
+    /// What this part has spilled, if there is anything.
     pub fn spilled(&self) -> Option<Self> {
-        match &self.feed_forwards {
-            FeedForwards::Spilled(layers) if !layers.is_empty() => {
-                let feed_forwards = FeedForwards::SpilledAlone(layers.clone());
-                Some(Self { layers: 0..0, feed_forwards, ..self.clone() })
+        match &self.weights {
+            PartWeights::Without(spilled) if !spilled.is_empty() => {
+                let weights = PartWeights::Only(spilled.clone());
+                Some(Self { layers: 0..0, weights, ..self.clone() })
             }
             _ => None,
         }

@@ -1,0 +1,215 @@
+//! What is spilled of a layer, unit by unit as the executor computes it, and how much memory that
+//! takes on either side.
+
+use super::Workers;
+use super::cpu::{heads_width, spilled_activation_bytes, worker_bytes};
+use super::spill::{CROSSING_TOKENS_MAX, Spill};
+use crate::config::Config;
+use crate::model::{FfnSpec, LayerSpec, LinearSpec, ModelSpec, TensorRef};
+use std::collections::HashMap;
+use tandem_cpu_kernels::repack::ROWS;
+use tandem_cpu_kernels::{Layout, packed_bytes};
+use tandem_kernels::DeviceMatrix;
+
+/// Matrices that fit into the ring: one is multiplied with while others fill it, the rest takes up
+/// what copies and kernels differ in pace.
+const RING_MATRICES: u64 = 4;
+/// Bytes that stream at once: a slot of the ring. A copy of 16 MiB takes 0.3 ms, the kernels around
+/// it a twentieth of that.
+const PIECE_BYTES_MAX: usize = 16 << 20;
+
+const F32: u64 = size_of::<f32>() as u64;
+
+/// Rows of a matrix of so many rows and bytes that stream at once: as few pieces as slots allow, of
+/// one size, each of whole groups of rows.
+pub fn piece_rows(rows: usize, bytes: usize) -> usize {
+    let pieces = bytes.div_ceil(PIECE_BYTES_MAX).max(1);
+    rows.div_ceil(pieces).next_multiple_of(ROWS)
+}
+
+/// A run of ops whose weights are spilled.
+pub(super) struct Unit<'a> {
+    /// What lies in host memory alone.
+    pub matrices: Vec<&'a TensorRef>,
+    /// Of which both sides have copies.
+    copied: Vec<&'a TensorRef>,
+    /// Matrices have the rows of so many experts.
+    n_experts: usize,
+    /// Elements of a token that cross to the CPU, and back.
+    pub widths: [usize; 2],
+    /// Rows of a token that the CPU may make: of queries, keys and values a second one.
+    rows_back: usize,
+    /// Elements of what attention gathered, where they are what crosses.
+    attended: usize,
+}
+
+/// The feed-forward network of a layer.
+pub(super) fn ffn_unit(layer: &LayerSpec) -> Unit<'_> {
+    let embedding = layer.ffn_norm.weight.cols;
+    let (matrices, copied, n_experts) = match &layer.ffn {
+        FfnSpec::Dense(ffn) => {
+            let linears = [&ffn.gate, &ffn.up, &ffn.down];
+            (linears.map(|linear| &linear.weight).to_vec(), biases(&linears), 1)
+        }
+        FfnSpec::Experts(ffn) => {
+            (vec![&ffn.gate, &ffn.up, &ffn.down], vec![&ffn.router], ffn.n_experts)
+        }
+    };
+    Unit { matrices, copied, n_experts, widths: [embedding; 2], rows_back: 1, attended: 0 }
+}
+
+/// Those of its attention: queries, keys and values, and the output.
+pub(super) fn attention_units(layer: &LayerSpec) -> [Unit<'_>; 2] {
+    let (attention, embedding) = (&layer.attention, layer.attention_norm.weight.cols);
+    let heads = [&attention.query, &attention.key, &attention.value];
+    let attended = attention.n_heads * attention.head_dim;
+    [
+        Unit {
+            matrices: heads.map(|linear| &linear.weight).to_vec(),
+            copied: biases(&heads),
+            n_experts: 1,
+            widths: [embedding, heads_width(attention)],
+            rows_back: 2,
+            attended: 0,
+        },
+        Unit {
+            matrices: vec![&attention.output.weight],
+            copied: biases(&[&attention.output]),
+            n_experts: 1,
+            widths: [attended, embedding],
+            rows_back: 1,
+            attended,
+        },
+    ]
+}
+
+fn biases<'a>(linears: &[&'a LinearSpec]) -> Vec<&'a TensorRef> {
+    linears.iter().filter_map(|linear| linear.bias.as_ref()).collect()
+}
+
+/// Bytes of a tensor as the CPU's kernels have it: vectors in f32.
+fn packed(TensorRef { dtype, rows, cols, .. }: &TensorRef) -> u64 {
+    if *rows <= 1 {
+        return *cols as u64 * F32;
+    }
+    let layout = if dtype.is_quantized() { Layout::Rows16 } else { Layout::RowMajor };
+    packed_bytes(*dtype, layout, *rows, *cols).unwrap_or(usize::MAX) as u64
+}
+
+/// Bytes of a matrix as a GPU's kernels have it.
+fn on_gpu(TensorRef { dtype, rows, cols, .. }: &TensorRef) -> u64 {
+    DeviceMatrix::bytes_of(*dtype, *rows, *cols) as u64
+}
+
+impl Unit<'_> {
+    /// Bytes in host memory.
+    pub fn host_bytes(&self) -> u64 {
+        self.matrices.iter().chain(&self.copied).map(|tensor| packed(tensor)).sum()
+    }
+
+    /// Bytes that a GPU saves.
+    pub fn device_bytes(&self) -> u64 {
+        self.matrices.iter().map(|matrix| on_gpu(matrix)).sum()
+    }
+
+    /// Bytes of weights that stream where the GPU computes it.
+    pub fn streamed_bytes(&self) -> u64 {
+        self.matrices.iter().map(|matrix| matrix.bytes()).sum()
+    }
+
+    /// Bytes of a token that cross, both ways together.
+    pub fn crossed_bytes(&self) -> u64 {
+        self.widths.iter().sum::<usize>() as u64 * F32
+    }
+
+    /// Whether it can stream to the GPU: only in the interleaved layout, which float weights and
+    /// experts of odd sizes have not.
+    fn can_stream(&self) -> bool {
+        self.matrices.iter().all(|matrix| {
+            let rows = matrix.rows / self.n_experts;
+            matrix.dtype.is_quantized() && (self.n_experts == 1 || rows.is_multiple_of(ROWS))
+        })
+    }
+}
+
+impl Spill {
+    /// What is spilled of a layer, in the order of a step.
+    pub(super) fn units_of<'a>(&self, layer: usize, spec: &'a LayerSpec) -> Vec<Unit<'a>> {
+        let mut units = Vec::new();
+        if self.attention_layers.contains(&layer) {
+            units.extend(attention_units(spec));
+        }
+        if self.layers.contains(&layer) {
+            units.push(ffn_unit(spec));
+        }
+        units
+    }
+
+    /// All that is spilled.
+    pub(super) fn units<'a>(&self, spec: &'a ModelSpec) -> impl Iterator<Item = Unit<'a>> {
+        spec.layers.iter().enumerate().flat_map(|(at, layer)| self.units_of(at, layer))
+    }
+
+    /// Whether weights can stream to the GPU: all or none of them.
+    pub(super) fn can_stream(&self, spec: &ModelSpec) -> bool {
+        self.units(spec).all(|unit| unit.can_stream())
+    }
+
+    /// Fills in what follows from the layers, of which `units` are all that is spilled, and from
+    /// the slots: bytes of the ring on the GPU, and of what its pieces are taken apart into. Units
+    /// with matrices of one shape share that.
+    pub(super) fn set_ring_bytes(&mut self, units: &[Unit<'_>]) {
+        if !units.iter().all(Unit::can_stream) {
+            return;
+        }
+        let mut scratch = HashMap::new();
+        for unit in units {
+            let mut used = HashMap::new();
+            for matrix in &unit.matrices {
+                let shape = (matrix.dtype, matrix.rows, matrix.cols);
+                let count = used.entry(shape).or_insert(0_u64);
+                *count += 1;
+                let most = scratch.entry(shape).or_insert((0, on_gpu(matrix)));
+                most.0 = most.0.max(*count);
+            }
+        }
+        let scratch: u64 = scratch.values().map(|(count, bytes)| count * bytes).sum();
+        self.ring_bytes = self.ring_slots as u64 * slot_bytes(units) + scratch;
+    }
+}
+
+/// Bytes of a slot of the ring: the largest piece of a matrix.
+fn slot_bytes(units: &[Unit<'_>]) -> u64 {
+    let piece = |matrix: &&TensorRef| {
+        let bytes = packed(matrix);
+        let rows = piece_rows(matrix.rows, bytes as usize).min(matrix.rows);
+        bytes * rows as u64 / matrix.rows as u64
+    };
+    units.iter().flat_map(|unit| &unit.matrices).map(piece).max().unwrap_or(0)
+}
+
+/// Slots of a ring that holds a few of the largest matrices.
+pub(super) fn slots_wanted(units: &[Unit<'_>]) -> usize {
+    let matrices = units.iter().flat_map(|unit| &unit.matrices);
+    let largest = matrices.map(|matrix| packed(matrix)).max().unwrap_or(0);
+    (RING_MATRICES * largest).div_ceil(slot_bytes(units).max(1)) as usize
+}
+
+/// Bytes of host memory for rows on their way to the CPU and back, and for what it makes of them.
+pub(super) fn crossing_bytes(
+    spec: &ModelSpec,
+    units: &[Unit<'_>],
+    (workers, config): (&Workers, &Config),
+) -> u64 {
+    let can_stream = units.iter().all(Unit::can_stream);
+    let most = if can_stream { CROSSING_TOKENS_MAX } else { usize::MAX };
+    let tokens = config.scheduler.step_tokens_max.min(most) as u64;
+    let widest = |width: &dyn Fn(&Unit<'_>) -> usize| units.iter().map(width).max().unwrap_or(0);
+    let to_cpu = widest(&|unit| unit.widths[0]);
+    let back = widest(&|unit| unit.rows_back * unit.widths[1]);
+    let heads = widest(&|unit| if unit.rows_back > 1 { unit.widths[1] } else { 0 });
+    let attended = widest(&|unit| unit.attended);
+    tokens * (to_cpu + back) as u64 * F32
+        + spilled_activation_bytes(spec, tokens, (heads, attended))
+        + worker_bytes(spec, workers, tokens)
+}
