@@ -16,6 +16,7 @@ pub struct EngineBuilder {
     config: Config,
     model: Option<PathBuf>,
     on_progress: Option<OnProgress>,
+    probe_folder: Option<PathBuf>,
     faults: Arc<Faults>,
     stages: Option<Arc<dyn super::StageFactory>>,
 }
@@ -37,6 +38,13 @@ impl EngineBuilder {
     /// Hears how loading gets on.
     pub fn on_progress(mut self, hear: impl FnMut(LoadProgress) + Send + 'static) -> Self {
         self.on_progress = Some(Box::new(hear));
+        self
+    }
+
+    /// Where `tandem probe` keeps what it has measured of this machine: a model that a GPU can't
+    /// hold is placed by that.
+    pub fn probe_folder(mut self, folder: Option<PathBuf>) -> Self {
+        self.probe_folder = folder;
         self
     }
 
@@ -67,7 +75,8 @@ impl EngineBuilder {
         if self.config.model.path.as_os_str().is_empty() {
             return Err(EngineError::NoModel);
         }
-        let source = Source { on_progress: self.on_progress, stages: self.stages };
+        let Self { on_progress, probe_folder, stages, .. } = self;
+        let source = Source { on_progress, probe_folder, stages };
         Ok(Engine::new(root::start(self.config, self.faults, source)?))
     }
 

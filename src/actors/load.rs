@@ -8,13 +8,16 @@ use super::{EngineError, LoadProgress, ModelInfo};
 use crate::config::{Config, ConfigError};
 use crate::executor::{KvOptions, PoolOptions, SpilledLayers, StageOptions, StagePart, StepPasses};
 use crate::formats::{Checkpoint, FormatError};
-use crate::hardware::{HardwareProfile, Topology};
+use crate::hardware::{
+    Fingerprint, HardwareProfile, Measured, Topology, load_measured, probe_file,
+};
 use crate::model::ModelSpec;
 use crate::placement::{Device, Placement, Workers};
 use crate::request::RequestError;
 use crate::scheduler::{KvBlocks, SchedulerOptions};
 use crate::tokenizer::{ChatTemplate, TemplateConfig, Tokenizer};
 use crate::units::TokenId;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tandem_cpu_kernels::Isa;
@@ -72,9 +75,9 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
     let template = ChatTemplate::from_metadata(checkpoint.metadata(), &tokenizer, limits)
         .map_err(RequestError::from)?;
     let warnings = [tokenizer.warnings(), template.warnings()].concat();
-    let hardware = HardwareProfile::detect();
+    let mut hardware = HardwareProfile::detect();
     // Asked for first, since it names a bad knob as such.
-    Workers::choose(&hardware.topology, &config.cpu)?;
+    hardware.measured = known_rates(&hardware, config, source.probe_folder.as_deref())?;
     let placement = Placement::plan(&spec, &hardware, config)?;
     tracing::info!(chosen = %placement.workers, "compute workers");
     for note in &placement.notes {
@@ -166,6 +169,22 @@ fn model_info(
         kv_bytes_per_token: spec.kv_bytes_per_token(placement.kv_dtype),
         warnings: warnings.iter().chain(&placement.notes).cloned().chain(unused).collect(),
     }
+}
+
+/// What was measured of this machine and kept in a folder, if it was and still holds. Measures
+/// nothing.
+///
+/// # Errors
+/// A setting of the workers is wrong.
+pub fn known_rates(
+    hardware: &HardwareProfile,
+    config: &Config,
+    folder: Option<&Path>,
+) -> Result<Option<Measured>, EngineError> {
+    let workers = Workers::choose(&hardware.topology, &config.cpu)?;
+    let isa = compute_isa(config, workers.threads)?;
+    let fingerprint = Fingerprint::of(hardware, workers.threads, isa);
+    Ok(folder.and_then(|folder| load_measured(&probe_file(folder), &fingerprint)))
 }
 
 /// Whose kernels so many compute workers run, by the configuration.

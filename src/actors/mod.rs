@@ -33,7 +33,7 @@ pub use error::EngineError;
 #[doc(hidden)]
 pub use faults::{FaultPoint, Faults};
 pub use generation::{Answer, Canceller, Generation};
-pub use load::{compute_isa, part_of, stage_options};
+pub use load::{compute_isa, known_rates, part_of, stage_options};
 #[doc(hidden)]
 pub use stage::{StageFactory, StageFault, StepRunner};
 pub use status::{

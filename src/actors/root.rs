@@ -11,6 +11,7 @@ use super::{EngineError, Faults, StageFactory};
 use crate::config::Config;
 use ractor::Actor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
@@ -23,6 +24,8 @@ const END_PATIENCE: Duration = Duration::from_secs(5);
 /// Where the model comes from.
 pub(super) struct Source {
     pub(super) on_progress: Option<OnProgress>,
+    /// Where what was measured of this machine is kept.
+    pub(super) probe_folder: Option<PathBuf>,
     /// Stages of a test; else the model's own.
     pub(super) stages: Option<Arc<dyn StageFactory>>,
 }

@@ -273,7 +273,8 @@ pub fn require_model(config: &Config) -> Result<()> {
 pub async fn load(config: Config, output: Output) -> Result<Engine> {
     require_model(&config)?;
     let mut meter = LoadMeter::start(output);
-    let engine = Engine::builder().config(config).on_progress(move |progress| {
+    let engine = Engine::builder().config(config).probe_folder(super::cache_folder());
+    let engine = engine.on_progress(move |progress| {
         meter.show(progress.done_bytes, progress.total_bytes);
     });
     Ok(engine.build().await?)

@@ -102,7 +102,9 @@ async fn act(command: Command, settings: Settings, output: Output) -> Result<()>
         Command::Probe(arguments) => {
             probe::run(arguments, &settings.config, cache_folder().as_deref(), output)
         }
-        Command::Bench(arguments) => bench::run(arguments, &settings.config, output),
+        Command::Bench(arguments) => {
+            bench::run(arguments, &settings.config, cache_folder().as_deref(), output)
+        }
         Command::Config { command: ConfigCommand::Show } => config_show::run(&settings, output),
         Command::Serve { .. } => serve_here(settings, output).await,
         Command::Ps { .. } => service::ps(place(settings), output).await,
@@ -167,6 +169,7 @@ async fn serve_here(settings: Settings, output: Output) -> Result<()> {
     let listen = Listen {
         socket: place(settings).socket()?.to_owned(),
         folder: if named { Folder::AsFound } else { Folder::Private },
+        probe_folder: cache_folder(),
     };
     let watchdog = std::env::var("WATCHDOG_USEC").ok().and_then(|text| text.parse().ok());
     let systemd = Systemd {

@@ -4,10 +4,10 @@
 use super::failure::{Exit, USAGE};
 use super::output::Output;
 use super::plan_measured::{self, Measured};
-use super::probe;
 use anyhow::Result;
 use serde_json::json;
 use std::path::Path;
+use tandem::actors::known_rates;
 use tandem::config::Config;
 use tandem::formats::Checkpoint;
 use tandem::hardware::HardwareProfile;
@@ -41,7 +41,7 @@ pub async fn run(
         let checkpoint = Checkpoint::open(options.file).map_err(RequestError::from)?;
         let spec = ModelSpec::from_checkpoint(&checkpoint).map_err(RequestError::from)?;
         let mut hardware = HardwareProfile::detect();
-        hardware.measured = probe::known(&hardware, config, folder)?;
+        hardware.measured = known_rates(&hardware, config, folder)?;
         (spec, hardware)
     };
     let placement = Placement::plan(&spec, &hardware, config)?;

@@ -95,21 +95,6 @@ pub fn run(
     print(&hardware, &workers, &fingerprint, output)
 }
 
-/// What was measured of this machine, if it was and still holds. Measures nothing.
-///
-/// # Errors
-/// A setting of the workers is wrong.
-pub fn known(
-    hardware: &HardwareProfile,
-    config: &Config,
-    folder: Option<&Path>,
-) -> Result<Option<Measured>> {
-    let workers = Workers::choose(&hardware.topology, &config.cpu)?;
-    let fingerprint =
-        Fingerprint::of(hardware, workers.threads, compute_isa(config, workers.threads)?);
-    Ok(folder.and_then(|folder| load_measured(&probe_file(folder), &fingerprint)))
-}
-
 fn measure(
     hardware: &HardwareProfile,
     workers: &Workers,

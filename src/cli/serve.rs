@@ -29,6 +29,8 @@ pub struct Listen {
     pub socket: PathBuf,
     /// Ours alone, or one that the user named.
     pub folder: Folder,
+    /// Where what was measured of this machine is kept.
+    pub probe_folder: Option<PathBuf>,
 }
 
 /// Serves until a signal, a client's `shutdown`, or the engine's end.
@@ -36,6 +38,7 @@ pub struct Listen {
 /// # Errors
 /// The socket is taken or unusable, the model can't be loaded, or the engine died.
 pub async fn run(config: Config, listen: Listen, systemd: Systemd, output: Output) -> Result<()> {
+    let probe_folder = listen.probe_folder;
     let endpoint = Endpoint::bind(&listen.socket, listen.folder)?;
     let stop = Stop::default();
     tokio::spawn(obey_signals(stop.clone()).context("the signal handlers")?);
@@ -43,7 +46,8 @@ pub async fn run(config: Config, listen: Listen, systemd: Systemd, output: Outpu
     let mut options = ServerOptions::from_config(&config);
     options.notify_socket = systemd.notify_socket;
     options.watchdog = systemd.watchdog;
-    let builder = Engine::builder().config(config).on_progress(move |progress| {
+    let builder = Engine::builder().config(config).probe_folder(probe_folder);
+    let builder = builder.on_progress(move |progress| {
         meter.show(progress.done_bytes, progress.total_bytes);
     });
     let engine = builder.start()?;

@@ -17,7 +17,7 @@ mod spill_units;
 mod workers;
 
 pub use explain::ExplainRow;
-pub use predict::{DecodeSpeed, Prediction, PromptSpeed};
+pub use predict::{DecodeSpeed, Job, Prediction, PromptSpeed};
 pub use share::SharedTimes;
 pub use spill::{CROSSING_TOKENS_MAX, Spill};
 pub use spill_units::piece_rows;
@@ -128,15 +128,52 @@ impl Placement {
         if let Some(gpu) = gpu::choose(spec, hardware, config, &mut notes)? {
             let mut gpu_notes = notes.clone();
             let room = gpu::room(spec, (hardware, gpu), config, &mut gpu_notes);
+            let is_auto = config.gpu.choice() == Ok(GpuChoice::Auto);
             match Self::on_gpu(spec, (hardware, config), (&workers, &room), gpu_notes) {
-                Err(error) if config.gpu.choice() == Ok(GpuChoice::Auto) => {
-                    notes.push(format!("no GPU is used: {error}"));
+                Err(error) if is_auto => notes.push(format!("no GPU is used: {error}")),
+                Ok(placed) if is_auto && placed.spill.is_some() => {
+                    let on_cpu = Self::on_cpu(spec, (hardware, config), &workers, notes);
+                    return Ok(placed.or_faster(on_cpu.ok(), spec, (hardware, config)));
                 }
                 placed => return placed,
             }
         }
-        let room = cpu::room(spec, (hardware, &workers), config, &mut notes)?;
-        Self::within(spec, config, (&workers, &room), notes)
+        Self::on_cpu(spec, (hardware, config), &workers, notes)
+    }
+
+    fn on_cpu(
+        spec: &ModelSpec,
+        (hardware, config): (&HardwareProfile, &Config),
+        workers: &Workers,
+        mut notes: Vec<String>,
+    ) -> Result<Self, RequestError> {
+        let room = cpu::room(spec, (hardware, workers), config, &mut notes)?;
+        Self::within(spec, config, (workers, &room), notes)
+    }
+
+    /// This placement on a GPU, or the other one on the CPU where that is predicted to be faster;
+    /// where nothing was measured, this one.
+    fn or_faster(
+        self,
+        other: Option<Self>,
+        spec: &ModelSpec,
+        on: (&HardwareProfile, &Config),
+    ) -> Self {
+        let seconds = |placement: &Self| predict::REQUEST.seconds(spec, placement, on);
+        let Some(mut other) = other else { return self };
+        match (seconds(&self), seconds(&other)) {
+            (Some(on_gpu), Some(on_cpu)) if on_cpu < on_gpu => {
+                other.notes.insert(
+                    0,
+                    format!(
+                        "no GPU is used: with what must be spilled of the model a request is \
+                         predicted to take {on_gpu:.1} s, on the CPU alone {on_cpu:.1} s"
+                    ),
+                );
+                other
+            }
+            _ => self,
+        }
     }
 
     /// Places a model on a GPU that has `room` for it: the whole, or, where that does not fit with

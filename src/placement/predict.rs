@@ -31,6 +31,8 @@ const PROMPTS: [usize; 2] = [512, 2048];
 /// Tokens of context that each stream is predicted with, at most the placement's.
 const CONTEXT_TOKENS: usize = 512;
 const GIB: u64 = 1 << 30;
+/// What two placements are compared by.
+pub(super) const REQUEST: Job = Job { streams: 1, prompt: 512, generated: 128, depth: 0 };
 
 /// How fast a placed model will be.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -44,6 +46,19 @@ pub struct Prediction {
     /// Tokens per second of one stream if the GPU's memory had one GiB more for the model. `None`
     /// where nothing is spilled.
     pub gib_more: Option<f64>,
+}
+
+/// Prompts that are read, and what then is generated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Job {
+    /// Sequences side by side.
+    pub streams: usize,
+    /// Tokens of each one's prompt.
+    pub prompt: usize,
+    /// Tokens that each generates.
+    pub generated: usize,
+    /// Tokens that each has seen before.
+    pub depth: usize,
 }
 
 /// Sequences that are decoded together.
@@ -117,4 +132,24 @@ fn gib_more(
     }
     let costs = Costs::new(spec, &more, hardware.measured.as_ref()?, usage)?;
     Some(1.0 / costs.decode_seconds(1))
+}
+
+impl Job {
+    /// Seconds on a placed model; `None` where the machine, or its GPU, was not measured.
+    pub fn seconds(
+        &self,
+        spec: &ModelSpec,
+        placement: &Placement,
+        (hardware, config): (&HardwareProfile, &Config),
+    ) -> Option<f64> {
+        let Self { streams, prompt, generated, depth } = *self;
+        let context_tokens = depth + prompt + generated.div_ceil(2);
+        let usage = Usage { context_tokens, step_tokens_max: config.scheduler.step_tokens_max };
+        let costs = Costs::new(spec, placement, hardware.measured.as_ref()?, usage)?;
+        let prompts = match streams * prompt {
+            0 => 0.0,
+            tokens => costs.prompt_seconds(tokens),
+        };
+        Some(prompts + generated as f64 * costs.decode_seconds(streams))
+    }
 }

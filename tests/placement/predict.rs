@@ -158,6 +158,58 @@ fn a_gib_more_of_vram_is_worth_what_a_larger_limit_is() {
 }
 
 #[test]
+fn a_gpu_that_would_be_slower_than_the_cpu_is_not_taken() {
+    let spec = shape("llama-8b:q4_0");
+    let mut config = limited(5 << 28, 512);
+    config.gpu.device = "auto".into();
+    // Copies, and crossings, of another age; then one without a probe.
+    let mut slow = h200();
+    let gpu = &mut slow.measured.as_mut().unwrap().gpus[0];
+    (gpu.pinned.to_gpu, gpu.beside_reads.to_gpu, gpu.crossing_us) = (0.1e9, 0.1e9, 900.0);
+    let of = |hardware: &HardwareProfile, config: &Config| {
+        let placement = Placement::plan(&spec, hardware, config).unwrap();
+        (placement.device().clone(), placement.notes)
+    };
+    let (device, notes) = of(&slow, &config);
+    assert_eq!(device, Device::Cpu);
+    assert!(notes[0].starts_with("no GPU is used: with what must be spilled"), "{notes:?}");
+    let unknown = HardwareProfile { measured: None, ..h200() };
+    for hardware in [h200(), unknown] {
+        assert_eq!(of(&hardware, &config).0, Device::Gpu(0));
+    }
+    // Nor is one that was asked for doubted, or one that holds the model.
+    config.gpu.device = "0".into();
+    assert_eq!(of(&slow, &config).0, Device::Gpu(0));
+    assert_eq!(of(&slow, &limited(0, 512)).0, Device::Gpu(0));
+}
+
+/// What lies in host memory is the same bytes a token, wherever it is from: a curve without cliffs.
+#[test]
+fn speeds_fall_with_the_limit_by_what_is_read_of_host_memory_alone() {
+    let (spec, hardware) = (shape("llama-8b:q4_0"), h200());
+    let speeds = |mib: u64| {
+        let mut config = limited(mib * MIB, 512);
+        config.model.context_tokens = 1024;
+        let placement = Placement::plan(&spec, &hardware, &config).unwrap();
+        let spilled = placement.spill.as_ref().map_or(0, |spill| spill.weight_bytes);
+        (spilled, Prediction::of(&spec, &placement, &hardware, &config).unwrap())
+    };
+    let (mut before, mut limit) = (speeds(4000), 4000);
+    while limit > 1150 {
+        limit -= 50;
+        let now = speeds(limit);
+        let more = now.0 as f64 / before.0 as f64;
+        for (now, before) in decode(&now.1).into_iter().zip(decode(&before.1)) {
+            assert!(now * more * 1.05 > before, "{before}, then {now} at {limit} MiB");
+        }
+        for (now, before) in prompts(&now.1).into_iter().zip(prompts(&before.1)) {
+            assert!(now * more * 1.05 > before, "{before}, then {now} at {limit} MiB");
+        }
+        before = now;
+    }
+}
+
+#[test]
 fn what_was_not_measured_is_not_predicted() {
     let (spec, config) = (shape("llama-8b:q4_0"), config("0"));
     let plan = |hardware: &HardwareProfile| {
@@ -192,7 +244,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
     #[test]
     fn more_memory_is_never_slower(
-        mib in 1500u64..40_000,
+        mib in prop_oneof![900u64..5_000, 1500u64..40_000],
         more in 1u64..8_000,
         name in prop::sample::select(&["llama-8b:q4_0", "llama-8b:f16", "mixtral-8x7b:q4_k_m",
             "qwen3-30b-a3b:q4_0", "llama-70b:q4_0"][..]),

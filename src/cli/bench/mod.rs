@@ -20,18 +20,19 @@ use device::DeviceWeights;
 use print::Printer;
 use record::{OpSplit, Record, Setting};
 use rig::{Rig, RigSize};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use tandem::actors::{part_of, stage_options};
+use tandem::actors::{known_rates, part_of, stage_options};
 use tandem::config::Config;
 use tandem::executor::{
-    CpuPool, ExecutorError, GpuWeights, KvOptions, StageOptions, StagePart, WeightSource, Weights,
+    CpuPool, ExecutorError, GpuWeights, KvOptions, StageOptions, WeightSource, Weights,
     WeightsRequest,
 };
 use tandem::formats::Checkpoint;
 use tandem::hardware::HardwareProfile;
 use tandem::model::{FileType, ModelSpec};
-use tandem::placement::{Device, Placement};
+use tandem::placement::{Device, Job, Placement};
 use tandem::request::RequestError;
 use tandem::units::ByteSize;
 use work::Costs;
@@ -74,11 +75,18 @@ struct Subject {
 ///
 /// # Errors
 /// A bad file, a model and contexts that do not fit into memory, options that make no sense.
-pub fn run(arguments: &BenchArguments, config: &Config, output: Output) -> Result<()> {
+///
+/// `folder` is where what was measured of this machine is kept: with that, tests are predicted.
+pub fn run(
+    arguments: &BenchArguments,
+    config: &Config,
+    folder: Option<&Path>,
+    output: Output,
+) -> Result<()> {
     // Workers pin the thread that calls them, which the process's own should not be.
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("tandem-bench".into());
-        let job = || Bench::prepare(arguments, config, output)?.run();
+        let job = || Bench::prepare(arguments, config, (folder, output))?.run();
         let thread = thread.spawn_scoped(scope, job).context("a thread")?;
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
@@ -94,13 +102,15 @@ struct Bench<'a> {
     tests: Vec<Test>,
     thread_counts: Vec<usize>,
     size: RigSize,
-    device: Device,
-    /// Which part of the model its stage runs.
-    part: StagePart,
+    placement: Placement,
 }
 
 impl<'a> Bench<'a> {
-    fn prepare(arguments: &'a BenchArguments, config: &Config, output: Output) -> Result<Self> {
+    fn prepare(
+        arguments: &'a BenchArguments,
+        config: &Config,
+        (folder, output): (Option<&Path>, Output),
+    ) -> Result<Self> {
         let tests = arguments.tests();
         let streams = tests.iter().map(|test| test.streams).max().ok_or(BenchError::NoTest)?;
         let step_tokens_max = config.scheduler.step_tokens_max;
@@ -113,13 +123,20 @@ impl<'a> Bench<'a> {
         let stream_blocks = length.div_ceil(block_tokens);
         let vocab = subject.spec.vocab_size;
         let kv_dtype = config.kv.dtype;
-        let size =
+        let mut size =
             RigSize { block_tokens, kv_dtype, stream_blocks, streams, step_tokens_max, vocab };
-        let hardware = HardwareProfile::detect();
-        let thread_counts = arguments.thread_counts();
+        let mut hardware = HardwareProfile::detect();
+        hardware.measured = known_rates(&hardware, config, folder)?;
+        let placement = size.place(&subject.spec, &hardware, config)?;
+        let mut thread_counts = arguments.thread_counts();
+        // As in the configuration, 0 is as many as are best.
+        let best = placement.workers.threads;
+        if thread_counts.is_empty() {
+            thread_counts.push(best);
+        }
+        thread_counts.iter_mut().filter(|count| **count == 0).for_each(|count| *count = best);
         let config = config.clone();
-        let (device, part) = (Device::Cpu, StagePart::whole(subject.spec.layers.len()));
-        let mut bench = Self {
+        let bench = Self {
             arguments,
             config,
             output,
@@ -128,53 +145,21 @@ impl<'a> Bench<'a> {
             tests,
             thread_counts,
             size,
-            device,
-            part,
+            placement,
         };
-        let placement = bench.check_memory()?;
-        bench.part = part_of(&bench.subject.spec, &placement);
-        // As in the configuration, 0 is as many as are best.
-        let (best, counts) = (placement.workers.threads, &mut bench.thread_counts);
-        if counts.is_empty() {
-            counts.push(best);
-        }
-        counts.iter_mut().filter(|count| **count == 0).for_each(|count| *count = best);
-        bench.device = placement.device().clone();
+        bench.check_context()?;
         Ok(bench)
     }
 
-    /// Refuses what does not fit, before anything is loaded; says how it was placed.
-    fn check_memory(&mut self) -> Result<Placement> {
-        let spec = &self.subject.spec;
-        let blocks = self.size.kv().device_blocks;
-        let block_bytes =
-            spec.kv_bytes_per_token(self.size.kv_dtype) * self.size.block_tokens as u64;
-        let mut config = self.config.clone();
-        config.model.context_tokens = self.size.stream_blocks * self.size.block_tokens;
-        config.kv.cache_bytes = ByteSize(blocks as u64 * block_bytes);
-        let placement = Placement::plan(spec, &self.hardware, &config)?;
-        if placement.kv_dtype != self.size.kv_dtype {
-            self.size.kv_dtype = placement.kv_dtype;
-            return self.check_memory();
-        }
-        if placement.device_blocks < blocks {
-            let free = placement.device_blocks as u64 * block_bytes;
-            let suggest = "use fewer streams, or less depth".to_owned();
-            let need = config.kv.cache_bytes.0;
-            let device = match placement.device() {
-                Device::Cpu => "host memory".to_owned(),
-                gpu => gpu.to_string(),
-            };
-            return Err(RequestError::InsufficientMemory { device, need, free, suggest }.into());
-        }
-        if self.tests.iter().any(|test| test.length() > spec.context_tokens_max) {
-            let trained = spec.context_tokens_max;
+    /// Says where contexts are longer than the model was trained for.
+    fn check_context(&self) -> Result<()> {
+        let trained = self.subject.spec.context_tokens_max;
+        if self.tests.iter().any(|test| test.length() > trained) {
             self.output
                 .notice(&format!("the model was trained for {trained} tokens of context"))?;
         }
-        Ok(placement)
+        Ok(())
     }
-
     fn options(&self, threads: usize) -> Result<StageOptions> {
         let mut config = self.config.clone();
         config.cpu.threads = threads;
@@ -208,7 +193,7 @@ impl<'a> Bench<'a> {
     /// Weights outlive the stages of all numbers of threads.
     fn load(&self, options: &StageOptions) -> Result<DeviceWeights> {
         let (spec, source) = (Arc::clone(&self.subject.spec), self.subject.source.clone());
-        let part = self.part.clone();
+        let part = part_of(&spec, &self.placement);
         let (isa, huge_pages) = (options.isa, options.huge_pages());
         let request = WeightsRequest { source, spec, part, isa, huge_pages };
         let mut meter = LoadMeter::start(self.output);
@@ -217,12 +202,12 @@ impl<'a> Bench<'a> {
             let mut show = |progress: tandem::executor::LoadProgress| {
                 meter.show(progress.done_bytes as u64, progress.total_bytes as u64);
             };
-            Ok(match self.device {
+            Ok(match self.placement.device() {
                 Device::Cpu => {
                     DeviceWeights::Cpu(Arc::new(Weights::load(&request, &mut pool, &mut show)?))
                 }
                 Device::Gpu(index) => {
-                    let weights = GpuWeights::load(index, &request, Some(&mut pool), &mut show)?;
+                    let weights = GpuWeights::load(*index, &request, Some(&mut pool), &mut show)?;
                     weights.limit_waits(Duration::from_millis(self.config.gpu.step_timeout_ms));
                     DeviceWeights::Gpu(Arc::new(weights))
                 }
@@ -241,7 +226,7 @@ impl<'a> Bench<'a> {
         let spec = &self.subject.spec;
         let threads = options.pool.threads;
         let gpus = &self.hardware.gpus.devices;
-        let gpu = gpus.iter().find(|gpu| Device::Gpu(gpu.ordinal) == self.device);
+        let gpu = gpus.iter().find(|gpu| Device::Gpu(gpu.ordinal) == *self.placement.device());
         Setting {
             cpu: HardwareProfile::cpu_name().unwrap_or_default(),
             gpu: gpu.map(|gpu| gpu.name.clone()).unwrap_or_default(),
@@ -258,9 +243,21 @@ impl<'a> Bench<'a> {
             isa: weights.isa(),
             block_tokens: self.size.block_tokens,
             kv_dtype: self.size.kv_dtype,
+            spill: self.placement.spill.clone(),
+            device_weight_bytes: self.placement.stages[0].weight_bytes,
             load,
             roofs: None,
         }
+    }
+
+    /// How long a test should take by what was measured of this machine, on so many workers.
+    fn predicted(&self, test: &Test, threads: usize) -> Option<Duration> {
+        let Test { prompt, generated, depth, streams } = *test;
+        let mut placement = self.placement.clone();
+        placement.workers.threads = threads;
+        let job = Job { streams, prompt, generated, depth };
+        let on = (&self.hardware, &self.config);
+        job.seconds(&self.subject.spec, &placement, on).map(Duration::from_secs_f64)
     }
 
     fn tests_on(
@@ -289,6 +286,7 @@ impl<'a> Bench<'a> {
                 ended: SystemTime::now(),
                 samples,
                 work: costs.of(test, self.size.step_tokens_max),
+                predicted: self.predicted(test, options.pool.threads),
                 ops,
             })?;
         }
@@ -297,6 +295,36 @@ impl<'a> Bench<'a> {
 }
 
 impl RigSize {
+    /// Refuses what does not fit, before anything is loaded; says how it is placed.
+    fn place(
+        &mut self,
+        spec: &ModelSpec,
+        hardware: &HardwareProfile,
+        config: &Config,
+    ) -> Result<Placement> {
+        let blocks = self.kv().device_blocks;
+        let block_bytes = spec.kv_bytes_per_token(self.kv_dtype) * self.block_tokens as u64;
+        let mut config = config.clone();
+        config.model.context_tokens = self.stream_blocks * self.block_tokens;
+        config.kv.cache_bytes = ByteSize(blocks as u64 * block_bytes);
+        let placement = Placement::plan(spec, hardware, &config)?;
+        if placement.kv_dtype != self.kv_dtype {
+            self.kv_dtype = placement.kv_dtype;
+            return self.place(spec, hardware, &config);
+        }
+        if placement.device_blocks < blocks {
+            let free = placement.device_blocks as u64 * block_bytes;
+            let suggest = "use fewer streams, or less depth".to_owned();
+            let need = config.kv.cache_bytes.0;
+            let device = match placement.device() {
+                Device::Cpu => "host memory".to_owned(),
+                gpu => gpu.to_string(),
+            };
+            return Err(RequestError::InsufficientMemory { device, need, free, suggest }.into());
+        }
+        Ok(placement)
+    }
+
     fn kv(&self) -> KvOptions {
         let device_blocks = self.streams * self.stream_blocks;
         let (block_tokens, dtype) = (self.block_tokens, self.kv_dtype);

@@ -6,6 +6,7 @@ use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Value, json};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tandem::executor::OpTime;
+use tandem::placement::Spill;
 use tandem::tensor::KvDType;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -31,6 +32,10 @@ pub struct Setting {
     pub isa: &'static str,
     pub block_tokens: usize,
     pub kv_dtype: KvDType,
+    /// Weights in host memory, where a GPU runs a model that it does not hold.
+    pub spill: Option<Spill>,
+    /// Bytes of weights on the device that computes.
+    pub device_weight_bytes: u64,
     pub load: Duration,
     pub roofs: Option<Roofs>,
 }
@@ -56,6 +61,8 @@ pub struct Record {
     pub ended: SystemTime,
     pub samples: Vec<Duration>,
     pub work: Work,
+    /// How long it should have taken, by what was measured of the machine.
+    pub predicted: Option<Duration>,
     pub ops: OpSplit,
 }
 
@@ -132,6 +139,9 @@ impl Record {
             ("roof_matmul_numbers", json!(roofs.map(|roofs| roofs.numbers))),
             ("roof_device", json!(roofs.map(|roofs| roofs.device.as_str()))),
         ]);
+        let tokens = self.test.tokens() as f64;
+        let predicted_ts = self.predicted.map(|predicted| tokens / predicted.as_secs_f64());
+        fields.push(("predicted_ts", json!(predicted_ts)));
         fields
     }
 
@@ -154,6 +164,8 @@ impl Record {
 
 impl Setting {
     fn fields(&self) -> Vec<(&'static str, Value)> {
+        let spill = self.spill.as_ref();
+        let attention = spill.map_or(0, |spill| spill.attention_layers.len());
         vec![
             // A release build names its commit.
             ("build_commit", json!(option_env!("TANDEM_BUILD_COMMIT").unwrap_or(VERSION))),
@@ -174,6 +186,10 @@ impl Setting {
             ("type_v", json!(self.kv_dtype.name())),
             ("kv_block_tokens", json!(self.block_tokens)),
             ("n_gpu_layers", json!(self.gpu_layers)),
+            ("device_weight_bytes", json!(self.device_weight_bytes)),
+            ("spilled_bytes", json!(spill.map_or(0, |spill| spill.weight_bytes))),
+            ("n_layers_ffn_spilled", json!(spill.map_or(0, |spill| spill.layers.len()))),
+            ("n_layers_attention_spilled", json!(attention)),
             ("load_ns", json!(self.load.as_nanos() as u64)),
         ]
     }

@@ -24,10 +24,10 @@ impl Bench<'_> {
         if self.arguments.no_roof {
             return Ok(counts.map(|_| None).collect());
         }
-        match self.device {
+        match self.placement.device() {
             Device::Cpu => counts.map(|threads| Ok(Some(self.cpu_roofs(*threads)?))).collect(),
             Device::Gpu(index) => {
-                let roofs = self.gpu_roofs(index)?;
+                let roofs = self.gpu_roofs(*index)?;
                 Ok(counts.map(|_| Some(roofs.clone())).collect())
             }
         }
