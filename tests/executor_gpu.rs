@@ -25,7 +25,7 @@ mod stage;
 mod tiny_model;
 
 use hf_folder::{Folder, Format};
-use reference::Reference;
+use reference::{Reference, distance_from};
 use stage::{Model, options, plan_tokens, run, score_next};
 use std::sync::Arc;
 use std::time::Duration;
@@ -145,21 +145,27 @@ fn float_models_of_every_family_and_type_agree_with_the_cpu() {
 /// One sequence in narrow and wide steps against plain loops over f32.
 fn near_reference(model: &Model, name: &str) {
     let Some(mut gpu) = on_gpu(model, &options(1, 512)) else { return };
-    stays_near(&mut gpu, model, name);
+    stays_near(&mut gpu, &exact(model), name);
 }
 
-fn stays_near(gpu: &mut GpuStage, model: &Model, name: &str) {
+/// Tokens of the sequence that is held against the reference, and their exact logits.
+fn exact(model: &Model) -> (Vec<TokenId>, Vec<Vec<f32>>) {
     let tokens = random_tokens(&mut 11, 300, model.spec.vocab_size);
+    let part = StagePart::whole(model.spec.layers.len());
+    let program = Program::lower(&model.spec, &part).unwrap();
+    let logits = Reference::new(&model.checkpoint, &program).logits(&tokens);
+    (tokens, logits)
+}
+
+fn stays_near(gpu: &mut GpuStage, (tokens, logits): &(Vec<TokenId>, Vec<Vec<f32>>), name: &str) {
     let mut rows = Vec::new();
     for range in [0..30, 30..31, 31..32, 32..40, 40..150, 150..300] {
         let mut plan = StepPlan::default();
-        plan_tokens(&mut plan, (1, 0), &tokens, range, score_next(&tokens, TOP));
+        plan_tokens(&mut plan, (1, 0), tokens, range, score_next(tokens, TOP));
         rows.extend(step(gpu, &plan));
     }
-    let part = StagePart::whole(model.spec.layers.len());
-    let program = Program::lower(&model.spec, &part).unwrap();
     assert_eq!(rows.len(), tokens.len() - 1);
-    let (mean, most) = Reference::new(&model.checkpoint, &program).distance(&tokens, &rows);
+    let (mean, most) = distance_from(logits, &rows);
     println!("{name}: {mean:.6} nats from exact, at most {most:.6}");
     let (mean_max, most_max) = FROM_REFERENCE;
     assert!(mean < mean_max && most < most_max, "{name}: {mean} nats from exact, at most {most}");

@@ -9,7 +9,7 @@ mod stage;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
 
-use reference::Reference;
+use reference::{Reference, distance_from};
 use stage::{Model, options, plan_tokens, run, score_next};
 use std::collections::HashSet;
 use tandem::executor::program::Op;
@@ -32,7 +32,7 @@ fn distance(model: &Model) -> (f64, f64) {
 
     let part = StagePart::whole(model.spec.layers.len());
     let program = Program::lower(&model.spec, &part).unwrap();
-    Reference::new(&model.checkpoint, &program).distance(&tokens, &rows)
+    distance_from(&Reference::new(&model.checkpoint, &program).logits(&tokens), &rows)
 }
 
 /// A tiny model; Gemma's global layers turn more slowly than its local ones, as in real files.

@@ -258,8 +258,8 @@ impl DeviceMatrix {
         unsafe { gpu.launch(&kernel, (grid, PACK_THREADS, 0), &arguments) }
     }
 
-    /// Takes some rows from where they lie on the GPU as `Layout::Rows16`, as [`DeviceMatrix::pack`]
-    /// does from a file.
+    /// Takes some rows from where they lie on the GPU as `Layout::Rows16`, as
+    /// [`DeviceMatrix::pack`] does from a file.
     ///
     /// # Errors
     /// What the driver refuses.

@@ -3,7 +3,8 @@
 
 use super::stage::{Model, options, plan_tokens, score_next};
 use super::tiny_model::{Family, TinyModel};
-use super::{TOP, bits, on_gpu, random_tokens, stays_near, step};
+use super::{TOP, bits, exact, on_gpu, random_tokens, stays_near, step};
+use std::cell::LazyCell;
 use std::sync::Arc;
 use tandem::executor::{GpuStage, SpilledLayers, StageOptions, StagePart};
 use tandem::step::StepPlan;
@@ -31,6 +32,7 @@ fn spilled_models_of_every_family_stay_near_the_reference() {
         let model = TinyModel { layers: 4, ..TinyModel::new(family).dtype(DType::Q4_0) };
         let model = if family.has_experts() { model.with_all_experts() } else { model };
         let model = Model::from_bytes(&model.gguf().bytes());
+        let exact = LazyCell::new(|| exact(&model));
         for spilled in [layers(&[1, 3], &[]), layers(&all, &[2]), layers(&all, &all)] {
             let first = on_gpu(&model, &spilling(&model, spilled.clone(), 0));
             let Some(weights) = first.map(|stage| Arc::clone(stage.weights())) else { return };
@@ -38,7 +40,7 @@ fn spilled_models_of_every_family_stay_near_the_reference() {
                 let options = spilling(&model, spilled.clone(), streamed);
                 let mut stage = GpuStage::start(Arc::clone(&weights), &options).unwrap();
                 let name = format!("{family:?}, {spilled:?}, {streamed} % streamed");
-                stays_near(&mut stage, &model, &name);
+                stays_near(&mut stage, &exact, &name);
             }
         }
     }
@@ -49,11 +51,12 @@ fn spilled_weights_of_every_type_stay_near_the_reference() {
     for dtype in DType::ALL.into_iter().filter(|dtype| dtype.is_quantized()) {
         let model = TinyModel { layers: 3, ..TinyModel::new(Family::Llama).dtype(dtype) };
         let model = Model::from_bytes(&model.gguf().bytes());
+        let exact = LazyCell::new(|| exact(&model));
         for attention in [&[][..], &[0, 1, 2]] {
             let spilled = layers(&[0, 1, 2], attention);
             let name = format!("{dtype}, {spilled:?}");
             let Some(mut gpu) = on_gpu(&model, &spilling(&model, spilled, 50)) else { return };
-            stays_near(&mut gpu, &model, &name);
+            stays_near(&mut gpu, &exact, &name);
         }
     }
 }
@@ -66,7 +69,7 @@ fn float_weights_that_are_spilled_are_the_cpus() {
         let spilled = layers(&[0, 1, 2], &[0, 2]);
         let options = spilling(&model, spilled, 50);
         let Some(mut gpu) = on_gpu(&model, &options) else { return };
-        stays_near(&mut gpu, &model, &format!("{dtype} spilled"));
+        stays_near(&mut gpu, &exact(&model), &format!("{dtype} spilled"));
     }
 }
 

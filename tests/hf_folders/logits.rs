@@ -2,7 +2,7 @@
 //! reference in f32.
 
 use super::hf_folder::{Folder, Format};
-use super::reference::Reference;
+use super::reference::{Reference, distance_from};
 use super::stage::{Model, options, plan_tokens, run, score_next};
 use super::tiny_model::{Family, TinyModel, split_mix};
 use tandem::executor::{Program, StagePart};
@@ -27,7 +27,7 @@ fn rows(model: &Model) -> Vec<RowOutput> {
 /// Mean and largest distance of what is likely from the reference.
 fn distance(model: &Model, rows: &[RowOutput]) -> (f64, f64) {
     let program = Program::lower(&model.spec, &StagePart::whole(model.spec.layers.len())).unwrap();
-    Reference::new(&model.checkpoint, &program).distance(&tokens(model), rows)
+    distance_from(&Reference::new(&model.checkpoint, &program).logits(&tokens(model)), rows)
 }
 
 /// Opens both forms of a model and compares them.

@@ -27,25 +27,24 @@ pub struct Reference<'a> {
     logits: Rows,
 }
 
+/// Mean and largest distance in nats of what some rows of a sequence hold from exact logits,
+/// `[n_tokens][vocab_size]`.
+pub fn distance_from(exact: &[Vec<f32>], rows: &[RowOutput]) -> (f64, f64) {
+    let (mut sum, mut count, mut largest) = (0.0, 0.0, 0.0_f64);
+    for row in rows {
+        let exact = log_softmax(&exact[row.position - 1]);
+        for token in std::iter::once(&row.token).chain(&row.top) {
+            let difference = (f64::from(token.logprob) - exact[token.id.index()]).abs();
+            (sum, count, largest) = (sum + difference, count + 1.0, largest.max(difference));
+        }
+    }
+    (sum / count, largest)
+}
+
 impl<'a> Reference<'a> {
     pub fn new(checkpoint: &'a Checkpoint, program: &'a Program) -> Self {
         let (tensors, buffers, kv) = (HashMap::new(), HashMap::new(), HashMap::new());
         Self { checkpoint, program, tensors, buffers, kv, logits: Vec::new() }
-    }
-
-    /// Mean and largest distance in nats of what some rows of a sequence hold from its exact
-    /// log-probabilities.
-    pub fn distance(&mut self, tokens: &[TokenId], rows: &[RowOutput]) -> (f64, f64) {
-        let exact = self.logits(tokens);
-        let (mut sum, mut count, mut largest) = (0.0, 0.0, 0.0_f64);
-        for row in rows {
-            let exact = log_softmax(&exact[row.position - 1]);
-            for token in std::iter::once(&row.token).chain(&row.top) {
-                let difference = (f64::from(token.logprob) - exact[token.id.index()]).abs();
-                (sum, count, largest) = (sum + difference, count + 1.0, largest.max(difference));
-            }
-        }
-        (sum / count, largest)
     }
 
     /// Logits of every token of a sequence: `[n_tokens][vocab_size]`.
