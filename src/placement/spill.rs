@@ -112,7 +112,7 @@ impl<'a> Ways<'a> {
         let mut spill = Spill { layers, attention_layers, ..Spill::default() };
         let units: Vec<Unit<'_>> = spill.units(self.spec).collect();
         spill.weight_bytes = units.iter().map(Unit::host_bytes).sum();
-        spill.ring_slots = slots_wanted(&units);
+        spill.ring_slots = slots_wanted(self.spec, &spill);
         spill.crossing_bytes = crossing_bytes(self.spec, &units, self.on);
         self.with(spill, &units)
     }
@@ -129,8 +129,7 @@ impl<'a> Ways<'a> {
         let layers = self.spec.layers.len();
         let mut rooms: Vec<Room> = (1..=layers).map(|count| self.room([layers, count])).collect();
         let all = rooms.last().and_then(|room| room.spill.clone()).unwrap_or_default();
-        let slots = std::iter::successors(Some(all.ring_slots), |slots| Some(slots / 2));
-        let slots = slots.skip(1).take_while(|slots| *slots >= RING_SLOTS_MIN);
+        let slots = (RING_SLOTS_MIN..all.ring_slots).rev();
         let units: Vec<Unit<'_>> = all.units(self.spec).collect();
         let smaller = |ring_slots| self.with(Spill { ring_slots, ..all.clone() }, &units);
         rooms.extend(slots.map(smaller));

@@ -11,9 +11,10 @@ use tandem_cpu_kernels::repack::ROWS;
 use tandem_cpu_kernels::{Layout, packed_bytes};
 use tandem_kernels::DeviceMatrix;
 
-/// Matrices that fit into the ring: one is multiplied with while others fill it, the rest takes up
-/// what copies and kernels differ in pace.
-const RING_MATRICES: u64 = 4;
+/// Thirds of a layer that fit into the ring. Layers of the CPU and those that stream alternate, not
+/// always one by one: where three of eight stream, steps take 2 % longer than the shares of the two
+/// add up to, with three thirds 10 to 15 %, with two 40, and with five or more no less.
+const RING_THIRDS: u64 = 4;
 /// Bytes that stream at once: a slot of the ring. A copy of 16 MiB takes 0.3 ms, the kernels around
 /// it a twentieth of that.
 const PIECE_BYTES_MAX: usize = 16 << 20;
@@ -188,11 +189,15 @@ fn slot_bytes(units: &[Unit<'_>]) -> u64 {
     units.iter().flat_map(|unit| &unit.matrices).map(piece).max().unwrap_or(0)
 }
 
-/// Slots of a ring that holds a few of the largest matrices.
-pub(super) fn slots_wanted(units: &[Unit<'_>]) -> usize {
-    let matrices = units.iter().flat_map(|unit| &unit.matrices);
-    let largest = matrices.map(|matrix| packed(matrix)).max().unwrap_or(0);
-    (RING_MATRICES * largest).div_ceil(slot_bytes(units).max(1)) as usize
+/// Slots of a ring that holds some more than the largest layer of what is spilled.
+pub(super) fn slots_wanted(spec: &ModelSpec, spill: &Spill) -> usize {
+    let bytes = |(at, layer)| {
+        let units = spill.units_of(at, layer);
+        units.iter().flat_map(|unit| &unit.matrices).map(|matrix| packed(matrix)).sum::<u64>()
+    };
+    let largest = spec.layers.iter().enumerate().map(bytes).max().unwrap_or(0);
+    let units: Vec<Unit<'_>> = spill.units(spec).collect();
+    (RING_THIRDS * largest).div_ceil(3 * slot_bytes(&units).max(1)) as usize
 }
 
 /// Bytes of host memory for rows on their way to the CPU and back, and for what it makes of them.

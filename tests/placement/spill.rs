@@ -89,9 +89,9 @@ fn assert_in_order(placement: &Placement, layers: usize) {
 fn the_smaller_the_limit_the_more_is_spilled_evenly_until_it_is_refused() {
     for (name, least) in [
         ("llama-8b:q4_0", 1 << 30),
-        ("llama-8b:q4_k_m", 5 << 28),
-        ("qwen3-30b-a3b:q4_0", 2 << 30),
-        ("llama-70b:q4_0", 9 << 28),
+        ("llama-8b:q4_k_m", 9 << 27),
+        ("qwen3-30b-a3b:q4_0", 5 << 28),
+        ("llama-70b:q4_0", 2 << 30),
     ] {
         let spec = shape(name);
         let layers = spec.layers.len();
@@ -137,8 +137,9 @@ fn attention_is_spilled_for_a_short_context_or_for_one_that_was_asked_for() {
     loop {
         let placement = plan(&spec, limit).unwrap();
         if counts(&placement)[1] > 0 {
-            assert_eq!(counts(&placement)[1], 1, "at {limit}");
-            assert!((2048..2200).contains(&placement.context_tokens), "{placement:?}");
+            // The ring holds attention's weights as well then.
+            assert!(counts(&placement)[1] <= 4, "{:?} at {limit}", counts(&placement));
+            assert!((2048..2250).contains(&placement.context_tokens), "{placement:?}");
             break;
         }
         assert!(placement.context_tokens <= shortest, "at {limit}");
@@ -147,11 +148,11 @@ fn attention_is_spilled_for_a_short_context_or_for_one_that_was_asked_for() {
     }
     assert!((2048..2400).contains(&shortest), "{shortest}");
     let mut config = limited(limit);
-    for (asked, attention) in [(512, 0), (2048, 1), (4096, 12)] {
+    for (asked, attention) in [(512, 0..1), (2048, 1..5), (4096, 11..17)] {
         config.model.context_tokens = asked;
         let placement = Placement::plan(&spec, &machine(64 * GIB), &config).unwrap();
         assert_eq!(placement.context_tokens, asked);
-        assert!(counts(&placement)[1].abs_diff(attention) <= 1, "{:?}", counts(&placement));
+        assert!(attention.contains(&counts(&placement)[1]), "{:?}", counts(&placement));
     }
     // The last that is left gets what context it can have, with the smallest ring.
     let smallest = plan(&spec, GIB).unwrap();
