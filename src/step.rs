@@ -29,6 +29,24 @@ pub struct BlockCopy {
     pub to: (Tier, BlockId),
 }
 
+/// How an order to copy a block ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CopyOutcome {
+    /// The destination holds what the source held.
+    Done,
+    /// Nothing usable is at the destination.
+    Failed,
+}
+
+/// An order to copy a block, and what came of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CopyResult {
+    /// The order.
+    pub copy: BlockCopy,
+    /// How it ended.
+    pub outcome: CopyOutcome,
+}
+
 /// The tokens of one sequence in a step: consecutive positions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlannedSequence {
