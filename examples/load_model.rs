@@ -33,12 +33,7 @@ fn main() {
         pool: PoolOptions { threads, cores: (0..threads).collect(), spin_us: 50 },
         isa: None,
         huge_pages: true,
-        kv: KvOptions {
-            block_tokens: BLOCK_TOKENS,
-            dtype: KvDType::F16,
-            device_blocks: BLOCKS,
-            host_blocks: 0,
-        },
+        kv: KvOptions { block_tokens: BLOCK_TOKENS, dtype: KvDType::F16, device_blocks: BLOCKS },
         step_tokens_max: 512,
         passes: StepPasses::ByCost,
         spill_streamed: None,

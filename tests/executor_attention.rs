@@ -5,15 +5,18 @@
 
 #[path = "support/stage.rs"]
 mod stage;
+#[path = "support/tiers.rs"]
+mod tiers;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
 
 use stage::{Model, options, plan_tokens, run, score_next};
 use tandem::executor::{Stage, StageOptions};
-use tandem::step::{BlockCopy, RowOutput, StepOutput, StepPlan, Tier};
+use tandem::step::{RowOutput, StepPlan, Tier};
 use tandem::tensor::KvDType;
-use tandem::units::{BlockId, TokenId};
+use tandem::units::TokenId;
 use tandem_cpu_kernels::Isa;
+use tiers::{moved, tiers};
 use tiny_model::{Family, TinyModel, split_mix};
 
 /// Long enough that one head is work for several workers.
@@ -135,16 +138,17 @@ fn blocks_of_eight_bits_come_back_from_the_host_as_they_went() {
     };
     let _ = score(&mut stage, &tokens[..63]);
     let wanted = last(&mut stage, 0);
-    let copy = |from, to| BlockCopy { from, to };
-    let device = |block| (Tier::Device, BlockId(block));
-    let host = |block| (Tier::Host, BlockId(block));
-    let mut away = StepPlan::default();
-    away.copies.extend([copy(device(0), host(2)), copy(device(1), host(0))]);
-    stage.run(&away, &mut StepOutput::default()).unwrap();
+    let folder = tempfile::TempDir::new().unwrap();
+    let mut tiers = tiers(stage.kv(), folder.path());
+    moved(
+        &mut tiers,
+        &[((Tier::Device, 0), (Tier::Host, 2)), ((Tier::Device, 1), (Tier::Host, 0))],
+    );
     let other = random_tokens(6, 64, model.spec.vocab_size);
     let _ = score(&mut stage, &other);
-    let mut back = StepPlan::default();
-    back.copies.extend([copy(host(2), device(6)), copy(host(0), device(7))]);
-    stage.run(&back, &mut StepOutput::default()).unwrap();
+    moved(
+        &mut tiers,
+        &[((Tier::Host, 2), (Tier::Device, 6)), ((Tier::Host, 0), (Tier::Device, 7))],
+    );
     assert_eq!(last(&mut stage, 6), wanted);
 }

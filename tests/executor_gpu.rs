@@ -21,6 +21,10 @@ mod sampling;
 mod spilled;
 #[path = "support/stage.rs"]
 mod stage;
+#[path = "executor_gpu/tiers.rs"]
+mod swapped;
+#[path = "support/tiers.rs"]
+mod tiers;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
 
@@ -33,10 +37,11 @@ use tandem::executor::{
     CpuPool, ExecutorError, GpuStage, GpuWeights, Program, StageOptions, StagePart, WeightsRequest,
 };
 use tandem::formats::Checkpoint;
-use tandem::step::{BlockCopy, RowOutput, StepOutput, StepPlan, Tier};
+use tandem::step::{RowOutput, StepOutput, StepPlan, Tier};
 use tandem::tensor::{DType, KvDType};
 use tandem::units::{BlockId, TokenId};
 use tandem_kernels::GpuError;
+use tiers::copy;
 use tiny_model::{Family, TinyModel, split_mix};
 
 /// Most likely tokens that are compared beside the target.
@@ -208,8 +213,10 @@ fn folders_of_awq_gptq_and_fp8_answer_as_files_do() {
     }
 }
 
-/// All bits of what a token's logits gave.
-fn bits(rows: &[RowOutput]) -> Vec<(usize, Vec<(TokenId, u32)>)> {
+/// A position, and all bits of what its logits gave.
+type Bits = (usize, Vec<(TokenId, u32)>);
+
+fn bits(rows: &[RowOutput]) -> Vec<Bits> {
     let of = |row: &RowOutput| {
         let all = std::iter::once(&row.token).chain(&row.top);
         (row.position, all.map(|token| (token.id, token.logprob.to_bits())).collect())
@@ -257,39 +264,6 @@ fn a_token_has_the_same_bits_alone_and_in_any_batch_of_a_class_of_widths() {
         }
         assert_eq!(bits(&got), wanted, "{family:?}, {at_once} at once");
     }
-}
-
-#[test]
-fn blocks_keep_their_keys_and_values_through_both_tiers() {
-    let model = Model::from_bytes(&TinyModel::new(Family::Qwen3).gguf().bytes());
-    for dtype in KvDType::ALL {
-        keeps_its_blocks(&model, dtype);
-    }
-}
-
-fn keeps_its_blocks(model: &Model, dtype: KvDType) {
-    let Some(mut gpu) = on_gpu(model, &with(dtype, options(1, 512))) else { return };
-    let tokens = random_tokens(&mut 9, 50, model.spec.vocab_size);
-    let mut whole = StepPlan::default();
-    plan_tokens(&mut whole, (0, 0), &tokens, 0..50, score_next(&tokens, TOP));
-    let wanted = bits(&step(&mut gpu, &whole));
-    let mut first = StepPlan::default();
-    plan_tokens(&mut first, (1, 4), &tokens, 0..33, |_| None);
-    step(&mut gpu, &first);
-    // Blocks 4 and 5 go to the host, inside it, and come back as 8 and 9, one of them by a detour.
-    let mut second = StepPlan::default();
-    let mut copy = |from: (Tier, u32), to: (Tier, u32)| {
-        let end = |(tier, block)| (tier, BlockId(block));
-        second.copies.push(BlockCopy { from: end(from), to: end(to) });
-    };
-    copy((Tier::Device, 4), (Tier::Host, 0));
-    copy((Tier::Device, 5), (Tier::Host, 1));
-    copy((Tier::Host, 0), (Tier::Host, 2));
-    copy((Tier::Host, 2), (Tier::Device, 10));
-    copy((Tier::Device, 10), (Tier::Device, 8));
-    copy((Tier::Host, 1), (Tier::Device, 9));
-    plan_tokens(&mut second, (1, 8), &tokens, 33..50, score_next(&tokens, TOP));
-    assert_eq!(bits(&step(&mut gpu, &second)), wanted[33..], "{dtype}");
 }
 
 #[test]
@@ -370,7 +344,7 @@ fn a_plan_that_does_not_add_up_is_refused_and_nothing_is_lost() {
     let error = gpu.run(&bad, &mut StepOutput::default()).unwrap_err();
     assert!(matches!(error, ExecutorError::InvalidPlan { .. }), "{error}");
     let mut bad = plan.clone();
-    bad.copies.push(BlockCopy { from: (Tier::Host, BlockId(99)), to: (Tier::Device, BlockId(0)) });
+    bad.copies.push(copy((Tier::Host, 0), (Tier::Device, 0)));
     let error = gpu.run(&bad, &mut StepOutput::default()).unwrap_err();
     assert!(matches!(error, ExecutorError::InvalidPlan { .. }), "{error}");
     assert_eq!(bits(&step(&mut gpu, &plan)), wanted);

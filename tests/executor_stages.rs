@@ -5,6 +5,8 @@
 
 #[path = "support/stage.rs"]
 mod stage;
+#[path = "support/tiers.rs"]
+mod tiers;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
 
@@ -15,8 +17,9 @@ use tandem::executor::{
     ExecutorError, Program, SpilledLayers, SpilledUnit, Stage, StageOptions, StagePart, handoff,
 };
 use tandem::memory::HugePages;
-use tandem::step::{BlockCopy, StepOutput, StepPlan, Tier};
-use tandem::units::{BlockId, TokenId};
+use tandem::step::{StepOutput, StepPlan, Tier};
+use tandem::units::TokenId;
+use tiers::{copy, moved, tiers};
 use tiny_model::{Family, TinyModel, split_mix};
 
 fn tiny(family: Family) -> Model {
@@ -112,38 +115,55 @@ fn a_bad_plan_is_refused_and_the_stage_goes_on() {
     let result = stage.run(&bad, &mut StepOutput::default());
     assert!(matches!(result, Err(ExecutorError::InvalidPlan { field: "tokens", .. })));
     let mut bad = scored(&tokens, 0, 30);
-    let block = (Tier::Host, BlockId(1000));
-    bad.copies.push(BlockCopy { from: block, to: (Tier::Device, BlockId(0)) });
-    let result = stage.run(&bad, &mut StepOutput::default());
-    assert!(matches!(result, Err(ExecutorError::InvalidPlan { field: "copies", .. })));
+    // Other tiers are no stage's business.
+    for from in [(Tier::Host, 0), (Tier::Disk, 0), (Tier::Device, 1000)] {
+        bad.copies.clear();
+        bad.copies.push(copy(from, (Tier::Device, 0)));
+        let result = stage.run(&bad, &mut StepOutput::default());
+        assert!(matches!(result, Err(ExecutorError::InvalidPlan { field: "copies", .. })));
+    }
     assert_eq!(run(&mut stage, &scored(&tokens, 0, 30)).rows, wanted);
 }
 
 #[test]
-fn a_sequence_swapped_to_the_host_and_back_elsewhere_goes_on_unchanged() {
-    let model = tiny(Family::Gemma3);
+fn a_sequence_swapped_out_and_back_elsewhere_goes_on_unchanged() {
+    for family in Family::ALL {
+        for away in [Tier::Host, Tier::Disk] {
+            swap_in_the_middle(family, away);
+        }
+    }
+}
+
+fn swap_in_the_middle(family: Family, away: Tier) {
+    let model = tiny(family);
     let tokens = tokens(60);
-    let mut stage = model.stage(&options(2, 256));
+    let mut stage = model.stage(&options(2, 320));
     run(&mut stage, &scored(&tokens, 0, 50));
     let wanted = run(&mut stage, &scored(&tokens, 50, 60)).rows;
     run(&mut stage, &scored(&tokens, 0, 50));
-
-    let copy = |from: (Tier, u32), to: (Tier, u32)| BlockCopy {
-        from: (from.0, BlockId(from.1)),
-        to: (to.0, BlockId(to.1)),
-    };
-    let mut away = StepPlan::default();
-    away.copies.push(copy((Tier::Device, 0), (Tier::Host, 2)));
-    away.copies.push(copy((Tier::Device, 1), (Tier::Host, 0)));
-    run(&mut stage, &away);
+    let folder = tempfile::TempDir::new().unwrap();
+    let mut tiers = tiers(stage.kv(), folder.path());
+    let mut other = StepPlan::default();
+    plan_tokens(&mut other, (2, 8), &tokens, 0..50, score_next(&tokens, 5));
+    let alone = run(&mut stage, &other).rows;
+    let out = [((Tier::Device, 0), (away, 2)), ((Tier::Device, 1), (away, 0))];
+    let back = [((away, 2), (Tier::Device, 4)), ((away, 0), (Tier::Device, 6))];
+    // Steps of another sequence run while blocks move.
+    std::thread::scope(|scope| {
+        let copies = scope.spawn(|| {
+            moved(&mut tiers, &out);
+            moved(&mut tiers, &back);
+        });
+        while !copies.is_finished() {
+            assert_eq!(run(&mut stage, &other).rows, alone);
+        }
+    });
     // Another sequence overwrites the blocks.
     run(&mut stage, &scored(&tokens[10..], 0, 50));
     let mut plan = StepPlan::default();
-    plan.copies.push(copy((Tier::Host, 2), (Tier::Device, 4)));
-    plan.copies.push(copy((Tier::Host, 0), (Tier::Device, 6)));
     plan.copies.push(copy((Tier::Device, 6), (Tier::Device, 5)));
     plan_tokens(&mut plan, (1, 4), &tokens, 50..60, score_next(&tokens, 5));
-    assert_eq!(run(&mut stage, &plan).rows, wanted);
+    assert_eq!(run(&mut stage, &plan).rows, wanted, "{family:?} {away:?}");
 }
 
 #[test]

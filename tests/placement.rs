@@ -17,7 +17,9 @@ use proptest::prelude::*;
 use std::path::Path;
 use std::sync::OnceLock;
 use tandem::config::Config;
-use tandem::executor::{KvOptions, PoolOptions, Stage, StageOptions, StepPasses};
+use tandem::executor::{
+    KvOptions, KvTiers, PoolOptions, Stage, StageOptions, StepPasses, TierOptions,
+};
 use tandem::formats::Checkpoint;
 use tandem::hardware::HardwareProfile;
 use tandem::model::ModelSpec;
@@ -129,7 +131,6 @@ fn takes_what_was_planned(family: Family, dtype: KvDType) {
             block_tokens: placement.block_tokens,
             dtype: placement.kv_dtype,
             device_blocks: placement.device_blocks,
-            host_blocks: placement.host_blocks,
         },
         step_tokens_max: config.scheduler.step_tokens_max,
         passes: StepPasses::ByCost,
@@ -137,7 +138,11 @@ fn takes_what_was_planned(family: Family, dtype: KvDType) {
     };
     let stage = Stage::load(checkpoint.into(), spec.into(), &options, &mut |_| {}).unwrap();
     let (memory, planned) = (stage.memory(), &placement.stages[0]);
-    assert_eq!(memory.kv_bytes as u64, planned.kv_bytes + placement.host_kv_bytes);
+    assert_eq!(memory.kv_bytes as u64, planned.kv_bytes);
+    let disk_folder = std::env::temp_dir();
+    let tiers = TierOptions { host_blocks: placement.host_blocks, disk_blocks: 0, disk_folder };
+    let tiers = KvTiers::new(stage.kv(), &tiers).unwrap().bytes();
+    assert_eq!(tiers.host as u64, placement.host_kv_bytes);
     let near = |real: usize, planned: u64| {
         let ratio = real as f64 / planned as f64;
         assert!((0.9..=1.1).contains(&ratio), "{real} bytes, planned {planned}");

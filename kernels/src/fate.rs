@@ -109,28 +109,49 @@ impl Gpu {
     /// As of [`Gpu::synchronize`].
     pub(crate) fn wait_for(&self, stream: &CudaStream) -> Result<(), GpuError> {
         self.bound()?;
+        self.wait_until(
+            || self.is_idle(stream),
+            |waited| {
+                if waited < SPIN {
+                    std::hint::spin_loop();
+                } else if waited < YIELD {
+                    thread::yield_now();
+                } else {
+                    thread::sleep(waited / SLEEP_DIVISOR);
+                }
+            },
+        )
+    }
+
+    /// Looks at its work until it is done, with `pause` between two looks, which is told how long
+    /// that has taken so far.
+    ///
+    /// # Errors
+    /// What `is_done` fails with, or [`GpuError::Hung`].
+    pub(crate) fn wait_until(
+        &self,
+        is_done: impl Fn() -> Result<bool, GpuError>,
+        pause: impl Fn(Duration),
+    ) -> Result<(), GpuError> {
         let wait_max = self.wait_max();
         let started = Instant::now();
-        while !self.is_idle(stream)? {
+        while !is_done()? {
             let waited = started.elapsed();
             // A process that was stopped meanwhile looks once more.
-            if waited >= wait_max && !self.is_idle(stream)? {
+            if waited >= wait_max && !is_done()? {
                 let wait_max_ms = wait_max.as_millis() as u64;
                 return Err(self.ended(GpuError::Hung { ordinal: self.ordinal(), wait_max_ms }));
             }
-            if waited < SPIN {
-                std::hint::spin_loop();
-            } else if waited < YIELD {
-                thread::yield_now();
-            } else {
-                thread::sleep(waited / SLEEP_DIVISOR);
-            }
+            pause(waited);
         }
         Ok(())
     }
 
     /// Whether all that was started on a stream is done.
-    fn is_idle(&self, stream: &CudaStream) -> Result<bool, GpuError> {
+    ///
+    /// # Errors
+    /// What it failed with.
+    pub(crate) fn is_idle(&self, stream: &CudaStream) -> Result<bool, GpuError> {
         // SAFETY: the stream is this GPU's, whose context the caller has entered.
         match unsafe { sys::cuStreamQuery(stream.cu_stream()) }.result() {
             Ok(()) => Ok(true),

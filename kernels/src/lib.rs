@@ -9,6 +9,7 @@
 //! which exists only where the library, a device and a recent enough driver do.
 
 mod attention;
+mod block_planes;
 mod copies;
 mod crossing;
 mod device;
@@ -40,6 +41,7 @@ mod weight_stream;
 mod wide;
 
 pub use attention::{Attend, HeadCounts, KvSpans, TokenTables};
+pub use block_planes::{BlockCopies, BlockPlanes};
 pub use copies::{CopyLanes, CopyWay};
 pub use crossing::{Crossing, CrossingHost};
 pub use device::{ComputeCapability, DeviceFacts};

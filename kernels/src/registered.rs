@@ -32,6 +32,29 @@ impl Gpu {
     /// [`GpuError::Failed`] with the driver's word when it refuses a piece; then none is
     /// registered.
     pub unsafe fn register(&self, bytes: &[u8]) -> Result<RegisteredMemory, GpuError> {
+        // SAFETY: as the caller promises.
+        unsafe { self.register_pieces(bytes, pieces(pages(bytes))) }
+    }
+
+    /// The same in one piece: copies may cross all of it.
+    ///
+    /// # Safety
+    /// The memory stays mapped while the value lives.
+    ///
+    /// # Errors
+    /// As of [`Gpu::register`].
+    pub unsafe fn register_whole(&self, bytes: &[u8]) -> Result<RegisteredMemory, GpuError> {
+        // SAFETY: as the caller promises.
+        unsafe { self.register_pieces(bytes, Some(pages(bytes)).filter(|pages| !pages.is_empty())) }
+    }
+
+    /// # Safety
+    /// As of [`Gpu::register`]; the pieces are whole pages of these bytes.
+    unsafe fn register_pieces(
+        &self,
+        bytes: &[u8],
+        pieces: impl IntoIterator<Item = Range<usize>>,
+    ) -> Result<RegisteredMemory, GpuError> {
         self.bound()?;
         let mut registered = RegisteredMemory {
             pieces: Vec::new(),
@@ -39,11 +62,7 @@ impl Gpu {
             context: Arc::clone(self.stream().context()),
             fate: Arc::clone(self.fate()),
         };
-        let start = bytes.as_ptr().addr();
-        // A page is mapped as a whole.
-        let pages = start / PAGE_BYTES * PAGE_BYTES
-            ..(start + bytes.len()).next_multiple_of(PAGE_BYTES) * usize::from(!bytes.is_empty());
-        for piece in pieces(pages) {
+        for piece in pieces {
             let at = bytes.as_ptr().with_addr(piece.start).cast_mut().cast();
             // SAFETY: the pages are mapped, as the caller promises for as long as it takes.
             unsafe { sys::cuMemHostRegister_v2(at, piece.len(), 0) }
@@ -53,6 +72,13 @@ impl Gpu {
         }
         Ok(registered)
     }
+}
+
+/// Addresses of the pages that some bytes lie on: a page is mapped as a whole.
+fn pages(bytes: &[u8]) -> Range<usize> {
+    let start = bytes.as_ptr().addr();
+    start / PAGE_BYTES * PAGE_BYTES
+        ..(start + bytes.len()).next_multiple_of(PAGE_BYTES) * usize::from(!bytes.is_empty())
 }
 
 /// Addresses cut where pieces of registered memory end.

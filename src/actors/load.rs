@@ -90,7 +90,6 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
                 block_tokens: config.kv.block_tokens,
                 dtype: placement.kv_dtype,
                 device_blocks: placement.device_blocks,
-                host_blocks: placement.host_blocks,
             };
             let options = stage_options(config, &hardware.topology, kv)?;
             let (threads, cores) = (placement.workers.threads, placement.workers.cores());

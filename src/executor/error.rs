@@ -5,6 +5,8 @@ use super::handoff::HandoffClosed;
 use crate::formats::FormatError;
 use crate::memory::ArenaError;
 use crate::tensor::DType;
+use crate::units::ByteSize;
+use std::path::PathBuf;
 use tandem_cpu_kernels::UnsupportedIsa;
 use tandem_cpu_kernels::attention::KvLayoutError;
 
@@ -52,6 +54,19 @@ pub enum ExecutorError {
         what: &'static str,
         /// Who refused it, and how much it was.
         source: ArenaError,
+    },
+    /// There can be no file for KV blocks.
+    #[error(
+        "kv.disk_folder is {}: {source}; allowed is a folder in which a file of {} can be made",
+        folder.display(), ByteSize(*bytes)
+    )]
+    DiskTier {
+        /// The folder.
+        folder: PathBuf,
+        /// Bytes of the file.
+        bytes: u64,
+        /// What the system says.
+        source: std::io::Error,
     },
     /// A worker thread was refused.
     #[error("worker threads: {0}")]

@@ -31,6 +31,7 @@ pub use weights::GpuWeights;
 
 use super::ExecutorError;
 use super::batch::{Batch, PlanLimits};
+use super::kv_tiers::KvBlocks;
 use super::program::{Linear, Norm, Op, Pending};
 use super::sample::RowSamplers;
 use super::stage::{StageMemory, StageOptions};
@@ -64,7 +65,7 @@ struct LastOps {
 pub struct GpuStage {
     limits: PlanLimits,
     batch: Batch,
-    kv: GpuKv,
+    kv: Arc<GpuKv>,
     buffers: GpuBuffers,
     samplers: RowSamplers,
     has_flash: bool,
@@ -79,9 +80,8 @@ pub struct GpuStage {
 }
 
 impl GpuStage {
-    /// A stage with an empty KV store, whose second tier lies in host memory, on weights that are
-    /// there already. Workers are started where weights are spilled to the CPU, and for these
-    /// alone.
+    /// A stage with an empty KV store on weights that are there already. Workers are started where
+    /// weights are spilled to the CPU, and for these alone.
     ///
     /// # Errors
     /// The GPU's memory does not hold it, or the CPU's side can't be made.
@@ -103,7 +103,7 @@ impl GpuStage {
             last: last_ops(&program.ops),
             graphs: Graphs::default(),
             op_marks: None,
-            kv: GpuKv::new(weights.gpu(), &program.kv_layers, options.kv)?,
+            kv: Arc::new(GpuKv::new(&weights, options.kv, options.huge_pages())?),
             buffers: GpuBuffers::new(&weights, tokens, store)?,
             samplers: RowSamplers::new(SAMPLERS, program.dims.vocab, tokens),
             failure: None,
@@ -117,7 +117,13 @@ impl GpuStage {
         &self.weights
     }
 
-    /// Bytes held on the GPU and, of KV blocks, behind it.
+    /// The KV blocks, for the thread that copies them to and from other tiers. They live until both
+    /// have let them go.
+    pub fn kv(&self) -> Arc<dyn KvBlocks> {
+        Arc::clone(&self.kv) as _
+    }
+
+    /// Bytes held on the GPU.
     pub fn memory(&self) -> StageMemory {
         StageMemory {
             weight_bytes: self.weights.bytes(),
@@ -126,9 +132,9 @@ impl GpuStage {
         }
     }
 
-    /// Runs one step: copies, then all tokens, then the wanted logits. Where the GPU has no memory
-    /// for what a step brings along, the step is refused ([`StepOutput::refusal`]) and the stage
-    /// goes on.
+    /// Runs one step: copies between its blocks, then all tokens, then the wanted logits. Where the
+    /// GPU has no memory for what a step brings along, the step is refused
+    /// ([`StepOutput::refusal`]) and the stage goes on.
     ///
     /// # Errors
     /// A plan that does not add up (nothing was done), or a failure of the GPU: after that every
@@ -165,6 +171,10 @@ impl GpuStage {
     fn compute_marked(&mut self, plan: &StepPlan, started: Instant) -> Result<(), ExecutorError> {
         self.mark_start()?;
         self.compute(plan)?;
+        if plan.logits.is_empty() {
+            // Nobody has waited for it.
+            self.kv.keep_order()?;
+        }
         if plan.tokens.is_empty() { Ok(()) } else { self.count_ops(started.elapsed()) }
     }
 }

@@ -1,14 +1,15 @@
-//! The bytes of KV blocks, f16 or 8 bits, per tier: the store that attention reads, and host memory
-//! behind it for sequences that wait. Performs [`BlockCopy`] orders.
+//! The bytes of KV blocks, f16 or 8 bits: the store that attention on the CPU reads. Behind it lie
+//! other tiers (`kv_tiers/`), to and from which another thread copies blocks that no step uses.
 
 use super::ExecutorError;
+use super::kv_tiers::{KvBlocks, Registration};
 use super::program::{KvLayerId, KvShape};
 use crate::memory::{AlignedBytes, HugePages};
 use crate::step::{BlockCopy, Tier};
 use crate::units::BlockId;
 use tandem_cpu_kernels::attention::{KvDType, KvLayout, KvStore};
 
-/// How many blocks each tier has, and how large they are.
+/// How many blocks a stage has, and how large they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvOptions {
     /// Tokens of a block: a multiple of 16.
@@ -17,11 +18,27 @@ pub struct KvOptions {
     pub dtype: KvDType,
     /// Blocks that attention reads.
     pub device_blocks: usize,
-    /// Blocks behind them.
-    pub host_blocks: usize,
 }
 
-/// One layer's keys or values in one tier.
+impl KvOptions {
+    /// Whether a plan's copies are between blocks of the device's tier: others are no stage's.
+    ///
+    /// # Errors
+    /// [`ExecutorError::InvalidPlan`] when one is not.
+    pub(super) fn check(&self, orders: &[BlockCopy]) -> Result<(), ExecutorError> {
+        let ends = orders.iter().flat_map(|order| [order.from, order.to].map(|end| (order, end)));
+        for (order, (tier, block)) in ends {
+            let blocks = if tier == Tier::Device { self.device_blocks } else { 0 };
+            if block.index() >= blocks {
+                let message = format!("{order:?}: block {} of {blocks} in {tier:?}", block.0);
+                return Err(ExecutorError::InvalidPlan { field: "copies", message });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One layer's keys or values.
 struct Plane {
     /// `[blocks, block_bytes]` in `memory`; the layout of a block is [`KvLayout`]'s.
     bytes: *mut u8,
@@ -31,8 +48,9 @@ struct Plane {
     _memory: AlignedBytes,
 }
 
-// SAFETY: a plane owns its memory. Shared, it gives out nothing but a pointer, to
-// `KvLayers::layer`; whoever uses that keeps `KvStore`'s rule.
+// SAFETY: a plane owns its memory. Shared, it gives out nothing but pointers: to
+// `KvLayers::layer`, whose users keep `KvStore`'s rule, and to copies of blocks, which keep that of
+// `KvBlocks`.
 unsafe impl Send for Plane {}
 // SAFETY: as above.
 unsafe impl Sync for Plane {}
@@ -51,37 +69,26 @@ impl Plane {
         Ok(Self { bytes, len, block_bytes, _memory: memory })
     }
 
-    fn all_mut(&mut self) -> &mut [u8] {
-        // SAFETY: the memory holds `len` zeroed bytes as long as this plane lives, and the borrow
-        // is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.bytes, self.len) }
-    }
-
-    fn block_mut(&mut self, block: usize) -> &mut [u8] {
-        let bytes = self.block_bytes;
-        &mut self.all_mut()[block * bytes..][..bytes]
-    }
-
-    fn copy_within(&mut self, from: usize, to: usize) {
-        let bytes = self.block_bytes;
-        let start = from * bytes;
-        self.all_mut().copy_within(start..start + bytes, to * bytes);
+    /// Where a block begins.
+    fn block(&self, block: usize) -> *mut u8 {
+        let start = block * self.block_bytes;
+        assert!(start < self.len, "block {block} of {} bytes in {}", self.block_bytes, self.len);
+        self.bytes.wrapping_add(start)
     }
 }
 
-/// One layer of both tiers.
+/// One layer.
 struct Layer {
     layout: KvLayout,
-    /// Keys and values that attention reads.
-    device: [Plane; 2],
-    /// Keys and values behind them.
-    host: [Plane; 2],
+    keys: Plane,
+    values: Plane,
 }
 
 /// The KV blocks of a stage's layers.
 pub(super) struct KvMemory {
     layers: Vec<Layer>,
     options: KvOptions,
+    huge_pages: HugePages,
 }
 
 impl KvMemory {
@@ -101,77 +108,93 @@ impl KvMemory {
                 options.block_tokens,
                 options.dtype,
             )?;
-            let plane = |blocks| Plane::new(blocks, layout.block_bytes(), huge_pages);
-            let planes = |blocks| Ok::<_, ExecutorError>([plane(blocks)?, plane(blocks)?]);
-            let (device, host) = (planes(options.device_blocks)?, planes(options.host_blocks)?);
-            Ok(Layer { layout, device, host })
+            let plane = || Plane::new(options.device_blocks, layout.block_bytes(), huge_pages);
+            Ok(Layer { layout, keys: plane()?, values: plane()? })
         };
-        Ok(Self {
-            layers: shapes.iter().map(layer).collect::<Result<_, ExecutorError>>()?,
-            options,
-        })
+        let layers = shapes.iter().map(layer).collect::<Result<_, ExecutorError>>()?;
+        Ok(Self { layers, options, huge_pages })
     }
 
-    /// Bytes of both tiers.
+    /// Keys and values of all layers, one after the other.
+    fn planes(&self) -> impl Iterator<Item = &Plane> {
+        self.layers.iter().flat_map(|layer| [&layer.keys, &layer.values])
+    }
+
+    /// Bytes of all blocks.
     pub fn bytes(&self) -> usize {
-        let bytes = |layer: &Layer| {
-            let planes = layer.device.iter().chain(&layer.host);
-            planes.map(|plane| plane.len).sum::<usize>()
-        };
-        self.layers.iter().map(bytes).sum()
+        self.planes().map(|plane| plane.len).sum()
     }
 
-    /// Performs copies in order.
+    /// Performs a plan's copies in order.
     ///
     /// # Errors
-    /// [`ExecutorError::InvalidPlan`] when a block or tier of any order does not exist; then
-    /// nothing was copied.
-    pub fn copy(&mut self, orders: &[BlockCopy]) -> Result<(), ExecutorError> {
+    /// [`ExecutorError::InvalidPlan`] when a block of any order does not exist here; then nothing
+    /// was copied.
+    pub fn copy(&self, orders: &[BlockCopy]) -> Result<(), ExecutorError> {
+        self.options.check(orders)?;
         for order in orders {
-            self.check(order, order.from)?;
-            self.check(order, order.to)?;
-        }
-        for order in orders {
-            let (from, to) = (order.from.1.index(), order.to.1.index());
-            for layer in &mut self.layers {
-                for index in 0..2 {
-                    let (device, host) = (&mut layer.device[index], &mut layer.host[index]);
-                    match (order.from.0, order.to.0) {
-                        (Tier::Device, Tier::Host) => {
-                            host.block_mut(to).copy_from_slice(device.block_mut(from));
-                        }
-                        (Tier::Host, Tier::Device) => {
-                            device.block_mut(to).copy_from_slice(host.block_mut(from));
-                        }
-                        (Tier::Host, _) => host.copy_within(from, to),
-                        _ => device.copy_within(from, to),
-                    }
-                }
+            for plane in self.planes() {
+                let [from, to] =
+                    [order.from, order.to].map(|(_, block)| plane.block(block.index()));
+                // SAFETY: both are blocks of the plane, whole, maybe the same. Its stage's thread
+                // alone uses blocks that no other copy was ordered for, and it runs no step now.
+                unsafe { std::ptr::copy(from, to, plane.block_bytes) };
             }
         }
         Ok(())
     }
 
-    fn check(
-        &self,
-        order: &BlockCopy,
-        (tier, block): (Tier, BlockId),
-    ) -> Result<(), ExecutorError> {
-        let blocks = match tier {
-            Tier::Device => self.options.device_blocks,
-            Tier::Host => self.options.host_blocks,
-            Tier::Disk => 0,
-        };
-        if block.index() < blocks {
-            return Ok(());
-        }
-        let message = format!("{order:?}: block {} of {blocks} in {tier:?}", block.0);
-        Err(ExecutorError::InvalidPlan { field: "copies", message })
+    /// What a step's workers share.
+    pub fn layers(&self) -> KvLayers<'_> {
+        KvLayers { layers: &self.layers, blocks: self.options.device_blocks }
+    }
+}
+
+impl KvBlocks for KvMemory {
+    fn block_bytes(&self) -> usize {
+        self.planes().map(|plane| plane.block_bytes).sum()
     }
 
-    /// What a step's workers share.
-    pub fn layers(&mut self) -> KvLayers<'_> {
-        KvLayers { layers: &self.layers, blocks: self.options.device_blocks }
+    fn device_blocks(&self) -> usize {
+        self.options.device_blocks
+    }
+
+    fn huge_pages(&self) -> HugePages {
+        self.huge_pages
+    }
+
+    unsafe fn register(&self, _memory: &[u8]) -> Result<Registration, ExecutorError> {
+        Ok(None)
+    }
+
+    unsafe fn read(&self, copies: &mut [(BlockId, &mut [u8])]) -> Result<(), ExecutorError> {
+        for (block, to) in copies {
+            let mut to = &mut **to;
+            for plane in self.planes() {
+                let (part, others) = to.split_at_mut(plane.block_bytes);
+                to = others;
+                let from = plane.block(block.index());
+                // SAFETY: the block and `part` are as long, and nobody writes the block, as the
+                // caller promises.
+                unsafe { from.copy_to_nonoverlapping(part.as_mut_ptr(), part.len()) };
+            }
+        }
+        Ok(())
+    }
+
+    unsafe fn write(&self, copies: &[(BlockId, &[u8])]) -> Result<(), ExecutorError> {
+        for (block, from) in copies {
+            let mut from = *from;
+            for plane in self.planes() {
+                let (part, others) = from.split_at(plane.block_bytes);
+                from = others;
+                let to = plane.block(block.index());
+                // SAFETY: the block and `part` are as long, and nobody uses the block, as the
+                // caller promises.
+                unsafe { to.copy_from_nonoverlapping(part.as_ptr(), part.len()) };
+            }
+        }
+        Ok(())
     }
 }
 
@@ -186,11 +209,12 @@ impl<'a> KvLayers<'a> {
     /// The store of one layer.
     pub fn layer(&self, id: KvLayerId) -> KvStore<'a> {
         let layer = &self.layers[id.0 as usize];
-        let [keys, values] = [&layer.device[0], &layer.device[1]].map(|plane| plane.bytes);
+        let [keys, values] = [&layer.keys, &layer.values].map(|plane| plane.bytes);
         // SAFETY: both planes hold `blocks · block_bytes` bytes, aligned to cache lines, and are
-        // borrowed for 'a, by `KvMemory::layers` exclusively. The interpreter writes a block
-        // through one worker (`BlockRun`) and reads after a barrier; or it writes a head's
-        // position through the one worker that reads it before the next barrier.
+        // borrowed for 'a. Only the stage's own step takes its layers, and a block of that step is
+        // copied by nobody (`KvBlocks`). The interpreter writes a block through one worker
+        // (`BlockRun`) and reads after a barrier; or it writes a head's position through the one
+        // worker that reads it before the next barrier.
         unsafe { KvStore::new(keys, values, self.blocks, layer.layout) }
     }
 }

@@ -10,6 +10,7 @@ use super::cpu_pool::{CpuPool, PoolOptions, WorkerPanic};
 use super::expert_groups::ExpertScratch;
 use super::handoff::{HandoffReceiver, HandoffSender, Slot};
 use super::kv_store::{KvMemory, KvOptions};
+use super::kv_tiers::KvBlocks;
 use super::op_times::{OpClocks, OpTime};
 use super::own_buffers::{OwnBuffers, OwnRows};
 use super::passes::StepPasses;
@@ -58,7 +59,7 @@ pub struct StageOptions {
 pub struct StageMemory {
     /// Weights, repacked.
     pub weight_bytes: usize,
-    /// KV blocks of both tiers.
+    /// KV blocks that attention reads.
     pub kv_bytes: usize,
     /// Activations.
     pub activation_bytes: usize,
@@ -78,7 +79,7 @@ pub struct Stage {
     weights: Arc<Weights>,
     limits: PlanLimits,
     batch: Batch,
-    kv: KvMemory,
+    kv: Arc<KvMemory>,
     buffers: Buffers,
     angles: Memory,
     partials: Memory,
@@ -165,7 +166,7 @@ impl Stage {
             limits,
             partials: Memory::new(batch.partials_max()),
             batch,
-            kv: KvMemory::new(&program.kv_layers, options.kv, options.huge_pages())?,
+            kv: KvMemory::new(&program.kv_layers, options.kv, options.huge_pages())?.into(),
             buffers: Buffers::new(form, program.dims, tokens),
             angles: Memory::new(tokens * weights.rotations().width()),
             own: OwnBuffers::of_workers(form, program.dims, own, threads),
@@ -211,6 +212,11 @@ impl Stage {
     /// The weights, for [`Stage::restart`].
     pub fn weights(&self) -> &Arc<Weights> {
         &self.weights
+    }
+
+    /// The KV blocks, for the thread that copies them to other tiers and back.
+    pub fn kv(&self) -> Arc<dyn KvBlocks> {
+        Arc::clone(&self.kv) as _
     }
 
     /// Workers that run on no core of their own because the system refused it.
@@ -264,8 +270,8 @@ impl Stage {
         self.outlet = Some(outlet);
     }
 
-    /// Runs one step: copies, then all tokens, then the wanted logits. Allocates nothing once its
-    /// buffers have grown to the largest step seen, except the `top` lists that are asked for.
+    /// Runs one step: copies between its blocks, then all tokens, then the wanted logits. Allocates
+    /// nothing once its buffers have grown to the largest step seen, except `top` lists asked for.
     ///
     /// # Errors
     /// A plan that does not add up (nothing was done), a neighbour that has gone, or a worker's
@@ -374,12 +380,10 @@ impl Stage {
         if slot.step == plan.step && slot.tokens == plan.tokens.len() {
             return Ok(Some(slot));
         }
+        let (step, tokens) = (plan.step.0, plan.tokens.len());
         let message = format!(
-            "step {} with {} tokens, the slot holds step {} with {}",
-            plan.step.0,
-            plan.tokens.len(),
-            slot.step.0,
-            slot.tokens
+            "step {step} with {tokens} tokens, the slot holds step {} with {}",
+            slot.step.0, slot.tokens
         );
         inlet.release(slot);
         Err(ExecutorError::InvalidPlan { field: "step", message })

@@ -74,12 +74,7 @@ pub fn options(threads: usize, context_tokens: usize) -> StageOptions {
         pool: PoolOptions { threads, cores: Vec::new(), spin_us: 50 },
         isa: isa(),
         huge_pages: false,
-        kv: KvOptions {
-            block_tokens: BLOCK_TOKENS,
-            dtype: KvDType::F16,
-            device_blocks,
-            host_blocks: 4,
-        },
+        kv: KvOptions { block_tokens: BLOCK_TOKENS, dtype: KvDType::F16, device_blocks },
         step_tokens_max: 512,
         passes: StepPasses::ByCost,
         spill_streamed: None,

@@ -328,7 +328,7 @@ impl RigSize {
     fn kv(&self) -> KvOptions {
         let device_blocks = self.streams * self.stream_blocks;
         let (block_tokens, dtype) = (self.block_tokens, self.kv_dtype);
-        KvOptions { block_tokens, dtype, device_blocks, host_blocks: 0 }
+        KvOptions { block_tokens, dtype, device_blocks }
     }
 }
 

@@ -1,48 +1,32 @@
-//! KV blocks in a GPU's memory, and host memory behind it for sequences that wait. Blocks have the
-//! layout of the GPU's kernels in both.
+//! KV blocks in a GPU's memory, in the layout of its kernels. Keys and values of layers of one
+//! shape lie in one allocation, equally far apart, so that a block of all of them is one copy.
 
+use super::GpuWeights;
 use crate::executor::ExecutorError;
 use crate::executor::kv_store::KvOptions;
+use crate::executor::kv_tiers::{KvBlocks, Registration};
 use crate::executor::program::{KvLayerId, KvShape};
-use crate::step::{BlockCopy, Tier};
-use tandem_kernels::{DeviceMemory, Gpu, HeadCounts, KvSpans, Span};
+use crate::memory::HugePages;
+use crate::step::BlockCopy;
+use crate::units::BlockId;
+use std::sync::Arc;
+use tandem_kernels::{BlockCopies, BlockPlanes, Gpu, GpuError, HeadCounts, KvSpans};
 
-/// One layer's keys or values in both tiers.
-struct Plane {
-    device: DeviceMemory,
-    host: Vec<u8>,
-    block_bytes: usize,
-}
+/// Bytes that are on their way to other tiers at once, about half of them: enough to keep the bus
+/// busy between two looks, and so few that a step's own copies don't queue behind many.
+const WINDOW_BYTES: usize = 16 << 20;
 
 /// The KV blocks of all layers.
 pub(super) struct GpuKv {
-    /// Keys and values per layer.
-    layers: Vec<[Plane; 2]>,
+    copies: BlockCopies,
+    /// By shape of layers: `[keys and values of each][blocks] { block_bytes }`.
+    groups: Vec<BlockPlanes>,
+    /// By layer: its group, and its keys' plane there. That of its values follows.
+    layers: Vec<(usize, usize)>,
     options: KvOptions,
-}
-
-impl Plane {
-    fn block(&self, block: usize) -> Span<'_> {
-        self.device.span().part(block * self.block_bytes, self.block_bytes)
-    }
-
-    fn perform(&mut self, gpu: &Gpu, order: &BlockCopy) -> Result<(), ExecutorError> {
-        let (from, to, bytes) = (order.from.1.index(), order.to.1.index(), self.block_bytes);
-        match (order.from.0, order.to.0) {
-            (Tier::Device, Tier::Host) => {
-                let span = self.device.span().part(from * bytes, bytes);
-                gpu.download(span, &mut self.host[to * bytes..][..bytes])?;
-            }
-            (Tier::Host, Tier::Device) => {
-                gpu.upload(&self.host[from * bytes..][..bytes], self.block(to))?;
-            }
-            (Tier::Host, _) => {
-                self.host.copy_within(from * bytes..(from + 1) * bytes, to * bytes);
-            }
-            _ => gpu.copy(self.block(from), self.block(to))?,
-        }
-        Ok(())
-    }
+    huge_pages: HugePages,
+    // Last: the GPU is its.
+    weights: Arc<GpuWeights>,
 }
 
 impl GpuKv {
@@ -50,75 +34,158 @@ impl GpuKv {
     ///
     /// # Errors
     /// The memory does not hold them.
-    pub fn new(gpu: &Gpu, shapes: &[KvShape], options: KvOptions) -> Result<Self, ExecutorError> {
-        let plane = |shape: &KvShape| {
-            let &KvShape { n_kv_heads, head_dim } = shape;
+    pub fn new(
+        weights: &Arc<GpuWeights>,
+        options: KvOptions,
+        huge_pages: HugePages,
+    ) -> Result<Self, ExecutorError> {
+        let gpu = weights.gpu();
+        // Bytes of a block in one plane, and planes, by group.
+        let mut shapes: Vec<(usize, usize)> = Vec::new();
+        let mut layers = Vec::new();
+        for &KvShape { n_kv_heads, head_dim } in &weights.program().kv_layers {
             let heads = HeadCounts { n_heads: n_kv_heads, n_kv_heads, head_dim };
-            let block_bytes = KvSpans::block_bytes(heads, options.block_tokens, options.dtype);
-            let device = gpu.alloc(options.device_blocks * block_bytes)?;
-            let host = vec![0; options.host_blocks * block_bytes];
-            Ok::<_, ExecutorError>(Plane { device, host, block_bytes })
-        };
-        let layers = shapes.iter().map(|shape| Ok([plane(shape)?, plane(shape)?]));
-        Ok(Self { layers: layers.collect::<Result<_, ExecutorError>>()?, options })
+            let bytes = KvSpans::block_bytes(heads, options.block_tokens, options.dtype);
+            let known = shapes.iter().position(|(known, _)| *known == bytes);
+            let group = known.unwrap_or_else(|| {
+                shapes.push((bytes, 0));
+                shapes.len() - 1
+            });
+            layers.push((group, shapes[group].1));
+            shapes[group].1 += 2;
+        }
+        let planes = |(bytes, planes)| gpu.block_planes(planes, (options.device_blocks, bytes));
+        let groups = shapes.into_iter().map(planes).collect::<Result<_, _>>()?;
+        let copies = gpu.block_copies()?;
+        let weights = Arc::clone(weights);
+        Ok(Self { copies, groups, layers, options, huge_pages, weights })
     }
 
-    /// Bytes of both tiers.
+    /// Bytes of all blocks.
     pub fn bytes(&self) -> usize {
-        let planes = self.layers.iter().flatten();
-        planes.map(|plane| plane.device.bytes() + plane.host.len()).sum()
+        self.groups.iter().map(BlockPlanes::bytes).sum()
     }
 
     /// The store of one layer.
     pub fn layer(&self, id: KvLayerId) -> KvSpans<'_> {
-        let [keys, values] = &self.layers[id.0 as usize];
+        let (group, plane) = self.layers[id.0 as usize];
+        let group = &self.groups[group];
         KvSpans {
-            keys: keys.device.span(),
-            values: values.device.span(),
+            keys: group.plane(plane),
+            values: group.plane(plane + 1),
             blocks: self.options.device_blocks,
             block_tokens: self.options.block_tokens,
             dtype: self.options.dtype,
         }
     }
 
-    /// Whether all orders can be performed.
+    /// Whether all of a plan's copies can be performed.
     ///
     /// # Errors
-    /// [`ExecutorError::InvalidPlan`] when a block or tier does not exist.
+    /// [`ExecutorError::InvalidPlan`] when a block does not exist here.
     pub fn check(&self, orders: &[BlockCopy]) -> Result<(), ExecutorError> {
-        let ends = orders.iter().flat_map(|order| [order.from, order.to].map(|end| (order, end)));
-        for (order, (tier, block)) in ends {
-            let blocks = self.blocks(tier);
-            if block.index() >= blocks {
-                let message = format!("{order:?}: block {} of {blocks} in {tier:?}", block.0);
-                return Err(ExecutorError::InvalidPlan { field: "copies", message });
-            }
-        }
-        Ok(())
+        self.options.check(orders)
     }
 
-    fn blocks(&self, tier: Tier) -> usize {
-        match tier {
-            Tier::Device => self.options.device_blocks,
-            Tier::Host => self.options.host_blocks,
-            Tier::Disk => 0,
-        }
-    }
-
-    /// Performs checked copies in order.
+    /// Performs checked copies in order, in that of the steps.
     ///
     /// # Errors
     /// What the driver refuses.
-    pub fn copy(&mut self, gpu: &Gpu, orders: &[BlockCopy]) -> Result<(), ExecutorError> {
-        if !orders.is_empty() {
-            // The driver may wait for what runs before such copies, without an end.
-            gpu.synchronize()?;
-        }
+    pub fn copy(&self, orders: &[BlockCopy]) -> Result<(), ExecutorError> {
         for order in orders {
-            for plane in self.layers.iter_mut().flatten() {
-                plane.perform(gpu, order)?;
+            for group in &self.groups {
+                let (from, to) = (order.from.1.index(), order.to.1.index());
+                group.copy_block(self.weights.gpu(), from, to)?;
             }
         }
-        Ok(())
+        if orders.is_empty() { Ok(()) } else { self.keep_order() }
+    }
+
+    /// Has copies to other tiers wait for the steps that were started so far: after one whose end
+    /// nobody waited for.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn keep_order(&self) -> Result<(), ExecutorError> {
+        Ok(self.copies.follow(self.weights.gpu())?)
+    }
+
+    /// Starts copies window after window, and waits for all of them, also after an error.
+    fn in_windows<C>(
+        &self,
+        windows: impl Iterator<Item = C>,
+        mut start: impl FnMut(&Gpu, C) -> Result<(), GpuError>,
+    ) -> Result<(), ExecutorError> {
+        let gpu = self.weights.gpu();
+        self.copies.begin(gpu)?;
+        let mut windows = windows.enumerate();
+        let started = windows.try_for_each(|(index, window)| {
+            self.copies.wait_for_window(gpu, index)?;
+            start(gpu, window)?;
+            self.copies.end_window(gpu, index)
+        });
+        let done = self.copies.wait(gpu);
+        started?;
+        Ok(done?)
+    }
+
+    /// Blocks of a window.
+    fn window_blocks(&self) -> usize {
+        (WINDOW_BYTES / 2 / self.block_bytes().max(1)).max(1)
+    }
+
+    /// Each group, with the bytes that its part of a block takes.
+    fn parts(&self) -> impl Iterator<Item = (&BlockPlanes, usize)> {
+        self.groups.iter().map(|group| (group, group.block_bytes()))
+    }
+}
+
+impl KvBlocks for GpuKv {
+    fn block_bytes(&self) -> usize {
+        self.parts().map(|(_, bytes)| bytes).sum()
+    }
+
+    fn device_blocks(&self) -> usize {
+        self.options.device_blocks
+    }
+
+    fn huge_pages(&self) -> HugePages {
+        self.huge_pages
+    }
+
+    unsafe fn register(&self, memory: &[u8]) -> Result<Registration, ExecutorError> {
+        // SAFETY: the caller keeps the memory mapped.
+        let registered = unsafe { self.weights.gpu().register_whole(memory)? };
+        Ok(Some(Box::new(registered)))
+    }
+
+    unsafe fn read(&self, copies: &mut [(BlockId, &mut [u8])]) -> Result<(), ExecutorError> {
+        self.in_windows(copies.chunks_mut(self.window_blocks()), |gpu, window| {
+            for (block, to) in window {
+                let mut to = &mut **to;
+                for (group, bytes) in self.parts() {
+                    let (part, others) = to.split_at_mut(bytes);
+                    to = others;
+                    // SAFETY: it is registered, and `in_windows` waits before it is used again.
+                    unsafe { self.copies.fetch(gpu, (group, block.index()), part)? };
+                }
+            }
+            Ok(())
+        })
+    }
+
+    unsafe fn write(&self, copies: &[(BlockId, &[u8])]) -> Result<(), ExecutorError> {
+        self.in_windows(copies.chunks(self.window_blocks()), |gpu, window| {
+            for (block, from) in window {
+                let mut from = *from;
+                for (group, bytes) in self.parts() {
+                    let (part, others) = from.split_at(bytes);
+                    from = others;
+                    // SAFETY: it is registered, and `in_windows` waits before it is written again.
+                    unsafe { self.copies.send(gpu, part, (group, block.index()))? };
+                }
+            }
+            Ok(())
+        })
     }
 }

@@ -32,7 +32,7 @@ struct Rotation {
 impl GpuStage {
     /// Performs the copies and runs the program on a plan that was checked.
     pub(super) fn compute(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
-        self.kv.copy(self.weights.gpu(), &plan.copies)?;
+        self.kv.copy(&plan.copies)?;
         if plan.tokens.is_empty() {
             return Ok(());
         }

@@ -140,7 +140,7 @@ impl SpilledWeights {
     /// How the CPU's stage is made, where the GPU's is made so.
     pub fn stage_options(&self, options: &StageOptions) -> StageOptions {
         // It keeps no keys and values.
-        let kv = KvOptions { device_blocks: 0, host_blocks: 0, ..options.kv };
+        let kv = KvOptions { device_blocks: 0, ..options.kv };
         StageOptions { part: Some(self.part.clone()), kv, ..options.clone() }
     }
 }
