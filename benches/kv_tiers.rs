@@ -1,0 +1,233 @@
+//! A sequence's KV blocks out to other tiers and back, against the copy rate of the same run, and
+//! what that costs the steps of other streams.
+//! `cargo bench --bench kv_tiers -- [SHAPE:TYPE] [cpu|gpu]`; without a word for it, the GPU if
+//! there is one. Weights are random.
+#![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a benchmark's report")]
+
+#[path = "../tests/support/stage.rs"]
+mod stage;
+#[path = "../tests/support/tiers.rs"]
+mod tiers;
+
+use stage::{BLOCK_TOKENS, options, plan_tokens};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use tandem::executor::{
+    CpuPool, GpuStage, GpuWeights, KvBlocks, KvTiers, Stage, StageOptions, StagePart, TierOptions,
+    WeightSource, Weights, WeightsRequest,
+};
+use tandem::model::{ModelSpec, SyntheticModel};
+use tandem::request::SamplingParams;
+use tandem::step::{LogitsTask, StepOutput, StepPlan, Tier};
+use tandem::units::TokenId;
+use tandem_kernels::{CopyWay, Gpu, driver};
+use tiers::moved;
+
+/// The sequence that moves.
+const SEQUENCE_TOKENS: usize = 4000;
+const SEQUENCE_BLOCKS: usize = SEQUENCE_TOKENS.div_ceil(BLOCK_TOKENS);
+/// Streams that decode, and their context.
+const STREAMS: usize = 8;
+const CONTEXT_TOKENS: usize = 512;
+const STREAM_BLOCKS: usize = CONTEXT_TOKENS / BLOCK_TOKENS;
+/// Pinned memory that the bus is measured with.
+const LANE_BYTES: usize = 256 << 20;
+const PASSES: usize = 9;
+/// Steps of a measurement, and how often it alternates with the other.
+const STEPS: usize = 60;
+const ROUNDS: usize = 5;
+
+enum AnyStage {
+    Cpu(Box<Stage>),
+    Gpu(Box<GpuStage>),
+}
+
+impl AnyStage {
+    fn start(spec: ModelSpec, options: &StageOptions, on_gpu: bool) -> Self {
+        let request = WeightsRequest {
+            source: WeightSource::Random { seed: 1 },
+            part: StagePart::whole(spec.layers.len()),
+            spec: Arc::new(spec),
+            isa: None,
+            huge_pages: options.huge_pages(),
+        };
+        let mut pool = CpuPool::new(&options.pool).unwrap();
+        if on_gpu {
+            let weights = GpuWeights::load(0, &request, Some(&mut pool), &mut |_| {}).unwrap();
+            weights.limit_waits(Duration::from_secs(5));
+            return Self::Gpu(Box::new(GpuStage::start(Arc::new(weights), options).unwrap()));
+        }
+        let weights = Weights::load(&request, &mut pool, &mut |_| {}).unwrap();
+        drop(pool);
+        Self::Cpu(Box::new(Stage::restart(Arc::new(weights), options).unwrap()))
+    }
+
+    fn kv(&self) -> Arc<dyn KvBlocks> {
+        match self {
+            Self::Cpu(stage) => stage.kv(),
+            Self::Gpu(stage) => stage.kv(),
+        }
+    }
+
+    fn run(&mut self, plan: &StepPlan) {
+        let mut output = StepOutput::default();
+        match self {
+            Self::Cpu(stage) => stage.run(plan, &mut output).unwrap(),
+            Self::Gpu(stage) => stage.run(plan, &mut output).unwrap(),
+        }
+        assert!(output.failures.is_empty(), "{:?}", output.failures);
+    }
+
+    /// Seconds of each of [`STEPS`] steps in which every stream gets a token.
+    fn steps(&mut self) -> Vec<f64> {
+        let params = Arc::new(SamplingParams::greedy());
+        let tokens: Vec<_> =
+            (0..CONTEXT_TOKENS as u32).map(|at| TokenId(at * 7919 % 20_000)).collect();
+        let seconds = (0..STEPS).map(|step| {
+            let mut plan = StepPlan::default();
+            let position = CONTEXT_TOKENS - STEPS + step;
+            for stream in 0..STREAMS {
+                let blocks = (stream as u64, (stream * STREAM_BLOCKS) as u32);
+                plan_tokens(&mut plan, blocks, &tokens, position..position + 1, |_| {
+                    let params = Arc::clone(&params);
+                    Some(LogitsTask::Sample { params, history: 0..0, prompt_tokens: 0 })
+                });
+            }
+            let started = Instant::now();
+            self.run(&plan);
+            started.elapsed().as_secs_f64()
+        });
+        seconds.collect()
+    }
+}
+
+/// The sequence moves, `at_once` blocks an order list. Seconds out and back.
+fn out_and_in(tiers: &mut KvTiers, away: Tier, at_once: usize) -> [f64; 2] {
+    let first = (STREAMS * STREAM_BLOCKS) as u32;
+    let blocks: Vec<u32> = (0..SEQUENCE_BLOCKS as u32).collect();
+    let mut pass = |is_out: bool| {
+        let started = Instant::now();
+        for blocks in blocks.chunks(at_once) {
+            let moves: Vec<_> = blocks
+                .iter()
+                .map(|block| ((Tier::Device, first + block), (away, *block)))
+                .map(|(here, there)| if is_out { (here, there) } else { (there, here) })
+                .collect();
+            moved(tiers, &moves);
+        }
+        started.elapsed().as_secs_f64()
+    };
+    [pass(true), pass(false)]
+}
+
+fn median(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    numbers[numbers.len() / 2]
+}
+
+/// Bytes per second out of the device and back, of the bus where there is one, else of a copy in
+/// memory.
+fn roofs(on_gpu: bool) -> [f64; 2] {
+    if on_gpu {
+        let gpu = Gpu::open(&driver().unwrap(), 0).unwrap();
+        let mut lanes = gpu.copy_lanes(LANE_BYTES).unwrap();
+        return [CopyWay::FromGpu, CopyWay::ToGpu].map(|way| {
+            lanes.pinned(way, 1).unwrap();
+            lanes.pinned(way, 8).unwrap()
+        });
+    }
+    let (from, mut to) = (vec![1_u8; LANE_BYTES], vec![2_u8; LANE_BYTES]);
+    let copies = (0..PASSES).map(|_| {
+        let started = Instant::now();
+        to.copy_from_slice(std::hint::black_box(&from));
+        LANE_BYTES as f64 / started.elapsed().as_secs_f64()
+    });
+    [copies.fold(0.0, f64::max); 2]
+}
+
+fn main() {
+    let words: Vec<String> =
+        std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
+    let shape =
+        words.iter().find(|word| word.contains(':')).map_or("llama-8b:q4_0", String::as_str);
+    let wants = |word: &str| words.iter().any(|other| other == word);
+    let on_gpu = !wants("cpu") && (wants("gpu") || driver().is_ok());
+    let spec = shape.parse::<SyntheticModel>().unwrap().spec();
+    let roofs = roofs(on_gpu);
+    let threads = std::thread::available_parallelism().unwrap().get();
+    let mut options = options(threads, STREAMS * CONTEXT_TOKENS + SEQUENCE_BLOCKS * BLOCK_TOKENS);
+    (options.huge_pages, options.step_tokens_max) = (true, 64);
+    let mut stage = AnyStage::start(spec, &options, on_gpu);
+    let sizes = TierOptions {
+        host_blocks: SEQUENCE_BLOCKS,
+        disk_blocks: SEQUENCE_BLOCKS,
+        disk_folder: std::env::temp_dir(),
+    };
+    let mut tiers = KvTiers::new(stage.kv(), &sizes).unwrap();
+    let bytes = (SEQUENCE_BLOCKS * stage.kv().block_bytes()) as f64;
+    println!(
+        "{shape} on {}: {SEQUENCE_TOKENS} tokens are {SEQUENCE_BLOCKS} blocks, {:.1} MB; copies of \
+         pinned memory: out {:.1} GB/s, in {:.1} GB/s",
+        if on_gpu { "a GPU" } else { "the CPU" },
+        bytes / 1e6,
+        roofs[0] / 1e9,
+        roofs[1] / 1e9,
+    );
+    println!("{:<32} {:>9} {:>9} {:>9} {:>9}", "way", "out GB/s", "x roof", "in GB/s", "x roof");
+    let print = |name: &str, [out, back]: [f64; 2]| {
+        let over = |seconds: f64, roof: f64| seconds * roof / bytes;
+        let (out_over, in_over) = (over(out, roofs[0]), over(back, roofs[1]));
+        let (out, back) = (bytes / out / 1e9, bytes / back / 1e9);
+        println!("{name:<32} {out:>9.1} {out_over:>9.2} {back:>9.1} {in_over:>9.2}");
+    };
+    print("host, first use", out_and_in(&mut tiers, Tier::Host, SEQUENCE_BLOCKS));
+    for at_once in [1, 4, 16, SEQUENCE_BLOCKS] {
+        let passes: Vec<_> =
+            (0..PASSES).map(|_| out_and_in(&mut tiers, Tier::Host, at_once)).collect();
+        let of = |way: usize| median(passes.iter().map(|pass| pass[way]).collect());
+        print(&format!("host, {at_once} blocks at once"), [of(0), of(1)]);
+    }
+    print("disk, first use", out_and_in(&mut tiers, Tier::Disk, SEQUENCE_BLOCKS));
+    print("disk", out_and_in(&mut tiers, Tier::Disk, SEQUENCE_BLOCKS));
+    println!("{:?}", tiers.bytes());
+    println!("times of a row are medians; x roof: time as a multiple of bytes / roof");
+    beside(&mut stage, &mut tiers);
+}
+
+/// Steps of the streams alone, and while the sequence goes out and in all the time.
+fn beside(stage: &mut AnyStage, tiers: &mut KvTiers) {
+    stage.steps();
+    println!(
+        "{:<32} {:>9} {:>9} {:>9} {:>9}",
+        "steps of 8 streams", "alone ms", "beside", "ratio", "moves/s"
+    );
+    for (away, at_once) in [(Tier::Host, 1), (Tier::Host, 16), (Tier::Host, SEQUENCE_BLOCKS)] {
+        let (mut alone, mut beside, mut moves, mut seconds) = (vec![], vec![], 0, 0.0);
+        for _ in 0..ROUNDS {
+            alone.extend(stage.steps());
+            let (is_over, done) = (AtomicBool::new(false), AtomicUsize::new(0));
+            let started = Instant::now();
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    while !is_over.load(Ordering::Relaxed) {
+                        out_and_in(tiers, away, at_once);
+                        done.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+                beside.extend(stage.steps());
+                is_over.store(true, Ordering::Relaxed);
+            });
+            seconds += started.elapsed().as_secs_f64();
+            moves += done.into_inner();
+        }
+        let mean = |times: &[f64]| times.iter().sum::<f64>() / times.len() as f64;
+        let row = |name: &str, alone: f64, beside: f64| {
+            let rate = moves as f64 / seconds;
+            let (ratio, alone, beside) = (beside / alone, alone * 1e3, beside * 1e3);
+            println!("{name:<32} {alone:>9.3} {beside:>9.3} {ratio:>9.3} {rate:>9.1}");
+        };
+        row(&format!("{at_once} blocks at once, mean"), mean(&alone), mean(&beside));
+        row(&format!("{at_once} blocks at once, median"), median(alone), median(beside));
+    }
+}
