@@ -34,9 +34,10 @@ const STREAM_BLOCKS: usize = CONTEXT_TOKENS / BLOCK_TOKENS;
 /// Pinned memory that the bus is measured with.
 const LANE_BYTES: usize = 256 << 20;
 const PASSES: usize = 9;
-/// Steps of a measurement, and how often it alternates with the other.
+/// Steps of a measurement, and how often it alternates with the other: less where steps are slow.
 const STEPS: usize = 60;
-const ROUNDS: usize = 5;
+const ROUNDS_MAX: usize = 5;
+const MEASUREMENT_SECONDS: f64 = 1.0;
 
 enum AnyStage {
     Cpu(Box<Stage>),
@@ -197,14 +198,15 @@ fn main() {
 
 /// Steps of the streams alone, and while the sequence goes out and in all the time.
 fn beside(stage: &mut AnyStage, tiers: &mut KvTiers) {
-    stage.steps();
+    let seconds: f64 = stage.steps().iter().sum();
+    let rounds = ((MEASUREMENT_SECONDS / seconds) as usize).clamp(1, ROUNDS_MAX);
     println!(
         "{:<32} {:>9} {:>9} {:>9} {:>9}",
         "steps of 8 streams", "alone ms", "beside", "ratio", "moves/s"
     );
     for (away, at_once) in [(Tier::Host, 1), (Tier::Host, 16), (Tier::Host, SEQUENCE_BLOCKS)] {
         let (mut alone, mut beside, mut moves, mut seconds) = (vec![], vec![], 0, 0.0);
-        for _ in 0..ROUNDS {
+        for _ in 0..rounds {
             alone.extend(stage.steps());
             let (is_over, done) = (AtomicBool::new(false), AtomicUsize::new(0));
             let started = Instant::now();
