@@ -107,9 +107,12 @@ impl KvBlocks for Limited {
     }
 
     unsafe fn register(&self, memory: &[u8]) -> Result<Registration, ExecutorError> {
-        let mut room = self.room.lock().unwrap();
-        let refused = || ExecutorError::Unsupported { what: "more memory".into() };
-        *room = room.checked_sub(memory.len()).ok_or_else(refused)?;
+        // What tests register themselves costs nothing.
+        if memory.len() > 8 * MIB {
+            let mut room = self.room.lock().unwrap();
+            let refused = || ExecutorError::Unsupported { what: "more memory".into() };
+            *room = room.checked_sub(memory.len()).ok_or_else(refused)?;
+        }
         self.registered.lock().unwrap().push(addresses(memory));
         Ok(Some(Box::new(Registered(addresses(memory), Arc::clone(&self.registered)))))
     }
@@ -134,35 +137,37 @@ impl KvBlocks for Limited {
 #[test]
 fn memory_is_registered_as_it_fills_and_blocks_beyond_what_the_driver_gives_take_a_detour() {
     let folder = TempDir::new().unwrap();
-    // The detour's 16 MiB, the model's own 5, and one chunk of 32.
-    let kv = Limited::new(16 * MIB);
-    let mut tiers = KvTiers::new(kv.clone(), &sizes(70, 3, &folder)).unwrap();
-    let all = TierBytes { host: 70 * MIB, bounce: 16 * MIB, disk: 3 * MIB, ..TierBytes::default() };
+    // The detour's 16 MiB, the first 512, one chunk of 32, and 30 more.
+    let kv = Limited::new(590 * MIB);
+    let mut tiers = KvTiers::new(kv.clone(), &sizes(600, 3, &folder)).unwrap();
+    let all = TierBytes {
+        host: 600 * MIB,
+        host_pinned: 512 * MIB,
+        host_pageable: 0,
+        bounce: 16 * MIB,
+        disk: 3 * MIB,
+    };
     assert_eq!(tiers.bytes(), all);
-    *kv.room.lock().unwrap() = 40 * MIB;
-    // Blocks 0 to 31 are the first chunk, and 64 to 69 the last, for which there is room, too, but
-    // nobody asks again.
-    moved(&mut tiers, &[((Device, 0), (Host, 31)), ((Device, 1), (Host, 1))]);
-    assert_eq!(tiers.bytes(), TierBytes { host_pinned: 32 * MIB, ..all });
-    moved(&mut tiers, &[((Device, 0), (Host, 32)), ((Device, 1), (Host, 69))]);
-    let pageable = TierBytes { host_pinned: 32 * MIB, host_pageable: 38 * MIB, ..all };
+    // Chunks are of 32 blocks. There is room for the last, of 24, too, but nobody asks again.
+    moved(&mut tiers, &[((Device, 0), (Host, 543)), ((Device, 1), (Host, 0))]);
+    assert_eq!(tiers.bytes(), TierBytes { host_pinned: 544 * MIB, ..all });
+    moved(&mut tiers, &[((Device, 0), (Host, 544)), ((Device, 1), (Host, 599))]);
+    let pageable = TierBytes { host_pinned: 544 * MIB, host_pageable: 56 * MIB, ..all };
     assert_eq!(tiers.bytes(), pageable);
     drop(tiers);
     assert!(kv.registered.lock().unwrap().is_empty());
+}
+
+#[test]
+fn random_orders_move_the_same_where_some_memory_is_not_registered() {
+    let folder = TempDir::new().unwrap();
     for (seed, chunks) in [(1, 0), (2, 1), (3, 3)] {
-        // The world registers its own 5 MiB, and those of blocks that it compares, too.
-        let kv = Limited::new(1 << 40);
-        let sizes = sizes(70, 3, &folder);
-        let mut world = tiers::World::new(kv.clone(), &sizes, seed);
-        for _ in 0..4 {
-            *kv.room.lock().unwrap() = chunks * 32 * MIB;
-            world.round(90);
-            *kv.room.lock().unwrap() = 1 << 40;
-            world.check();
-        }
-        // Those comparisons made more of it direct only where nothing had been refused.
-        let bytes = world.tiers.bytes();
-        assert_eq!(bytes.host_pageable > 0, chunks < 3, "{chunks} chunks: {bytes:?}");
+        let kv = Limited::new((16 + chunks * 32) * MIB);
+        let kv: Arc<dyn KvBlocks> = kv;
+        let bytes = hold_random_orders(&kv, &sizes(80, 3, &folder), seed).bytes();
+        let pinned = [0, 32, 80][seed as usize - 1];
+        assert_eq!(bytes.host_pinned, pinned * MIB);
+        assert_eq!(bytes.host_pageable, (80 - pinned) * MIB);
     }
 }
 

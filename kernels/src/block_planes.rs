@@ -21,8 +21,6 @@ use std::time::Duration;
 const PLANE_ALIGNMENT: usize = 256;
 /// Between two looks at copies: far less than they take, and other threads need the processor.
 const LOOK_EVERY: Duration = Duration::from_micros(20);
-/// Windows of copies that are on their way at once.
-const WINDOWS: usize = 2;
 
 /// Memory of blocks that lie in planes of one shape.
 pub struct BlockPlanes {
@@ -47,8 +45,6 @@ enum Place {
 /// orders copies knows that nobody uses the blocks.
 pub struct BlockCopies {
     stream: OnGpu<Arc<CudaStream>>,
-    /// Behind the last copy of a window, in turn.
-    ends: [OnGpu<CudaEvent>; WINDOWS],
     /// Behind what the GPU had been given when [`BlockCopies::follow`] was called.
     followed: OnGpu<CudaEvent>,
 }
@@ -79,17 +75,10 @@ impl Gpu {
     pub fn block_copies(&self) -> Result<BlockCopies, GpuError> {
         let stream = self.stream().context().new_stream();
         let stream = stream.map_err(|error| self.failed("making a stream", error))?;
-        let event = || {
-            let event = self.stream().context().new_event(None);
-            event
-                .map(|event| OnGpu::new(event, self))
-                .map_err(|error| self.failed("marking its work", error))
-        };
-        let copies = BlockCopies {
-            stream: OnGpu::new(stream, self),
-            ends: [event()?, event()?],
-            followed: event()?,
-        };
+        let followed = self.stream().context().new_event(None);
+        let followed = followed.map_err(|error| self.failed("marking its work", error))?;
+        let (stream, followed) = (OnGpu::new(stream, self), OnGpu::new(followed, self));
+        let copies = BlockCopies { stream, followed };
         // Memory may still be cleared.
         copies.follow(self)?;
         Ok(copies)
@@ -227,7 +216,7 @@ impl BlockCopies {
     ///
     /// # Safety
     /// The host's bytes are [registered](Gpu::register_whole) and not used until
-    /// [`BlockCopies::wait`] or [`BlockCopies::wait_for_window`] has returned.
+    /// [`BlockCopies::wait`] has returned.
     ///
     /// # Errors
     /// What the driver refuses.
@@ -252,7 +241,7 @@ impl BlockCopies {
     ///
     /// # Safety
     /// The host's bytes are [registered](Gpu::register_whole) and not written until
-    /// [`BlockCopies::wait`] or [`BlockCopies::wait_for_window`] has returned.
+    /// [`BlockCopies::wait`] has returned.
     ///
     /// # Errors
     /// What the driver refuses.
@@ -273,40 +262,10 @@ impl BlockCopies {
             .map_err(|error| gpu.failed("copying to it", error))
     }
 
-    /// Ends window `index` of copies.
-    ///
-    /// # Errors
-    /// What the driver refuses.
-    pub fn end_window(&self, gpu: &Gpu, index: usize) -> Result<(), GpuError> {
-        gpu.bound()?;
-        let marked = self.ends[index % WINDOWS].record(&self.stream);
-        marked.map_err(|error| gpu.failed("marking its work", error))
-    }
-
-    /// Waits until window `index` may begin: until that before the last one is done. Nobody else
-    /// spins, or waits in the driver.
+    /// Waits for all copies. The thread sleeps meanwhile, and waits for nothing in the driver.
     ///
     /// # Errors
     /// What the copies failed with, or [`GpuError::Hung`].
-    pub fn wait_for_window(&self, gpu: &Gpu, index: usize) -> Result<(), GpuError> {
-        let Some(before) = index.checked_sub(WINDOWS) else { return Ok(()) };
-        gpu.bound()?;
-        let end = &self.ends[before % WINDOWS];
-        let is_done = || {
-            // SAFETY: the event lives.
-            match unsafe { sys::cuEventQuery(end.cu_event()) }.result() {
-                Ok(()) => Ok(true),
-                Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
-                Err(error) => Err(gpu.failed("copying", error)),
-            }
-        };
-        gpu.wait_until(is_done, |_| thread::sleep(LOOK_EVERY))
-    }
-
-    /// Waits for all copies.
-    ///
-    /// # Errors
-    /// As of [`BlockCopies::wait_for_window`].
     pub fn wait(&self, gpu: &Gpu) -> Result<(), GpuError> {
         gpu.bound()?;
         gpu.wait_until(|| gpu.is_idle(&self.stream), |_| thread::sleep(LOOK_EVERY))

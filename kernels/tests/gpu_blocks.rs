@@ -7,39 +7,31 @@ mod gpu;
 use gpu::{Random, gpu};
 use tandem_kernels::{BlockPlanes, Gpu, GpuError};
 
-/// Host memory on pages of its own, as registering wants it.
-fn host(bytes: usize, random: &mut Random) -> Vec<u8> {
-    (0..bytes).map(|_| random.next() as u8).collect()
-}
-
 /// Sends some blocks, copies one inside the GPU, and compares all that comes back.
 fn keeps(gpu: &Gpu, planes: &BlockPlanes, blocks: [usize; 3], random: &mut Random) {
     let bytes = planes.block_bytes();
-    let (sent, mut back) = (host(2 * bytes, random), vec![0; 3 * bytes]);
+    let mut host: Vec<u8> = (0..5 * bytes).map(|_| random.next() as u8).collect();
+    // SAFETY: it lives until the end, beyond the waits.
+    let registered = unsafe { gpu.register_whole(&host) }.expect("registered memory");
+    let (sent, back) = host.split_at_mut(2 * bytes);
     let copies = gpu.block_copies().expect("a stream");
-    // SAFETY: both live until the end, beyond the waits.
-    let _registered = unsafe { [gpu.register_whole(&sent), gpu.register_whole(&back)] }
-        .map(|registered| registered.expect("registered memory"));
     copies.begin(gpu).expect("an order");
-    for (index, (from, block)) in sent.chunks(bytes).zip(blocks).enumerate() {
-        copies.wait_for_window(gpu, index).expect("a window");
+    for (from, block) in sent.chunks(bytes).zip(blocks) {
         // SAFETY: registered, and only read.
         unsafe { copies.send(gpu, from, (planes, block)) }.expect("a copy");
-        copies.end_window(gpu, index).expect("a mark");
     }
     copies.wait(gpu).expect("copies");
     planes.copy_block(gpu, blocks[1], blocks[2]).expect("a copy inside");
     copies.follow(gpu).expect("a mark");
     copies.begin(gpu).expect("an order");
-    for (index, (to, block)) in back.chunks_mut(bytes).zip(blocks).enumerate() {
-        copies.wait_for_window(gpu, index).expect("a window");
+    for (to, block) in back.chunks_mut(bytes).zip(blocks) {
         // SAFETY: registered, and not used before the wait.
         unsafe { copies.fetch(gpu, (planes, block), to) }.expect("a copy");
-        copies.end_window(gpu, index).expect("a mark");
     }
     copies.wait(gpu).expect("copies");
     assert!(back[..2 * bytes] == sent[..], "{bytes} bytes");
     assert!(back[2 * bytes..] == sent[bytes..], "{bytes} bytes inside");
+    drop(registered);
 }
 
 #[test]

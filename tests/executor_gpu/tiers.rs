@@ -140,4 +140,6 @@ fn copies_of_a_gpu_that_hangs_fail_and_those_behind_it_still_work() {
     ];
     let wanted = [CopyOutcome::Failed, CopyOutcome::Done, CopyOutcome::Done];
     assert_eq!(perform(&mut tiers, &orders), wanted);
+    // What was registered with a lost GPU stays so; other tests must not get its addresses.
+    std::mem::forget(tiers);
 }

@@ -59,7 +59,7 @@ pub struct KvTiers {
 
 impl KvTiers {
     /// Empty tiers behind a store. Host memory and the file are there in whole afterwards, but
-    /// pages and registrations only come with use.
+    /// beyond the first 512 MiB pages and registrations only come with use.
     ///
     /// # Errors
     /// Memory refused, or [`ExecutorError::DiskTier`].
@@ -68,13 +68,10 @@ impl KvTiers {
         let bounce_blocks = (BOUNCE_BYTES / block_bytes.max(1)).clamp(1, RUN_ORDERS_MAX);
         let mut bounce = HostTier::new(&*kv, bounce_blocks)?;
         bounce.prepare_all(&*kv)?;
+        let mut host = HostTier::new(&*kv, options.host_blocks)?;
+        host.prepare_first(&*kv);
         let disk = (options.disk_blocks > 0).then(|| DiskTier::create(options, block_bytes));
-        Ok(Self {
-            host: HostTier::new(&*kv, options.host_blocks)?,
-            bounce,
-            disk: disk.transpose()?,
-            kv,
-        })
+        Ok(Self { host, bounce, disk: disk.transpose()?, kv })
     }
 
     /// Performs orders as if one after the other, and appends a result for each, in their order.
