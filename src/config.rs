@@ -135,6 +135,8 @@ pub struct KvConfig {
     pub dtype: KvDType,
     pub cache_bytes: ByteSize,
     pub swap_bytes: ByteSize,
+    pub disk_bytes: ByteSize,
+    pub disk_folder: PathBuf,
     pub prefix_cache: bool,
 }
 
@@ -268,6 +270,9 @@ impl Config {
         self.validate_times()?;
         self.gpu.choice()?;
         self.gpu.streamed_percent()?;
+        if self.kv.disk_bytes.0 > DISK_BYTES_MAX {
+            return Err(refuse("kv.disk_bytes", self.kv.disk_bytes, "up to 1 PiB".into()));
+        }
         let words: [(&str, &str, &[&str]); 2] = [
             (
                 "cpu.isa",
@@ -326,6 +331,8 @@ pub(crate) mod kv_dtype {
         String::deserialize(from)?.parse().map_err(D::Error::custom)
     }
 }
+/// Largest disk tier: numbers of blocks stay far below what their ids hold.
+const DISK_BYTES_MAX: u64 = 1 << 50;
 /// Longest time that can be set.
 const WEEK_MS: u64 = 7 * 24 * 3_600_000;
 
@@ -362,6 +369,9 @@ mod tests {
         assert_eq!(config.gpu.streamed_percent(), Ok(Some(50)));
         config.gpu.step_timeout_ms = 99;
         assert_eq!(config.validate().unwrap_err().field, "gpu.step_timeout_ms");
+        let mut config = Config::default();
+        config.kv.disk_bytes = ByteSize(u64::MAX);
+        assert_eq!(config.validate().unwrap_err().field, "kv.disk_bytes");
         let mut config = Config::default();
         config.template.fuel = 0;
         assert_eq!(config.validate().unwrap_err().field, "template.fuel");

@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 use proptest::prelude::*;
-use tandem::kv::{BlockHash, BlockPool, ChainHasher, HostPool, PoolCounts, blocks_for};
+use tandem::kv::{BlockHash, BlockPool, ChainHasher, PoolCounts, TierBlocks, Tiers, blocks_for};
+use tandem::step::{CopyOutcome, Tier};
 use tandem::units::{BlockId, TokenId};
 
 const BLOCK_TOKENS: usize = 4;
@@ -140,16 +141,75 @@ fn a_name_stands_for_all_tokens_before_it_and_needs_the_key() {
     assert_eq!(grown, all, "a chain is extended from where it was");
 }
 
+/// Two blocks in each tier, and a named one of the device that nobody refers to.
+fn tiers() -> (Tiers, BlockId) {
+    let mut tiers = Tiers::new(TierBlocks { device: 2, host: 2, disk: 2 }, BLOCK_TOKENS);
+    let id = published(&mut tiers.device, 1);
+    tiers.device.release(id);
+    (tiers, id)
+}
+
+fn find_below(tiers: &Tiers) -> Option<(Tier, BlockId)> {
+    tiers.find(&[Tier::Host, Tier::Disk], (hash(1), None), &tokens(1))
+}
+
 #[test]
-fn the_host_tier_gives_each_block_to_one() {
-    let mut pool = HostPool::new(2);
-    let (first, second) = (pool.allocate().unwrap(), pool.allocate().unwrap());
-    assert_ne!(first, second);
-    assert_eq!((pool.allocate(), pool.used()), (None, 2));
-    pool.release(first);
-    assert!(pool.can_allocate(1) && !pool.can_allocate(2));
-    pool.clear();
-    assert_eq!(pool.used(), 0);
+fn neither_end_of_a_copy_is_given_away_before_its_end() {
+    let (mut tiers, id) = tiers();
+    let copy = tiers.begin_copy((Tier::Device, id), Tier::Host).unwrap();
+    assert_ne!(tiers.device.allocate(), Some(id));
+    assert_eq!(tiers.device.allocate(), None);
+    assert_eq!(find_below(&tiers), None, "what is not there yet is not found");
+    assert_eq!(find(&tiers.device, 1), Some(id), "the source stays in use");
+    tiers.end_copy(copy, CopyOutcome::Done);
+    tiers.check_invariants();
+    assert_eq!(find_below(&tiers), Some(copy.to));
+    assert_eq!(tiers.copy_below((Tier::Device, id)), Some(copy.to));
+    assert_eq!(tiers.device.allocate(), Some(id));
+}
+
+#[test]
+fn a_copy_that_fails_leaves_nothing_to_be_found() {
+    let (mut tiers, id) = tiers();
+    let down = tiers.begin_copy((Tier::Device, id), Tier::Disk).unwrap();
+    tiers.end_copy(down, CopyOutcome::Failed);
+    assert_eq!((find_below(&tiers), find(&tiers.device, 1)), (None, Some(id)));
+    let down = tiers.begin_copy((Tier::Device, id), Tier::Disk).unwrap();
+    tiers.end_copy(down, CopyOutcome::Done);
+    tiers.device.clear();
+    let up = tiers.begin_copy(down.to, Tier::Device).unwrap();
+    tiers.end_copy(up, CopyOutcome::Failed);
+    tiers.check_invariants();
+    assert_eq!(find_below(&tiers), None, "what can't be read is not tried again");
+    assert_eq!(tiers.device.counts(), PoolCounts { used: 0, cached: 0, free: 2 });
+}
+
+#[test]
+fn what_was_copied_down_is_evicted_first() {
+    let (mut tiers, old) = tiers();
+    let young = published(&mut tiers.device, 2);
+    tiers.device.release(young);
+    assert_eq!(tiers.next_uncopied(Tier::Device, 2), Some(old));
+    let copy = tiers.begin_copy((Tier::Device, young), Tier::Host).unwrap();
+    tiers.end_copy(copy, CopyOutcome::Done);
+    assert_eq!(tiers.next_uncopied(Tier::Device, 1), None, "the first to go is known below");
+    assert_eq!(tiers.next_uncopied(Tier::Device, 2), Some(old));
+    assert_eq!(tiers.device.allocate(), Some(young));
+}
+
+#[test]
+fn a_block_that_comes_up_is_known_in_both_tiers() {
+    let (mut tiers, id) = tiers();
+    let down = tiers.begin_copy((Tier::Device, id), Tier::Host).unwrap();
+    tiers.end_copy(down, CopyOutcome::Done);
+    tiers.device.clear();
+    let up = tiers.begin_copy(down.to, Tier::Device).unwrap();
+    tiers.end_copy(up, CopyOutcome::Done);
+    assert_eq!(tiers.find(&[Tier::Device], (hash(1), None), &tokens(1)), Some(up.to));
+    assert_eq!(tiers.copy_below(up.to), Some(down.to));
+    tiers.clear_below();
+    assert_eq!((find_below(&tiers), find(&tiers.device, 1)), (None, Some(up.to.1)));
+    tiers.check_invariants();
 }
 
 /// The pool as a list of (id, references, name), oldest release first.

@@ -7,11 +7,14 @@
 #[path = "actors/rig.rs"]
 mod rig;
 
-use rig::hash_stage::continuation;
+use rig::hash_stage::{HashStages, continuation};
 use rig::{Read, Rig, config, first_tokens, prompt, read, request};
 use std::sync::atomic::Ordering;
-use tandem::actors::{EngineError, EngineState, FaultPoint, RestartCounts};
+use std::sync::{Arc, Mutex};
+use tandem::actors::{EngineError, EngineState, FaultPoint, Faults, RestartCounts};
+use tandem::config::Config;
 use tandem::request::{ErrorKind, Event, FinishReason};
+use tandem::units::ByteSize;
 use tokio::time::{Duration, timeout};
 
 const STREAMS: u32 = 8;
@@ -25,6 +28,16 @@ fn assert_complete(read: &Read, number: u32, tokens: usize, context: &str) {
     assert_eq!(read.tokens, expected, "{context}, stream {number}");
     assert_eq!(done.finish_reasons, [FinishReason::Length], "{context}, stream {number}");
     assert_eq!(done.usage.completion_tokens, tokens, "{context}, stream {number}");
+}
+
+/// A store of ten blocks, fewer than two of eight streams need, and lower tiers behind it.
+fn crowded() -> Config {
+    let mut config = config();
+    config.model.context_tokens = 256;
+    config.kv.cache_bytes = ByteSize(10 << 15);
+    config.kv.swap_bytes = ByteSize(6 << 15);
+    config.kv.disk_bytes = ByteSize(16 << 15);
+    config
 }
 
 /// Runs eight streams with a fault armed and checks that none of them noticed.
@@ -239,33 +252,134 @@ async fn several_actors_dying_one_after_the_other_are_all_survived() {
     }
 }
 
-/// Room for ten blocks, so that sequences are preempted and go through the host tier.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_kv_swap_actor_that_dies_loses_no_copy_from_its_books() {
-    let mut config = config();
-    config.model.context_tokens = 256;
-    config.kv.cache_bytes = tandem::units::ByteSize(10 << 15);
-    for fault in [None, Some(1), Some(2)] {
-        let rig = Rig::with(config.clone(), |faults| {
-            fault.iter().for_each(|pass| faults.arm(FaultPoint::KvSwapBeforeReport, *pass));
+/// Eight streams through a store for fewer, by way of the lower tiers, while `arm`ed faults strike.
+async fn crowd(context: &str, arm: impl FnOnce(&Faults), set: impl FnOnce(&HashStages)) -> Rig {
+    let rig = Rig::with(crowded(), arm).await;
+    set(&rig.stages);
+    let streams: Vec<_> = (0..STREAMS)
+        .map(|number| {
+            let request = request(&prompt(number, 40 + number as usize), 60);
+            tokio::spawn(read(rig.engine.generate(request)))
         })
-        .await;
-        let streams: Vec<_> = (0..STREAMS)
-            .map(|number| {
-                let request = request(&prompt(number, 40 + number as usize), 60);
-                tokio::spawn(read(rig.engine.generate(request)))
-            })
-            .collect();
-        for (number, stream) in streams.into_iter().enumerate() {
-            let read = timeout(PATIENCE, stream).await.unwrap().unwrap();
-            assert_complete(&read, number as u32, 60, "through the host tier");
-        }
-        let booked = || rig.engine.stats().metrics;
-        rig::eventually("all copies are booked", || {
-            booked().blocks_swapped_out == rig.stages.copies_out.load(Ordering::SeqCst)
-        });
-        assert!(booked().blocks_swapped_out > 0, "nothing was swapped");
-        let restarts = rig.engine.status().restarts.kv_swap;
-        assert_eq!(restarts, u64::from(fault.is_some()), "fault at {fault:?}");
+        .collect();
+    for (number, stream) in streams.into_iter().enumerate() {
+        let read = timeout(PATIENCE, stream).await.expect(context).expect(context);
+        assert_complete(&read, number as u32, 60, context);
     }
+    rig
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_that_go_through_lower_tiers_lose_nothing() {
+    let rig = crowd("no fault", |_| {}, |_| {}).await;
+    let counted = |way: usize| rig.stages.copies[way].load(Ordering::SeqCst);
+    assert!(counted(0) > 0 && counted(1) > 0, "nothing was swapped");
+    rig::eventually("all copies are told", || {
+        let metrics = rig.engine.stats().metrics;
+        let told = [metrics.blocks_swapped_out, metrics.blocks_swapped_in];
+        told == [counted(0), counted(1)] && metrics.blocks_moved_to_disk == counted(2)
+    });
+    let stats = rig.engine.stats();
+    assert_eq!((stats.metrics.block_copies_failed, stats.blocks.copies_under_way), (0, 0));
+    assert_eq!((stats.blocks.host_total, stats.blocks.disk_total), (6, 16));
+    assert_eq!((stats.blocks.used, stats.blocks.host_used, stats.blocks.disk_used), (0, 0, 0));
+    assert_eq!(stats.status.restarts, RestartCounts::default());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_swap_thread_that_dies_takes_the_lower_tiers_and_no_token() {
+    for point in [FaultPoint::KvSwapBeforeCopy, FaultPoint::KvSwapAfterCopy] {
+        for pass in [1, 2, 5, 9] {
+            let context = format!("{point:?} at pass {pass}");
+            let rig = crowd(&context, |faults| faults.arm(point, pass), |_| {}).await;
+            assert_eq!(rig.faults.left(), 0, "{context}: the fault never struck");
+            let restarts = rig.engine.status().restarts;
+            assert_eq!((restarts.kv_swap, restarts.scheduler), (1, 0), "{context}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_else_dies_while_blocks_are_copied_no_token_is_lost() {
+    let points = [
+        FaultPoint::SchedulerBeforePlan,
+        FaultPoint::SchedulerBeforeDispatch,
+        FaultPoint::SchedulerAfterApply,
+        FaultPoint::ExecutorInRun,
+        FaultPoint::ExecutorAfterRun,
+        FaultPoint::ExecutorBeforeRun,
+    ];
+    for point in points {
+        for pass in [15, 40] {
+            let context = format!("{point:?} at pass {pass}");
+            let slow = |stages: &HashStages| {
+                *stages.copy_time.lock().unwrap() = Duration::from_micros(300);
+            };
+            let rig = crowd(&context, |faults| faults.arm(point, pass), slow).await;
+            assert_eq!(rig.faults.left(), 0, "{context}: the fault never struck");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn copies_that_fail_or_take_long_cost_time_only() {
+    for (failing, time_us) in [(1, 0), (2, 100), (7, 0), (0, 2_000)] {
+        let context = format!("every {failing}th copy fails, {time_us} us each");
+        let rig = crowd(
+            &context,
+            |_| {},
+            |stages| {
+                stages.copies_failing.store(failing, Ordering::SeqCst);
+                *stages.copy_time.lock().unwrap() = Duration::from_micros(time_us);
+            },
+        )
+        .await;
+        let failed = rig.engine.stats().metrics.block_copies_failed;
+        assert_eq!(failed > 0, failing > 0, "{context}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_ends_the_copies_to_it_and_nothing_else() {
+    let rig = crowd(
+        "a full disk",
+        |_| {},
+        |stages| {
+            stages.disk_writes_max.store(3, Ordering::SeqCst);
+        },
+    )
+    .await;
+    rig::eventually("the disk tier has stopped", || rig.engine.stats().blocks.disk_stopped);
+}
+
+/// KV for four of 64 clients, through both lower tiers.
+#[tokio::test(flavor = "multi_thread")]
+async fn sixty_four_clients_in_a_store_for_four_all_end_and_none_is_overtaken_for_long() {
+    let mut config = crowded();
+    config.kv.cache_bytes = ByteSize(16 << 15);
+    config.scheduler.queue_max = 128;
+    let rig = Rig::with(config, |_| {}).await;
+    *rig.stages.copy_time.lock().unwrap() = Duration::from_micros(100);
+    let order = Arc::new(Mutex::new(Vec::new()));
+    let mut streams = Vec::new();
+    for number in 0..64 {
+        let mut answer = rig.engine.generate(request(&prompt(number, 40), 60));
+        let order = Arc::clone(&order);
+        // One after the other: then the order of their arrival is known.
+        assert!(matches!(answer.next().await, Some(Event::Accepted { .. })));
+        streams.push(tokio::spawn(async move {
+            let read = read(answer).await;
+            order.lock().unwrap().push(number);
+            read
+        }));
+    }
+    for (number, stream) in streams.into_iter().enumerate() {
+        let read = timeout(PATIENCE, stream).await.unwrap().unwrap();
+        assert_eq!(read.tokens, continuation(&prompt(number as u32, 40), 60), "{number}");
+    }
+    let order = order.lock().unwrap();
+    for (at, number) in order.iter().enumerate() {
+        assert!(at.abs_diff(*number as usize) <= 12, "{number} ends as number {at}: {order:?}");
+    }
+    assert!(rig.engine.stats().metrics.blocks_swapped_in > 0);
 }

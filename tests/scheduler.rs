@@ -1,5 +1,6 @@
 //! The scheduler's promises, one by one: who is admitted, who goes first, who yields, what is
-//! computed once, how a stream ends. The seeded simulation is `tests/scheduler_simulation.rs`.
+//! computed once, what lower tiers do, how a stream ends. The seeded simulation is
+//! `tests/scheduler_simulation.rs`.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
@@ -17,3 +18,5 @@ mod prefixes;
 mod priorities;
 #[path = "scheduler/rig.rs"]
 mod rig;
+#[path = "scheduler/tiers.rs"]
+mod tiers;

@@ -12,7 +12,9 @@ mod rig;
 
 use counting_allocator::{CountingAllocator, measure};
 use rig::{Rig, batch, options, prompt, sequence};
+use tandem::kv::TierBlocks;
 use tandem::scheduler::SchedulerOptions;
+use tandem::step::CopyOutcome;
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;
@@ -23,7 +25,19 @@ fn planned_step(rig: &mut Rig) -> usize {
     rig.machine.run(&rig.plan, &mut rig.output);
     rig.now_us += rig.output.duration_us;
     rig.apply();
-    usage.allocations
+    usage.allocations + copied(rig)
+}
+
+/// Performs the copies that were begun; how often ordering them and taking them in allocated.
+fn copied(rig: &mut Rig) -> usize {
+    rig.copies.clear();
+    rig.results.clear();
+    let ((), ordered) = measure(|| rig.scheduler.take_copies(&mut rig.copies));
+    for copy in &rig.copies {
+        rig.results.push(rig.machine.copy(*copy, CopyOutcome::Done));
+    }
+    let ((), ended) = measure(|| rig.scheduler.copied(rig.now_us, &rig.results, 100));
+    ordered.allocations + ended.allocations
 }
 
 /// A day's work: streams, and more prompts than fit beside them. How often planning allocated.
@@ -49,15 +63,15 @@ fn day(rig: &mut Rig, first_id: u64) -> usize {
 
 #[test]
 fn a_step_is_planned_without_allocating() {
-    for host_blocks in [0, 50] {
-        let options =
-            SchedulerOptions { device_blocks: 100, host_blocks, queue_max: 200, ..options() };
+    for (host, disk) in [(0, 0), (50, 0), (20, 60)] {
+        let blocks = TierBlocks { device: 100, host, disk };
+        let options = SchedulerOptions { blocks, queue_max: 200, ..options() };
         let mut rig = Rig::new(options);
         assert!(day(&mut rig, 0) > 0, "the buffers got their size");
         let allocations = day(&mut rig, 1_000);
         let stats = rig.scheduler.stats();
         assert!(stats.steps > 1_000 && stats.prefix_hit_tokens > 0, "{stats:?}");
-        assert!(stats.preemptions > 0 && (stats.swapped_out > 0) == (host_blocks > 0));
+        assert!(stats.preemptions > 0 && (stats.swapped_out > 0) == (host > 0));
         assert_eq!(allocations, 0);
     }
 }

@@ -42,7 +42,7 @@ impl EngineBuilder {
     }
 
     /// Where `tandem probe` keeps what it has measured of this machine: a model that a GPU can't
-    /// hold is placed by that.
+    /// hold is placed by that, and what is worth copying between KV tiers follows from it.
     pub fn probe_folder(mut self, folder: Option<PathBuf>) -> Self {
         self.probe_folder = folder;
         self

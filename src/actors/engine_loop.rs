@@ -1,6 +1,7 @@
 //! The thread that turns the scheduler's crank: take commands, plan a step, hand it to the
 //! executor, tell the streams about the step before while this one runs, apply what comes back.
-//! It never waits for a stream and never for anything but commands and the executor.
+//! Copies between KV tiers go to the swap thread and run beside the steps. It never waits for a
+//! stream and never for anything but commands, the executor and, without a step, those copies.
 
 use super::FaultPoint;
 use super::executor::{Order, StepResult};
@@ -8,9 +9,10 @@ use super::lanes::{Command, Submission};
 use super::links::{Delivery, Links};
 use super::shared::{Occupancy, Shared};
 use super::stream::StreamMessage;
+use super::swap_lane::{SwapDesk, SwapResult};
 use super::threads::{StopSignal, is_stopped};
 use crate::hardware::pin_current_thread;
-use crate::scheduler::{Scheduler, SequenceEvent, SequenceEventKind};
+use crate::scheduler::{Scheduler, SchedulerStats, SequenceEvent, SequenceEventKind};
 use crate::step::{StepOutput, StepPlan};
 use crate::telemetry::StepTrace;
 use crate::units::SequenceId;
@@ -45,6 +47,9 @@ pub(super) struct EngineLoop {
     events: Vec<SequenceEvent>,
     /// Which stage's KV the scheduler speaks of.
     generation: u64,
+    swaps: SwapDesk,
+    /// The figures that were published last.
+    published: SchedulerStats,
     /// Counts engine loops, so that a stream can tell two deaths from one.
     life: u64,
     last_run_end_us: Option<u64>,
@@ -57,6 +62,8 @@ impl EngineLoop {
             tracing::warn!(%error, "the engine loop runs unpinned");
         }
         let scheduler = Scheduler::new(loaded.scheduler_options(&shared.config)?);
+        // Copies of an earlier loop must not meet blocks that this one gives away.
+        shared.swaps.loop_starts();
         Ok(Self {
             scheduler,
             links: Links::default(),
@@ -64,6 +71,8 @@ impl EngineLoop {
             output: Box::default(),
             events: Vec::new(),
             generation: shared.steps.generation(),
+            swaps: SwapDesk::new(&shared.swaps),
+            published: SchedulerStats::default(),
             life: shared.next_loop_life(),
             last_run_end_us: None,
             shared,
@@ -75,6 +84,7 @@ impl EngineLoop {
         while !is_stopped(&self.stop) {
             self.take_commands();
             self.meet_the_stage();
+            self.take_copies();
             if !self.step() {
                 break;
             }
@@ -92,6 +102,7 @@ impl EngineLoop {
         self.plan.clear();
         self.scheduler.plan_step(plan_start_us, &mut self.plan);
         self.scheduler.drain_events(&mut self.events);
+        self.send_copies();
         self.links.mark(&self.plan);
         if self.plan.is_empty() {
             self.last_run_end_us = None;
@@ -106,7 +117,7 @@ impl EngineLoop {
             plan_start_us,
             tokens: self.plan.tokens.len(),
             sequences: self.plan.sequences.len(),
-            copies: self.plan.copies.len(),
+            copies: self.scheduler.copies_under_way(),
             ..StepTrace::default()
         };
         trace.run_start_us = self.shared.now_us();
@@ -142,10 +153,15 @@ impl EngineLoop {
     }
 
     fn await_step(&mut self, ticket: u64) -> Waited {
+        let shared = Arc::clone(&self.shared);
         loop {
             let result = select_biased! {
                 recv(self.stop) -> _ => return Waited::Stopped,
-                recv(self.shared.steps.results.1) -> result => result,
+                recv(shared.steps.results.1) -> result => result,
+                recv(shared.swaps.results.1) -> result => {
+                    result.into_iter().for_each(|result| self.take_copy(result));
+                    continue;
+                }
             };
             match result {
                 Ok(StepResult::Done(order)) if order.ticket == ticket => {
@@ -175,7 +191,6 @@ impl EngineLoop {
         let now_us = self.shared.now_us();
         trace.run_end_us = now_us;
         self.scheduler.apply(now_us, &self.plan, &self.output, &mut self.events);
-        self.shared.swaps.report(&self.plan);
         self.shared.faults.pass(FaultPoint::SchedulerAfterApply);
         trace.apply_end_us = self.shared.now_us();
         let metrics = &self.shared.metrics;
@@ -191,27 +206,56 @@ impl EngineLoop {
     fn lose_the_stage(&mut self) {
         self.generation = self.shared.steps.generation();
         self.scheduler.executor_lost(self.shared.now_us(), &mut self.events);
+        self.swaps.reset(&self.shared.swaps);
         self.last_run_end_us = None;
     }
 
-    /// Notices a stage that died while no step was in flight.
+    /// Notices a stage that died while no step was in flight, and a swap thread that died.
     fn meet_the_stage(&mut self) {
         if self.shared.steps.generation() != self.generation {
             self.lose_the_stage();
+        } else if !self.swaps.is_current(&self.shared.swaps) {
+            self.swaps.reset(&self.shared.swaps);
+            self.scheduler.tiers_lost(self.shared.now_us());
         }
     }
 
-    /// Waits for a command; whether to go on.
+    /// Hands the copies that were begun to the swap thread.
+    fn send_copies(&mut self) {
+        self.scheduler.take_copies(&mut self.swaps.pending);
+        self.swaps.send(&self.shared.swaps);
+    }
+
+    /// Takes in what the swap thread has done.
+    fn take_copies(&mut self) {
+        while let Ok(result) = self.shared.swaps.results.1.try_recv() {
+            self.take_copy(result);
+        }
+    }
+
+    fn take_copy(&mut self, result: SwapResult) {
+        let Some(order) = self.swaps.open(result) else { return };
+        self.scheduler.copied(self.shared.now_us(), &order.results, order.duration_us);
+        if order.disk_stopped {
+            self.scheduler.stop_disk();
+        }
+        self.swaps.recycle(order);
+        self.swaps.send(&self.shared.swaps);
+    }
+
+    /// Waits for a command or for copies; whether to go on.
     fn idle(&mut self) -> bool {
         let tick = if self.scheduler.is_empty() { EMPTY_TICK } else { IDLE_TICK };
         let shared = Arc::clone(&self.shared);
-        let command = select_biased! {
+        select_biased! {
             recv(self.stop) -> _ => return false,
-            recv(shared.commands.receiver) -> command => command,
-            default(tick) => return true,
-        };
-        if let Ok(command) = command {
-            self.obey(command);
+            recv(shared.commands.receiver) -> command => {
+                command.into_iter().for_each(|command| self.obey(command));
+            }
+            recv(shared.swaps.results.1) -> result => {
+                result.into_iter().for_each(|result| self.take_copy(result));
+            }
+            default(tick) => {}
         }
         true
     }
@@ -282,8 +326,15 @@ impl EngineLoop {
         self.events = events;
     }
 
-    fn publish(&self) {
-        let occupancy = Occupancy::of(&self.scheduler.stats());
+    fn publish(&mut self) {
+        let (stats, before) = (self.scheduler.stats(), self.published);
+        let metrics = &self.shared.metrics;
+        metrics.blocks_swapped_out.add(stats.blocks_down - before.blocks_down);
+        metrics.blocks_swapped_in.add(stats.blocks_up - before.blocks_up);
+        metrics.blocks_moved_to_disk.add(stats.blocks_to_disk - before.blocks_to_disk);
+        metrics.block_copies_failed.add(stats.copies_failed - before.copies_failed);
+        self.published = stats;
+        let occupancy = Occupancy::of(&stats);
         *self.shared.occupancy.lock().unwrap_or_else(PoisonError::into_inner) = occupancy;
     }
 }

@@ -75,11 +75,13 @@ impl StepLane {
 }
 
 /// Counts a stage as gone when its thread leaves, however it leaves.
-struct StageLife<'a>(&'a StepLane);
+struct StageLife<'a>(&'a Shared);
 
 impl Drop for StageLife<'_> {
     fn drop(&mut self) {
-        self.0.stage_is_gone();
+        // Before the loss is told: no copy of this stage's blocks is under way then.
+        self.0.swaps.stage_is_gone();
+        self.0.steps.stage_is_gone();
     }
 }
 
@@ -87,7 +89,7 @@ impl Drop for StageLife<'_> {
 /// made, and the weights lie there.
 fn live(shared: &Shared, stop: &StopSignal) -> Result<(), String> {
     // Gone is told after the engine's end: then no request takes it for a crash of its own.
-    let _life = StageLife(&shared.steps);
+    let _life = StageLife(shared);
     run_stage(shared, stop).map_err(|fault| {
         if let Some(error) = fault.end(shared.restarts.executor.get()) {
             shared.die(EngineError::Gpu(error));
@@ -102,6 +104,7 @@ fn run_stage(shared: &Shared, stop: &StopSignal) -> Result<(), StageFault> {
     let loaded = shared.loaded.get().ok_or("no model is loaded")?;
     shared.faults.pass(FaultPoint::ExecutorBeforeStart);
     let mut stage = loaded.stages.start()?;
+    shared.swaps.stage_starts(stage.tiers())?;
     shared.become_ready();
     loop {
         let mut order = select_biased! {

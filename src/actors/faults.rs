@@ -34,8 +34,10 @@ pub enum FaultPoint {
     ExecutorInRun,
     /// The stage has run a plan; its output is not handed back.
     ExecutorAfterRun,
-    /// The KV swap actor has a report and has not booked it.
-    KvSwapBeforeReport,
+    /// The swap thread has copies to perform and has not begun.
+    KvSwapBeforeCopy,
+    /// The swap thread has performed copies and not said so.
+    KvSwapAfterCopy,
     /// A stream task has a message and has not computed anything from it.
     StreamBeforeCompute,
     /// A stream task has computed what follows and not committed it.
@@ -46,7 +48,7 @@ pub enum FaultPoint {
 
 impl FaultPoint {
     /// Every point.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::TokenizerBeforeWork,
         Self::TokenizerAfterWork,
         Self::TokenizerIdle,
@@ -60,7 +62,8 @@ impl FaultPoint {
         Self::ExecutorBeforeRun,
         Self::ExecutorInRun,
         Self::ExecutorAfterRun,
-        Self::KvSwapBeforeReport,
+        Self::KvSwapBeforeCopy,
+        Self::KvSwapAfterCopy,
         Self::StreamBeforeCompute,
         Self::StreamBeforeCommit,
         Self::SupervisorBeforeRestart,

@@ -1,69 +1,51 @@
-//! The KV swap actor keeps the books of the host tier: how many blocks of preempted sequences went
-//! out and came back. The copies themselves are orders of a step and performed by the stage that
-//! owns the bytes; this actor hears of them after the step, and its death delays the books only.
+//! The KV swap actor: it answers for the one thread that copies KV blocks between tiers, beside the
+//! steps. That thread's death takes the lower tiers with it: what lay there is computed again.
 
 use super::FaultPoint;
 use super::shared::Shared;
-use crate::step::{StepPlan, Tier};
+use super::swap_lane::{SwapLane, SwapResult};
+use super::threads::{StopOnDrop, StopSignal, stop_signal};
+use crossbeam_channel::select_biased;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use std::sync::Arc;
 
 /// What the KV swap actor hears.
 #[derive(Debug)]
 pub(super) enum KvSwapMessage {
-    /// The ledger has copies that are not booked. The permit bounds the mailbox.
-    Book(OwnedSemaphorePermit),
+    /// Its thread died.
+    ThreadDied(String),
 }
 
-/// Copies that were performed and not booked yet. Outlives the actor.
-pub(super) struct SwapLedger {
-    out_blocks: AtomicU64,
-    in_blocks: AtomicU64,
-    /// One: while a `Book` is in the mailbox, a second would say nothing new.
-    permits: Arc<Semaphore>,
-    actor: Mutex<Option<ActorRef<KvSwapMessage>>>,
-}
+/// Counts the lower tiers as gone when the thread leaves, however it leaves.
+struct SwapLife<'a>(&'a SwapLane);
 
-impl Default for SwapLedger {
-    fn default() -> Self {
-        Self {
-            out_blocks: AtomicU64::new(0),
-            in_blocks: AtomicU64::new(0),
-            permits: Arc::new(Semaphore::new(1)),
-            actor: Mutex::new(None),
-        }
+impl Drop for SwapLife<'_> {
+    fn drop(&mut self) {
+        self.0.mover_is_gone();
     }
 }
 
-impl SwapLedger {
-    /// Reports the copies of a step that was run. Never waits.
-    pub(super) fn report(&self, plan: &StepPlan) {
-        let count = |from: Tier, to: Tier| {
-            plan.copies.iter().filter(|copy| (copy.from.0, copy.to.0) == (from, to)).count() as u64
+fn run_swap(shared: &Shared, stop: &StopSignal) -> Result<(), String> {
+    let lane = &shared.swaps;
+    let _life = SwapLife(lane);
+    loop {
+        let mut order = select_biased! {
+            recv(stop) -> _ => return Ok(()),
+            recv(lane.orders.1) -> order => order.map_err(|_| "the swap lane is gone")?,
         };
-        let (out_blocks, in_blocks) =
-            (count(Tier::Device, Tier::Host), count(Tier::Host, Tier::Device));
-        if out_blocks + in_blocks > 0 {
-            self.out_blocks.fetch_add(out_blocks, Relaxed);
-            self.in_blocks.fetch_add(in_blocks, Relaxed);
-            self.wake();
+        shared.faults.pass(FaultPoint::KvSwapBeforeCopy);
+        if !lane.perform(&mut order).map_err(|fault| fault.to_string())? {
+            // Nobody waits for it.
+            continue;
         }
-    }
-
-    fn wake(&self) {
-        let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else { return };
-        let actor = self.actor.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(actor) = actor {
-            // A dead actor's successor books what is left when it starts.
-            let _ = actor.cast(KvSwapMessage::Book(permit));
+        shared.faults.pass(FaultPoint::KvSwapAfterCopy);
+        shared.metrics.swap_time.record(order.duration_us);
+        select_biased! {
+            recv(stop) -> _ => return Ok(()),
+            send(lane.results.0, SwapResult::Done(order)) -> sent => {
+                sent.map_err(|_| "the swap lane is gone")?;
+            }
         }
-    }
-
-    fn book(&self, shared: &Shared) {
-        shared.metrics.blocks_swapped_out.add(self.out_blocks.swap(0, Relaxed));
-        shared.metrics.blocks_swapped_in.add(self.in_blocks.swap(0, Relaxed));
     }
 }
 
@@ -72,29 +54,32 @@ pub(super) struct KvSwap;
 
 impl Actor for KvSwap {
     type Msg = KvSwapMessage;
-    type State = Arc<Shared>;
+    type State = StopOnDrop;
     type Arguments = Arc<Shared>;
 
     async fn pre_start(
         &self,
         myself: ActorRef<Self::Msg>,
         shared: Arc<Shared>,
-    ) -> Result<Arc<Shared>, ActorProcessingErr> {
-        let actor = Some(myself);
-        *shared.swaps.actor.lock().unwrap_or_else(PoisonError::into_inner) = actor;
-        shared.swaps.book(&shared);
-        Ok(shared)
+    ) -> Result<StopOnDrop, ActorProcessingErr> {
+        let (guard, stop) = stop_signal();
+        let died = move |reason| {
+            // The actor may be gone already; then its thread's death is nobody's news.
+            let _ = myself.cast(KvSwapMessage::ThreadDied(reason));
+        };
+        let body_shared = Arc::clone(&shared);
+        tokio::task::block_in_place(|| {
+            shared.threads.start("tandem-swap", died, move || run_swap(&body_shared, &stop))
+        })?;
+        Ok(guard)
     }
 
     async fn handle(
         &self,
         _myself: ActorRef<Self::Msg>,
-        KvSwapMessage::Book(permit): Self::Msg,
-        shared: &mut Self::State,
+        KvSwapMessage::ThreadDied(reason): Self::Msg,
+        _state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
-        drop(permit);
-        shared.faults.pass(FaultPoint::KvSwapBeforeReport);
-        shared.swaps.book(shared);
-        Ok(())
+        Err(reason.into())
     }
 }

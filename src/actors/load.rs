@@ -6,15 +6,18 @@ use super::shared::Shared;
 use super::stage::{CpuStages, GpuStages, StageFactory, StageFault, StepRunner};
 use super::{EngineError, LoadProgress, ModelInfo};
 use crate::config::{Config, ConfigError};
-use crate::executor::{KvOptions, PoolOptions, SpilledLayers, StageOptions, StagePart, StepPasses};
+use crate::executor::{
+    KvOptions, PoolOptions, SpilledLayers, StageOptions, StagePart, StepPasses, TierOptions,
+};
 use crate::formats::{Checkpoint, FormatError};
 use crate::hardware::{
     Fingerprint, HardwareProfile, Measured, Topology, load_measured, probe_file,
 };
+use crate::kv::TierBlocks;
 use crate::model::ModelSpec;
-use crate::placement::{Device, Placement, Workers};
+use crate::placement::{Device, Placement, Prediction, Workers};
 use crate::request::RequestError;
-use crate::scheduler::{KvBlocks, SchedulerOptions};
+use crate::scheduler::{KvStore, SchedulerOptions, TierRates};
 use crate::tokenizer::{ChatTemplate, TemplateConfig, Tokenizer};
 use crate::units::TokenId;
 use std::path::Path;
@@ -43,6 +46,8 @@ pub(super) struct Loaded {
     pub(super) tokenizer: Arc<Tokenizer>,
     pub(super) template: ChatTemplate,
     pub(super) end_tokens: Vec<TokenId>,
+    /// What copies between KV tiers and prompts take, as far as known before anything ran.
+    pub(super) rates: TierRates,
     pub(super) stages: StageSlot,
 }
 
@@ -80,6 +85,7 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
     hardware.measured = known_rates(&hardware, config, source.probe_folder.as_deref())?;
     let placement = Placement::plan(&spec, &hardware, config)?;
     tracing::info!(chosen = %placement.workers, "compute workers");
+    let rates = tier_rates(&spec, &placement, &hardware, config);
     for note in &placement.notes {
         tracing::warn!(note, "placement");
     }
@@ -97,16 +103,65 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
             let part = Some(part_of(&spec, &placement));
             let options = StageOptions { part, pool, ..options };
             let model = (checkpoint, Arc::clone(&spec));
-            load_weights(shared, model, (placement.device(), options), source.on_progress)?
+            let tiers = tier_options(config, &placement)?;
+            load_weights(shared, model, (placement.device(), options, tiers), source.on_progress)?
         }
     };
     Ok(Loaded {
         info: model_info(config, &spec, &placement, &warnings),
+        rates,
         placement,
         template,
         end_tokens: tokenizer.end_tokens().to_vec(),
         tokenizer: Arc::new(tokenizer),
         stages: StageSlot(Mutex::new(Some(factory))),
+    })
+}
+
+/// What copies between KV tiers and prompts take on this machine: what was measured and what is
+/// predicted from it, else what is typical.
+fn tier_rates(
+    spec: &ModelSpec,
+    placement: &Placement,
+    hardware: &HardwareProfile,
+    config: &Config,
+) -> TierRates {
+    let typical = TierRates::default();
+    let Some(measured) = &hardware.measured else { return typical };
+    let host_bytes = match placement.device() {
+        // A copy reads and writes, and one thread makes it.
+        Device::Cpu => measured.reads.first().map(|reads| reads.bytes_per_second / 2.0),
+        Device::Gpu(index) => {
+            let rates = measured.gpus.iter().find(|rates| rates.ordinal == *index);
+            rates.map(|rates| rates.pinned.to_gpu.min(rates.pinned.from_gpu))
+        }
+    };
+    let prediction = Prediction::of(spec, placement, hardware, config);
+    let prompt = prediction.and_then(|prediction| prediction.prompt.first().copied());
+    TierRates {
+        host_bytes: host_bytes.unwrap_or(typical.host_bytes),
+        disk_bytes: measured.disk.as_ref().map_or(typical.disk_bytes, |d| d.bytes_per_second),
+        prompt_tokens: prompt.map_or(typical.prompt_tokens, |prompt| prompt.tokens_per_second),
+    }
+}
+
+/// The tiers behind the KV store.
+fn tier_options(config: &Config, placement: &Placement) -> Result<TierOptions, ConfigError> {
+    let folder = match config.kv.disk_folder.as_path() {
+        empty if empty.as_os_str().is_empty() => Path::new("/tmp"),
+        folder => folder,
+    };
+    if placement.disk_blocks > 0 && !folder.is_dir() {
+        return Err(ConfigError {
+            field: "kv.disk_folder".into(),
+            got: folder.display().to_string(),
+            allowed: "a folder that is there and can be written to".into(),
+        });
+    }
+    Ok(TierOptions {
+        host_blocks: placement.host_blocks,
+        disk_blocks: placement.disk_blocks,
+        disk_folder: folder.to_owned(),
     })
 }
 
@@ -117,7 +172,7 @@ fn refuse(error: FormatError) -> EngineError {
 fn load_weights(
     shared: &Shared,
     model: (Arc<Checkpoint>, Arc<ModelSpec>),
-    (device, options): (&Device, StageOptions),
+    (device, options, tiers): (&Device, StageOptions, TierOptions),
     mut on_progress: Option<OnProgress>,
 ) -> Result<Arc<dyn StageFactory>, EngineError> {
     let mut report = |progress: crate::executor::LoadProgress| {
@@ -131,11 +186,11 @@ fn load_weights(
         }
     };
     let loaded: Result<Arc<dyn StageFactory>, _> = match device {
-        Device::Cpu => CpuStages::load(model.0, model.1, options, &mut report)
+        Device::Cpu => CpuStages::load(model, (options, tiers), &mut report)
             .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>),
         Device::Gpu(index) => {
             let step_timeout = Duration::from_millis(shared.config.gpu.step_timeout_ms);
-            GpuStages::load((*index, step_timeout), model, options, &mut report)
+            GpuStages::load((*index, step_timeout), model, (options, tiers), &mut report)
                 .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>)
         }
     };
@@ -256,9 +311,13 @@ impl Loaded {
     pub(super) fn scheduler_options(&self, config: &Config) -> Result<SchedulerOptions, String> {
         let mut prefix_key = [0; 16];
         getrandom::fill(&mut prefix_key).map_err(|error| format!("no random key: {error}"))?;
-        let kv = KvBlocks {
-            device: self.placement.device_blocks,
-            host: self.placement.host_blocks,
+        let kv = KvStore {
+            blocks: TierBlocks {
+                device: self.placement.device_blocks,
+                host: self.placement.host_blocks,
+                disk: self.placement.disk_blocks,
+            },
+            rates: self.rates,
             block_bytes: self.placement.block_bytes(),
             context_tokens: self.placement.context_tokens,
         };

@@ -22,6 +22,7 @@ mod stage;
 mod status;
 mod stream;
 mod supervisor;
+mod swap_lane;
 mod text;
 mod threads;
 mod tokenizer;
@@ -35,7 +36,7 @@ pub use faults::{FaultPoint, Faults};
 pub use generation::{Answer, Canceller, Generation};
 pub use load::{compute_isa, known_rates, part_of, stage_options};
 #[doc(hidden)]
-pub use stage::{StageFactory, StageFault, StepRunner};
+pub use stage::{BlockMover, StageFactory, StageFault, StepRunner, TierSource};
 pub use status::{
     BlockCounts, EngineState, LoadProgress, ModelInfo, RestartCounts, SequenceCounts,
     StatsSnapshot, Status,

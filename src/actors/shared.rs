@@ -2,10 +2,10 @@
 //! lanes, credits, figures and the engine's state survive any restart.
 
 use super::executor::StepLane;
-use super::kv_swap::SwapLedger;
 use super::lanes::{CommandLane, TextLane};
 use super::load::{Loaded, sequences_alive_max};
 use super::status::{BlockCounts, EngineState, LoadProgress, SequenceCounts};
+use super::swap_lane::SwapLane;
 use super::text::{TextDone, TextWork};
 use super::threads::Threads;
 use super::{EngineError, Faults, RestartCounts, StatsSnapshot, Status};
@@ -109,7 +109,7 @@ pub(super) struct Shared {
     pub(super) commands: CommandLane,
     pub(super) texts: TextLane,
     pub(super) steps: StepLane,
-    pub(super) swaps: SwapLedger,
+    pub(super) swaps: SwapLane,
     pub(super) threads: Threads,
     pub(super) loaded: OnceLock<Loaded>,
     pub(super) runtime: OnceLock<Handle>,
@@ -140,7 +140,7 @@ impl Shared {
             commands: CommandLane::new(credits),
             texts: TextLane::new(config.tokenizer.queue_max),
             steps: StepLane::default(),
-            swaps: SwapLedger::default(),
+            swaps: SwapLane::default(),
             threads: Threads::default(),
             loaded: OnceLock::new(),
             runtime: OnceLock::new(),
@@ -236,6 +236,7 @@ impl Shared {
         while self.texts.receiver.try_recv().is_ok() {}
         while self.steps.orders.1.try_recv().is_ok() {}
         while self.steps.results.1.try_recv().is_ok() {}
+        self.swaps.release();
         *self.occupancy.lock().unwrap_or_else(PoisonError::into_inner) = Occupancy::default();
         if let Some(loaded) = self.loaded.get() {
             loaded.stages.release();
@@ -335,11 +336,18 @@ impl Occupancy {
             preemptions: stats.preemptions,
         };
         let blocks = BlockCounts {
-            total: stats.blocks_used + stats.blocks_cached + stats.blocks_free,
-            used: stats.blocks_used,
-            cached: stats.blocks_cached,
-            host_total: stats.host_blocks,
-            host_used: stats.host_blocks_used,
+            total: stats.device.total(),
+            used: stats.device.used,
+            cached: stats.device.cached,
+            host_total: stats.host.total(),
+            host_used: stats.host.used,
+            host_cached: stats.host.cached,
+            disk_total: stats.disk.total(),
+            disk_used: stats.disk.used,
+            disk_cached: stats.disk.cached,
+            disk_stopped: stats.disk_stopped,
+            block_bytes: stats.block_bytes,
+            copies_under_way: stats.copies_under_way,
         };
         Self { sequences, blocks }
     }

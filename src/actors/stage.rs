@@ -2,13 +2,13 @@
 //! bring stages whose tokens are a hash of the tokens so far.
 
 use crate::executor::{
-    CpuPool, ExecutorError, GpuStage, GpuWeights, LoadProgress, Stage, StageOptions, StagePart,
-    Weights, WeightsRequest,
+    CpuPool, ExecutorError, GpuStage, GpuWeights, KvBlocks, KvTiers, LoadProgress, Stage,
+    StageOptions, StagePart, TierOptions, Weights, WeightsRequest,
 };
 use crate::formats::Checkpoint;
 use crate::model::ModelSpec;
 use crate::request::RequestError;
-use crate::step::{StepOutput, StepPlan};
+use crate::step::{BlockCopy, CopyResult, StepOutput, StepPlan};
 use std::sync::Arc;
 use std::time::Duration;
 use tandem_kernels::GpuError;
@@ -87,6 +87,30 @@ pub trait StepRunner {
     /// # Errors
     /// Anything after which the stage and its KV are not to be used again.
     fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), StageFault>;
+
+    /// What makes the tiers behind its KV blocks.
+    fn tiers(&self) -> Arc<dyn TierSource>;
+}
+
+/// Makes the tiers behind a stage's KV blocks: when the stage starts, and again when the thread
+/// that copied between them has died.
+pub trait TierSource: Send + Sync {
+    /// Empty lower tiers.
+    ///
+    /// # Errors
+    /// Memory or a file refused.
+    fn tiers(&self) -> Result<Box<dyn BlockMover>, StageFault>;
+}
+
+/// Copies KV blocks between tiers while the stage runs steps. A block that a copy works on is in no
+/// step's tables, or is only read there.
+pub trait BlockMover: Send {
+    /// Performs copies in order and adds one result for each. One that fails leaves its source as
+    /// it was.
+    fn perform(&mut self, orders: &[BlockCopy], results: &mut Vec<CopyResult>);
+
+    /// Whether copies to the disk tier fail from now on.
+    fn disk_stopped(&self) -> bool;
 }
 
 /// Makes stages over the same weights: the first one and, after each failure, the next. Called on
@@ -99,9 +123,61 @@ pub trait StageFactory: Send + Sync {
     fn start(&self) -> Result<Box<dyn StepRunner>, StageFault>;
 }
 
-impl StepRunner for Stage {
+/// A stage with the tiers behind its KV blocks.
+struct Tiered<S> {
+    stage: S,
+    source: Arc<KvSource>,
+}
+
+/// The tiers behind a store, and where they are kept.
+struct KvSource {
+    kv: Arc<dyn KvBlocks>,
+    options: TierOptions,
+}
+
+impl<S> Tiered<S> {
+    fn boxed(stage: S, kv: Arc<dyn KvBlocks>, options: &TierOptions) -> Box<Self> {
+        let source = Arc::new(KvSource { kv, options: options.clone() });
+        Box::new(Self { stage, source })
+    }
+}
+
+impl StepRunner for Tiered<Stage> {
     fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), StageFault> {
-        Stage::run(self, plan, output).map_err(|error| StageFault::from(&error))
+        self.stage.run(plan, output).map_err(|error| StageFault::from(&error))
+    }
+
+    fn tiers(&self) -> Arc<dyn TierSource> {
+        Arc::clone(&self.source) as _
+    }
+}
+
+impl StepRunner for Tiered<GpuStage> {
+    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), StageFault> {
+        self.stage.run(plan, output).map_err(|error| StageFault::from(&error))
+    }
+
+    fn tiers(&self) -> Arc<dyn TierSource> {
+        Arc::clone(&self.source) as _
+    }
+}
+
+impl TierSource for KvSource {
+    fn tiers(&self) -> Result<Box<dyn BlockMover>, StageFault> {
+        match KvTiers::new(Arc::clone(&self.kv), &self.options) {
+            Ok(tiers) => Ok(Box::new(tiers)),
+            Err(error) => Err((&error).into()),
+        }
+    }
+}
+
+impl BlockMover for KvTiers {
+    fn perform(&mut self, orders: &[BlockCopy], results: &mut Vec<CopyResult>) {
+        KvTiers::perform(self, orders, results);
+    }
+
+    fn disk_stopped(&self) -> bool {
+        KvTiers::disk_stopped(self)
     }
 }
 
@@ -109,20 +185,20 @@ impl StepRunner for Stage {
 pub(super) struct CpuStages {
     weights: Arc<Weights>,
     options: StageOptions,
+    tiers: TierOptions,
 }
 
 impl CpuStages {
     /// Loads the weights; `progress` is called on a thread of its own: the pool pins its caller.
     pub(super) fn load(
-        checkpoint: Arc<Checkpoint>,
-        spec: Arc<ModelSpec>,
-        options: StageOptions,
+        (checkpoint, spec): (Arc<Checkpoint>, Arc<ModelSpec>),
+        (options, tiers): (StageOptions, TierOptions),
         progress: &mut (dyn FnMut(LoadProgress) + Send),
     ) -> Result<Self, ExecutorError> {
         let part = options.part.clone().unwrap_or_else(|| StagePart::whole(spec.layers.len()));
         let request = request(checkpoint, spec, part, &options);
         let load = |pool: &mut CpuPool| Weights::load(&request, pool, progress);
-        Ok(Self { weights: Arc::new(with_pool(&options, load)?), options })
+        Ok(Self { weights: Arc::new(with_pool(&options, load)?), options, tiers })
     }
 }
 
@@ -166,15 +242,12 @@ impl StageFactory for CpuStages {
             Ok(stage)
         };
         match warm() {
-            Ok(stage) => Ok(Box::new(stage)),
+            Ok(stage) => {
+                let kv = stage.kv();
+                Ok(Tiered::boxed(stage, kv, &self.tiers))
+            }
             Err::<_, ExecutorError>(error) => Err((&error).into()),
         }
-    }
-}
-
-impl StepRunner for GpuStage {
-    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), StageFault> {
-        GpuStage::run(self, plan, output).map_err(|error| StageFault::from(&error))
     }
 }
 
@@ -182,6 +255,7 @@ impl StepRunner for GpuStage {
 pub(super) struct GpuStages {
     weights: Arc<GpuWeights>,
     options: StageOptions,
+    tiers: TierOptions,
 }
 
 impl GpuStages {
@@ -190,7 +264,7 @@ impl GpuStages {
     pub(super) fn load(
         (ordinal, step_timeout): (usize, Duration),
         (checkpoint, spec): (Arc<Checkpoint>, Arc<ModelSpec>),
-        options: StageOptions,
+        (options, tiers): (StageOptions, TierOptions),
         progress: &mut (dyn FnMut(LoadProgress) + Send),
     ) -> Result<Self, ExecutorError> {
         let part = options.part.clone().unwrap_or_else(|| StagePart::whole(spec.layers.len()));
@@ -203,14 +277,17 @@ impl GpuStages {
             false => GpuWeights::load(ordinal, &request, None, progress)?,
         };
         weights.limit_waits(step_timeout);
-        Ok(Self { weights: Arc::new(weights), options })
+        Ok(Self { weights: Arc::new(weights), options, tiers })
     }
 }
 
 impl StageFactory for GpuStages {
     fn start(&self) -> Result<Box<dyn StepRunner>, StageFault> {
         match GpuStage::start(Arc::clone(&self.weights), &self.options) {
-            Ok(stage) => Ok(Box::new(stage)),
+            Ok(stage) => {
+                let kv = stage.kv();
+                Ok(Tiered::boxed(stage, kv, &self.tiers))
+            }
             Err(error) => Err((&error).into()),
         }
     }

@@ -42,7 +42,7 @@ pub struct RestartCounts {
     pub scheduler: u64,
     /// Executor with its stage.
     pub executor: u64,
-    /// Ledger of the host tier.
+    /// The thread that copies KV blocks between tiers, and with it the lower tiers.
     pub kv_swap: u64,
     /// Turns of stream tasks that were done again.
     pub stream: u64,
@@ -114,10 +114,24 @@ pub struct BlockCounts {
     pub used: usize,
     /// Blocks kept only for their prefix: free when needed.
     pub cached: usize,
-    /// Blocks of the host's store.
+    /// Blocks of the host tier.
     pub host_total: usize,
-    /// Blocks of the host's store in use.
+    /// Blocks of the host tier that waiting sequences or copies hold.
     pub host_used: usize,
+    /// Blocks of the host tier kept only for their prefix: free when needed.
+    pub host_cached: usize,
+    /// Blocks of the disk tier.
+    pub disk_total: usize,
+    /// Blocks of the disk tier that waiting sequences or copies hold.
+    pub disk_used: usize,
+    /// Blocks of the disk tier kept only for their prefix: free when needed.
+    pub disk_cached: usize,
+    /// Whether nothing more goes to the disk tier: it is full, or failed.
+    pub disk_stopped: bool,
+    /// Bytes of one block, in any tier.
+    pub block_bytes: u64,
+    /// Copies between tiers that have not ended.
+    pub copies_under_way: usize,
 }
 
 /// Figures of one engine, since its start unless said otherwise.

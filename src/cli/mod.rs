@@ -74,9 +74,12 @@ fn dispatch(arguments: Arguments, output: Output) -> Result<()> {
         flags: flags(&arguments.global.settings, &command)?,
         environment,
     };
-    let settings = layers.load().map_err(|error| {
+    let mut settings = layers.load().map_err(|error| {
         anyhow::Error::from(Exit { code: CONFIG, message: format!("{error:#}") })
     })?;
+    if settings.config.kv.disk_folder.as_os_str().is_empty() {
+        settings.config.kv.disk_folder = std::env::temp_dir();
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .worker_threads(2)

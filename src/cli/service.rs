@@ -94,6 +94,17 @@ fn summary(status: &Value, stats: &Value, plan: &Value) -> Vec<Vec<String>> {
         ),
         ("restarts", restarts.to_string()),
     ];
+    for (what, tier) in [("KV in host memory", "host"), ("KV on disk", "disk")] {
+        let count = |state: &str| blocks[format!("{tier}_{state}")].as_u64().unwrap_or(0);
+        if count("total") > 0 {
+            let is_stopped = tier == "disk" && blocks["disk_stopped"] == true;
+            let bytes = ByteSize(count("total") * blocks["block_bytes"].as_u64().unwrap_or(0));
+            let (used, total, cached) = (count("used"), count("total"), count("cached"));
+            let stopped = if is_stopped { "; nothing more goes there" } else { "" };
+            let said = format!("{used} of {total} ({bytes}) in use, {cached} more kept{stopped}");
+            rows.push((what, said));
+        }
+    }
     for row in plan["plan"]["explain"].as_array().into_iter().flatten() {
         if row["what"] == "total" {
             let bytes = ByteSize(row["bytes"].as_u64().unwrap_or(0));

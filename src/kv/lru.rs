@@ -47,6 +47,28 @@ impl LruList {
         self.len += 1;
     }
 
+    /// Puts a block before the oldest.
+    pub fn push_oldest(&mut self, block: BlockId) {
+        let link = &mut self.links[block.index()];
+        assert!(!link.member, "{block:?} is in the list already");
+        *link = Link { older: None, newer: self.oldest, member: true };
+        match self.oldest.replace(block) {
+            Some(after) => self.links[after.index()].older = Some(block),
+            None => self.newest = Some(block),
+        }
+        self.len += 1;
+    }
+
+    /// The oldest.
+    pub fn oldest(&self) -> Option<BlockId> {
+        self.oldest
+    }
+
+    /// The block that came after a member.
+    pub fn newer(&self, block: BlockId) -> Option<BlockId> {
+        self.links[block.index()].newer
+    }
+
     /// Takes out the oldest.
     pub fn pop(&mut self) -> Option<BlockId> {
         let block = self.oldest?;

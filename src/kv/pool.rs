@@ -1,6 +1,7 @@
-//! The device tier: reference counts, the free list, and blocks that nobody refers to but that
-//! still hold a known prefix. Those are found again by name, or evicted least recently used first.
-//! Everything is sized when the pool is made: no operation allocates, each is O(1) in the blocks.
+//! The blocks of one tier: reference counts, the free list, and blocks that nobody refers to but
+//! that still hold a known prefix. Those are found again by name, or evicted least recently used
+//! first. Everything is sized when the pool is made: no operation allocates, each is O(1) in the
+//! blocks.
 
 use super::lru::LruList;
 use super::prefix::{BlockHash, NameState};
@@ -9,9 +10,9 @@ use std::collections::HashMap;
 
 /// What an indexed block holds; its tokens are in `BlockPool::tokens`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Name {
-    hash: BlockHash,
-    parent: Option<BlockHash>,
+pub(super) struct Name {
+    pub hash: BlockHash,
+    pub parent: Option<BlockHash>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -20,10 +21,20 @@ struct Block {
     name: Option<Name>,
 }
 
+/// How giving back a reference left a block.
+enum Released {
+    /// Others refer to it.
+    Referenced,
+    /// Nobody does, and it has a name.
+    Named,
+    /// Nobody does, and it has none.
+    Nameless,
+}
+
 /// How many blocks are in which state. They add up to the pool's size.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PoolCounts {
-    /// Referred to by at least one sequence.
+    /// Referred to by at least one sequence or copy.
     pub used: usize,
     /// Unreferenced, holding a known prefix.
     pub cached: usize,
@@ -31,7 +42,14 @@ pub struct PoolCounts {
     pub free: usize,
 }
 
-/// All blocks of the device tier.
+impl PoolCounts {
+    /// Blocks in any state.
+    pub fn total(&self) -> usize {
+        self.used + self.cached + self.free
+    }
+}
+
+/// All blocks of a tier.
 #[derive(Clone, Debug)]
 pub struct BlockPool {
     block_tokens: usize,
@@ -81,7 +99,12 @@ impl BlockPool {
         PoolCounts { used: self.blocks.len() - cached - free, cached, free }
     }
 
-    /// How many sequences refer to a block.
+    /// Blocks that hold nothing.
+    pub fn free(&self) -> usize {
+        self.free.len()
+    }
+
+    /// How many sequences and copies refer to a block.
     pub fn references(&self, block: BlockId) -> u32 {
         self.blocks[block.index()].references
     }
@@ -92,7 +115,7 @@ impl BlockPool {
             Some(block) => block,
             None => {
                 let block = self.cached.pop()?;
-                self.forget(block);
+                self.take_name(block);
                 block
             }
         };
@@ -105,16 +128,53 @@ impl BlockPool {
     /// # Panics
     /// When nobody refers to the block.
     pub fn release(&mut self, id: BlockId) {
+        match self.take_reference(id) {
+            Released::Named => self.cached.push(id),
+            Released::Nameless => self.free.push(id),
+            Released::Referenced => {}
+        }
+    }
+
+    /// As [`BlockPool::release`], but a block that only the cache remembers now is the first to be
+    /// evicted: its content lies in a lower tier as well.
+    pub(super) fn release_copied(&mut self, id: BlockId) {
+        match self.take_reference(id) {
+            Released::Named => self.cached.push_oldest(id),
+            Released::Nameless => self.free.push(id),
+            Released::Referenced => {}
+        }
+    }
+
+    fn take_reference(&mut self, id: BlockId) -> Released {
         let block = &mut self.blocks[id.index()];
         assert!(block.references > 0, "block {id:?} is released without a reference");
         block.references -= 1;
-        if block.references > 0 {
-            return;
+        match (block.references, block.name) {
+            (0, Some(_)) => Released::Named,
+            (0, None) => Released::Nameless,
+            _ => Released::Referenced,
         }
-        match block.name {
-            Some(_) => self.cached.push(id),
-            None => self.free.push(id),
-        }
+    }
+
+    /// What a block is called, if anything.
+    pub(super) fn name(&self, id: BlockId) -> Option<Name> {
+        self.blocks[id.index()].name
+    }
+
+    /// Whether a block of that name is here.
+    pub(super) fn knows(&self, hash: BlockHash) -> bool {
+        self.index.contains_key(&hash)
+    }
+
+    /// The unreferenced named blocks in the order in which they will be evicted.
+    pub(super) fn cached(&self) -> impl Iterator<Item = BlockId> {
+        std::iter::successors(self.cached.oldest(), |block| self.cached.newer(*block))
+    }
+
+    /// Takes a referenced block's name away: its content is not to be trusted.
+    pub(super) fn forget(&mut self, id: BlockId) {
+        assert!(self.references(id) > 0, "block {id:?} is forgotten without a reference");
+        self.take_name(id);
     }
 
     /// Makes a referenced, fully computed block findable. If its content is known already under
@@ -204,11 +264,11 @@ impl BlockPool {
         assert_eq!(self.index.len(), named, "names in the index and on blocks");
     }
 
-    fn tokens_of(&self, id: BlockId) -> &[TokenId] {
+    pub(super) fn tokens_of(&self, id: BlockId) -> &[TokenId] {
         &self.tokens[id.index() * self.block_tokens..][..self.block_tokens]
     }
 
-    fn forget(&mut self, id: BlockId) {
+    fn take_name(&mut self, id: BlockId) {
         if let Some(name) = self.blocks[id.index()].name.take() {
             self.index.remove(&name.hash);
         }

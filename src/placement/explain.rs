@@ -21,8 +21,8 @@ pub struct ExplainRow {
 const HOST: &str = "host";
 
 impl Placement {
-    /// What lies where, how many bytes, and why. The rows above the total add up to it; on a GPU,
-    /// the host's memory is not among them, but below.
+    /// What lies where, how many bytes, and why. The rows above the total add up to it; a file, and
+    /// on a GPU the host's memory, is not among them, but below.
     pub fn explain(&self) -> Vec<ExplainRow> {
         let is_cpu = *self.device() == Device::Cpu;
         let mut rows: Vec<_> = self.stages.iter().flat_map(|stage| self.of_stage(stage)).collect();
@@ -30,10 +30,14 @@ impl Placement {
             let why = "slots and scratch through which spilled weights stream";
             rows.push(row("ring", &self.device().to_string(), spill.ring_bytes, why));
         }
-        let why = format!("{} blocks for preempted sequences", self.host_blocks);
+        let why = format!("{} blocks of preempted sequences and prefixes", self.host_blocks);
         let swap = row("KV swap", HOST, self.host_kv_bytes, why);
-        let mut below = self.spill.iter().flat_map(|spill| self.of_spill(spill)).collect();
+        let mut below: Vec<_> = self.spill.iter().flat_map(|spill| self.of_spill(spill)).collect();
         if is_cpu { &mut rows } else { &mut below }.push(swap);
+        if self.disk_blocks > 0 {
+            let why = format!("{} blocks that the host has no room for", self.disk_blocks);
+            below.push(row("KV swap", "disk", self.disk_kv_bytes, why));
+        }
         let device = if is_cpu { HOST.into() } else { self.device().to_string() };
         rows.push(row("margin", &device, self.margin_bytes, "left to others"));
         rows.push(row("total", &device, self.device_bytes() + self.margin_bytes, self.memory()));

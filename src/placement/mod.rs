@@ -28,10 +28,27 @@ use crate::hardware::HardwareProfile;
 use crate::model::{ExpertsSpec, ModelSpec};
 use crate::request::RequestError;
 use crate::tensor::KvDType;
+use crate::units::ByteSize;
 use room::{Room, margin_bytes, spilled_context};
 use serde::Serialize;
 use std::fmt;
 use std::ops::Range;
+
+/// Blocks of the disk tier at most: their books take some 250 bytes of memory each.
+const DISK_BLOCKS_MAX: u64 = 1 << 20;
+
+/// Blocks of the disk tier.
+fn disk_blocks(config: &Config, block_bytes: u64, notes: &mut Vec<String>) -> usize {
+    let wanted = config.kv.disk_bytes.0 / block_bytes;
+    if wanted > DISK_BLOCKS_MAX {
+        let most = ByteSize(DISK_BLOCKS_MAX * block_bytes);
+        notes.push(format!(
+            "kv.disk_bytes is {}; {most} are used, which are {DISK_BLOCKS_MAX} blocks",
+            config.kv.disk_bytes
+        ));
+    }
+    wanted.min(DISK_BLOCKS_MAX) as usize
+}
 
 /// Memory that something can be placed in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -89,10 +106,14 @@ pub struct Placement {
     pub kv_dtype: KvDType,
     /// KV blocks that attention reads.
     pub device_blocks: usize,
-    /// KV blocks of the second tier, for preempted sequences.
+    /// KV blocks of the second tier, in host memory: of preempted sequences and of prefixes.
     pub host_blocks: usize,
     /// Bytes of the second tier.
     pub host_kv_bytes: u64,
+    /// KV blocks of the third tier, a file.
+    pub disk_blocks: usize,
+    /// Bytes of the third tier.
+    pub disk_kv_bytes: u64,
     /// Weights that lie in host memory, where a GPU runs a model that it can't hold.
     pub spill: Option<Spill>,
     /// CPU worker threads and their processors.
@@ -225,6 +246,7 @@ impl Placement {
         let kv_bytes = device_blocks as u64 * kv.block_bytes;
         let swap_room = on.swap_room.unwrap_or(kv.room - kv_bytes);
         let host_blocks = (config.kv.swap_bytes.0.min(swap_room) / kv.block_bytes) as usize;
+        let disk_blocks = disk_blocks(config, kv.block_bytes, &mut notes);
         let spilled = |layer: usize| on.spill.as_ref().is_some_and(|s| s.layers.contains(&layer));
         let experts = || {
             let resident = spec.layers.iter().enumerate().filter(|(at, _)| !spilled(*at));
@@ -248,6 +270,8 @@ impl Placement {
             device_blocks,
             host_blocks,
             host_kv_bytes: host_blocks as u64 * kv.block_bytes,
+            disk_blocks,
+            disk_kv_bytes: disk_blocks as u64 * kv.block_bytes,
             spill: on.spill.clone(),
             workers: workers.clone(),
             memory_free_bytes: on.free,

@@ -1,10 +1,11 @@
 //! Who may queue, and who leaves the queue.
 
+use super::copies::Owner;
 use super::sequence::{Flow, NewSequence, Sequence, State};
 use super::{Scheduler, SequenceEvent, SequenceEventKind};
 use crate::kv::blocks_for;
 use crate::request::{FinishReason, Priority, RequestError};
-use crate::step::{BlockCopy, StepPlan, Tier};
+use crate::step::Tier;
 use crate::units::SequenceId;
 
 /// Queued sequences looked at in one step: bounds the time that looking up prefixes takes.
@@ -49,7 +50,9 @@ impl Scheduler {
         }
         // Steps are planned without allocating.
         sequence.blocks.reserve_exact(blocks_max);
-        sequence.host_blocks.reserve_exact(blocks_max.min(self.host.len()));
+        if self.tiers.lower_len() > 0 {
+            sequence.below.reserve_exact(blocks_max);
+        }
         let rank = sequence.rank();
         let before = self.queue.iter().filter(|id| self.sequences[*id].rank() < rank).count();
         self.queue.push(sequence.new.id);
@@ -74,11 +77,11 @@ impl Scheduler {
         }
         let longest = prompt_tokens.saturating_add(new.max_tokens).min(context_tokens);
         let blocks = blocks_for(longest.max(new.tokens.len()), options.block_tokens);
-        if blocks > self.pool.len() {
+        if blocks > self.tiers.device.len() {
             return Err(RequestError::InsufficientMemory {
                 device: "KV store".into(),
                 need: blocks as u64 * options.block_bytes,
-                free: self.pool.len() as u64 * options.block_bytes,
+                free: self.tiers.device.len() as u64 * options.block_bytes,
                 suggest: "lower max_tokens or raise kv.cache_bytes".into(),
             });
         }
@@ -133,9 +136,10 @@ impl Scheduler {
     }
 
     /// Moves sequences from the queue to the running set while there is room for their whole
-    /// prompts, best rank first. The first one without room ends it, so that none is overtaken
-    /// for ever; only those that wait for a prefix under computation are passed over.
-    pub(super) fn admit(&mut self, plan: &mut StepPlan) {
+    /// prompts, best rank first. The first one without room, or whose blocks are still on their
+    /// way, ends it, so that none is overtaken for ever; only those that wait for a prefix under
+    /// computation are passed over.
+    pub(super) fn admit(&mut self) {
         let mut ranked = std::mem::take(&mut self.ranked);
         ranked.clear();
         let queued = self.queue.iter().map(|id| &self.sequences[id]);
@@ -143,42 +147,72 @@ impl Scheduler {
         ranked.extend(open.map(|sequence| (sequence.rank(), sequence.new.id)));
         ranked.sort_unstable();
         for (_, id) in ranked.iter().take(ADMISSION_SCAN_MAX) {
-            self.find_cached(*id);
+            if self.sequences[id].copies > 0 {
+                break;
+            }
+            self.find_blocks(*id);
             if self.waits_for_prefix(*id) {
                 continue;
             }
-            if !self.has_room(*id, plan) {
+            if !self.has_room(*id) {
                 break;
             }
-            self.start(*id, plan);
+            self.start(*id);
         }
         self.ranked = ranked;
     }
 
-    /// Leaves the cached blocks that a queued sequence begins with in `found`, without references.
-    fn find_cached(&mut self, id: SequenceId) {
+    /// Leaves where the blocks that a queued sequence begins with lie in `found`, without taking
+    /// references: those of a swapped one, else cached ones as far as they come back sooner than
+    /// they are computed.
+    fn find_blocks(&mut self, id: SequenceId) {
         self.found.clear();
         let sequence = &self.sequences[&id];
-        if sequence.new.prompt_logprobs.is_some() || sequence.state == State::Swapped {
+        let block_tokens = self.options.block_tokens;
+        let blocks = sequence.new.tokens.chunks_exact(block_tokens);
+        let mut parent = None;
+        let mut named = sequence
+            .hashes
+            .iter()
+            .zip(blocks)
+            .map(|(hash, tokens)| ((*hash, parent.replace(*hash)), tokens));
+        if sequence.state == State::Swapped {
+            // Others may write into a full block's place of a part: only full ones are looked up.
+            let mut full = named.by_ref().take(sequence.computed / block_tokens);
+            self.found.extend(sequence.below.iter().map(|place| {
+                let on_device = full
+                    .next()
+                    .and_then(|(name, tokens)| self.tiers.find(&[Tier::Device], name, tokens));
+                on_device.unwrap_or(*place)
+            }));
             return;
         }
-        let block_tokens = self.options.block_tokens;
-        let mut parent = None;
-        let blocks = sequence.new.tokens.chunks_exact(block_tokens);
-        let usable = sequence.usable_blocks(block_tokens);
-        for (hash, tokens) in sequence.hashes.iter().zip(blocks).take(usable) {
-            let Some(block) = self.pool.find(*hash, parent, tokens) else { break };
-            self.found.push(block);
-            parent = Some(*hash);
+        if sequence.new.prompt_logprobs.is_some() {
+            return;
         }
+        let worth = [Tier::Device, Tier::Host, Tier::Disk].map(|tier| self.costs.brings_up(tier));
+        let tiers: &[Tier] = match worth {
+            [_, true, true] => &[Tier::Device, Tier::Host, Tier::Disk],
+            [_, true, false] => &[Tier::Device, Tier::Host],
+            _ => &[Tier::Device],
+        };
+        let found = named
+            .take(sequence.usable_blocks(block_tokens))
+            .map_while(|(name, tokens)| self.tiers.find(tiers, name, tokens));
+        self.found.extend(found);
     }
 
     /// Whether another running sequence is computing the very block that this one needs next, and
-    /// is at least as urgent.
+    /// is at least as urgent; or a block of its prefix is being brought up for another.
     fn waits_for_prefix(&self, id: SequenceId) -> bool {
         let sequence = &self.sequences[&id];
         if sequence.state == State::Swapped || sequence.new.prompt_logprobs.is_some() {
             return false;
+        }
+        // A prefix comes up as one: its first block speaks for all.
+        let lower = self.found.iter().find(|place| place.0 != Tier::Device);
+        if lower.is_some_and(|place| self.flights.is_rising(*place)) {
+            return true;
         }
         let at = self.found.len();
         let usable = sequence.usable_blocks(self.options.block_tokens);
@@ -196,74 +230,84 @@ impl Scheduler {
 
     /// Whether there is a slot and room for all tokens of a queued sequence, if need be at the cost
     /// of those that have to yield to it.
-    fn has_room(&mut self, id: SequenceId, plan: &mut StepPlan) -> bool {
+    fn has_room(&mut self, id: SequenceId) -> bool {
         loop {
-            let sequence = &self.sequences[&id];
-            let total = blocks_for(sequence.new.tokens.len() + 1, self.options.block_tokens);
-            let fresh = total.min(self.pool.len()) - self.found.len();
-            let found = self.found.iter().filter(|block| self.pool.is_unreferenced(**block));
-            let needed = self.committed() + found.count() + fresh;
-            let lacking = needed.saturating_sub(self.pool.available());
+            let device = &self.tiers.device;
+            let total = self.blocks_ahead(id).min(device.len());
+            let here = self.found.iter().filter(|place| place.0 == Tier::Device);
+            let fresh = total.saturating_sub(here.clone().count());
+            let idle = here.filter(|(_, block)| device.is_unreferenced(*block)).count();
+            let needed = self.committed() + idle + fresh;
+            let lacking = needed.saturating_sub(device.available());
             let has_slot = self.running.len() < self.options.sequences_max;
-            if self.running.is_empty() || (has_slot && lacking == 0) {
+            if has_slot && lacking == 0 {
                 return true;
             }
-            if !self.make_room_for(id, lacking, plan) {
+            let leaving = self.flights.leaving(&self.tiers);
+            if has_slot && lacking <= leaving {
+                // It will be there.
+                self.awaits_copies = true;
                 return false;
             }
+            if !self.make_room_for(id, lacking.saturating_sub(leaving)) {
+                return false;
+            }
+            // What was swapped out may have evicted prefixes from a lower tier.
+            self.find_blocks(id);
         }
     }
 
-    /// Gives a queued sequence its cached or swapped blocks, and a place among the running.
-    fn start(&mut self, id: SequenceId, plan: &mut StepPlan) {
+    /// Gives a queued sequence its blocks, or begins the copies that bring them, and a place among
+    /// the running.
+    fn start(&mut self, id: SequenceId) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         sequence.waited_us += self.now_us.saturating_sub(sequence.queued_us);
         sequence.queued_us = self.now_us;
+        // Before any is allocated, which could evict them.
+        for place in self.found.iter().filter(|place| place.0 == Tier::Device) {
+            self.tiers.retain(*place);
+        }
+        for place in &self.found {
+            let (tier, block) = *place;
+            if tier == Tier::Device {
+                sequence.blocks.push(block);
+                continue;
+            }
+            let copy = self.tiers.begin_copy(*place, Tier::Device);
+            let copy = copy.expect("admission has seen that there is room");
+            self.tiers.retain(copy.to);
+            sequence.blocks.push(copy.to.1);
+            self.flights.begin(copy, Some(Owner { id, order: sequence.order }));
+            sequence.copies += 1;
+        }
         if sequence.state == State::Swapped {
-            Self::swap_in(&mut self.pool, &mut self.host, sequence, plan);
+            // Nothing is offered to the index again: it may know the same content elsewhere.
+            sequence.published = sequence.published.min(sequence.blocks.len());
         } else {
-            for block in &self.found {
-                self.pool.retain(*block);
-            }
-            let tokens = self.found.len() * self.options.block_tokens;
-            sequence.computed = tokens;
+            sequence.computed = self.found.len() * self.options.block_tokens;
             sequence.published = self.found.len();
-            sequence.blocks.extend_from_slice(&self.found);
-            if sequence.cached_tokens.is_none() {
-                let prompt_hit = tokens.min(sequence.new.prompt_tokens);
-                sequence.cached_tokens = Some(prompt_hit);
-                self.stats.prefix_hit_tokens += prompt_hit as u64;
-            }
         }
         sequence.state = State::Running;
+        let has_arrived = sequence.copies == 0;
         self.queue.retain(|other| *other != id);
         self.running.push(id);
+        if has_arrived {
+            self.arrive(self.now_us, id);
+        }
+    }
+
+    /// Counts the prompt tokens that a sequence, which computes none yet, found.
+    pub(super) fn count_hits(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        if sequence.cached_tokens.is_none() {
+            let prompt_hit = sequence.computed.min(sequence.new.prompt_tokens);
+            sequence.cached_tokens = Some(prompt_hit);
+            self.stats.prefix_hit_tokens += prompt_hit as u64;
+        }
     }
 
     /// Blocks that running sequences will still need for the tokens they have.
     fn committed(&self) -> usize {
-        let needs = self.running.iter().map(|id| {
-            let sequence = &self.sequences[id];
-            let total = blocks_for(sequence.new.tokens.len() + 1, self.options.block_tokens);
-            total.saturating_sub(sequence.blocks.len())
-        });
-        needs.sum()
-    }
-
-    /// Brings a swapped sequence's blocks back. The caller has seen that there is room.
-    fn swap_in(
-        pool: &mut crate::kv::BlockPool,
-        host: &mut crate::kv::HostPool,
-        sequence: &mut Sequence,
-        plan: &mut StepPlan,
-    ) {
-        for from in sequence.host_blocks.drain(..) {
-            let to = pool.allocate().expect("admission has seen that there is room");
-            plan.copies.push(BlockCopy { from: (Tier::Host, from), to: (Tier::Device, to) });
-            sequence.blocks.push(to);
-            host.release(from);
-        }
-        // Nothing is offered to the index again: it may know the same content under other ids.
-        sequence.published = sequence.published.min(sequence.blocks.len());
+        self.running.iter().map(|id| self.lacking_soon(*id)).sum()
     }
 }

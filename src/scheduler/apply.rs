@@ -21,9 +21,10 @@ impl Scheduler {
             }
             return;
         }
-        // Copies take time that is neither the streams' nor the prompts'.
-        let duration_us = plan.copies.is_empty().then_some(output.duration_us);
-        self.chunks.learn(&self.mix, duration_us);
+        self.chunks.learn(&self.mix, output.duration_us);
+        if self.mix.decodes() == 0 {
+            self.costs.learn_prompt(plan.tokens.len(), output.duration_us);
+        }
         for planned in &plan.sequences {
             self.advance(planned.id, planned.tokens.len(), events);
         }
@@ -53,14 +54,16 @@ impl Scheduler {
     /// The executor died and all KV with it: every sequence is computed again, from the queue.
     /// Those in the step in flight are suspects; at the limit of crashes they fail.
     pub fn executor_lost(&mut self, now_us: u64, events: &mut Vec<SequenceEvent>) {
-        self.pool.clear();
-        self.host.clear();
+        self.tiers.clear();
+        self.flights.clear();
+        self.disk_stopped = false;
         self.running.clear();
         self.queue.clear();
         let mut suspects = Vec::new();
         for (id, sequence) in &mut self.sequences {
             sequence.blocks.clear();
-            sequence.host_blocks.clear();
+            sequence.below.clear();
+            sequence.copies = 0;
             if sequence.state == State::Running {
                 sequence.queued_us = now_us;
             }
@@ -107,7 +110,12 @@ impl Scheduler {
         for index in sequence.published..full {
             let parent = index.checked_sub(1).map(|before| sequence.hashes[before]);
             let tokens = &sequence.new.tokens[index * block_tokens..][..block_tokens];
-            self.pool.publish(sequence.blocks[index], sequence.hashes[index], parent, tokens);
+            self.tiers.device.publish(
+                sequence.blocks[index],
+                sequence.hashes[index],
+                parent,
+                tokens,
+            );
         }
         sequence.published = full;
     }

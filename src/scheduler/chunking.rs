@@ -64,6 +64,11 @@ impl StepMix {
         self.prompt_tokens[position_bucket(position)] += tokens;
     }
 
+    /// Sequences that decode.
+    pub fn decodes(&self) -> usize {
+        self.decodes
+    }
+
     fn chunks(&self) -> impl Iterator<Item = (usize, usize)> {
         self.prompt_tokens.into_iter().enumerate().filter(|(_, tokens)| *tokens > 0)
     }
@@ -170,19 +175,14 @@ impl ChunkController {
         budget.spend(tokens, token_us);
     }
 
-    /// Learns from a step that took `duration_us`; `None` if it did other things as well.
-    pub fn learn(&mut self, mix: &StepMix, duration_us: Option<u64>) {
+    /// Learns from a step that took `duration_us`.
+    pub fn learn(&mut self, mix: &StepMix, duration_us: u64) {
         let tokens: usize = mix.prompt_tokens.iter().sum();
         let warm = std::mem::replace(&mut self.warm, mix.decodes > 0 && tokens == 0);
         if mix.decodes > 0 && tokens > 0 {
             self.mixed_steps += 1;
         }
-        let Some(duration_us) = duration_us.map(|us| (us as f64).max(1.0)) else {
-            if tokens == 0 {
-                self.mixed_steps = 0;
-            }
-            return;
-        };
+        let duration_us = (duration_us as f64).max(1.0);
         match (mix.decodes, tokens) {
             (0, 0) => {}
             (0, tokens) => self.learn_alone(mix, duration_us / tokens as f64),

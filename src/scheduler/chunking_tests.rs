@@ -52,7 +52,7 @@ fn prefill(
         let duration_us = machine(streams, tokens, position + tokens / 2) * noise;
         worst = worst.max(duration_us / alone_us);
         total += duration_us / alone_us;
-        controller.learn(&mix, Some(duration_us as u64));
+        controller.learn(&mix, duration_us as u64);
         position += tokens;
         steps += 1;
         assert!(steps < 100_000, "prefill stands still at {position}");
@@ -64,7 +64,7 @@ fn prefill(
 fn decode(controller: &mut ChunkController, machine: Machine, streams: usize) {
     for _ in 0..10 {
         let duration_us = machine(streams, 0, 0) as u64;
-        controller.learn(&StepMix::of_decodes(streams), Some(duration_us));
+        controller.learn(&StepMix::of_decodes(streams), duration_us);
     }
 }
 
@@ -123,20 +123,10 @@ fn steps_in_a_row_are_kept_free_of_prompts_now_and_then() {
         let tokens = controller.affordable(&controller.budget(4), 0);
         let mut mix = StepMix::of_decodes(4);
         mix.add_chunk(0, tokens);
-        controller.learn(&mix, Some(steep(4, tokens, 0) as u64));
+        controller.learn(&mix, steep(4, tokens, 0) as u64);
         free += usize::from(tokens == 0);
     }
     assert_eq!(free, 20);
-}
-
-#[test]
-fn steps_that_cannot_be_learnt_from_do_not_stop_prompts() {
-    let mut controller = ChunkController::new(LIMITS);
-    for _ in 0..10 {
-        let free = StepMix::of_decodes(1);
-        controller.learn(&free, None);
-        assert_eq!(controller.affordable(&controller.budget(1), 0), 4);
-    }
 }
 
 #[test]
@@ -148,13 +138,13 @@ fn without_streams_a_chunk_fills_the_step() {
 #[test]
 fn a_dear_chunk_is_the_smallest_and_comes_as_often_as_it_was_earned() {
     let mut controller = ChunkController::new(LIMITS);
-    controller.learn(&StepMix::of_decodes(1), Some(1_000));
+    controller.learn(&StepMix::of_decodes(1), 1_000);
     let (mut chunks, mut tokens) = (0, 0);
     for _ in 0..20_000 {
         let chunk = controller.affordable(&controller.budget(1), 0);
         let mut mix = StepMix::of_decodes(1);
         mix.add_chunk(0, chunk);
-        controller.learn(&mix, Some(1_000 + 50_000 * chunk as u64));
+        controller.learn(&mix, 1_000 + 50_000 * chunk as u64);
         chunks += usize::from(chunk > 0);
         tokens += chunk;
     }
@@ -176,7 +166,7 @@ fn cold_caches_after_a_chunk_are_charged_and_not_learnt() {
         mix.add_chunk(0, tokens);
         let late_us = if cold && tokens == 0 { 0.8 * alone_us } else { 0.0 };
         let duration_us = steep(4, tokens, 0) + late_us;
-        controller.learn(&mix, Some(duration_us as u64));
+        controller.learn(&mix, duration_us as u64);
         cold = tokens > 0;
         total_us += duration_us;
     }

@@ -4,11 +4,15 @@
 //!
 //! ```text
 //! plan_step:  end what is past its deadline
-//!             admit from the queue while the whole prompt has room, beside what runs
+//!             swap out ahead of need (demotion.rs)
+//!             admit from the queue while the whole prompt has room, beside what runs: with cached
+//!             and swapped blocks, which copies bring up from lower tiers (copies.rs)
 //!             one token for every decoding sequence, best rank first; without a block, take one
-//!             from the worst-ranked running sequence (to the host tier, else computed again)
+//!             from the worst-ranked running sequence (to a lower tier, else computed again)
 //!             share the chunk budget (chunking.rs) among prompts: half to the best rank, then
 //!             the more urgent and the shortest remaining first
+//!             copy prefixes down that are next to be evicted
+//! copied:     blocks change hands; who has all of its blocks may be in the next step
 //! apply:      computed += planned; full blocks become findable; tokens, ends and failures go out
 //! ```
 //! Rank is urgency, then age. Urgency is the priority asked for; batch sequences that were in the
@@ -20,20 +24,27 @@ mod admission;
 mod apply;
 mod budget;
 mod chunking;
+mod copies;
+mod demotion;
 mod options;
 mod plan;
 mod preemption;
+mod rates;
 mod sequence;
 
 pub use budget::ChunkBudget;
 pub use chunking::{ChunkController, ChunkLimits, StepMix};
-pub use options::{KvBlocks, SchedulerOptions, SchedulerStats};
+pub use options::{KvStore, SchedulerOptions, SchedulerStats};
+pub use rates::TierRates;
 pub use sequence::{NewSequence, SequenceEvent, SequenceEventKind};
 
-use crate::kv::{BlockPool, ChainHasher, HostPool};
+use crate::kv::{ChainHasher, Place, Tiers};
 use crate::request::{FinishReason, Priority};
-use crate::units::{BlockId, SequenceId};
+use crate::step::Tier;
+use crate::units::SequenceId;
+use copies::{Flights, Owner};
 use plan::Share;
+use rates::SwapCosts;
 use sequence::{Flow, Sequence, State};
 use std::collections::HashMap;
 
@@ -41,8 +52,13 @@ use std::collections::HashMap;
 pub struct Scheduler {
     options: SchedulerOptions,
     hasher: Option<ChainHasher>,
-    pool: BlockPool,
-    host: HostPool,
+    tiers: Tiers,
+    flights: Flights,
+    costs: SwapCosts,
+    /// Nothing more goes to the disk tier.
+    disk_stopped: bool,
+    /// Somebody waits in this step for blocks that copies hold: none more begin ahead of need.
+    awaits_copies: bool,
     sequences: HashMap<SequenceId, Sequence>,
     /// Waiting and swapped, in no order; ranked when it is read.
     queue: Vec<SequenceId>,
@@ -59,8 +75,8 @@ pub struct Scheduler {
     ids: Vec<SequenceId>,
     ranked: Vec<((Priority, u64), SequenceId)>,
     shares: Vec<Share>,
-    /// Cached blocks that the sequence under consideration begins with.
-    found: Vec<BlockId>,
+    /// Where the blocks lie that the sequence under consideration begins with.
+    found: Vec<Place>,
     stats: SchedulerStats,
     /// Mean time between two ends, for `retry_after_ms`.
     end_interval_us: Option<f64>,
@@ -70,10 +86,17 @@ pub struct Scheduler {
 impl Scheduler {
     /// A scheduler without sequences.
     pub fn new(options: SchedulerOptions) -> Self {
+        let blocks = options.blocks;
+        let lower = blocks.host + blocks.disk;
         Self {
             hasher: options.prefix_key.map(ChainHasher::new),
-            pool: BlockPool::new(options.device_blocks, options.block_tokens),
-            host: HostPool::new(options.host_blocks),
+            tiers: Tiers::new(blocks, options.block_tokens),
+            // A device block goes down for itself and as a prefix at most, or comes up; a host
+            // block goes on.
+            flights: Flights::new(if lower > 0 { 2 * blocks.device + blocks.host } else { 0 }),
+            costs: SwapCosts::new(options.rates, options.block_bytes, options.block_tokens),
+            disk_stopped: false,
+            awaits_copies: false,
             sequences: HashMap::new(),
             queue: Vec::new(),
             running: Vec::new(),
@@ -134,17 +157,19 @@ impl Scheduler {
     /// All figures.
     pub fn stats(&self) -> SchedulerStats {
         let count = |state| self.sequences.values().filter(|s| s.state == state).count();
-        let blocks = self.pool.counts();
+        let [device, host, disk] =
+            [Tier::Device, Tier::Host, Tier::Disk].map(|tier| self.tiers.pool(tier).counts());
         SchedulerStats {
             waiting: count(State::Waiting),
             running: self.running.len(),
             swapped: count(State::Swapped),
             paused: self.sequences.values().filter(|s| s.flow == Flow::Paused).count(),
-            blocks_used: blocks.used,
-            blocks_cached: blocks.cached,
-            blocks_free: blocks.free,
-            host_blocks: self.host.len(),
-            host_blocks_used: self.host.used(),
+            block_bytes: self.options.block_bytes,
+            device,
+            host,
+            disk,
+            disk_stopped: self.disk_stopped,
+            copies_under_way: self.flights.len(),
             ..self.stats
         }
     }
@@ -154,9 +179,8 @@ impl Scheduler {
     /// # Panics
     /// When it does not hold, with the values.
     pub fn check_invariants(&self) {
-        self.pool.check_invariants();
-        let mut references: HashMap<_, u32> = HashMap::new();
-        let mut host_blocks = 0;
+        self.tiers.check_invariants();
+        let mut references: HashMap<Place, u32> = HashMap::new();
         for (id, sequence) in &self.sequences {
             let queued = self.queue.iter().filter(|other| *other == id).count();
             let running = self.running.iter().filter(|other| *other == id).count();
@@ -165,20 +189,28 @@ impl Scheduler {
             assert!(sequence.computed < sequence.new.tokens.len(), "{id:?} has nothing to do");
             let covered = match sequence.state {
                 State::Running => sequence.blocks.len(),
-                State::Swapped => sequence.host_blocks.len(),
+                State::Swapped => sequence.below.len(),
                 State::Waiting => 0,
             } * self.options.block_tokens;
             assert!(covered >= sequence.computed, "{id:?}: {covered} < {}", sequence.computed);
-            host_blocks += sequence.host_blocks.len();
-            for block in &sequence.blocks {
-                *references.entry(*block).or_default() += 1;
+            assert_eq!(sequence.copies, self.flights.of(Owner::of(sequence)), "copies of {id:?}");
+            assert!(sequence.below.iter().all(|place| place.0 != Tier::Device));
+            let blocks = sequence.blocks.iter().map(|block| (Tier::Device, *block));
+            for place in blocks.chain(sequence.below.iter().copied()) {
+                *references.entry(place).or_default() += 1;
             }
         }
         assert_eq!(self.queue.len() + self.running.len(), self.sequences.len());
-        assert_eq!(self.pool.counts().used, references.len(), "blocks in use");
-        assert_eq!(self.host.used(), host_blocks, "host blocks in use");
-        for (block, count) in references {
-            assert_eq!(self.pool.references(block), count, "references of {block:?}");
+        for place in self.flights.places() {
+            *references.entry(place).or_default() += 1;
+        }
+        for tier in [Tier::Device, Tier::Host, Tier::Disk] {
+            let used = references.keys().filter(|place| place.0 == tier).count();
+            assert_eq!(self.tiers.pool(tier).counts().used, used, "blocks in use of {tier:?}");
+        }
+        for ((tier, block), count) in references {
+            let counted = self.tiers.pool(tier).references(block);
+            assert_eq!(counted, count, "references of {tier:?} {block:?}");
         }
     }
 
@@ -187,18 +219,18 @@ impl Scheduler {
         let mut sequence = self.sequences.remove(&id)?;
         self.queue.retain(|other| *other != id);
         self.running.retain(|other| *other != id);
-        Self::release(&mut self.pool, &mut self.host, &mut sequence);
+        Self::release(&mut self.tiers, &mut sequence);
         Some(sequence)
     }
 
     /// Gives back all blocks of a sequence, last first, so that the cache evicts ends of prefixes
-    /// before their beginnings.
-    fn release(pool: &mut BlockPool, host: &mut HostPool, sequence: &mut Sequence) {
+    /// before their beginnings. Those that copies work on stay until these end.
+    fn release(tiers: &mut Tiers, sequence: &mut Sequence) {
         for block in sequence.blocks.drain(..).rev() {
-            pool.release(block);
+            tiers.device.release(block);
         }
-        for block in sequence.host_blocks.drain(..) {
-            host.release(block);
+        for place in sequence.below.drain(..).rev() {
+            tiers.release(place);
         }
     }
 

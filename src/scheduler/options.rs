@@ -1,8 +1,10 @@
 //! The scheduler's knobs and figures.
 
 use super::chunking::ChunkLimits;
+use super::rates::TierRates;
 use crate::config::Config;
-use serde::Serialize;
+use crate::kv::{PoolCounts, TierBlocks};
+use crate::step::{BlockCopy, CopyOutcome, Tier};
 
 /// What a scheduler is built from.
 #[derive(Clone, Debug)]
@@ -11,10 +13,10 @@ pub struct SchedulerOptions {
     pub block_tokens: usize,
     /// Bytes of one KV block over all layers, for what clients are told.
     pub block_bytes: u64,
-    /// Blocks of the device tier.
-    pub device_blocks: usize,
-    /// Blocks of the host tier; 0 switches swapping off.
-    pub host_blocks: usize,
+    /// Blocks of all tiers.
+    pub blocks: TierBlocks,
+    /// What copies between them and prompts take, as far as known.
+    pub rates: TierRates,
     /// Longest sequence.
     pub context_tokens: usize,
     /// Sequences running at once.
@@ -41,12 +43,12 @@ impl SchedulerOptions {
     pub const BATCH_WAIT_US_MAX: u64 = 30_000_000;
 
     /// Options from the configuration, for a KV store of so many blocks.
-    pub fn from_config(config: &Config, kv: KvBlocks, prefix_key: [u8; 16]) -> Self {
+    pub fn from_config(config: &Config, kv: KvStore, prefix_key: [u8; 16]) -> Self {
         Self {
             block_tokens: config.kv.block_tokens,
             block_bytes: kv.block_bytes,
-            device_blocks: kv.device,
-            host_blocks: kv.host,
+            blocks: kv.blocks,
+            rates: kv.rates,
             context_tokens: kv.context_tokens,
             sequences_max: config.scheduler.sequences_max,
             queue_max: config.scheduler.queue_max,
@@ -64,12 +66,12 @@ impl SchedulerOptions {
 }
 
 /// The KV store that a placement gave.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct KvBlocks {
-    /// Blocks of the device tier.
-    pub device: usize,
-    /// Blocks of the host tier.
-    pub host: usize,
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct KvStore {
+    /// Blocks of all tiers.
+    pub blocks: TierBlocks,
+    /// What copies between them and prompts take, as far as known.
+    pub rates: TierRates,
     /// Bytes of one block.
     pub block_bytes: u64,
     /// Longest sequence.
@@ -77,34 +79,60 @@ pub struct KvBlocks {
 }
 
 /// The scheduler's figures at one moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SchedulerStats {
     /// Sequences without blocks.
     pub waiting: usize,
-    /// Sequences with device blocks.
+    /// Sequences with device blocks, or with blocks on their way there.
     pub running: usize,
-    /// Sequences whose blocks are in the host tier.
+    /// Sequences whose blocks are in lower tiers, or on their way there.
     pub swapped: usize,
     /// Sequences that flow control holds back, in any state.
     pub paused: usize,
-    /// Device blocks that sequences refer to.
-    pub blocks_used: usize,
-    /// Device blocks that only the prefix cache remembers.
-    pub blocks_cached: usize,
-    /// Device blocks without content.
-    pub blocks_free: usize,
+    /// Bytes of a block over all layers.
+    pub block_bytes: u64,
+    /// Blocks of the device tier.
+    pub device: PoolCounts,
     /// Blocks of the host tier.
-    pub host_blocks: usize,
-    /// Host blocks in use.
-    pub host_blocks_used: usize,
-    /// Prompt tokens found in the prefix cache, over the scheduler's life.
+    pub host: PoolCounts,
+    /// Blocks of the disk tier.
+    pub disk: PoolCounts,
+    /// Whether nothing more goes to the disk tier.
+    pub disk_stopped: bool,
+    /// Copies between tiers that were begun and have not ended.
+    pub copies_under_way: usize,
+    /// Prompt tokens found in the prefix cache, in any tier, over the scheduler's life.
     pub prefix_hit_tokens: u64,
     /// Sequences that lost their device blocks to others, over the scheduler's life.
     pub preemptions: u64,
-    /// Of these, sequences that went to the host tier.
+    /// Of these, sequences that went to lower tiers.
     pub swapped_out: u64,
+    /// Sequences that are computed again because their blocks were lost between tiers, over the
+    /// scheduler's life.
+    pub swaps_lost: u64,
+    /// Blocks copied from the device to a lower tier, over the scheduler's life.
+    pub blocks_down: u64,
+    /// Blocks copied from a lower tier to the device, over the scheduler's life.
+    pub blocks_up: u64,
+    /// Blocks copied from the host tier to the disk tier, over the scheduler's life.
+    pub blocks_to_disk: u64,
+    /// Copies that failed, over the scheduler's life.
+    pub copies_failed: u64,
     /// Tokens generated, over the scheduler's life.
     pub tokens_generated: u64,
     /// Steps planned that had something to do, over the scheduler's life.
     pub steps: u64,
+}
+
+impl SchedulerStats {
+    /// Counts a copy that has ended.
+    pub(super) fn count_copy(&mut self, copy: &BlockCopy, outcome: CopyOutcome) {
+        let count = match (copy.from.0, copy.to.0, outcome) {
+            (_, _, CopyOutcome::Failed) => &mut self.copies_failed,
+            (Tier::Device, _, _) => &mut self.blocks_down,
+            (_, Tier::Device, _) => &mut self.blocks_up,
+            _ => &mut self.blocks_to_disk,
+        };
+        *count += 1;
+    }
 }

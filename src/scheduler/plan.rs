@@ -3,7 +3,8 @@
 use super::Scheduler;
 use super::budget::ChunkBudget;
 use super::chunking::{ChunkController, StepMix};
-use super::sequence::{Flow, Sequence};
+use super::preemption::Room;
+use super::sequence::{Sequence, State};
 use crate::kv::blocks_for;
 use crate::request::Priority;
 use crate::step::{LogitsRow, LogitsTask, PlannedSequence, StepPlan};
@@ -18,20 +19,24 @@ impl Scheduler {
         self.now_us = now_us;
         self.step += 1;
         plan.step = StepId(self.step);
+        self.awaits_copies = false;
         self.expire();
-        self.admit(plan);
+        self.swap_ahead();
+        self.admit();
         let decodes = self.plan_decodes(plan);
         self.mix = StepMix::of_decodes(decodes);
         self.share_budget(decodes);
         let mut shares = std::mem::take(&mut self.shares);
         for share in shares.drain(..) {
             // An earlier share may have cost this one its blocks.
-            if self.running.contains(&share.id) && self.reserve(share.id, share.tokens, plan) {
-                self.mix.add_chunk(share.position, share.tokens);
-                self.push(share.id, share.tokens, plan);
+            let tokens = self.reserve(share.id, share.tokens);
+            if tokens > 0 {
+                self.mix.add_chunk(share.position, tokens);
+                self.push(share.id, tokens, plan);
             }
         }
         self.shares = shares;
+        self.copy_ahead();
         if !plan.is_empty() {
             self.stats.steps += 1;
         }
@@ -41,16 +46,13 @@ impl Scheduler {
     fn plan_decodes(&mut self, plan: &mut StepPlan) -> usize {
         let mut ids = std::mem::take(&mut self.ids);
         ids.clear();
-        ids.extend(self.running.iter().filter(|id| {
-            let sequence = &self.sequences[*id];
-            sequence.flow == Flow::Open && sequence.is_decoding()
-        }));
+        ids.extend(self.running.iter().filter(|id| self.sequences[*id].is_decoding()));
         ids.sort_unstable_by_key(|id| self.sequences[id].rank());
         for id in ids.drain(..) {
             if plan.tokens.len() == self.options.chunks.step_tokens_max {
                 break;
             }
-            if self.running.contains(&id) && self.reserve(id, 1, plan) {
+            if self.reserve(id, 1) > 0 {
                 self.push(id, 1, plan);
             }
         }
@@ -65,7 +67,7 @@ impl Scheduler {
         shares.clear();
         for id in &self.running {
             let sequence = &self.sequences[id];
-            if sequence.flow == Flow::Open && sequence.planned_step != self.step {
+            if sequence.is_ready() && sequence.planned_step != self.step {
                 shares.push(Share::of(sequence));
             }
         }
@@ -87,18 +89,31 @@ impl Scheduler {
         self.shares = shares;
     }
 
-    /// Blocks for the next `tokens` tokens of a running sequence; false if it lost its place.
-    fn reserve(&mut self, id: SequenceId, tokens: usize, plan: &mut StepPlan) -> bool {
+    /// Blocks for the next `tokens` tokens of a sequence, or for as many of them as there is room:
+    /// how many. None for one that does not run any more.
+    fn reserve(&mut self, id: SequenceId, tokens: usize) -> usize {
+        let block_tokens = self.options.block_tokens;
         loop {
-            let Some(sequence) = self.sequences.get_mut(&id) else { return false };
-            let wanted = blocks_for(sequence.computed + tokens, self.options.block_tokens);
-            if sequence.blocks.len() >= wanted {
-                return true;
+            let Some(sequence) = self.sequences.get_mut(&id) else { return 0 };
+            if sequence.state != State::Running {
+                return 0;
             }
-            if let Some(block) = self.pool.allocate() {
+            let wanted = blocks_for(sequence.computed + tokens, block_tokens);
+            if sequence.blocks.len() >= wanted {
+                return tokens;
+            }
+            if let Some(block) = self.tiers.device.allocate() {
                 sequence.blocks.push(block);
-            } else if !self.preempt_for(id, plan) {
-                return false;
+                continue;
+            }
+            let room = (sequence.blocks.len() * block_tokens).saturating_sub(sequence.computed);
+            match self.preempt_for(id) {
+                Room::Made => {}
+                Room::Coming => {
+                    self.awaits_copies = true;
+                    return room;
+                }
+                Room::None => return 0,
             }
         }
     }

@@ -1,6 +1,6 @@
 //! What the scheduler is given and what it tells: sequences come in, events go out.
 
-use crate::kv::BlockHash;
+use crate::kv::{BlockHash, Place};
 use crate::request::{FinishReason, Priority, RequestError, SamplingParams};
 use crate::step::RowOutput;
 use crate::units::{BlockId, SequenceId, TokenId};
@@ -79,9 +79,9 @@ pub enum SequenceEventKind {
 pub(super) enum State {
     /// In the queue, without blocks.
     Waiting,
-    /// In the queue, its blocks in the host tier.
+    /// In the queue, its blocks in lower tiers or on their way there.
     Swapped,
-    /// With blocks of the device tier.
+    /// With blocks of the device tier, or on their way there.
     Running,
 }
 
@@ -110,13 +110,15 @@ pub(super) struct Sequence {
     pub computed: usize,
     /// Device blocks of positions `0 ..`.
     pub blocks: Vec<BlockId>,
-    /// Host blocks, while swapped.
-    pub host_blocks: Vec<BlockId>,
+    /// Where its blocks lie in lower tiers, from it was swapped out until they are back.
+    pub below: Vec<Place>,
+    /// Copies under way of its blocks. With any it neither starts nor is in a step.
+    pub copies: usize,
     /// Names of the full blocks of `new.tokens`, as far as known.
     pub hashes: Vec<BlockHash>,
     /// How many of `blocks` were offered to the prefix index or came from it.
     pub published: usize,
-    /// Prompt tokens found in the prefix cache at first admission.
+    /// Prompt tokens found in the prefix cache when it first had all blocks of them.
     pub cached_tokens: Option<usize>,
     /// Prompt positions below this were scored.
     pub scored: usize,
@@ -137,7 +139,8 @@ impl Sequence {
             arrival_us,
             computed: 0,
             blocks: Vec::new(),
-            host_blocks: Vec::new(),
+            below: Vec::new(),
+            copies: 0,
             hashes: Vec::new(),
             published: 0,
             cached_tokens: None,
@@ -188,8 +191,14 @@ impl Sequence {
         (self.new.tokens.len() - 1) / block_tokens
     }
 
+    /// Whether it may be in a step.
+    pub fn is_ready(&self) -> bool {
+        self.state == State::Running && self.flow == Flow::Open && self.copies == 0
+    }
+
+    /// Whether the next step samples a token that is not its first.
     pub fn is_decoding(&self) -> bool {
-        self.state == State::Running && self.remaining() == 1 && self.generated() > 0
+        self.is_ready() && self.remaining() == 1 && self.generated() > 0
     }
 
     /// Smaller goes first.

@@ -85,10 +85,15 @@ metrics! {
     steps: Counter => u64,
     /// Tokens of those steps, prefill and decode.
     step_tokens: Counter => u64,
-    /// Blocks copied from the device to the host tier.
+    /// KV blocks copied from the device to a lower tier: of preempted sequences, and of prefixes
+    /// before they are evicted.
     blocks_swapped_out: Counter => u64,
-    /// Blocks copied from the host tier to the device.
+    /// KV blocks copied from a lower tier to the device.
     blocks_swapped_in: Counter => u64,
+    /// KV blocks copied from the host tier to the disk tier.
+    blocks_moved_to_disk: Counter => u64,
+    /// Copies of KV blocks that failed; what they were for is computed again.
+    block_copies_failed: Counter => u64,
     /// Requests that were submitted again after the scheduler had failed.
     resubmissions: Counter => u64,
     /// Bytes of the prompts encoded.
@@ -99,6 +104,8 @@ metrics! {
     step_time: Histogram => HistogramSnapshot,
     /// Time from a step's end to the next step's start, while there is work.
     step_gap: Histogram => HistogramSnapshot,
+    /// Time of up to 32 copies of KV blocks between two tiers, beside the steps.
+    swap_time: Histogram => HistogramSnapshot,
     /// Time of encoding one prompt, its wait in the queue included.
     encode_time: Histogram => HistogramSnapshot,
     /// Submission to the first step that works on the request.

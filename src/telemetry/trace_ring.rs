@@ -23,7 +23,7 @@ pub struct StepTrace {
     pub tokens: usize,
     /// Sequences of the step.
     pub sequences: usize,
-    /// KV copies of the step.
+    /// KV copies between tiers under way when it was planned.
     pub copies: usize,
 }
 

@@ -4,11 +4,16 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
-use tandem::actors::{FaultPoint, Faults, StageFactory, StageFault, StepRunner};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+use tandem::actors::{
+    BlockMover, FaultPoint, Faults, StageFactory, StageFault, StepRunner, TierSource,
+};
 use tandem::request::RequestError;
-use tandem::step::TokenLogprob;
-use tandem::step::{LogitsTask, PlannedSequence, RowOutput, StepOutput, StepPlan, Tier};
+use tandem::step::{
+    BlockCopy, CopyOutcome, CopyResult, LogitsTask, PlannedSequence, RowOutput, StepOutput,
+    StepPlan, Tier, TokenLogprob,
+};
 use tandem::units::{BlockId, TokenId};
 
 /// The tiny tokenizer's ids of printable ASCII, whose texts are themselves.
@@ -80,8 +85,14 @@ pub struct HashStages {
     pub faults: Arc<Faults>,
     pub block_tokens: usize,
     pub steps: AtomicU64,
-    /// Blocks copied from device to host.
-    pub copies_out: AtomicU64,
+    /// Blocks copied from the device to a lower tier, from a lower tier to the device, and to disk.
+    pub copies: [AtomicU64; 3],
+    /// How long each copy takes.
+    pub copy_time: Mutex<Duration>,
+    /// Every so manieth copy fails; 0 means that none does.
+    pub copies_failing: AtomicU64,
+    /// Copies that the disk has room for; 0 means that it never stops.
+    pub disk_writes_max: AtomicU64,
     /// What the next step fails with.
     pub fault: Mutex<Option<StageFault>>,
     /// What the next step is refused with.
@@ -99,24 +110,85 @@ impl StageFactory for SharedStages {
             std::thread::sleep(std::time::Duration::from_millis(20));
             return Err("no memory for another stage".into());
         }
-        Ok(Box::new(HashStage { stages: Arc::clone(&self.0), blocks: HashMap::new() }))
+        Ok(Box::new(HashStage { stages: Arc::clone(&self.0), store: Arc::default() }))
     }
 }
 
+/// `[block_tokens]` tokens of each block that was written.
+type Blocks = HashMap<(Tier, BlockId), Vec<Option<TokenId>>>;
+
 struct HashStage {
     stages: Arc<HashStages>,
-    /// `[block_tokens]` tokens of each block that was written.
-    blocks: HashMap<(Tier, BlockId), Vec<Option<TokenId>>>,
+    store: Arc<Mutex<Blocks>>,
+}
+
+/// The tiers behind a stage.
+#[derive(Clone)]
+struct HashTiers {
+    stages: Arc<HashStages>,
+    store: Arc<Mutex<Blocks>>,
+}
+
+impl TierSource for HashTiers {
+    fn tiers(&self) -> Result<Box<dyn BlockMover>, StageFault> {
+        self.store.lock().unwrap().retain(|(tier, _), _| *tier == Tier::Device);
+        Ok(Box::new(self.clone()))
+    }
+}
+
+impl HashTiers {
+    fn copy(&self, copy: BlockCopy) -> CopyOutcome {
+        let stages = &self.stages;
+        std::thread::sleep(*stages.copy_time.lock().unwrap());
+        let way = match (copy.from.0, copy.to.0) {
+            (Tier::Device, _) => 0,
+            (_, Tier::Device) => 1,
+            _ => 2,
+        };
+        let count: u64 = stages.copies.iter().map(|way| way.load(Ordering::SeqCst)).sum();
+        stages.copies[way].fetch_add(1, Ordering::SeqCst);
+        let failing = stages.copies_failing.load(Ordering::SeqCst);
+        let fails = failing > 0 && count % failing == failing - 1;
+        let mut blocks = self.store.lock().unwrap();
+        if fails || (copy.to.0 == Tier::Disk && self.disk_is_full(&blocks)) {
+            blocks.remove(&copy.to);
+            return CopyOutcome::Failed;
+        }
+        let bytes = blocks.get(&copy.from).cloned().expect("a copy of nothing");
+        blocks.insert(copy.to, bytes);
+        CopyOutcome::Done
+    }
+
+    fn disk_is_full(&self, blocks: &Blocks) -> bool {
+        let most = self.stages.disk_writes_max.load(Ordering::SeqCst) as usize;
+        most > 0 && blocks.keys().filter(|(tier, _)| *tier == Tier::Disk).count() >= most
+    }
+}
+
+impl BlockMover for HashTiers {
+    fn perform(&mut self, orders: &[BlockCopy], results: &mut Vec<CopyResult>) {
+        results.extend(
+            orders.iter().map(|copy| CopyResult { copy: *copy, outcome: self.copy(*copy) }),
+        );
+    }
+
+    fn disk_stopped(&self) -> bool {
+        self.disk_is_full(&self.store.lock().unwrap())
+    }
 }
 
 impl HashStage {
-    fn write(&mut self, plan: &StepPlan, planned: &PlannedSequence) {
+    fn blocks(&self) -> MutexGuard<'_, Blocks> {
+        self.store.lock().unwrap()
+    }
+
+    fn write(&self, plan: &StepPlan, planned: &PlannedSequence) {
         let size = self.stages.block_tokens;
         let table = &plan.block_tables[planned.block_table.clone()];
         for (offset, token) in plan.tokens[planned.tokens.clone()].iter().enumerate() {
             let position = planned.position_start + offset;
             let block = (Tier::Device, table[position / size]);
-            self.blocks.entry(block).or_insert_with(|| vec![None; size])[position % size] =
+            self.blocks().entry(block).or_insert_with(|| vec![None; size])[position % size] =
                 Some(*token);
         }
     }
@@ -125,8 +197,9 @@ impl HashStage {
     fn read(&self, plan: &StepPlan, planned: &PlannedSequence, position: usize) -> Vec<TokenId> {
         let size = self.stages.block_tokens;
         let table = &plan.block_tables[planned.block_table.clone()];
+        let blocks = self.blocks();
         let at = |position: usize| {
-            let block = self.blocks.get(&(Tier::Device, table[position / size]));
+            let block = blocks.get(&(Tier::Device, table[position / size]));
             block.and_then(|tokens| tokens[position % size])
         };
         (0..=position)
@@ -143,12 +216,6 @@ impl StepRunner for HashStage {
             return Err(fault);
         }
         output.step = plan.step;
-        for copy in &plan.copies {
-            let bytes = self.blocks.get(&copy.from).cloned().ok_or("a copy of nothing")?;
-            self.blocks.insert(copy.to, bytes);
-            let out = (copy.from.0, copy.to.0) == (Tier::Device, Tier::Host);
-            self.stages.copies_out.fetch_add(u64::from(out), Ordering::SeqCst);
-        }
         output.refusal = self.stages.refusal.lock().unwrap().take();
         if output.refusal.is_some() {
             return Ok(());
@@ -177,5 +244,9 @@ impl StepRunner for HashStage {
             });
         }
         Ok(())
+    }
+
+    fn tiers(&self) -> Arc<dyn TierSource> {
+        Arc::new(HashTiers { stages: Arc::clone(&self.stages), store: Arc::clone(&self.store) })
     }
 }

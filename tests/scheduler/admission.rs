@@ -1,6 +1,6 @@
 //! Who may queue, and what those who may not are told.
 
-use crate::rig::{Rig, batch, options, prompt, sequence};
+use crate::rig::{Rig, batch, device, options, prompt, sequence};
 use tandem::request::{FinishReason, RequestError};
 use tandem::scheduler::SchedulerOptions;
 
@@ -67,7 +67,7 @@ fn an_empty_prompt_is_refused() {
 
 #[test]
 fn what_can_never_fit_is_refused_at_once() {
-    let mut rig = Rig::new(SchedulerOptions { device_blocks: 4, ..options() });
+    let mut rig = Rig::new(SchedulerOptions { blocks: device(4), ..options() });
     rig.add(sequence(1, prompt(1, 40), 24));
     let refused = rig.try_add(sequence(2, prompt(2, 40), 25)).unwrap_err();
     let RequestError::InsufficientMemory { need, free, .. } = refused else { panic!("{refused}") };

@@ -32,7 +32,7 @@ fn a_deadline_ends_sequences_that_wait_or_are_paused_too() {
     rig.plan_only();
     assert!(rig.plan.is_empty());
     assert_eq!(rig.ended.len(), 2);
-    assert_eq!(rig.scheduler.stats().blocks_used, 0);
+    assert_eq!(rig.scheduler.stats().device.used, 0);
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn an_abort_in_the_middle_of_a_step_leaves_nothing_behind() {
     rig.until(20, |rig| rig.ended.contains_key(&2));
     rig.assert_whole(2, &prompt(2, 50), 10);
     assert_eq!(rig.said(1), 0);
-    assert_eq!(rig.scheduler.stats().blocks_used, 0);
+    assert_eq!(rig.scheduler.stats().device.used, 0);
 }
 
 #[test]

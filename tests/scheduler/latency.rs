@@ -1,6 +1,6 @@
 //! Inter-token time of running streams beside prompts, on simulated machines.
 
-use crate::rig::{Rig, options, prompt, sequence};
+use crate::rig::{Rig, device, options, prompt, sequence};
 use tandem::scheduler::{ChunkLimits, SchedulerOptions};
 use tandem::step::StepPlan;
 
@@ -35,7 +35,7 @@ impl Costs {
 
 fn rig() -> Rig {
     Rig::new(SchedulerOptions {
-        device_blocks: 4_000,
+        blocks: device(4_000),
         context_tokens: 9_000,
         sequences_max: 128,
         chunks: ChunkLimits { slowdown_max: 2.0, tokens_min: 1, step_tokens_max: 512 },

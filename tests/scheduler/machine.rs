@@ -5,7 +5,10 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 use std::collections::HashMap;
-use tandem::step::{LogitsTask, RowOutput, StepOutput, StepPlan, Tier, TokenLogprob};
+use tandem::step::{
+    BlockCopy, CopyOutcome, CopyResult, LogitsTask, RowOutput, StepOutput, StepPlan, Tier,
+    TokenLogprob,
+};
 use tandem::units::{BlockId, SequenceId, TokenId};
 
 /// Small, so that end tokens and repeated blocks come up.
@@ -57,14 +60,7 @@ impl Machine {
     pub fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) {
         output.clear();
         output.step = plan.step;
-        for copy in &plan.copies {
-            for slot in 0..self.block_tokens {
-                match self.slots.get(&(copy.from.0, copy.from.1, slot)).copied() {
-                    Some(value) => self.slots.insert((copy.to.0, copy.to.1, slot), value),
-                    None => self.slots.remove(&(copy.to.0, copy.to.1, slot)),
-                };
-            }
-        }
+        assert!(plan.copies.is_empty(), "a step copies nothing");
         let mut digests = vec![0; plan.tokens.len()];
         for planned in &plan.sequences {
             let table = &plan.block_tables[planned.block_table.clone()];
@@ -93,6 +89,24 @@ impl Machine {
             });
         }
         output.duration_us = 1_000 + 50 * plan.tokens.len() as u64;
+    }
+
+    /// Copies a block; one that fails leaves rubbish behind.
+    pub fn copy(&mut self, copy: BlockCopy, outcome: CopyOutcome) -> CopyResult {
+        for slot in 0..self.block_tokens {
+            let value = self.slots.get(&(copy.from.0, copy.from.1, slot)).copied();
+            let value = value.filter(|_| outcome == CopyOutcome::Done);
+            match value {
+                Some(value) => self.slots.insert((copy.to.0, copy.to.1, slot), value),
+                None => self.slots.remove(&(copy.to.0, copy.to.1, slot)),
+            };
+        }
+        CopyResult { copy, outcome }
+    }
+
+    /// Forgets what lies below the device.
+    pub fn lose_tiers(&mut self) {
+        self.slots.retain(|(tier, _, _), _| *tier == Tier::Device);
     }
 
     fn slot(&self, table: &[BlockId], position: usize) -> u64 {

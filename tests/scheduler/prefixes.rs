@@ -1,6 +1,6 @@
 //! What is computed once: cached prefixes, equal prompts that come together, scored prompts.
 
-use crate::rig::{Rig, options, prompt, sequence};
+use crate::rig::{Rig, device, options, prompt, sequence};
 use tandem::scheduler::SchedulerOptions;
 use tandem::step::LogitsTask;
 use tandem::units::SequenceId;
@@ -32,7 +32,7 @@ fn a_prompt_that_is_cached_to_its_last_token_is_computed_from_its_last_block() {
 
 #[test]
 fn equal_prompts_that_come_together_are_computed_once() {
-    let mut rig = Rig::new(SchedulerOptions { device_blocks: 200, ..options() });
+    let mut rig = Rig::new(SchedulerOptions { blocks: device(200), ..options() });
     let tokens = prompt(1, 200);
     for id in 1..9 {
         rig.add(sequence(id, tokens.clone(), 1));
@@ -61,12 +61,12 @@ fn nobody_waits_for_a_prefix_that_a_paused_sequence_would_compute() {
 
 #[test]
 fn preempted_sequence_keeps_its_prefix() {
-    let mut rig = Rig::new(SchedulerOptions { device_blocks: 10, ..options() });
+    let mut rig = Rig::new(SchedulerOptions { blocks: device(10), ..options() });
     let (old, young) = (prompt(1, 40), prompt(2, 60));
     rig.add(sequence(1, old.clone(), 100));
     rig.add(sequence(2, young.clone(), 40));
     rig.until(200, |rig| rig.scheduler.stats().preemptions > 0);
-    let hits = rig.scheduler.stats().blocks_cached;
+    let hits = rig.scheduler.stats().device.cached;
     assert!(hits > 0, "its blocks stay findable until others need them");
     rig.until(400, |rig| rig.ended.len() == 2);
     rig.assert_whole(1, &old, 100);
@@ -81,7 +81,7 @@ fn without_the_cache_nothing_is_shared_and_nothing_waits() {
     rig.add(sequence(2, tokens.clone(), 3));
     rig.until(10, |rig| rig.ended.len() == 2);
     let stats = rig.scheduler.stats();
-    assert_eq!((stats.prefix_hit_tokens, stats.blocks_cached), (0, 0));
+    assert_eq!((stats.prefix_hit_tokens, stats.device.cached), (0, 0));
     rig.assert_whole(2, &tokens, 3);
 }
 

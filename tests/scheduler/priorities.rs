@@ -1,13 +1,15 @@
 //! Who goes first, and who yields when there is not room for all.
 
-use crate::rig::{BLOCK_TOKENS, Rig, batch, options, prompt, sequence};
+use crate::rig::{BLOCK_TOKENS, Rig, batch, device, options, prompt, sequence};
+use tandem::kv::TierBlocks;
 use tandem::scheduler::SchedulerOptions;
 use tandem::units::SequenceId;
 
 #[test]
 fn a_batch_sequence_gets_on_under_interactive_load_without_end() {
     for host_blocks in [0, 64] {
-        let options = SchedulerOptions { device_blocks: 8, host_blocks, ..options() };
+        let options =
+            SchedulerOptions { blocks: TierBlocks { host: host_blocks, ..device(8) }, ..options() };
         let mut rig = Rig::new(options);
         let tokens = prompt(1, 60);
         rig.add(batch(1, tokens.clone(), 20));
@@ -25,7 +27,7 @@ fn a_batch_sequence_gets_on_under_interactive_load_without_end() {
 
 #[test]
 fn a_running_batch_prompt_gets_on_beside_interactive_prompts_without_end() {
-    let mut rig = Rig::new(SchedulerOptions { device_blocks: 512, ..options() });
+    let mut rig = Rig::new(SchedulerOptions { blocks: device(512), ..options() });
     let tokens = prompt(1, 200);
     rig.add(batch(1, tokens.clone(), 5));
     // Three long prompts at every moment: each step's tokens go to them.
@@ -70,7 +72,10 @@ fn interactive_prompts_are_computed_before_batch_prompts() {
 #[test]
 fn a_paused_sequence_yields_its_blocks_to_one_that_waits() {
     for host_blocks in [0, 64] {
-        let mut rig = Rig::new(SchedulerOptions { device_blocks: 8, host_blocks, ..options() });
+        let mut rig = Rig::new(SchedulerOptions {
+            blocks: TierBlocks { host: host_blocks, ..device(8) },
+            ..options()
+        });
         let tokens = prompt(1, 100);
         rig.add(sequence(1, tokens.clone(), 20));
         rig.until(10, |rig| rig.said(1) > 2);
@@ -102,17 +107,20 @@ fn a_paused_sequence_keeps_its_blocks_while_nobody_needs_them() {
     rig.add(sequence(1, prompt(1, 100), 20));
     rig.until(10, |rig| rig.said(1) > 2);
     rig.scheduler.pause(SequenceId(1));
-    let used = rig.scheduler.stats().blocks_used;
+    let used = rig.scheduler.stats().device.used;
     rig.add(sequence(2, prompt(2, 100), 20));
     rig.until(60, |rig| rig.ended.contains_key(&2));
     let stats = rig.scheduler.stats();
-    assert_eq!((stats.blocks_used, stats.paused, stats.preemptions), (used, 1, 0));
+    assert_eq!((stats.device.used, stats.paused, stats.preemptions), (used, 1, 0));
 }
 
 #[test]
 fn the_youngest_yields_and_goes_on_from_where_it_was() {
     for host_blocks in [0, 64] {
-        let mut rig = Rig::new(SchedulerOptions { device_blocks: 8, host_blocks, ..options() });
+        let mut rig = Rig::new(SchedulerOptions {
+            blocks: TierBlocks { host: host_blocks, ..device(8) },
+            ..options()
+        });
         for id in 1..4 {
             rig.add(sequence(id, prompt(id as u32, 30), 60));
         }
@@ -123,7 +131,7 @@ fn the_youngest_yields_and_goes_on_from_where_it_was() {
         let stats = rig.scheduler.stats();
         assert!(stats.preemptions > 0, "{stats:?}");
         assert_eq!(stats.swapped_out > 0, host_blocks > 0, "{stats:?}");
-        assert_eq!((stats.blocks_used, stats.host_blocks_used), (0, 0));
+        assert_eq!((stats.device.used, stats.host.used), (0, 0));
     }
 }
 

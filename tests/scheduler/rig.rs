@@ -5,11 +5,13 @@
 use crate::machine::{Machine, continuation};
 use std::collections::HashMap;
 use std::sync::Arc;
+use tandem::kv::TierBlocks;
 use tandem::request::{FinishReason, Priority, RequestError, SamplingParams};
 use tandem::scheduler::{
     ChunkLimits, NewSequence, Scheduler, SchedulerOptions, SequenceEvent, SequenceEventKind,
+    TierRates,
 };
-use tandem::step::{StepOutput, StepPlan};
+use tandem::step::{BlockCopy, CopyOutcome, CopyResult, StepOutput, StepPlan};
 use tandem::units::{SequenceId, TokenId};
 
 pub const BLOCK_TOKENS: usize = 16;
@@ -19,8 +21,8 @@ pub fn options() -> SchedulerOptions {
     SchedulerOptions {
         block_tokens: BLOCK_TOKENS,
         block_bytes: 1_000,
-        device_blocks: 64,
-        host_blocks: 0,
+        blocks: device(64),
+        rates: TierRates::default(),
         context_tokens: 512,
         sequences_max: 16,
         queue_max: 64,
@@ -30,6 +32,11 @@ pub fn options() -> SchedulerOptions {
         prefix_key: Some([1; 16]),
         batch_wait_us_max: 1_000_000,
     }
+}
+
+/// A store of so many blocks and no lower tiers.
+pub fn device(blocks: usize) -> TierBlocks {
+    TierBlocks { device: blocks, ..TierBlocks::default() }
 }
 
 /// A prompt that shares nothing with those of other names.
@@ -63,6 +70,10 @@ pub struct Rig {
     pub machine: Machine,
     pub plan: StepPlan,
     pub output: StepOutput,
+    /// Copies of the step, and what becomes of each.
+    pub copies: Vec<BlockCopy>,
+    pub results: Vec<CopyResult>,
+    pub copy_outcome: CopyOutcome,
     pub now_us: u64,
     pub events: Vec<SequenceEvent>,
     pub said: HashMap<u64, Vec<TokenId>>,
@@ -77,6 +88,9 @@ impl Rig {
             scheduler: Scheduler::new(options),
             plan: StepPlan::default(),
             output: StepOutput::default(),
+            copies: Vec::new(),
+            results: Vec::new(),
+            copy_outcome: CopyOutcome::Done,
             now_us: 0,
             events: Vec::new(),
             said: HashMap::new(),
@@ -101,6 +115,7 @@ impl Rig {
             self.now_us += self.output.duration_us;
             self.apply();
         }
+        self.copy();
         self.plan.tokens.len()
     }
 
@@ -114,6 +129,19 @@ impl Rig {
         self.scheduler.apply(self.now_us, &self.plan, &self.output, &mut self.events);
         self.scheduler.check_invariants();
         self.hear();
+    }
+
+    /// Performs the copies that were begun, all as `copy_outcome` says, after the step that was
+    /// planned with them.
+    pub fn copy(&mut self) {
+        self.copies.clear();
+        self.results.clear();
+        self.scheduler.take_copies(&mut self.copies);
+        for copy in &self.copies {
+            self.results.push(self.machine.copy(*copy, self.copy_outcome));
+        }
+        self.scheduler.copied(self.now_us, &self.results, 100 * self.copies.len() as u64);
+        self.scheduler.check_invariants();
     }
 
     /// Steps until a condition holds; fails after `steps_max`.
