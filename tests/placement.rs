@@ -117,6 +117,31 @@ fn a_plan_shows_how_much_of_the_weights_a_token_goes_through() {
     assert!(dense.explain().iter().all(|row| row.what != "experts"));
 }
 
+#[test]
+fn a_plan_shows_the_tiers_behind_the_kv_store() {
+    let mut config = Config::default();
+    config.kv.swap_bytes = ByteSize(10 << 20);
+    let rows = |config: &Config| {
+        let placement = Placement::plan(&spec(), &machine(4 << 30), config).unwrap();
+        let swap = placement.explain().into_iter().filter(|row| row.what == "KV swap");
+        let rows: Vec<_> = swap.map(|row| (row.device, row.bytes)).collect();
+        (rows, placement)
+    };
+    let (without, placement) = rows(&config);
+    assert_eq!(without, [("host".to_owned(), placement.host_kv_bytes)]);
+    config.kv.disk_bytes = ByteSize(64 << 20);
+    let (with, placement) = rows(&config);
+    assert_eq!(placement.disk_kv_bytes, placement.disk_blocks as u64 * placement.block_bytes());
+    assert!((63 << 20..=64 << 20).contains(&placement.disk_kv_bytes));
+    assert_eq!(with[1], ("disk".to_owned(), placement.disk_kv_bytes));
+    assert_eq!(with[0], without[0]);
+    assert!(placement.notes.iter().all(|note| !note.contains("kv.disk_bytes")));
+    config.kv.disk_bytes = ByteSize(900 << 40);
+    let (_, placement) = rows(&config);
+    assert_eq!(placement.disk_blocks, 1 << 20);
+    assert!(placement.notes.iter().any(|note| note.contains("kv.disk_bytes")));
+}
+
 fn takes_what_was_planned(family: Family, dtype: KvDType) {
     let (checkpoint, spec) = (checkpoint(family), spec_of(family));
     let mut config = Config::default();
