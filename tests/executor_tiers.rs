@@ -108,7 +108,7 @@ impl KvBlocks for Limited {
 
     unsafe fn register(&self, memory: &[u8]) -> Result<Registration, ExecutorError> {
         // What tests register themselves costs nothing.
-        if memory.len() > 8 * MIB {
+        if memory.len() > 5 * MIB {
             let mut room = self.room.lock().unwrap();
             let refused = || ExecutorError::Unsupported { what: "more memory".into() };
             *room = room.checked_sub(memory.len()).ok_or_else(refused)?;
@@ -137,8 +137,8 @@ impl KvBlocks for Limited {
 #[test]
 fn memory_is_registered_as_it_fills_and_blocks_beyond_what_the_driver_gives_take_a_detour() {
     let folder = TempDir::new().unwrap();
-    // The detour's 16 MiB, the first 512, one chunk of 32, and 30 more.
-    let kv = Limited::new(590 * MIB);
+    // The detour's 16 MiB, the first 512, one chunk of 16, and 14 more.
+    let kv = Limited::new(558 * MIB);
     let mut tiers = KvTiers::new(kv.clone(), &sizes(600, 3, &folder)).unwrap();
     let all = TierBytes {
         host: 600 * MIB,
@@ -148,11 +148,11 @@ fn memory_is_registered_as_it_fills_and_blocks_beyond_what_the_driver_gives_take
         disk: 3 * MIB,
     };
     assert_eq!(tiers.bytes(), all);
-    // Chunks are of 32 blocks. There is room for the last, of 24, too, but nobody asks again.
-    moved(&mut tiers, &[((Device, 0), (Host, 543)), ((Device, 1), (Host, 0))]);
-    assert_eq!(tiers.bytes(), TierBytes { host_pinned: 544 * MIB, ..all });
-    moved(&mut tiers, &[((Device, 0), (Host, 544)), ((Device, 1), (Host, 599))]);
-    let pageable = TierBytes { host_pinned: 544 * MIB, host_pageable: 56 * MIB, ..all };
+    // Chunks are of 16 blocks. There is room for the last, of 8, too, but nobody asks again.
+    moved(&mut tiers, &[((Device, 1), (Host, 0)), ((Device, 0), (Host, 527))]);
+    assert_eq!(tiers.bytes(), TierBytes { host_pinned: 528 * MIB, ..all });
+    moved(&mut tiers, &[((Device, 0), (Host, 528)), ((Device, 1), (Host, 599))]);
+    let pageable = TierBytes { host_pinned: 528 * MIB, host_pageable: 24 * MIB, ..all };
     assert_eq!(tiers.bytes(), pageable);
     drop(tiers);
     assert!(kv.registered.lock().unwrap().is_empty());
@@ -161,13 +161,12 @@ fn memory_is_registered_as_it_fills_and_blocks_beyond_what_the_driver_gives_take
 #[test]
 fn random_orders_move_the_same_where_some_memory_is_not_registered() {
     let folder = TempDir::new().unwrap();
-    for (seed, chunks) in [(1, 0), (2, 1), (3, 3)] {
-        let kv = Limited::new((16 + chunks * 32) * MIB);
+    for (seed, chunks) in [(1, 0), (2, 1), (3, 5)] {
+        let kv = Limited::new((16 + chunks * 16) * MIB);
         let kv: Arc<dyn KvBlocks> = kv;
         let bytes = hold_random_orders(&kv, &sizes(80, 3, &folder), seed).bytes();
-        let pinned = [0, 32, 80][seed as usize - 1];
-        assert_eq!(bytes.host_pinned, pinned * MIB);
-        assert_eq!(bytes.host_pageable, (80 - pinned) * MIB);
+        assert_eq!(bytes.host_pinned, chunks * 16 * MIB);
+        assert_eq!(bytes.host_pageable, (80 - chunks * 16) * MIB);
     }
 }
 

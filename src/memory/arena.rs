@@ -163,6 +163,19 @@ pub fn prefer_huge_pages(bytes: &mut [u8]) {
     }
 }
 
+/// Has the whole pages of some memory exist, all at once, before somebody needs them. A system that
+/// can't do that has them come one by one, as ever.
+pub fn populate(bytes: &[u8]) {
+    let skipped = bytes.as_ptr().align_offset(PAGE);
+    let Some(pages) = bytes.get(skipped..) else { return };
+    #[cfg(target_os = "linux")]
+    // SAFETY: the pages are mapped, since they are borrowed, and keep what they hold.
+    let _ = unsafe {
+        let (start, len) = (pages.as_ptr().cast_mut().cast(), pages.len() / PAGE * PAGE);
+        rustix::mm::madvise(start, len, rustix::mm::Advice::LinuxPopulateWrite)
+    };
+}
+
 /// Asks for huge pages. Systems without them refuse, and the buffer works all the same.
 #[cfg(target_os = "linux")]
 fn advise_huge(start: NonNull<u8>, len: usize) {

@@ -7,7 +7,7 @@ mod ledger;
 
 pub use arena::{
     ALIGNMENT, AlignedBytes, ArenaError, ArenaRange, DisjointChunks, HostArena, HugePages,
-    prefer_huge_pages,
+    populate, prefer_huge_pages,
 };
 pub use ledger::{
     Commitment, Device, Ledger, LedgerError, LedgerReport, PurposeBytes, Reservation,

@@ -6,7 +6,7 @@ use crate::executor::ExecutorError;
 use crate::executor::kv_store::KvOptions;
 use crate::executor::kv_tiers::{KvBlocks, Registration};
 use crate::executor::program::{KvLayerId, KvShape};
-use crate::memory::HugePages;
+use crate::memory::{HugePages, populate};
 use crate::step::BlockCopy;
 use crate::units::BlockId;
 use std::sync::Arc;
@@ -153,6 +153,8 @@ impl KvBlocks for GpuKv {
     }
 
     unsafe fn register(&self, memory: &[u8]) -> Result<Registration, ExecutorError> {
+        // The driver would make the pages itself, and other threads' calls wait for that.
+        populate(memory);
         // SAFETY: the caller keeps the memory mapped.
         let registered = unsafe { self.weights.gpu().register_whole(memory)? };
         Ok(Some(Box::new(registered)))

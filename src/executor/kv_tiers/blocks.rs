@@ -122,6 +122,10 @@ impl HostMemory {
         }
     }
 
+    pub fn is_new(&self) -> bool {
+        matches!(self.access, Access::Unknown)
+    }
+
     pub fn is_direct(&self) -> bool {
         matches!(self.access, Access::Direct(_))
     }

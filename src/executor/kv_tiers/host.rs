@@ -5,12 +5,11 @@
 use super::blocks::{HostMemory, KvBlocks};
 use crate::executor::ExecutorError;
 
-/// Bytes of a chunk, about. Registering takes the driver some milliseconds for so many, in which
-/// other threads' calls may have to wait.
-const CHUNK_BYTES: usize = 32 << 20;
+/// Bytes of a chunk, about. While the driver registers one, other threads' calls may have to wait.
+const CHUNK_BYTES: usize = 16 << 20;
 
-/// Bytes that are registered from the start, about: a driver takes a quarter of a millisecond for
-/// each MiB, twelve times what the first copy there takes.
+/// Bytes that are registered from the start, about: that takes several times as long as copying
+/// there, and nobody waits for copies yet.
 const REGISTERED_AT_START_BYTES: usize = 512 << 20;
 
 /// Blocks in host memory.
@@ -42,6 +41,11 @@ impl HostTier {
     /// Number of blocks.
     pub fn len(&self) -> usize {
         self.blocks
+    }
+
+    /// Whether nobody has tried to register the memory of a block.
+    pub fn is_new(&self, block: usize) -> bool {
+        self.chunks[block / self.chunk_blocks].is_new()
     }
 
     /// Registers the memory of a block that comes into use. Whether the device can copy from and to
