@@ -211,8 +211,8 @@ impl<'a> KvLayers<'a> {
         let layer = &self.layers[id.0 as usize];
         let [keys, values] = [&layer.keys, &layer.values].map(|plane| plane.bytes);
         // SAFETY: both planes hold `blocks · block_bytes` bytes, aligned to cache lines, and are
-        // borrowed for 'a. Only the stage's own step takes its layers, and a block of that step is
-        // copied by nobody (`KvBlocks`). The interpreter writes a block through one worker
+        // borrowed for 'a. Only the stage's own step takes its layers, and what that writes
+        // nobody copies meanwhile (`KvBlocks`). The interpreter writes a block through one worker
         // (`BlockRun`) and reads after a barrier; or it writes a head's position through the one
         // worker that reads it before the next barrier.
         unsafe { KvStore::new(keys, values, self.blocks, layer.layout) }

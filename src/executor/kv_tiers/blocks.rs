@@ -59,8 +59,8 @@ pub(super) fn read_blocks(
     kv: &dyn KvBlocks,
     copies: &mut [(BlockId, &mut [u8])],
 ) -> Result<(), ExecutorError> {
-    // SAFETY: a block that copies are ordered for is touched by nobody else until their results are
-    // there: the scheduler's rule (`KvTiers::perform`). Memory was registered before (`HostTier`).
+    // SAFETY: a block that is read is written by nobody until the result is there: the scheduler's
+    // rule (`KvTiers::perform`). Memory was registered before (`HostTier`).
     unsafe { kv.read(copies) }
 }
 
@@ -72,7 +72,7 @@ pub(super) fn write_blocks(
     kv: &dyn KvBlocks,
     copies: &[(BlockId, &[u8])],
 ) -> Result<(), ExecutorError> {
-    // SAFETY: as above; the destinations of a run of copies differ.
+    // SAFETY: as above, and one that is written is touched by nobody; those of a run differ.
     unsafe { kv.write(copies) }
 }
 

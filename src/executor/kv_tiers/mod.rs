@@ -77,8 +77,8 @@ impl KvTiers {
     /// Performs orders as if one after the other, and appends a result for each, in their order.
     /// After a failed copy nothing usable is at its destination, and the source is as it was.
     ///
-    /// The rule that makes this safe beside running steps is the scheduler's: nobody else touches a
-    /// block of the device's tier from the moment its order is given until its result is there.
+    /// The rule that makes this safe beside running steps is the scheduler's: from an order to its
+    /// result nobody writes the device's block that it reads, or touches the one that it writes.
     pub fn perform(&mut self, orders: &[BlockCopy], results: &mut Vec<CopyResult>) {
         sleep_exactly();
         let mut rest = orders;
