@@ -1,5 +1,5 @@
-//! Memory while the weights of a Hugging Face folder are loaded, whose matrices are made from several
-//! tensors: counted for the whole process, so this file holds one test only.
+//! Memory while the weights of a Hugging Face folder are loaded, whose matrices are made from
+//! several tensors: counted for the whole process, so this file holds one test only.
 
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test")]
