@@ -1,5 +1,5 @@
-//! The engine with its stage on a GPU and KV in three tiers: answers are those of an engine that has
-//! room for all. Skips where there is no GPU; `TANDEM_REQUIRE_GPU` makes that a failure.
+//! The engine with its stage on a GPU and KV in three tiers: answers are those of an engine that
+//! has room for all. Skips where there is no GPU; `TANDEM_REQUIRE_GPU` makes that a failure.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a failed unwrap is a failed test")]
 

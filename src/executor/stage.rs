@@ -246,9 +246,8 @@ impl Stage {
             scratch.lock().unwrap_or_else(PoisonError::into_inner).bytes()
         };
         let experts = self.experts.iter().map(scratch).sum::<usize>();
-        let own =
-            |own: &Mutex<OwnBuffers>| own.lock().unwrap_or_else(PoisonError::into_inner).bytes();
-        let own = self.own.iter().map(own).sum::<usize>();
+        let own = self.own.iter().map(|own| own.lock().unwrap_or_else(PoisonError::into_inner));
+        let own = own.map(|own| own.bytes()).sum::<usize>();
         StageMemory {
             weight_bytes: self.weights.bytes(),
             kv_bytes: self.kv.bytes(),
