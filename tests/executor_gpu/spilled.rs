@@ -11,16 +11,16 @@ use tandem::step::StepPlan;
 use tandem::tensor::DType;
 
 /// Percent of the layers with spilled weights that stream.
-const SHARES: [u8; 3] = [0, 50, 100];
+pub const SHARES: [u8; 3] = [0, 50, 100];
 
 /// Networks of some layers, and the attention of some.
-fn layers(feed_forward: &[usize], attention: &[usize]) -> SpilledLayers {
+pub fn layers(feed_forward: &[usize], attention: &[usize]) -> SpilledLayers {
     let (feed_forward, attention) = (feed_forward.to_vec(), attention.to_vec());
     SpilledLayers { feed_forward, attention, ring_slots: 4 }
 }
 
 /// Options of a stage that has spilled them.
-fn spilling(model: &Model, spilled: SpilledLayers, streamed: u8) -> StageOptions {
+pub fn spilling(model: &Model, spilled: SpilledLayers, streamed: u8) -> StageOptions {
     let part = StagePart::spilling(model.spec.layers.len(), spilled);
     StageOptions { part: Some(part), spill_streamed: Some(streamed), ..options(2, 512) }
 }
