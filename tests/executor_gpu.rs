@@ -21,6 +21,8 @@ mod sampling;
 mod spilled;
 #[path = "support/stage.rs"]
 mod stage;
+#[path = "executor_gpu/stages.rs"]
+mod stages;
 #[path = "executor_gpu/tiers.rs"]
 mod swapped;
 #[path = "support/tiers.rs"]

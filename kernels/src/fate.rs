@@ -168,11 +168,8 @@ impl Gpu {
 
     /// Remembers the failure that ended it.
     fn ended(&self, end: GpuError) -> GpuError {
-        if self.fate().end.set(end.clone()).is_ok() {
-            // The module and the context would wait for the GPU, or crash, when they are dropped.
-            std::mem::forget((Arc::clone(&self.module), Arc::clone(self.stream())));
-        }
-        end
+        // The first failure counts: it is that of the GPU which others may have waited for.
+        self.fate().end.get_or_init(|| end).clone()
     }
 }
 

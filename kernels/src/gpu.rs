@@ -110,6 +110,19 @@ impl Gpu {
     /// [`GpuError::Unsupported`] for a GPU that our kernels were not compiled for, or what the
     /// driver refuses.
     pub fn open(_driver: &Driver, ordinal: usize) -> Result<Gpu, GpuError> {
+        Self::with_fate(ordinal, Arc::default())
+    }
+
+    /// Opens another GPU, or the same once more with a stream of its own, for work that waits for
+    /// this one's: what ends one of them for good ends both, and the error names it.
+    ///
+    /// # Errors
+    /// As of [`Gpu::open`].
+    pub fn open_beside(&self, ordinal: usize) -> Result<Gpu, GpuError> {
+        Self::with_fate(ordinal, Arc::clone(&self.fate))
+    }
+
+    fn with_fate(ordinal: usize, fate: Arc<Fate>) -> Result<Gpu, GpuError> {
         let failed = |what| move |error| failure(ordinal, what, error);
         let context = CudaContext::new(ordinal).map_err(failed("opening a context"))?;
         // SAFETY: this crate uses one stream, whose order is all the synchronisation there is.
@@ -134,7 +147,6 @@ impl Gpu {
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let has_wgmma = context.compute_capability().map_err(failed("what it has"))? == (9, 0);
         let functions = Mutex::default();
-        let fate = Arc::default();
         Ok(Gpu { stream, module, functions, multiprocessors, shared_bytes, has_wgmma, fate })
     }
 
@@ -269,6 +281,15 @@ impl Gpu {
         self.fate.check()?;
         let context = self.stream.context();
         context.bind_to_thread().map_err(|error| self.failed("entering its context", error))
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        if self.fate.check().is_err() {
+            // The module and the context would wait for the GPU, or crash, when they are dropped.
+            std::mem::forget((Arc::clone(&self.module), Arc::clone(&self.stream)));
+        }
     }
 }
 

@@ -17,6 +17,7 @@ mod norms;
 mod op_marks;
 mod ops;
 mod order_thread;
+mod pipeline;
 mod sampling;
 mod spill;
 mod spill_measure;
@@ -27,6 +28,7 @@ mod spill_thread;
 mod spill_weights;
 mod weights;
 
+pub use pipeline::GpuPipeline;
 pub use weights::GpuWeights;
 
 use super::ExecutorError;
@@ -45,7 +47,7 @@ use spill::GpuSpill;
 use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Instant;
-use tandem_kernels::GpuError;
+use tandem_kernels::{Gpu, GpuError, Span};
 
 /// Rows of logits that exist at once.
 const LOGITS_TILE_ROWS: usize = 128;
@@ -61,7 +63,7 @@ struct LastOps {
     softcap: Option<f32>,
 }
 
-/// A model on one GPU, ready to run steps.
+/// A model on one GPU, ready to run steps; or, in a [`GpuPipeline`], a part of one.
 pub struct GpuStage {
     limits: PlanLimits,
     batch: Batch,
@@ -71,7 +73,10 @@ pub struct GpuStage {
     has_flash: bool,
     /// Whether the residual stream of the step that is launched is at its second place.
     has_moved: Cell<bool>,
-    last: LastOps,
+    /// Whether that of a single token ends there: the same in each step.
+    ends_moved: Cell<bool>,
+    /// None where the residual stream goes on to another stage.
+    last: Option<LastOps>,
     graphs: Graphs,
     op_marks: Option<OpMarks>,
     failure: Option<String>,
@@ -84,8 +89,18 @@ impl GpuStage {
     /// weights are spilled to the CPU, and for these alone.
     ///
     /// # Errors
-    /// The GPU's memory does not hold it, or the CPU's side can't be made.
+    /// The GPU's memory does not hold it, or the CPU's side can't be made; or the weights are those
+    /// of a part of a model.
     pub fn start(weights: Arc<GpuWeights>, options: &StageOptions) -> Result<Self, ExecutorError> {
+        let is_joined = |op: &Op| matches!(op, Op::Receive | Op::Send { .. });
+        if weights.program().ops.iter().any(is_joined) {
+            let what = "a part of a model without the others".into();
+            return Err(ExecutorError::Unsupported { what });
+        }
+        Self::of_part(weights, options)
+    }
+
+    fn of_part(weights: Arc<GpuWeights>, options: &StageOptions) -> Result<Self, ExecutorError> {
         let (program, tokens) = (weights.program(), options.step_tokens_max);
         let store = (options.kv.device_blocks, options.kv.block_tokens);
         let limits = PlanLimits {
@@ -100,12 +115,17 @@ impl GpuStage {
             batch: Batch::new(tokens, options.kv.device_blocks, Vec::new()),
             has_flash: attend::has_flash(weights.gpu(), program),
             has_moved: Cell::new(false),
+            ends_moved: Cell::new(false),
             last: last_ops(&program.ops),
             graphs: Graphs::default(),
             op_marks: None,
             kv: Arc::new(GpuKv::new(&weights, options.kv, options.huge_pages())?),
             buffers: GpuBuffers::new(&weights, tokens, store)?,
-            samplers: RowSamplers::new(SAMPLERS, program.dims.vocab, tokens),
+            samplers: RowSamplers::new(
+                SAMPLERS,
+                program.dims.vocab,
+                if program.dims.vocab > 0 { tokens } else { 0 },
+            ),
             failure: None,
             spill: GpuSpill::start(&weights, options)?,
             weights,
@@ -146,26 +166,35 @@ impl GpuStage {
         }
         output.clear();
         output.step = plan.step;
-        self.batch.prepare(plan, self.limits)?;
-        self.kv.check(&plan.copies)?;
+        self.check(plan)?;
         match self.compute_marked(plan, started) {
             Ok(()) => self.samplers.gather(output),
-            // Memory is asked for before anything of the step is started.
-            Err(ExecutorError::Gpu(GpuError::OutOfMemory { ordinal, need_bytes, free_bytes })) => {
-                output.refusal = Some(RequestError::InsufficientMemory {
-                    device: format!("GPU {ordinal}"),
-                    need: need_bytes as u64,
-                    free: free_bytes as u64,
-                    suggest: "try again when fewer or shorter requests run".into(),
-                });
-            }
-            Err(error) => {
-                self.failure = Some(error.to_string());
-                return Err(error);
-            }
+            Err(error) => output.refusal = Some(refused(error, &mut self.failure)?),
         }
         output.duration_us = started.elapsed().as_micros() as u64;
         Ok(())
+    }
+
+    /// Reads a plan.
+    ///
+    /// # Errors
+    /// It does not add up: then nothing has been done.
+    fn check(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+        self.batch.prepare(plan, self.limits)?;
+        self.kv.check(&plan.copies)
+    }
+
+    /// Where the residual stream of `tokens` tokens comes from another stage, `[tokens,
+    /// embedding_dim]` f32, and the GPU.
+    pub(super) fn incoming(&self, tokens: usize) -> (&Gpu, Span<'_>) {
+        let residual = &self.buffers.residual;
+        (self.weights.gpu(), residual.values().part(0, tokens * residual.cols * size_of::<f32>()))
+    }
+
+    /// Where that of the step that was launched lies when it goes on to another stage.
+    pub(super) fn outgoing(&self, tokens: usize) -> (&Gpu, Span<'_>) {
+        let bytes = tokens * self.buffers.residual.cols * size_of::<f32>();
+        (self.weights.gpu(), self.residual()[0].part(0, bytes))
     }
 
     fn compute_marked(&mut self, plan: &StepPlan, started: Instant) -> Result<(), ExecutorError> {
@@ -179,7 +208,32 @@ impl GpuStage {
     }
 }
 
-fn last_ops(ops: &[Op]) -> LastOps {
+/// What a step that failed is refused with.
+///
+/// # Errors
+/// It failed for another reason than too little memory of the GPU: then the stage has failed with it.
+fn refused(
+    error: ExecutorError,
+    failure: &mut Option<String>,
+) -> Result<RequestError, ExecutorError> {
+    match error {
+        // Memory is asked for before anything of the step is started there.
+        ExecutorError::Gpu(GpuError::OutOfMemory { ordinal, need_bytes, free_bytes }) => {
+            Ok(RequestError::InsufficientMemory {
+                device: format!("GPU {ordinal}"),
+                need: need_bytes as u64,
+                free: free_bytes as u64,
+                suggest: "try again when fewer or shorter requests run".into(),
+            })
+        }
+        error => {
+            *failure = Some(error.to_string());
+            Err(error)
+        }
+    }
+}
+
+fn last_ops(ops: &[Op]) -> Option<LastOps> {
     let selected = ops.iter().find_map(|op| match op {
         Op::Select { pending, norm } => Some((*pending, *norm)),
         _ => None,
@@ -188,7 +242,6 @@ fn last_ops(ops: &[Op]) -> LastOps {
         Op::Logits { output, softcap } => Some((*output, *softcap)),
         _ => None,
     });
-    let (pending, norm) = selected.expect("a whole model selects rows");
-    let (output, softcap) = logits.expect("a whole model has logits");
-    LastOps { pending, norm, output, softcap }
+    let ((pending, norm), (output, softcap)) = selected.zip(logits)?;
+    Some(LastOps { pending, norm, output, softcap })
 }

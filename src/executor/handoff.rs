@@ -1,6 +1,11 @@
 //! The only place where activations cross from one stage to the next: a ring of slots between
 //! stage *k* and stage *k + 1*. A slot's memory is allocated once and changes hands; nothing is
-//! copied twice, nothing is allocated per step.
+//! copied twice, nothing is allocated per step. Between stages on GPUs (`gpu.rs`) a slot is memory
+//! of the GPU that reads.
+
+mod gpu;
+
+pub(super) use gpu::GpuHandoff;
 
 use crate::units::StepId;
 use crossbeam_channel::{Receiver, Sender, bounded};

@@ -29,7 +29,7 @@ mod weights;
 
 pub use cpu_pool::{CpuPool, PoolOptions, Worker, WorkerPanic};
 pub use error::ExecutorError;
-pub use gpu::{GpuStage, GpuWeights};
+pub use gpu::{GpuPipeline, GpuStage, GpuWeights};
 pub use handoff::{HandoffClosed, HandoffReceiver, HandoffSender, Slot, handoff};
 pub use kv_store::KvOptions;
 pub use kv_tiers::{KvBlocks, KvTiers, Registration, TierBytes, TierOptions};

@@ -153,16 +153,16 @@ impl GpuBuffers {
             .iter()
             .any(|op| matches!(op, Op::Norm { precision: Precision::Sixteen, .. }));
         let normed = if is_twice { Form::Twice } else { Form::EightBits };
-        let (dims, logits_rows) = (program.dims, LOGITS_TILE_ROWS.min(tokens));
+        let dims = program.dims;
+        let logits_rows = if dims.vocab > 0 { LOGITS_TILE_ROWS.min(tokens) } else { 0 };
         let pairs = (tokens, dims.hidden_rows);
         let angles = weights.rotations().width();
-        let (dtype, cols) = weights.embedding_shape();
-        let (looked_up, row_bytes) = match weights.embedding() {
-            Some(_) => (None, 0),
-            None => (
+        let (looked_up, row_bytes) = match (weights.embedding(), weights.embedding_shape()) {
+            (None, Some((dtype, cols))) => (
                 Some(DeviceMatrix::empty(gpu, dtype, (tokens, cols))?),
                 dtype.row_bytes(cols).expect("whole blocks"),
             ),
+            _ => (None, 0),
         };
         Ok(Self {
             residual: rows(Buffer::Residual, Form::Plain)?,

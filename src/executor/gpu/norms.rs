@@ -3,7 +3,7 @@
 //! wait for. Since all of them read the residual stream then, its sum is put elsewhere: two places
 //! take turns.
 
-use super::GpuStage;
+use super::{GpuStage, LastOps};
 use super::inputs::Part;
 use super::ops::U32;
 use crate::executor::ExecutorError;
@@ -22,7 +22,7 @@ pub(super) struct ComingNorm {
 
 impl GpuStage {
     /// Where the residual stream is, and where its next sum may be put.
-    fn residual(&self) -> [Span<'_>; 2] {
+    pub(super) fn residual(&self) -> [Span<'_>; 2] {
         let places = [self.buffers.residual.values(), self.buffers.residual_sum.span()];
         if self.has_moved.get() { [places[1], places[0]] } else { places }
     }
@@ -89,6 +89,33 @@ impl GpuStage {
         Ok(None)
     }
 
+    /// How a program with logits ends.
+    pub(super) fn last_ops(&self) -> &LastOps {
+        self.last.as_ref().expect("logits are the last stage's")
+    }
+
+    /// Adds what is pending to the residual stream, for the next stage.
+    pub(super) fn add_pending(&self, tokens: usize, pending: Pending) -> Result<(), ExecutorError> {
+        let Some(added) = self.added(pending) else { return Ok(()) };
+        // Any norm will do, since what it makes goes nowhere.
+        let norm = self.weights.program().ops.iter().find_map(|op| match op {
+            Op::Norm { norm, .. } => Some(*norm),
+            _ => None,
+        });
+        let pass = NormRows {
+            residual: self.residual()[0],
+            added: Some(added),
+            norm: self.row_norm(norm.expect("what is pending comes from a layer, which has norms")),
+            gather: None,
+            values: None,
+            eight_bits: None,
+            halves: None,
+            rows: tokens,
+            cols: self.buffers.residual.cols,
+        };
+        Ok(self.weights.gpu().norm_rows(&pass, tokens)?)
+    }
+
     /// A norm of one token for the product that comes after it.
     pub(super) fn norm_before(&self, coming: ComingNorm) -> NormBefore<'_> {
         NormBefore { pass: self.norm_pass(1, coming), sum: self.residual()[1] }
@@ -100,7 +127,7 @@ impl GpuStage {
         (first, rows): (usize, usize),
         tokens: usize,
     ) -> Result<(), ExecutorError> {
-        let (last, selected) = (&self.last, &self.buffers.selected);
+        let (last, selected) = (self.last_ops(), &self.buffers.selected);
         let wanted = self.buffers.inputs.span(Part::Wanted);
         let pass = NormRows {
             residual: self.residual()[0],

@@ -37,15 +37,7 @@ impl GpuStage {
             return Ok(());
         }
         let streamed = self.spill.as_ref().map_or(0, |spill| spill.streamed(plan.tokens.len()));
-        self.prepare(plan, streamed)?;
-        self.mark_inputs()?;
-        let shape = StepShape {
-            tokens: plan.tokens.len(),
-            rows: plan.logits.len().min(LOGITS_TILE_ROWS),
-            positions_max: self.positions_max().next_multiple_of(POSITIONS_UNIT),
-            is_each_alone: self.buffers.host.is_each_alone,
-            streamed,
-        };
+        let shape = self.begin(plan, streamed)?;
         if let Some(spill) = &self.spill {
             spill.begin(shape.tokens, shape.streamed)?;
         }
@@ -53,6 +45,24 @@ impl GpuStage {
         let done = self.finish_spilled(launched.is_ok(), streamed);
         // A GPU that failed is why the CPU was not answered.
         launched.and_then(|()| self.sample(plan)).and(done)
+    }
+
+    /// Sends what the host prepares for a step of a checked plan. What is to be launched.
+    pub(super) fn begin(
+        &mut self,
+        plan: &StepPlan,
+        streamed: usize,
+    ) -> Result<StepShape, ExecutorError> {
+        self.prepare(plan, streamed)?;
+        self.mark_inputs()?;
+        let rows = if self.last.is_some() { plan.logits.len() } else { 0 };
+        Ok(StepShape {
+            tokens: plan.tokens.len(),
+            rows: rows.min(LOGITS_TILE_ROWS),
+            positions_max: self.positions_max().next_multiple_of(POSITIONS_UNIT),
+            is_each_alone: self.buffers.host.is_each_alone,
+            streamed,
+        })
     }
 
     /// Waits for the host's side of a step that was launched, or was not. This thread sleeps
@@ -66,7 +76,7 @@ impl GpuStage {
     }
 
     /// Starts the kernels of a step: from a record, if steps of its shape were seen.
-    fn run_shape(&mut self, shape: StepShape) -> Result<(), ExecutorError> {
+    pub(super) fn run_shape(&mut self, shape: StepShape) -> Result<(), ExecutorError> {
         let weights = std::sync::Arc::clone(&self.weights);
         let mut graphs = std::mem::take(&mut self.graphs);
         // Prompts launch faster than they compute, and are divided anew each time.
@@ -80,6 +90,7 @@ impl GpuStage {
             self.launch(&shape)
         };
         self.graphs = graphs;
+        self.has_moved.set(shape.tokens == 1 && self.ends_moved.get());
         ran
     }
 
@@ -139,11 +150,14 @@ impl GpuStage {
                     self.gate_experts(tokens, [gate, up], activation)?;
                 }
                 &Op::DownExperts { down, .. } => self.down_experts(tokens, down)?,
-                Op::Receive | Op::Send { .. } => {
-                    unreachable!("refused when the weights were loaded")
-                }
+                // It was copied to its place.
+                Op::Receive => {}
+                Op::Send { pending } => self.add_pending(tokens, *pending)?,
             }
             self.mark_op(index)?;
+        }
+        if tokens == 1 {
+            self.ends_moved.set(self.has_moved.get());
         }
         Ok(())
     }
@@ -157,7 +171,10 @@ impl GpuStage {
         let (gpu, rotations) = (self.weights.gpu(), self.weights.rotations());
         self.buffers.host.find_runs(plan, self.has_flash);
         let (host, inputs) = (&mut self.buffers.host, &mut self.buffers.inputs);
-        let questions = host.sampling.plan(plan, self.buffers.logits.cols);
+        let questions = match &self.last {
+            Some(_) => host.sampling.plan(plan, self.buffers.logits.cols),
+            None => 0,
+        };
         if inputs.begin(gpu, (plan.tokens.len(), plan.block_tables.len(), questions))? {
             self.graphs.forget();
         }
@@ -310,7 +327,7 @@ impl GpuStage {
         (first, rows): (usize, usize),
         tokens: usize,
     ) -> Result<(), ExecutorError> {
-        let (gpu, buffers, last) = (self.weights.gpu(), &self.buffers, &self.last);
+        let (gpu, buffers, last) = (self.weights.gpu(), &self.buffers, self.last_ops());
         let selected = &buffers.selected;
         self.select((first, rows), tokens)?;
         let (logits, vocab) = (buffers.logits.values(), buffers.logits.cols);

@@ -18,7 +18,7 @@ use std::time::Duration;
 use tandem_cpu_kernels::Layout;
 use tandem_cpu_kernels::blocks::GROUP;
 use tandem_kernels::{
-    DeviceMatrix, DeviceMemory, ExpertRoutes, Gpu, HeadCounts, Span, Staging, driver,
+    DeviceMatrix, DeviceMemory, ExpertRoutes, Gpu, GpuError, HeadCounts, Span, Staging, driver,
 };
 
 /// Rows that the host looks up.
@@ -66,13 +66,23 @@ impl GpuWeights {
     pub fn load(
         ordinal: usize,
         request: &WeightsRequest,
-        mut pool: Option<&mut CpuPool>,
+        pool: Option<&mut CpuPool>,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ExecutorError> {
-        let driver = driver().map_err(tandem_kernels::GpuError::from)?;
+        let driver = driver().map_err(GpuError::from)?;
+        Self::load_on(request, pool, progress, || Gpu::open(&driver, ordinal))
+    }
+
+    /// The same on a GPU that is opened when the model is known to run there.
+    pub(super) fn load_on(
+        request: &WeightsRequest,
+        mut pool: Option<&mut CpuPool>,
+        progress: &mut dyn FnMut(LoadProgress),
+        open: impl FnOnce() -> Result<Gpu, GpuError>,
+    ) -> Result<Self, ExecutorError> {
         let program = Program::lower(&request.spec, &request.part)?;
         check(&program)?;
-        let gpu = Gpu::open(&driver, ordinal)?;
+        let gpu = open()?;
         let source = request.source.clone();
         let read_ahead = program.matrices.iter().map(|entry| &entry.tensor);
         source.will_read(read_ahead.chain(&program.vectors))?;
@@ -287,10 +297,9 @@ impl GpuWeights {
             .find_map(|(_, matrix)| matrix.as_ref())
     }
 
-    /// Type of the embedding, and elements of a row.
-    pub(super) fn embedding_shape(&self) -> (DType, usize) {
-        let lookup = self.lookup();
-        (lookup.dtype, lookup.cols)
+    /// Type of the embedding, and elements of a row, where the program embeds.
+    pub(super) fn embedding_shape(&self) -> Option<(DType, usize)> {
+        self.lookup.as_ref().map(|lookup| (lookup.dtype, lookup.cols))
     }
 
     /// Row `row` of the embedding as it lies in the file.
@@ -330,7 +339,6 @@ fn check(program: &Program) -> Result<(), ExecutorError> {
     let refuse = |what: String| Err(ExecutorError::Unsupported { what });
     for op in &program.ops {
         match op {
-            Op::Receive | Op::Send { .. } => return refuse("a part of a model on a GPU".into()),
             Op::Route { shape: ExpertShape { n_experts, n_used }, .. } => {
                 let (most, most_used) = (ExpertRoutes::EXPERTS_MAX, ExpertRoutes::USED_MAX);
                 if *n_experts > most || *n_used > most_used {

@@ -104,10 +104,30 @@ impl StagePart {
 
     /// The two stages of a model that is cut before layer `cut`, `0 ..= n_layers`.
     pub fn split(n_layers: usize, cut: usize) -> [Self; 2] {
-        let whole = Self::whole(n_layers);
-        [
-            Self { layers: 0..cut, outlet: Outlet::Handoff, ..whole.clone() },
-            Self { layers: cut..n_layers, inlet: Inlet::Handoff, ..whole },
-        ]
+        Self::cut(n_layers, &[cut])
+            .try_into()
+            .unwrap_or_else(|parts| unreachable!("one cut makes two parts, not {parts:?}"))
+    }
+
+    /// The stages of a model that is cut before some layers, ascending.
+    pub fn cut(n_layers: usize, cuts: &[usize]) -> Vec<Self> {
+        let starts = std::iter::once(0).chain(cuts.iter().copied());
+        let ends = cuts.iter().copied().chain([n_layers]);
+        let mut parts: Vec<_> = starts
+            .zip(ends)
+            .map(|(start, end)| Self {
+                layers: start..end,
+                inlet: Inlet::Handoff,
+                outlet: Outlet::Handoff,
+                feed_forwards: FeedForwards::Here,
+            })
+            .collect();
+        if let Some(first) = parts.first_mut() {
+            first.inlet = Inlet::Embedding;
+        }
+        if let Some(last) = parts.last_mut() {
+            last.outlet = Outlet::Logits;
+        }
+        parts
     }
 }
