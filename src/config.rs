@@ -5,6 +5,7 @@ use crate::tensor::KvDType;
 use crate::units::ByteSize;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+use tandem_kernels::PeerCopies;
 
 /// The compiled-in defaults, with a comment per knob.
 pub const DEFAULT_TOML: &str = include_str!("../config/default.toml");
@@ -79,24 +80,38 @@ pub struct CpuConfig {
 pub struct GpuConfig {
     pub device: String,
     pub vram_limit: ByteSize,
+    pub peer_copies: bool,
     pub spill: bool,
     pub spill_streamed: String,
     pub step_timeout_ms: u64,
 }
 
 impl GpuConfig {
-    /// Which GPU is asked for.
+    /// Which GPUs are asked for.
     ///
     /// # Errors
-    /// Another word than `off` and `auto` that is no index.
+    /// Another word than `off`, `auto` and `all` that is no list of indices, or names one twice.
     pub fn choice(&self) -> Result<GpuChoice, ConfigError> {
         match self.device.as_str() {
             "off" => Ok(GpuChoice::Off),
             "auto" => Ok(GpuChoice::Auto),
-            other => other.parse().map(GpuChoice::Index).map_err(|_| {
-                refuse("gpu.device", other, "off, auto, or the index of a GPU".into())
-            }),
+            "all" => Ok(GpuChoice::All),
+            list => {
+                let indices = list.split(',').map(|index| index.trim().parse());
+                let indices = indices.collect::<Result<Vec<usize>, _>>().unwrap_or_default();
+                let is_named_twice =
+                    |(at, index): (usize, &usize)| indices[..at].iter().any(|other| other == index);
+                if indices.is_empty() || indices.iter().enumerate().any(is_named_twice) {
+                    return Err(refuse("gpu.device", list, GpuChoice::ALLOWED.into()));
+                }
+                Ok(GpuChoice::These(indices))
+            }
         }
+    }
+
+    /// What activations may take on their way from GPU to GPU.
+    pub fn copies(&self) -> PeerCopies {
+        if self.peer_copies { PeerCopies::Allowed } else { PeerCopies::Off }
     }
 
     /// Percent of the spilled networks whose weights stream to the GPU where the CPU could compute
@@ -114,15 +129,21 @@ impl GpuConfig {
     }
 }
 
-/// Which GPU is asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which GPUs are asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GpuChoice {
     /// None.
     Off,
-    /// The first, if there is one that can run the model.
+    /// As few as hold the model, if there are some that can run it.
     Auto,
-    /// This one.
-    Index(usize),
+    /// All that there are.
+    All,
+    /// These, in the order of the layers that they get.
+    These(Vec<usize>),
+}
+
+impl GpuChoice {
+    const ALLOWED: &str = "off, auto, all, or indices of GPUs, each once, such as 0 or 0,1";
 }
 
 /// Section `[kv]`.

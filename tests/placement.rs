@@ -6,6 +6,8 @@
 mod gpu;
 #[path = "placement/predict.rs"]
 mod predict;
+#[path = "placement/several.rs"]
+mod several;
 #[path = "placement/spill.rs"]
 mod spill;
 #[path = "support/tiny_model.rs"]

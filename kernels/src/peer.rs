@@ -117,10 +117,8 @@ impl PeerLane {
             None => {
                 let (place, rows) = (place.of(bytes, 1), rows.of(bytes, 1));
                 // SAFETY: both have as many bytes; the rest is the caller's promise.
-                unsafe {
-                    result::memcpy_dtod_async(place, rows, bytes, from.stream().cu_stream())
-                }
-                .map_err(|error| from.failed("copying to another GPU", error))?;
+                unsafe { result::memcpy_dtod_async(place, rows, bytes, from.stream().cu_stream()) }
+                    .map_err(|error| from.failed("copying to another GPU", error))?;
             }
             // SAFETY: the host's memory is used by these two streams alone: this waits for the
             // copy from it below, which comes before the last use of what came.

@@ -22,7 +22,6 @@ use crate::tokenizer::{ChatTemplate, TemplateConfig, Tokenizer};
 use crate::units::TokenId;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 use tandem_cpu_kernels::Isa;
 
 /// The stages' maker, until the engine ends and lets the weights go.
@@ -100,11 +99,11 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
             let options = stage_options(config, &hardware.topology, kv)?;
             let (threads, cores) = (placement.workers.threads, placement.workers.cores());
             let pool = PoolOptions { threads, cores, ..options.pool };
-            let part = Some(part_of(&spec, &placement));
-            let options = StageOptions { part, pool, ..options };
+            let options = StageOptions { pool, ..options };
             let model = (checkpoint, Arc::clone(&spec));
             let tiers = tier_options(config, &placement)?;
-            load_weights(shared, model, (placement.device(), options, tiers), source.on_progress)?
+            let parts = parts_of(&spec, &placement);
+            load_weights(shared, model, (parts, options, tiers), source.on_progress)?
         }
     };
     Ok(Loaded {
@@ -172,7 +171,7 @@ fn refuse(error: FormatError) -> EngineError {
 fn load_weights(
     shared: &Shared,
     model: (Arc<Checkpoint>, Arc<ModelSpec>),
-    (device, options, tiers): (&Device, StageOptions, TierOptions),
+    (parts, options, tiers): (Vec<(Device, StagePart)>, StageOptions, TierOptions),
     mut on_progress: Option<OnProgress>,
 ) -> Result<Arc<dyn StageFactory>, EngineError> {
     let mut report = |progress: crate::executor::LoadProgress| {
@@ -185,14 +184,14 @@ fn load_weights(
             hear(progress);
         }
     };
-    let loaded: Result<Arc<dyn StageFactory>, _> = match device {
-        Device::Cpu => CpuStages::load(model, (options, tiers), &mut report)
-            .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>),
-        Device::Gpu(index) => {
-            let step_timeout = Duration::from_millis(shared.config.gpu.step_timeout_ms);
-            GpuStages::load((*index, step_timeout), model, (options, tiers), &mut report)
-                .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>)
-        }
+    let on_gpus = on_gpus(&parts);
+    let options = (options, tiers);
+    let loaded: Result<Arc<dyn StageFactory>, _> = if on_gpus.is_empty() {
+        CpuStages::load(model, options, &mut report)
+            .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>)
+    } else {
+        GpuStages::load((&on_gpus, &shared.config.gpu), model, options, &mut report)
+            .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>)
     };
     loaded.map_err(|error| match error {
         crate::executor::ExecutorError::Format(error) => refuse(error),
@@ -285,20 +284,31 @@ pub fn stage_options(
     })
 }
 
-/// What a stage of a placement runs of a model.
-pub fn part_of(spec: &ModelSpec, placement: &Placement) -> StagePart {
+/// What the stages of a placement run of a model, in the order of the layers.
+pub fn parts_of(spec: &ModelSpec, placement: &Placement) -> Vec<(Device, StagePart)> {
     let layers = spec.layers.len();
-    match &placement.spill {
-        Some(spill) => StagePart::spilling(
+    let cuts: Vec<_> = placement.stages.iter().skip(1).map(|stage| stage.layers.start).collect();
+    let parts = match &placement.spill {
+        Some(spill) => vec![StagePart::spilling(
             layers,
             SpilledLayers {
                 feed_forward: spill.layers.clone(),
                 attention: spill.attention_layers.clone(),
                 ring_slots: spill.ring_slots,
             },
-        ),
-        None => StagePart::whole(layers),
-    }
+        )],
+        None => StagePart::cut(layers, &cuts),
+    };
+    placement.stages.iter().map(|stage| stage.device.clone()).zip(parts).collect()
+}
+
+/// Those parts that lie on GPUs, with the GPU's index: all, or none.
+pub fn on_gpus(parts: &[(Device, StagePart)]) -> Vec<(usize, StagePart)> {
+    let of = |(device, part): &(Device, StagePart)| match device {
+        Device::Gpu(index) => Some((*index, part.clone())),
+        Device::Cpu => None,
+    };
+    parts.iter().filter_map(of).collect()
 }
 
 /// Sequences that may be alive at once, running or waiting.

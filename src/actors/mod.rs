@@ -34,7 +34,7 @@ pub use error::EngineError;
 #[doc(hidden)]
 pub use faults::{FaultPoint, Faults};
 pub use generation::{Answer, Canceller, Generation};
-pub use load::{compute_isa, known_rates, part_of, stage_options};
+pub use load::{compute_isa, known_rates, on_gpus, parts_of, stage_options};
 #[doc(hidden)]
 pub use stage::{BlockMover, StageFactory, StageFault, StepRunner, TierSource};
 pub use status::{

@@ -1,9 +1,10 @@
 //! What the executor actor asks of a stage. The engine's own stages are `executor::Stage`; tests
 //! bring stages whose tokens are a hash of the tokens so far.
 
+use crate::config::GpuConfig;
 use crate::executor::{
-    CpuPool, ExecutorError, GpuStage, GpuWeights, KvBlocks, KvTiers, LoadProgress, Stage,
-    StageOptions, StagePart, TierOptions, Weights, WeightsRequest,
+    CpuPool, ExecutorError, GpuPipeline, GpuStage, GpuWeights, KvBlocks, KvTiers, LoadProgress,
+    Stage, StageOptions, StagePart, TierOptions, Weights, WeightsRequest,
 };
 use crate::formats::Checkpoint;
 use crate::model::ModelSpec;
@@ -11,7 +12,7 @@ use crate::request::RequestError;
 use crate::step::{BlockCopy, CopyResult, StepOutput, StepPlan};
 use std::sync::Arc;
 use std::time::Duration;
-use tandem_kernels::GpuError;
+use tandem_kernels::{GpuError, PeerCopies};
 
 /// Why a stage can't be made or go on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -162,6 +163,16 @@ impl StepRunner for Tiered<GpuStage> {
     }
 }
 
+impl StepRunner for Tiered<GpuPipeline> {
+    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), StageFault> {
+        self.stage.run(plan, output).map_err(|error| StageFault::from(&error))
+    }
+
+    fn tiers(&self) -> Arc<dyn TierSource> {
+        Arc::clone(&self.source) as _
+    }
+}
+
 impl TierSource for KvSource {
     fn tiers(&self) -> Result<Box<dyn BlockMover>, StageFault> {
         match KvTiers::new(Arc::clone(&self.kv), &self.options) {
@@ -251,44 +262,51 @@ impl StageFactory for CpuStages {
     }
 }
 
-/// Stages over weights that lie on a GPU.
+/// Stages over weights that lie on GPUs.
 pub(super) struct GpuStages {
-    weights: Arc<GpuWeights>,
+    /// In the order of the layers.
+    weights: Vec<Arc<GpuWeights>>,
     options: StageOptions,
     tiers: TierOptions,
+    copies: PeerCopies,
 }
 
 impl GpuStages {
-    /// Opens the GPU and loads the weights, those of spilled networks into host memory. No step may
-    /// wait longer for the GPU than `step_timeout`.
+    /// Opens the GPUs and loads the weights, those of spilled networks into host memory. No step
+    /// may wait longer for a GPU than `gpu.step_timeout_ms`.
     pub(super) fn load(
-        (ordinal, step_timeout): (usize, Duration),
+        (parts, config): (&[(usize, StagePart)], &GpuConfig),
         (checkpoint, spec): (Arc<Checkpoint>, Arc<ModelSpec>),
         (options, tiers): (StageOptions, TierOptions),
         progress: &mut (dyn FnMut(LoadProgress) + Send),
     ) -> Result<Self, ExecutorError> {
-        let part = options.part.clone().unwrap_or_else(|| StagePart::whole(spec.layers.len()));
-        let has_spilled = part.spilled().is_some();
-        let request = request(checkpoint, spec, part, &options);
+        let has_spilled = parts.iter().any(|(_, part)| part.spilled().is_some());
+        let whole = StagePart::whole(spec.layers.len());
+        let request = request(checkpoint, spec, whole, &options);
         let weights = match has_spilled {
             true => with_pool(&options, |pool| {
-                GpuWeights::load(ordinal, &request, Some(pool), progress)
+                GpuWeights::load_parts(parts, &request, Some(pool), progress)
             })?,
-            false => GpuWeights::load(ordinal, &request, None, progress)?,
+            false => GpuWeights::load_parts(parts, &request, None, progress)?,
         };
-        weights.limit_waits(step_timeout);
-        Ok(Self { weights: Arc::new(weights), options, tiers })
+        let step_timeout = Duration::from_millis(config.step_timeout_ms);
+        weights.iter().for_each(|part| part.limit_waits(step_timeout));
+        Ok(Self { weights, options, tiers, copies: config.copies() })
     }
 }
 
 impl StageFactory for GpuStages {
     fn start(&self) -> Result<Box<dyn StepRunner>, StageFault> {
-        match GpuStage::start(Arc::clone(&self.weights), &self.options) {
-            Ok(stage) => {
+        let started = match &self.weights[..] {
+            [whole] => GpuStage::start(Arc::clone(whole), &self.options).map(|stage| {
                 let kv = stage.kv();
-                Ok(Tiered::boxed(stage, kv, &self.tiers))
-            }
-            Err(error) => Err((&error).into()),
-        }
+                Tiered::boxed(stage, kv, &self.tiers) as Box<dyn StepRunner>
+            }),
+            parts => GpuPipeline::start(parts, &self.options, self.copies).map(|stages| {
+                let kv = stages.kv();
+                Tiered::boxed(stages, kv, &self.tiers) as Box<dyn StepRunner>
+            }),
+        };
+        started.map_err(|error| StageFault::from(&error))
     }
 }

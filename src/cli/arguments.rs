@@ -57,7 +57,7 @@ pub struct EngineArguments {
 /// What a GPU may be used for, for commands that place a model.
 #[derive(Clone, Debug, Default, Args)]
 pub struct GpuArguments {
-    /// Use at most so much of a GPU's memory, such as 24GiB (gpu.vram_limit)
+    /// Use at most so much of each GPU's memory, such as 24GiB (gpu.vram_limit)
     #[arg(long, value_name = "BYTES")]
     pub vram_limit: Option<ByteSize>,
 }

@@ -70,7 +70,9 @@ pub async fn run(
         output.line(&match (&hardware.gpus.absence, hardware.gpus.devices.len()) {
             (Some(absence), _) => format!("no GPU is used: {absence}"),
             (None, 1) => "there is a GPU; gpu.device = \"auto\" uses it".to_owned(),
-            (None, gpus) => format!("there are {gpus} GPUs; gpu.device = \"auto\" uses one"),
+            (None, gpus) => {
+                format!("there are {gpus} GPUs; gpu.device = \"auto\" uses as few as hold a model")
+            }
         })?;
     }
     for note in &placement.notes {

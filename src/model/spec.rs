@@ -136,10 +136,7 @@ impl ModelSpec {
 
     /// Bytes of keys and values that one token leaves behind in all layers.
     pub fn kv_bytes_per_token(&self, dtype: KvDType) -> u64 {
-        let bytes = |layer: &LayerSpec| {
-            2 * layer.attention.n_kv_heads * dtype.head_bytes(layer.attention.head_dim)
-        };
-        self.layers.iter().map(|layer| bytes(layer) as u64).sum()
+        self.layers.iter().map(|layer| layer.kv_bytes_per_token(dtype)).sum()
     }
 
     /// Bytes of all weights as stored, each tensor counted once.
@@ -198,6 +195,11 @@ impl ModelSpec {
 }
 
 impl LayerSpec {
+    /// Bytes of keys and values that one token leaves behind in it.
+    pub fn kv_bytes_per_token(&self, dtype: KvDType) -> u64 {
+        (2 * self.attention.n_kv_heads * dtype.head_bytes(self.attention.head_dim)) as u64
+    }
+
     /// Visits every tensor once, in the order of use, except rope's shared frequency factors.
     pub fn for_each_tensor<'a>(&'a self, visit: &mut dyn FnMut(&'a TensorRef)) {
         let attention = &self.attention;

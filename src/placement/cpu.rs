@@ -29,6 +29,7 @@ pub(super) fn room(
     Ok(Room {
         device: Device::Cpu,
         name: HOST.into(),
+        layers: 0..spec.layers.len(),
         free: hardware.memory_available_bytes,
         available: hardware.memory_available_bytes,
         kv_dtype: kv_dtype::on_cpu(config, notes)?,

@@ -21,27 +21,35 @@ pub struct ExplainRow {
 const HOST: &str = "host";
 
 impl Placement {
-    /// What lies where, how many bytes, and why. The rows above the total add up to it; a file, and
-    /// on a GPU the host's memory, is not among them, but below.
+    /// What lies where, how many bytes, and why. The rows above the total of a device add up to it; a
+    /// file, and on GPUs the host's memory, is not among them, but below.
     pub fn explain(&self) -> Vec<ExplainRow> {
         let is_cpu = *self.device() == Device::Cpu;
-        let mut rows: Vec<_> = self.stages.iter().flat_map(|stage| self.of_stage(stage)).collect();
-        if let Some(spill) = &self.spill {
-            let why = "slots and scratch through which spilled weights stream";
-            rows.push(row("ring", &self.device().to_string(), spill.ring_bytes, why));
-        }
         let why = format!("{} blocks of preempted sequences and prefixes", self.host_blocks);
         let swap = row("KV swap", HOST, self.host_kv_bytes, why);
-        let mut below: Vec<_> = self.spill.iter().flat_map(|spill| self.of_spill(spill)).collect();
-        if is_cpu { &mut rows } else { &mut below }.push(swap);
+        let mut rows = Vec::new();
+        for stage in &self.stages {
+            rows.extend(self.of_stage(stage));
+            let device = if is_cpu { HOST.into() } else { stage.device.to_string() };
+            if let Some(spill) = &self.spill {
+                let why = "slots and scratch through which spilled weights stream";
+                rows.push(row("ring", &device, spill.ring_bytes, why));
+            }
+            if is_cpu {
+                rows.push(swap.clone());
+            }
+            rows.push(row("margin", &device, stage.margin_bytes, "left to others"));
+            let total = self.bytes_of(stage) + stage.margin_bytes;
+            rows.push(row("total", &device, total, memory(stage)));
+        }
+        rows.extend(self.spill.iter().flat_map(|spill| self.of_spill(spill)));
+        if !is_cpu {
+            rows.push(swap);
+        }
         if self.disk_blocks > 0 {
             let why = format!("{} blocks that the host has no room for", self.disk_blocks);
-            below.push(row("KV swap", "disk", self.disk_kv_bytes, why));
+            rows.push(row("KV swap", "disk", self.disk_kv_bytes, why));
         }
-        let device = if is_cpu { HOST.into() } else { self.device().to_string() };
-        rows.push(row("margin", &device, self.margin_bytes, "left to others"));
-        rows.push(row("total", &device, self.device_bytes() + self.margin_bytes, self.memory()));
-        rows.extend(below);
         rows
     }
 
@@ -84,16 +92,16 @@ impl Placement {
             ),
         ]
     }
+}
 
-    /// What the total is a part of.
-    fn memory(&self) -> String {
-        let (free, available) =
-            (ByteSize(self.memory_free_bytes), ByteSize(self.memory_available_bytes));
-        if available < free {
-            format!("of {available} that gpu.vram_limit allows; {free} are free")
-        } else {
-            format!("of {free} free")
-        }
+/// What the total is a part of.
+fn memory(stage: &StagePlacement) -> String {
+    let (free, available) =
+        (ByteSize(stage.memory_free_bytes), ByteSize(stage.memory_available_bytes));
+    if available < free {
+        format!("of {available} that gpu.vram_limit allows; {free} are free")
+    } else {
+        format!("of {free} free")
     }
 }
 

@@ -1,12 +1,14 @@
 //! Whether a model is run on a GPU, and what it takes there.
 
 use super::cpu::heads_width;
+use super::room::margin_bytes;
 use super::{Device, Room};
 use crate::config::{Config, ConfigError, GpuChoice};
 use crate::hardware::{Gpu, HardwareProfile, MemoryHolder};
 use crate::model::{ExpertsSpec, ModelSpec, TensorRef};
 use crate::request::RequestError;
 use crate::units::ByteSize;
+use std::ops::Range;
 use tandem_kernels::{DeviceMatrix, ExpertRoutes};
 
 /// Largest head and longest residual stream of a GPU's kernels.
@@ -25,39 +27,79 @@ const MEASURE_BYTES: u64 = 26 << 10;
 /// Memory through which weights travel.
 const STAGING_BYTES: u64 = 32 << 20;
 
-/// The GPU that a model is to be placed on, or none; `notes` say why not, where one was wanted.
+/// The GPUs that a model may be placed on: sets of which the first that holds it is taken. None
+/// where no GPU is used; `notes` say why, where one was wanted.
 pub(super) fn choose<'h>(
     spec: &ModelSpec,
     hardware: &'h HardwareProfile,
     config: &Config,
     notes: &mut Vec<String>,
-) -> Result<Option<&'h Gpu>, RequestError> {
+) -> Result<Vec<Vec<&'h Gpu>>, RequestError> {
     let choice = config.gpu.choice().map_err(|error| {
         let ConfigError { field, got, allowed } = error;
         RequestError::InvalidParams { field, got, allowed }
     })?;
     let devices = &hardware.gpus.devices;
-    let asked = match choice {
-        GpuChoice::Off => return Ok(None),
-        GpuChoice::Auto => devices.first(),
-        GpuChoice::Index(index) => devices.iter().find(|gpu| gpu.ordinal == index),
+    let of_index = |index: &usize| devices.iter().find(|gpu| gpu.ordinal == *index);
+    let asked = match &choice {
+        GpuChoice::Off => return Ok(Vec::new()),
+        GpuChoice::Auto | GpuChoice::All => Some(devices.iter().collect::<Vec<_>>()),
+        GpuChoice::These(indices) => indices.iter().map(of_index).collect(),
     };
     let found = match asked {
-        Some(gpu) => too_old(gpu).or_else(|| unsupported(spec)).map_or(Ok(gpu), Err),
-        None => Err(absence(hardware)),
+        Some(gpus) if !gpus.is_empty() => usable(spec, gpus, &choice),
+        _ => Err(absence(hardware)),
     };
     match (found, choice) {
-        (Ok(gpu), _) => Ok(Some(gpu)),
-        (Err(reason), GpuChoice::Index(index)) => Err(RequestError::InvalidParams {
+        (Ok(gpus), GpuChoice::Auto) => Ok(fewest_first(gpus, spec.layers.len())),
+        (Ok(gpus), _) => Ok(vec![gpus]),
+        (Err(reason), GpuChoice::Auto) => {
+            notes.push(format!("no GPU is used: {reason}"));
+            Ok(Vec::new())
+        }
+        (Err(reason), _) => Err(RequestError::InvalidParams {
             field: "gpu.device".into(),
-            got: index.to_string(),
+            got: config.gpu.device.clone(),
             allowed: format!("off or auto ({reason}), or another GPU that can run this model"),
         }),
-        (Err(reason), _) => {
-            notes.push(format!("no GPU is used: {reason}"));
-            Ok(None)
-        }
     }
+}
+
+/// Those of some GPUs that can run a model, or why that is none, or where all are asked for, not
+/// all.
+fn usable<'h>(
+    spec: &ModelSpec,
+    gpus: Vec<&'h Gpu>,
+    choice: &GpuChoice,
+) -> Result<Vec<&'h Gpu>, String> {
+    let refused = |gpu: &&Gpu| too_old(gpu).or_else(|| unsupported(spec));
+    let reason = gpus.iter().find_map(refused);
+    let most = spec.layers.len();
+    match (reason, choice) {
+        (Some(reason), GpuChoice::Auto) => {
+            let able: Vec<_> = gpus.into_iter().filter(|gpu| refused(gpu).is_none()).collect();
+            if able.is_empty() { Err(reason) } else { Ok(able) }
+        }
+        (Some(reason), _) => Err(reason),
+        (None, GpuChoice::All | GpuChoice::These(_)) if gpus.len() > most => {
+            Err(format!("each of {} GPUs needs a layer, and there are {most}", gpus.len()))
+        }
+        (None, _) => Ok(gpus),
+    }
+}
+
+/// Each GPU by itself; then the two with most free memory, the three, and so on, each set in the
+/// driver's order.
+fn fewest_first(gpus: Vec<&Gpu>, layers: usize) -> Vec<Vec<&Gpu>> {
+    let mut by_room = gpus.clone();
+    by_room.sort_by_key(|gpu| std::cmp::Reverse(gpu.memory_free_bytes));
+    let several = (2..=gpus.len().min(layers)).map(|count| {
+        let mut those = by_room[..count].to_vec();
+        those.sort_by_key(|gpu| gpu.ordinal);
+        those
+    });
+    let several: Vec<_> = several.collect();
+    gpus.into_iter().map(|gpu| vec![gpu]).chain(several).collect()
 }
 
 /// Why a GPU is not there.
@@ -70,15 +112,17 @@ fn absence(hardware: &HardwareProfile) -> String {
     }
 }
 
-/// What a GPU has for a model; `notes` say where that is less than was allowed.
+/// What a GPU has for some layers of a model; `notes` say where that is less than was allowed.
 pub(super) fn room(
     spec: &ModelSpec,
     (hardware, gpu): (&HardwareProfile, &Gpu),
+    layers: Range<usize>,
     config: &Config,
     notes: &mut Vec<String>,
 ) -> Room {
     let (limit, free) = (config.gpu.vram_limit, ByteSize(gpu.memory_free_bytes));
-    let is_limited = limit.0 > 0 && limit < free;
+    let available = available_bytes(gpu, config);
+    let is_limited = available < free.0;
     if limit > free {
         let index = gpu.ordinal;
         notes.push(format!("gpu.vram_limit is {limit}, GPU {index} has {free} free"));
@@ -88,10 +132,11 @@ pub(super) fn room(
         device: Device::Gpu(gpu.ordinal),
         name: format!("GPU {} ({})", gpu.ordinal, gpu.name),
         free: free.0,
-        available: if is_limited { limit.0 } else { free.0 },
+        available,
         kv_dtype: config.kv.dtype,
-        weight_bytes: weight_bytes(spec),
-        activation_bytes: activation_bytes(spec, config.scheduler.step_tokens_max as u64),
+        weight_bytes: weight_bytes(spec, &layers),
+        activation_bytes: activation_bytes(spec, &layers, config.scheduler.step_tokens_max as u64),
+        layers,
         swap_room: Some(hardware.memory_available_bytes / 2),
         suggest: format!(
             "use {raise}a smaller or more quantised model, a shorter context, or the CPU \
@@ -100,6 +145,20 @@ pub(super) fn room(
         ),
         spill: None,
     }
+}
+
+/// Bytes that may be used of a GPU.
+fn available_bytes(gpu: &Gpu, config: &Config) -> u64 {
+    match config.gpu.vram_limit.0 {
+        0 => gpu.memory_free_bytes,
+        limit => limit.min(gpu.memory_free_bytes),
+    }
+}
+
+/// The same without the margin.
+pub(super) fn usable_bytes(gpu: &Gpu, config: &Config) -> u64 {
+    let available = available_bytes(gpu, config);
+    available - margin_bytes(available)
 }
 
 /// Who else holds memory of a GPU, as the end of a sentence.
@@ -116,19 +175,23 @@ fn held(gpu: &Gpu) -> String {
     }
 }
 
-/// Bytes of weights that a GPU holds: matrices as its kernels have them, vectors in f32. The host
-/// looks up the rows of an embedding that is not the output as well.
-fn weight_bytes(spec: &ModelSpec) -> u64 {
+/// Bytes of weights that a GPU holds with some layers: matrices as its kernels have them, vectors
+/// in f32. The last layer comes with the output. Rows of an embedding that does not lie there as
+/// the output the host looks up.
+pub(super) fn weight_bytes(spec: &ModelSpec, layers: &Range<usize>) -> u64 {
     let mut bytes = 0;
-    spec.for_each_tensor(&mut |TensorRef { dtype, rows, cols, .. }| {
+    let mut add = |TensorRef { dtype, rows, cols, .. }: &TensorRef| {
         bytes += match rows {
             0 | 1 => rows * cols * size_of::<f32>(),
             _ => DeviceMatrix::bytes_of(*dtype, *rows, *cols),
         };
-    });
-    let TensorRef { dtype, rows, cols, .. } = &spec.embedding;
-    let looked_up = DeviceMatrix::bytes_of(*dtype, *rows, *cols);
-    (bytes - if spec.is_output_tied() { 0 } else { looked_up }) as u64
+    };
+    spec.layers[layers.clone()].iter().for_each(|layer| layer.for_each_tensor(&mut add));
+    if layers.end == spec.layers.len() {
+        let bias = spec.output_bias.iter();
+        [&spec.output_norm.weight, &spec.output].into_iter().chain(bias).for_each(add);
+    }
+    bytes as u64
 }
 
 /// Processes that a refusal names.
@@ -189,8 +252,10 @@ const NARROW_MAX_WITH_WGMMA: u64 = 8;
 /// Such a step has room for a multiple of so many.
 const NARROW_TILE: u64 = 64;
 
-/// Bytes of a step's buffers on a GPU: f32 rows, and rounded copies where a product follows.
-fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
+/// Bytes of a step's buffers on a GPU with some layers: f32 rows, and rounded copies where a
+/// product follows.
+pub(super) fn activation_bytes(spec: &ModelSpec, layers: &Range<usize>, tokens: u64) -> u64 {
+    let (embeds, has_logits) = (layers.start == 0, layers.end == spec.layers.len());
     let widest = |width: &dyn Fn(&crate::model::LayerSpec) -> usize| {
         spec.layers.iter().map(width).max().unwrap_or(0) as u64
     };
@@ -213,10 +278,12 @@ fn activation_bytes(spec: &ModelSpec, tokens: u64) -> u64 {
     let rounded = 2 * embedding + attended + used * (hidden + 128) + 3 * 128;
     let narrow = tokens.min(NARROW_MAX).next_multiple_of(NARROW_TILE) * rounded * 5 / 4;
     let wide = if tokens > NARROW_MAX_WITH_WGMMA { tokens * 2 * rounded } else { 0 };
-    let logits = LOGITS_ROWS * (4 * spec.vocab_size as u64 + 6 * embedding + MEASURE_BYTES);
+    let logits_rows = if has_logits { LOGITS_ROWS } else { 0 };
+    let logits = logits_rows * (4 * spec.vocab_size as u64 + 6 * embedding + MEASURE_BYTES);
     // Rows of an embedding in host memory, as they come and as they are taken apart.
     let row_bytes = spec.embedding.bytes() / spec.embedding.rows as u64;
-    let rows = if spec.is_output_tied() { 0 } else { 2 * tokens * (row_bytes + 128) };
+    let is_looked_up = embeds && !(has_logits && spec.is_output_tied());
+    let rows = if is_looked_up { 2 * tokens * (row_bytes + 128) } else { 0 };
     // Second place of a single token's residual stream, and counters of gated products.
     let single = 4 * embedding + hidden / 8 + 4;
     tokens * 4 * plain + narrow + wide + rows + logits + single + PARTIAL_BYTES + STAGING_BYTES

@@ -11,6 +11,7 @@ mod predict;
 mod predict_costs;
 mod predict_work;
 mod room;
+mod several;
 mod share;
 mod spill;
 mod spill_units;
@@ -24,8 +25,8 @@ pub use spill_units::piece_rows;
 pub use workers::Workers;
 
 use crate::config::{Config, ConfigError, GpuChoice};
-use crate::hardware::HardwareProfile;
-use crate::model::{ExpertsSpec, ModelSpec};
+use crate::hardware::{Gpu, HardwareProfile};
+use crate::model::ModelSpec;
 use crate::request::RequestError;
 use crate::tensor::KvDType;
 use crate::units::ByteSize;
@@ -86,6 +87,12 @@ pub struct StagePlacement {
     pub kv_bytes: u64,
     /// Bytes of a step's activations.
     pub activation_bytes: u64,
+    /// Memory that is free on the device.
+    pub memory_free_bytes: u64,
+    /// Of it, what the stage may use: all, or what `gpu.vram_limit` allows.
+    pub memory_available_bytes: u64,
+    /// Of that, what is left to others.
+    pub margin_bytes: u64,
 }
 
 /// What lies where.
@@ -118,9 +125,9 @@ pub struct Placement {
     pub spill: Option<Spill>,
     /// CPU worker threads and their processors.
     pub workers: Workers,
-    /// Memory that is free on the device.
+    /// Memory that is free, of all devices together.
     pub memory_free_bytes: u64,
-    /// Of it, what the placement may use: all, or what `gpu.vram_limit` allows.
+    /// Of it, what the placement may use: all, or what `gpu.vram_limit` allows of each GPU.
     pub memory_available_bytes: u64,
     /// Of that, what is left to others.
     pub margin_bytes: u64,
@@ -146,11 +153,11 @@ impl Placement {
             RequestError::InvalidParams { field, got, allowed }
         })?;
         let mut notes = Vec::new();
-        if let Some(gpu) = gpu::choose(spec, hardware, config, &mut notes)? {
-            let mut gpu_notes = notes.clone();
-            let room = gpu::room(spec, (hardware, gpu), config, &mut gpu_notes);
+        let candidates = gpu::choose(spec, hardware, config, &mut notes)?;
+        if !candidates.is_empty() {
+            let on = (&workers, &candidates[..]);
             let is_auto = config.gpu.choice() == Ok(GpuChoice::Auto);
-            match Self::on_gpu(spec, (hardware, config), (&workers, &room), gpu_notes) {
+            match Self::on_gpus(spec, (hardware, config), on, notes.clone()) {
                 Err(error) if is_auto => notes.push(format!("no GPU is used: {error}")),
                 Ok(placed) if is_auto && placed.spill.is_some() => {
                     let on_cpu = Self::on_cpu(spec, (hardware, config), &workers, notes);
@@ -169,7 +176,7 @@ impl Placement {
         mut notes: Vec<String>,
     ) -> Result<Self, RequestError> {
         let room = cpu::room(spec, (hardware, workers), config, &mut notes)?;
-        Self::within(spec, config, (workers, &room), notes)
+        Self::within(spec, config, (workers, &[room]), notes)
     }
 
     /// This placement on a GPU, or the other one on the CPU where that is predicted to be faster;
@@ -197,25 +204,45 @@ impl Placement {
         }
     }
 
-    /// Places a model on a GPU that has `room` for it: the whole, or, where that does not fit with
-    /// a context of use, all but what is spilled.
-    fn on_gpu(
+    /// Places a model on the first of some sets of GPUs that holds the whole with a context of use.
+    /// Where none does and there is one GPU by itself among them, that has all but what is spilled,
+    /// or the whole with the context that is left.
+    fn on_gpus(
         spec: &ModelSpec,
         (hardware, config): (&HardwareProfile, &Config),
-        (workers, room): (&Workers, &Room),
+        (workers, candidates): (&Workers, &[Vec<&Gpu>]),
         mut notes: Vec<String>,
     ) -> Result<Self, RequestError> {
-        let whole = Self::within(spec, config, (workers, room), notes.clone());
         let asked = config.model.context_tokens;
         let is_enough =
             |placed: &Self| asked > 0 || placed.context_tokens >= spilled_context(spec) / 2;
-        if !config.gpu.spill || whole.as_ref().is_ok_and(is_enough) {
+        let mut whole = None;
+        for gpus in candidates {
+            let mut notes = notes.clone();
+            let rooms = several::rooms(spec, (hardware, gpus), config, &mut notes);
+            let placed = Self::within(spec, config, (workers, &rooms), notes);
+            if placed.as_ref().is_ok_and(is_enough) {
+                return placed;
+            }
+            whole = Some(with_longer_context(whole, placed));
+        }
+        let whole = whole.expect("some GPUs");
+        let lone = candidates.iter().filter(|gpus| gpus.len() == 1).flatten();
+        let Some(gpu) = lone.min_by_key(|gpu| std::cmp::Reverse(gpu.memory_free_bytes)) else {
+            return whole;
+        };
+        if !config.gpu.spill {
             return whole;
         }
         let workers = workers.beside_gpu(&config.cpu);
-        let spilled = match spill::room(spec, (hardware, &workers), config, room, &mut notes) {
+        let room = gpu::room(spec, (hardware, gpu), 0..spec.layers.len(), config, &mut notes);
+        if candidates.len() > 1 {
+            let index = gpu.ordinal;
+            notes.push(format!("weights are spilled beside one GPU: GPU {index} is used alone"));
+        }
+        let spilled = match spill::room(spec, (hardware, &workers), config, &room, &mut notes) {
             Ok(None) => return whole,
-            Ok(Some(room)) => Self::within(spec, config, (&workers, &room), notes),
+            Ok(Some(room)) => Self::within(spec, config, (&workers, &[room]), notes),
             Err(error) => Err(error),
         };
         match (whole, spilled) {
@@ -227,61 +254,46 @@ impl Placement {
         }
     }
 
-    /// Places a model on one device.
+    /// Places a model on devices that have its layers between them.
     fn within(
         spec: &ModelSpec,
         config: &Config,
-        (workers, on): (&Workers, &Room),
+        (workers, rooms): (&Workers, &[Room]),
         mut notes: Vec<String>,
     ) -> Result<Self, RequestError> {
-        let kv = on.for_kv(spec, config);
-        let context_tokens =
-            kv.context(config, &mut notes).map_err(|need| RequestError::InsufficientMemory {
-                device: on.name.clone(),
-                need: on.fixed_bytes().saturating_add(need),
-                free: on.usable(),
-                suggest: on.suggest.clone(),
-            })?;
+        let kv = room::for_kv(rooms, spec, config);
+        let lacking = |kv_bytes| lacks_memory(rooms, (spec, config), kv_bytes);
+        let context_tokens = kv.context(config, &mut notes).map_err(lacking)?;
         let device_blocks = kv.blocks(context_tokens, config.kv.cache_bytes, &mut notes);
         let kv_bytes = device_blocks as u64 * kv.block_bytes;
-        let swap_room = on.swap_room.unwrap_or(kv.room - kv_bytes);
+        let first = &rooms[0];
+        let swap_room = first.swap_room.unwrap_or(kv.room - kv_bytes);
         let host_blocks = (config.kv.swap_bytes.0.min(swap_room) / kv.block_bytes) as usize;
         let disk_blocks = disk_blocks(config, kv.block_bytes, &mut notes);
-        let spilled = |layer: usize| on.spill.as_ref().is_some_and(|s| s.layers.contains(&layer));
-        let experts = || {
-            let resident = spec.layers.iter().enumerate().filter(|(at, _)| !spilled(*at));
-            resident.filter_map(|(_, layer)| layer.ffn.experts())
-        };
+        let stages = rooms.iter().map(|on| on.stage(spec, config, device_blocks));
+        let sum = |bytes: &dyn Fn(&Room) -> u64| rooms.iter().map(bytes).sum::<u64>();
         Ok(Self {
             model: spec.name.clone(),
-            stages: vec![StagePlacement {
-                device: on.device.clone(),
-                layers: 0..spec.layers.len(),
-                weight_bytes: on.weight_bytes,
-                expert_bytes: experts().map(ExpertsSpec::bytes).sum(),
-                active_expert_bytes: experts().map(|e| e.used_of(e.bytes())).sum(),
-                kv_bytes,
-                activation_bytes: on.activation_bytes,
-            }],
+            stages: stages.collect(),
             context_tokens,
             context_tokens_trained: spec.context_tokens_max,
             block_tokens: config.kv.block_tokens,
-            kv_dtype: on.kv_dtype,
+            kv_dtype: first.kv_dtype,
             device_blocks,
             host_blocks,
             host_kv_bytes: host_blocks as u64 * kv.block_bytes,
             disk_blocks,
             disk_kv_bytes: disk_blocks as u64 * kv.block_bytes,
-            spill: on.spill.clone(),
+            spill: first.spill.clone(),
             workers: workers.clone(),
-            memory_free_bytes: on.free,
-            memory_available_bytes: on.available,
-            margin_bytes: margin_bytes(on.available),
+            memory_free_bytes: sum(&|on| on.free),
+            memory_available_bytes: sum(&|on| on.available),
+            margin_bytes: sum(&|on| margin_bytes(on.available)),
             notes,
         })
     }
 
-    /// The device of all layers.
+    /// The device of all layers, or of the first of them.
     pub fn device(&self) -> &Device {
         &self.stages[0].device
     }
@@ -292,14 +304,46 @@ impl Placement {
         kv_bytes.checked_div(self.device_blocks as u64).unwrap_or(0)
     }
 
-    /// Bytes that the placement takes of its device's memory. The host's KV blocks are among them
+    /// Bytes that the placement takes of its devices' memory. The host's KV blocks are among them
     /// where the CPU computes.
     pub fn device_bytes(&self) -> u64 {
-        let stages = self.stages.iter();
-        let stage_bytes: u64 =
-            stages.map(|s| s.weight_bytes + s.kv_bytes + s.activation_bytes).sum();
+        self.stages.iter().map(|stage| self.bytes_of(stage)).sum()
+    }
+
+    /// The same of one of its stages.
+    pub fn bytes_of(&self, stage: &StagePlacement) -> u64 {
         let ring_bytes = self.spill.as_ref().map_or(0, |spill| spill.ring_bytes);
-        let is_shared = *self.device() == Device::Cpu;
-        stage_bytes + ring_bytes + if is_shared { self.host_kv_bytes } else { 0 }
+        let is_shared = stage.device == Device::Cpu;
+        let host_bytes = if is_shared { self.host_kv_bytes } else { 0 };
+        stage.weight_bytes + stage.kv_bytes + stage.activation_bytes + ring_bytes + host_bytes
+    }
+}
+
+/// The one with the longer context; of two refusals the first.
+fn with_longer_context(
+    one: Option<Result<Placement, RequestError>>,
+    other: Result<Placement, RequestError>,
+) -> Result<Placement, RequestError> {
+    match (one, other) {
+        (None, other) | (Some(Err(_)), other @ Ok(_)) => other,
+        (Some(Ok(one)), Ok(other)) if one.context_tokens < other.context_tokens => Ok(other),
+        (Some(one), _) => one,
+    }
+}
+
+/// The refusal of the device that lacks most, where a model needs so many bytes of KV in all.
+fn lacks_memory(
+    rooms: &[Room],
+    (spec, config): (&ModelSpec, &Config),
+    kv_bytes: u64,
+) -> RequestError {
+    let on = rooms.iter().min_by_key(|on| on.blocks(spec, config)).expect("a device");
+    let blocks = kv_bytes / room::for_kv(rooms, spec, config).block_bytes;
+    let kv_bytes = blocks.saturating_mul(on.block_bytes(spec, config));
+    RequestError::InsufficientMemory {
+        device: on.name.clone(),
+        need: on.fixed_bytes().saturating_add(kv_bytes),
+        free: on.usable(),
+        suggest: on.suggest.clone(),
     }
 }

@@ -1,12 +1,14 @@
 //! What a device has for a model, and how much of it becomes KV: the longest sequence and the
 //! blocks of the store.
 
-use super::{Device, Spill};
+use super::several::blocks;
+use super::{Device, Spill, StagePlacement};
 use crate::config::Config;
 use crate::kv::blocks_for;
-use crate::model::ModelSpec;
+use crate::model::{ExpertsSpec, ModelSpec};
 use crate::tensor::KvDType;
 use crate::units::ByteSize;
+use std::ops::Range;
 
 /// Full contexts that the KV store holds by itself, if a quarter of the memory that is left does.
 /// Its pages are taken from the system only as sequences touch them.
@@ -35,6 +37,8 @@ pub(super) struct Room {
     pub device: Device,
     /// As errors call it.
     pub name: String,
+    /// Which layers lie there.
+    pub layers: Range<usize>,
     /// Bytes that are free.
     pub free: u64,
     /// Of them, those that may be used.
@@ -65,7 +69,40 @@ impl Room {
         self.weight_bytes + self.activation_bytes + ring_bytes
     }
 
-    /// What is left for KV.
+    /// Bytes of a KV block's part there.
+    pub fn block_bytes(&self, spec: &ModelSpec, config: &Config) -> u64 {
+        let layers = &spec.layers[self.layers.clone()];
+        let token = layers.iter().map(|layer| layer.kv_bytes_per_token(self.kv_dtype));
+        token.sum::<u64>() * config.kv.block_tokens as u64
+    }
+
+    /// KV blocks whose parts fit there; less than 0 where not even all else does.
+    pub fn blocks(&self, spec: &ModelSpec, config: &Config) -> i64 {
+        blocks(self.usable(), self.fixed_bytes(), self.block_bytes(spec, config))
+    }
+
+    /// What lies there with so many KV blocks.
+    pub fn stage(&self, spec: &ModelSpec, config: &Config, blocks: usize) -> StagePlacement {
+        let spilled = |layer: usize| self.spill.as_ref().is_some_and(|s| s.layers.contains(&layer));
+        let experts = || {
+            let resident = self.layers.clone().filter(|layer| !spilled(*layer));
+            resident.filter_map(|layer| spec.layers[layer].ffn.experts())
+        };
+        StagePlacement {
+            device: self.device.clone(),
+            layers: self.layers.clone(),
+            weight_bytes: self.weight_bytes,
+            expert_bytes: experts().map(ExpertsSpec::bytes).sum(),
+            active_expert_bytes: experts().map(|e| e.used_of(e.bytes())).sum(),
+            kv_bytes: blocks as u64 * self.block_bytes(spec, config),
+            activation_bytes: self.activation_bytes,
+            memory_free_bytes: self.free,
+            memory_available_bytes: self.available,
+            margin_bytes: margin_bytes(self.available),
+        }
+    }
+
+    /// What is left for KV of a whole model.
     pub fn for_kv(&self, spec: &ModelSpec, config: &Config) -> KvRoom {
         let block_tokens = config.kv.block_tokens;
         let trained = spec.context_tokens_max;
@@ -87,6 +124,17 @@ impl Room {
 /// Tokens of a context for which weights are spilled, unless another one is asked for.
 pub(super) fn spilled_context(spec: &ModelSpec) -> usize {
     spec.context_tokens_max.min(CONTEXT_TOKENS_SPILLED)
+}
+
+/// What devices that have the layers of a model between them leave for KV: a block has a part on
+/// each, so the fewest that one of them holds count.
+pub(super) fn for_kv(rooms: &[Room], spec: &ModelSpec, config: &Config) -> KvRoom {
+    let whole = rooms[0].for_kv(spec, config);
+    if rooms.len() == 1 {
+        return whole;
+    }
+    let blocks = rooms.iter().map(|room| room.blocks(spec, config)).min().unwrap_or(0).max(0);
+    KvRoom { room: (blocks as u64).saturating_mul(whole.block_bytes), ..whole }
 }
 
 /// What is left for KV.

@@ -44,8 +44,7 @@ fn weights(
         isa: options.isa,
         huge_pages: options.huge_pages(),
     };
-    let parts: Vec<_> =
-        ordinals.iter().copied().zip(StagePart::cut(layers, cuts)).collect();
+    let parts: Vec<_> = ordinals.iter().copied().zip(StagePart::cut(layers, cuts)).collect();
     let mut pool = CpuPool::new(&options.pool).unwrap();
     let mut last = 0;
     let mut report = |progress: tandem::executor::LoadProgress| {
@@ -121,7 +120,8 @@ fn answers(plans: &[StepPlan], mut run: impl FnMut(&StepPlan) -> Vec<RowOutput>)
 #[test]
 fn a_model_cut_anywhere_answers_with_the_bits_of_the_whole() {
     let families = Family::ALL.map(|family| (family, DType::Q8_0, Output::Tied));
-    let own = [(Family::Llama, DType::Q4_0, Output::Own), (Family::Llama, DType::BF16, Output::Own)];
+    let own =
+        [(Family::Llama, DType::Q4_0, Output::Own), (Family::Llama, DType::BF16, Output::Own)];
     for (family, dtype, output) in families.into_iter().chain(own) {
         let model = TinyModel { layers: 4, output, ..TinyModel::new(family).dtype(dtype) };
         let model = Model::from_bytes(&model.gguf().bytes());

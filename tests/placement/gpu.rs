@@ -311,13 +311,16 @@ fn an_explanation_adds_up_to_the_total_on_the_gpu() {
 
 #[test]
 fn words_for_a_gpu_are_read_and_others_refused() {
-    for word in ["off", "auto", "0", "15"] {
+    for word in ["off", "auto", "all", "0", "15", "0,1", "3, 1,0"] {
         config(word).validate().unwrap();
     }
-    for word in ["", "Auto", "-1", "0.5", "cuda:0", "99999999999999999999"] {
+    let twice = ["0,0", "1,0,1", "0,", ",", "0,auto"];
+    let others = ["", "Auto", "-1", "0.5", "cuda:0", "99999999999999999999"];
+    for word in others.into_iter().chain(twice) {
         let error = config(word).validate().unwrap_err();
         assert_eq!((error.field.as_str(), error.got.as_str()), ("gpu.device", word));
-        assert_eq!(error.allowed, "off, auto, or the index of a GPU");
+        let allowed = "off, auto, all, or indices of GPUs, each once, such as 0 or 0,1";
+        assert_eq!(error.allowed, allowed);
         let refused = Placement::plan(&spec(), &with(vec![gpu(0, FREE)]), &config(word));
         assert_eq!(refusal(refused), (error.field, error.got, error.allowed));
     }

@@ -2,20 +2,25 @@
 
 use anyhow::Result;
 use std::sync::Arc;
-use tandem::executor::{ExecutorError, GpuStage, GpuWeights, OpTime, Stage, StageOptions, Weights};
+use tandem::executor::{
+    ExecutorError, GpuPipeline, GpuStage, GpuWeights, OpTime, Stage, StageOptions, Weights,
+};
 use tandem::step::{StepOutput, StepPlan};
+use tandem_kernels::PeerCopies;
 
 /// Loaded weights.
 #[derive(Clone)]
 pub enum DeviceWeights {
     Cpu(Arc<Weights>),
-    Gpu(Arc<GpuWeights>),
+    /// By GPU, in the order of the layers; and what crosses between them.
+    Gpus(Vec<Arc<GpuWeights>>, PeerCopies),
 }
 
 /// A stage on them.
 pub enum DeviceStage {
     Cpu(Box<Stage>),
     Gpu(Box<GpuStage>),
+    Gpus(Box<GpuPipeline>),
 }
 
 impl DeviceWeights {
@@ -28,9 +33,12 @@ impl DeviceWeights {
             Self::Cpu(weights) => {
                 DeviceStage::Cpu(Box::new(Stage::restart(Arc::clone(weights), options)?))
             }
-            Self::Gpu(weights) => {
-                DeviceStage::Gpu(Box::new(GpuStage::start(Arc::clone(weights), options)?))
-            }
+            Self::Gpus(parts, copies) => match &parts[..] {
+                [weights] => {
+                    DeviceStage::Gpu(Box::new(GpuStage::start(Arc::clone(weights), options)?))
+                }
+                parts => DeviceStage::Gpus(Box::new(GpuPipeline::start(parts, options, *copies)?)),
+            },
         })
     }
 
@@ -38,7 +46,9 @@ impl DeviceWeights {
     pub fn bytes(&self) -> usize {
         match self {
             Self::Cpu(weights) => weights.bytes(),
-            Self::Gpu(weights) => weights.bytes() + weights.spilled_bytes(),
+            Self::Gpus(parts, _) => {
+                parts.iter().map(|weights| weights.bytes() + weights.spilled_bytes()).sum()
+            }
         }
     }
 
@@ -46,7 +56,7 @@ impl DeviceWeights {
     pub fn bytes_per_token(&self) -> usize {
         match self {
             Self::Cpu(weights) => weights.bytes_per_token(),
-            Self::Gpu(weights) => weights.bytes_per_token(),
+            Self::Gpus(parts, _) => parts.iter().map(|weights| weights.bytes_per_token()).sum(),
         }
     }
 
@@ -54,7 +64,7 @@ impl DeviceWeights {
     pub fn backend(&self) -> &'static str {
         match self {
             Self::Cpu(_) => "CPU",
-            Self::Gpu(_) => "CUDA",
+            Self::Gpus(..) => "CUDA",
         }
     }
 
@@ -62,7 +72,8 @@ impl DeviceWeights {
     pub fn op_clock(&self) -> &'static str {
         match self {
             Self::Cpu(_) => "clocks of the workers",
-            Self::Gpu(_) => "marks between ops that are launched one by one",
+            Self::Gpus(parts, _) if parts.len() > 1 => "none: ops of several GPUs are not timed",
+            Self::Gpus(..) => "marks between ops that are launched one by one",
         }
     }
 
@@ -70,7 +81,7 @@ impl DeviceWeights {
     pub fn isa(&self) -> &'static str {
         match self {
             Self::Cpu(weights) => weights.kernels().isa().name(),
-            Self::Gpu(_) => "",
+            Self::Gpus(..) => "",
         }
     }
 }
@@ -84,6 +95,7 @@ impl DeviceStage {
         match self {
             Self::Cpu(stage) => stage.run(plan, output),
             Self::Gpu(stage) => stage.run(plan, output),
+            Self::Gpus(stages) => stages.run(plan, output),
         }
     }
 
@@ -91,11 +103,11 @@ impl DeviceStage {
     pub fn pin_failures(&self) -> usize {
         match self {
             Self::Cpu(stage) => stage.pin_failures().len(),
-            Self::Gpu(_) => 0,
+            Self::Gpu(_) | Self::Gpus(_) => 0,
         }
     }
 
-    /// Begins to count the time of each op.
+    /// Begins to count the time of each op; of several GPUs none is.
     ///
     /// # Errors
     /// What a GPU's driver refuses.
@@ -103,6 +115,7 @@ impl DeviceStage {
         match self {
             Self::Cpu(stage) => stage.start_op_times(),
             Self::Gpu(stage) => stage.start_op_times()?,
+            Self::Gpus(_) => {}
         }
         Ok(())
     }
@@ -112,6 +125,7 @@ impl DeviceStage {
         let times = match self {
             Self::Cpu(stage) => stage.take_op_times(),
             Self::Gpu(stage) => stage.take_op_times(),
+            Self::Gpus(_) => None,
         };
         times.unwrap_or_default()
     }

@@ -23,7 +23,7 @@ use rig::{Rig, RigSize};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use tandem::actors::{known_rates, part_of, stage_options};
+use tandem::actors::{known_rates, on_gpus, parts_of, stage_options};
 use tandem::config::Config;
 use tandem::executor::{
     CpuPool, ExecutorError, GpuWeights, KvOptions, StageOptions, WeightSource, Weights,
@@ -193,7 +193,8 @@ impl<'a> Bench<'a> {
     /// Weights outlive the stages of all numbers of threads.
     fn load(&self, options: &StageOptions) -> Result<DeviceWeights> {
         let (spec, source) = (Arc::clone(&self.subject.spec), self.subject.source.clone());
-        let part = part_of(&spec, &self.placement);
+        let part = StagePart::whole(spec.layers.len());
+        let parts = on_gpus(&parts_of(&spec, &self.placement));
         let (isa, huge_pages) = (options.isa, options.huge_pages());
         let request = WeightsRequest { source, spec, part, isa, huge_pages };
         let mut meter = LoadMeter::start(self.output);
@@ -202,16 +203,15 @@ impl<'a> Bench<'a> {
             let mut show = |progress: tandem::executor::LoadProgress| {
                 meter.show(progress.done_bytes as u64, progress.total_bytes as u64);
             };
-            Ok(match self.placement.device() {
-                Device::Cpu => {
-                    DeviceWeights::Cpu(Arc::new(Weights::load(&request, &mut pool, &mut show)?))
-                }
-                Device::Gpu(index) => {
-                    let weights = GpuWeights::load(*index, &request, Some(&mut pool), &mut show)?;
-                    weights.limit_waits(Duration::from_millis(self.config.gpu.step_timeout_ms));
-                    DeviceWeights::Gpu(Arc::new(weights))
-                }
-            })
+            if parts.is_empty() {
+                let weights = Weights::load(&request, &mut pool, &mut show)?;
+                return Ok(DeviceWeights::Cpu(Arc::new(weights)));
+            }
+            let weights = GpuWeights::load_parts(&parts, &request, Some(&mut pool), &mut show)?;
+            let gpu = &self.config.gpu;
+            let step_timeout = Duration::from_millis(gpu.step_timeout_ms);
+            weights.iter().for_each(|part| part.limit_waits(step_timeout));
+            Ok(DeviceWeights::Gpus(weights, gpu.copies()))
         };
         let loaded = std::thread::scope(|scope| {
             scope.spawn(load).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -225,14 +225,17 @@ impl<'a> Bench<'a> {
     fn setting(&self, weights: &DeviceWeights, options: &StageOptions, load: Duration) -> Setting {
         let spec = &self.subject.spec;
         let threads = options.pool.threads;
-        let gpus = &self.hardware.gpus.devices;
-        let gpu = gpus.iter().find(|gpu| Device::Gpu(gpu.ordinal) == *self.placement.device());
+        let gpus = self.placement.stages.iter().filter_map(|stage| {
+            let mut gpus = self.hardware.gpus.devices.iter();
+            gpus.find(|gpu| Device::Gpu(gpu.ordinal) == stage.device).map(|gpu| gpu.name.as_str())
+        });
+        let gpus: Vec<_> = gpus.collect();
         Setting {
             cpu: HardwareProfile::cpu_name().unwrap_or_default(),
-            gpu: gpu.map(|gpu| gpu.name.clone()).unwrap_or_default(),
+            gpu: gpus.join(", "),
             backend: weights.backend(),
             op_clock: weights.op_clock(),
-            gpu_layers: if gpu.is_some() { spec.layers.len() } else { 0 },
+            gpu_layers: if gpus.is_empty() { 0 } else { spec.layers.len() },
             file: self.subject.file.clone(),
             model: self.subject.title.clone(),
             weight_bytes: spec.weight_bytes(),
@@ -275,7 +278,8 @@ impl<'a> Bench<'a> {
             }
             let repetitions = 0..self.arguments.repetitions;
             let samples = repetitions.map(|_| rig.once(test)).collect::<Result<_>>()?;
-            let ops = match self.arguments.no_ops {
+            // Ops of one GPU wait for another's.
+            let ops = match self.arguments.no_ops || self.placement.stages.len() > 1 {
                 true => OpSplit::default(),
                 false => rig.once_by_op(&shortened(test, OP_TIMES_TOKENS))?,
             };

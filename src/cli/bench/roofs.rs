@@ -15,7 +15,8 @@ const ROOF_CACHES: u64 = 16;
 const ROOF_MEMORY_DIVISOR: u64 = 4;
 
 impl Bench<'_> {
-    /// Both roofs for each number of threads; a GPU's are those of all.
+    /// Both roofs for each number of threads; a GPU's are those of all. Of several GPUs it is the
+    /// first one's: of a step one computes after the other.
     ///
     /// # Errors
     /// Memory, or a GPU, is not there.
@@ -25,11 +26,11 @@ impl Bench<'_> {
             return Ok(counts.map(|_| None).collect());
         }
         match self.placement.device() {
-            Device::Cpu => counts.map(|threads| Ok(Some(self.cpu_roofs(*threads)?))).collect(),
             Device::Gpu(index) => {
                 let roofs = self.gpu_roofs(*index)?;
                 Ok(counts.map(|_| Some(roofs.clone())).collect())
             }
+            _ => counts.map(|threads| Ok(Some(self.cpu_roofs(*threads)?))).collect(),
         }
     }
 

@@ -3,9 +3,9 @@
 //! wait for. Since all of them read the residual stream then, its sum is put elsewhere: two places
 //! take turns.
 
-use super::{GpuStage, LastOps};
 use super::inputs::Part;
 use super::ops::U32;
+use super::{GpuStage, LastOps};
 use crate::executor::ExecutorError;
 use crate::executor::program::{Buffer, Norm, Op, Pending, Precision};
 use tandem_kernels::{Added, NormBefore, NormRows, RowNorm, Span};

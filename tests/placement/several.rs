@@ -1,0 +1,221 @@
+//! Models whose layers are cut over several GPUs, on machines whose GPUs are made up.
+
+use super::gpu::{config, gpu, with};
+use super::spec;
+use proptest::prelude::*;
+use tandem::actors::parts_of;
+use tandem::config::Config;
+use tandem::executor::{Inlet, Outlet};
+use tandem::hardware::{Gpu, HardwareProfile};
+use tandem::model::{ModelSpec, SyntheticModel};
+use tandem::placement::{Device, Placement};
+use tandem::request::RequestError;
+use tandem::units::ByteSize;
+
+const GIB: u64 = 1 << 30;
+
+fn shape(name: &str) -> ModelSpec {
+    name.parse::<SyntheticModel>().unwrap().spec()
+}
+
+fn machine(free_gib: &[u64]) -> HardwareProfile {
+    let gpus = free_gib.iter().enumerate().map(|(ordinal, gib)| gpu(ordinal, gib * GIB));
+    with(gpus.collect())
+}
+
+fn plan(free_gib: &[u64], device: &str) -> Result<Placement, RequestError> {
+    Placement::plan(&shape("llama-8b:q4_0"), &machine(free_gib), &config(device))
+}
+
+fn on(placement: &Placement) -> Vec<usize> {
+    let index = |device: &Device| match device {
+        Device::Gpu(index) => *index,
+        Device::Cpu => panic!("on the CPU: {:?}", placement.notes),
+    };
+    placement.stages.iter().map(|stage| index(&stage.device)).collect()
+}
+
+fn layers(placement: &Placement) -> Vec<usize> {
+    placement.stages.iter().map(|stage| stage.layers.len()).collect()
+}
+
+/// All layers are somewhere, no GPU has more than it may, and the executor is told the same.
+fn assert_sound(placement: &Placement, spec: &ModelSpec, available: impl Fn(usize) -> u64) {
+    let mut next = 0;
+    for (stage, index) in placement.stages.iter().zip(on(placement)) {
+        assert_eq!(stage.layers.start, next);
+        assert!(!stage.layers.is_empty(), "{:?}", layers(placement));
+        next = stage.layers.end;
+        let taken = placement.bytes_of(stage) + stage.margin_bytes;
+        assert!(taken <= available(index), "{taken} of {} on {index}", available(index));
+        assert_eq!(stage.memory_available_bytes, available(index));
+    }
+    assert_eq!(next, spec.layers.len());
+    assert!(placement.device_blocks * placement.block_tokens >= placement.context_tokens);
+    let of_block = spec.kv_bytes_per_token(placement.kv_dtype) * placement.block_tokens as u64;
+    assert_eq!(placement.block_bytes(), of_block);
+    if placement.spill.is_none() {
+        let parts = parts_of(spec, placement);
+        for (at, ((device, part), stage)) in parts.iter().zip(&placement.stages).enumerate() {
+            assert_eq!((device, &part.layers), (&stage.device, &stage.layers));
+            assert_eq!(part.inlet == Inlet::Embedding, at == 0);
+            assert_eq!(part.outlet == Outlet::Logits, at + 1 == parts.len());
+        }
+        assert_eq!(parts.len(), placement.stages.len());
+    }
+}
+
+#[test]
+fn auto_takes_one_gpu_that_holds_the_model_before_it_takes_several() {
+    for (free, taken) in [
+        (&[20, 20][..], &[0][..]),
+        (&[3, 20], &[1]),
+        (&[3, 3], &[0, 1]),
+        (&[3, 2, 3], &[0, 2]),
+        (&[2, 2, 2], &[0, 1, 2]),
+    ] {
+        let placement = plan(free, "auto").unwrap();
+        assert_eq!(on(&placement), taken, "{free:?}");
+        assert!(placement.spill.is_none());
+        assert_sound(&placement, &shape("llama-8b:q4_0"), |index| free[index] * GIB);
+    }
+}
+
+#[test]
+fn auto_spills_beside_the_largest_gpu_where_all_of_them_do_not_hold_the_model() {
+    let placement = plan(&[1, 3], "auto").unwrap();
+    assert_eq!(on(&placement), [1]);
+    assert!(placement.spill.is_some());
+    let note = "weights are spilled beside one GPU: GPU 1 is used alone";
+    assert!(placement.notes.iter().any(|told| told == note), "{:?}", placement.notes);
+}
+
+#[test]
+fn gpus_that_are_asked_for_share_the_layers_by_their_room() {
+    let spec = shape("llama-8b:q4_0");
+    for (free, device, on_each) in [
+        (&[20, 20][..], "0,1", &[0, 1][..]),
+        (&[20, 20], "all", &[0, 1]),
+        (&[20, 20, 20], "2, 0", &[2, 0]),
+        (&[20, 20, 20, 20], "all", &[0, 1, 2, 3]),
+    ] {
+        let placement = plan(free, device).unwrap();
+        assert_eq!(on(&placement), on_each);
+        let layers = layers(&placement);
+        let equal = 32 / layers.len();
+        // The output takes as much as two layers.
+        assert!(layers.iter().all(|count| count.abs_diff(equal) <= 2), "{layers:?}");
+        assert_sound(&placement, &spec, |_| 20 * GIB);
+    }
+    let placement = plan(&[4, 12], "0,1").unwrap();
+    let [small, large] = layers(&placement)[..] else { panic!("{:?}", placement.stages) };
+    assert!(2 * small < large && small > 4, "{small} and {large}");
+    let one = plan(&[20, 20], "1").unwrap();
+    assert_eq!((on(&one), layers(&one)), (vec![1], vec![32]));
+}
+
+#[test]
+fn several_gpus_hold_more_context_than_one() {
+    let tokens = |device: &str| {
+        let mut config = config(device);
+        config.kv.cache_bytes = ByteSize(1 << 40);
+        let spec = shape("llama-8b:q4_0");
+        let placement = Placement::plan(&spec, &machine(&[8, 8]), &config).unwrap();
+        placement.device_blocks * placement.block_tokens
+    };
+    let (one, two) = (tokens("0"), tokens("0,1"));
+    // 8 GiB hold 4.6 of weights, so two have more than three times the rest.
+    assert!(two > 3 * one, "{one} and {two}");
+}
+
+#[test]
+fn a_limit_is_each_gpus() {
+    let spec = shape("llama-8b:q4_0");
+    let hardware = machine(&[140, 140]);
+    for device in ["auto", "0,1", "all"] {
+        let mut config = config(device);
+        config.gpu.vram_limit = ByteSize(3500 << 20);
+        let placement = Placement::plan(&spec, &hardware, &config).unwrap();
+        assert_eq!(on(&placement), [0, 1]);
+        assert_sound(&placement, &spec, |_| 3500 << 20);
+        let rows = placement.explain();
+        for index in 0..2 {
+            let device = format!("gpu {index}");
+            let rows: Vec<_> = rows.iter().filter(|row| row.device == device).collect();
+            let names: Vec<&str> = rows.iter().map(|row| row.what.as_str()).collect();
+            assert_eq!(names, ["weights", "KV cache", "activations", "margin", "total"]);
+            let (total, parts) = rows.split_last().unwrap();
+            assert_eq!(parts.iter().map(|row| row.bytes).sum::<u64>(), total.bytes);
+            assert!(total.why.contains("3.42 GiB that gpu.vram_limit allows"), "{}", total.why);
+        }
+    }
+}
+
+#[test]
+fn gpus_that_do_not_hold_it_are_refused_with_the_figures_of_one() {
+    for gib in [[3, 1], [1, 3], [1, 1]] {
+        let refused = plan(&gib, "all");
+        let Err(RequestError::InsufficientMemory { device, need, free, suggest }) = refused else {
+            panic!("{refused:?}")
+        };
+        let of = |index: usize| (format!("GPU {index} (Fake 8)"), gib[index] * GIB / 16 * 15);
+        assert!([of(0), of(1)].contains(&(device, free)), "{free}");
+        assert!(need > free, "{need} of {free}");
+        assert!(suggest.ends_with("; with several GPUs nothing is spilled"), "{suggest}");
+    }
+}
+
+#[test]
+fn gpus_that_are_not_there_or_can_not_run_the_model_are_refused_by_name() {
+    let refusal = |hardware: &HardwareProfile, device: &str| match Placement::plan(
+        &spec(),
+        hardware,
+        &config(device),
+    ) {
+        Err(RequestError::InvalidParams { field, got, allowed }) => {
+            assert_eq!((field.as_str(), got.as_str()), ("gpu.device", device));
+            allowed
+        }
+        other => panic!("{other:?}"),
+    };
+    let hardware = machine(&[8, 8, 8]);
+    assert!(refusal(&hardware, "0,3").contains("the driver shows 0, 1, 2"));
+    assert!(refusal(&machine(&[]), "all").contains("the driver shows none"));
+    // Two layers are not enough for three.
+    assert!(refusal(&hardware, "all").contains("each of 3 GPUs needs a layer, and there are 2"));
+    assert_eq!(on(&Placement::plan(&spec(), &hardware, &config("1,2")).unwrap()), [1, 2]);
+    let old = Gpu { compute_capability: "6.1".into(), ..gpu(1, 8 * GIB) };
+    let hardware = with(vec![gpu(0, 8 * GIB), old]);
+    assert!(refusal(&hardware, "0,1").contains("GPU 1 (Fake 8) has compute capability 6.1"));
+    assert_eq!(on(&Placement::plan(&spec(), &hardware, &config("auto")).unwrap()), [0]);
+}
+
+proptest! {
+    #[test]
+    fn none_of_several_gpus_is_overcommitted(
+        free in prop::collection::vec(1u64 << 28..1 << 34, 1..6),
+        limit in prop_oneof![Just(0u64), 1u64 << 28..1 << 34],
+        cache in 0u64..1 << 36,
+        context in 0usize..20_000,
+        is_auto: bool,
+    ) {
+        let devices = free.iter().enumerate().map(|(ordinal, free)| gpu(ordinal, *free));
+        let hardware = with(devices.collect());
+        let mut config: Config = config(if is_auto { "auto" } else { "all" });
+        config.gpu.vram_limit = ByteSize(limit);
+        config.kv.cache_bytes = ByteSize(cache);
+        config.model.context_tokens = context;
+        let spec = shape("llama-8b:q4_k_m");
+        let available =
+            |index: usize| if limit > 0 { limit.min(free[index]) } else { free[index] };
+        match Placement::plan(&spec, &hardware, &config) {
+            Ok(placement) if *placement.device() != Device::Cpu => {
+                assert_sound(&placement, &spec, available);
+                prop_assert!(is_auto || placement.stages.len() == free.len());
+            }
+            Ok(_) => prop_assert!(is_auto),
+            Err(RequestError::InsufficientMemory { need, free, .. }) => prop_assert!(need > free),
+            Err(other) => prop_assert!(false, "{}", other),
+        }
+    }
+}
