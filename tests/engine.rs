@@ -2,8 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-#[path = "engine/gpus.rs"]
-mod gpus;
 #[path = "actors/rig.rs"]
 mod rig;
 #[path = "engine/tiers.rs"]

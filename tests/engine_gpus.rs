@@ -1,16 +1,29 @@
-//! The engine on two GPUs, where there are two: the answers of one, and a pause where its stages die.
+//! The engine on two GPUs, where there are two: the answers of one, and a pause where its stages
+//! die. `TANDEM_REQUIRE_GPUS=2` makes it a failure that there are not two.
 
-use super::rig::{config, read, tiny_model_file};
-use super::greedy;
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that may skip")]
+
+#[path = "actors/rig.rs"]
+mod rig;
+
+use rig::{config, read, tiny_model_file};
 use std::sync::Arc;
 use tandem::actors::{Engine, FaultPoint, Faults};
 use tandem::hardware::Gpus;
 use tandem::placement::Device;
+use tandem::request::{Request, SamplingParams};
+
+fn greedy(prompt: &str, tokens: usize) -> Request {
+    let mut request = Request::text(prompt).max_tokens(tokens).sampling(SamplingParams::greedy());
+    request.ignore_eos = true;
+    request
+}
 
 /// An engine on those GPUs, if there are two.
 async fn engine(device: &str, faults: Faults) -> Option<Engine> {
     if Gpus::detect().devices.len() < 2 {
         assert!(std::env::var_os("TANDEM_REQUIRE_GPUS").is_none(), "two GPUs are required");
+        println!("skipped: two GPUs");
         return None;
     }
     let mut config = config();
