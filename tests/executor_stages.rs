@@ -65,6 +65,38 @@ fn two_stages_split_anywhere_answer_like_one() {
 }
 
 #[test]
+fn three_stages_answer_like_one() {
+    let model = TinyModel { layers: 4, ..TinyModel::new(Family::Qwen3) };
+    let model = Model::from_bytes(&model.gguf().bytes());
+    let (tokens, options) = (tokens(70), options(1, 128));
+    let plans = [scored(&tokens, 0, 40), scored(&tokens, 40, 41), scored(&tokens, 41, 70)];
+    let mut whole = model.stage(&options);
+    let wanted: Vec<_> = plans.iter().map(|plan| run(&mut whole, plan).rows).collect();
+    let parts = StagePart::cut(4, &[1, 3]);
+    assert_eq!(
+        parts.iter().map(|part| part.layers.clone()).collect::<Vec<_>>(),
+        [0..1, 1..3, 3..4]
+    );
+    let stages = parts
+        .into_iter()
+        .map(|part| model.stage(&StageOptions { part: Some(part), ..options.clone() }));
+    let [mut first, mut middle, mut last] = stages.collect::<Vec<_>>().try_into().ok().unwrap();
+    let joined = || handoff(1, options.step_tokens_max, model.spec.embedding_dim);
+    let ((to_middle, from_first), (to_last, from_middle)) = (joined(), joined());
+    first.set_outlet(to_middle);
+    middle.set_inlet(from_first);
+    middle.set_outlet(to_last);
+    last.set_inlet(from_middle);
+    let got = std::thread::scope(|scope| {
+        for stage in [&mut first, &mut middle] {
+            scope.spawn(|| plans.iter().for_each(|plan| drop(run(stage, plan))));
+        }
+        plans.iter().map(|plan| run(&mut last, plan).rows).collect::<Vec<_>>()
+    });
+    assert!(got == wanted);
+}
+
+#[test]
 fn a_neighbour_that_has_gone_is_an_error_and_not_a_hang() {
     let model = tiny(Family::Llama);
     let [first, _] = StagePart::split(2, 1);

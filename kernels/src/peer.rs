@@ -81,13 +81,17 @@ impl Gpu {
         Ok(allowed.is_ok())
     }
 
-    /// Has all that is started from now on wait for an event of any stream.
-    fn wait_behind(&self, event: &CudaEvent) -> Result<(), GpuError> {
+    /// Has all that is started from now on wait for an event of another stream.
+    fn wait_behind(&self, other: &Gpu, event: &CudaEvent) -> Result<(), GpuError> {
         self.bound()?;
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
         // SAFETY: both live.
         unsafe { result::stream::wait_event(self.stream().cu_stream(), event.cu_event(), flags) }
-            .map_err(|error| self.failed("waiting for another stream", error))
+            .or_else(|error| {
+                // It may be the other one that has failed.
+                other.is_done()?;
+                Err(self.failed("waiting for another stream", error))
+            })
     }
 }
 
@@ -112,7 +116,7 @@ impl PeerLane {
     ) -> Result<(), GpuError> {
         let bytes = rows.bytes();
         assert_eq!(bytes, place.bytes(), "lengths of a copy");
-        from.wait_behind(&self.used)?;
+        from.wait_behind(to, &self.used)?;
         match &mut self.host {
             None => {
                 let (place, rows) = (place.of(bytes, 1), rows.of(bytes, 1));
@@ -126,7 +130,7 @@ impl PeerLane {
         }
         let sent = self.sent.record(from.stream());
         let sent = sent.map_err(|error| from.failed("marking its work", error));
-        if let Err(error) = sent.and_then(|()| to.wait_behind(&self.sent)) {
+        if let Err(error) = sent.and_then(|()| to.wait_behind(from, &self.sent)) {
             // Else `place` could be freed while the copy is on its way.
             from.synchronize()?;
             return Err(error);

@@ -113,8 +113,8 @@ fn plans(vocab: usize) -> Vec<StepPlan> {
     plans
 }
 
-fn answers(plans: &[StepPlan], mut run: impl FnMut(&StepPlan) -> Vec<RowOutput>) -> Vec<RowOutput> {
-    plans.iter().flat_map(|plan| run(plan)).collect()
+fn answers(plans: &[StepPlan], run: impl FnMut(&StepPlan) -> Vec<RowOutput>) -> Vec<RowOutput> {
+    plans.iter().flat_map(run).collect()
 }
 
 #[test]
