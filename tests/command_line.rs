@@ -171,7 +171,7 @@ fn a_limit_of_a_gpu_is_a_flag_of_all_that_place_a_model() {
 fn a_wrong_setting_of_a_gpu_is_named_with_what_is_allowed() {
     let desk = Desk::new();
     for (setting, parts) in [
-        ("gpu.device=first", ["gpu.device is first", "off, auto, or the index of a GPU"]),
+        ("gpu.device=first", ["gpu.device is first", "off, auto, all, or indices of GPUs"]),
         ("gpu.device=4096", ["gpu.device is 4096", "off or auto"]),
         ("gpu.vram_limit=12 parsecs", ["gpu.vram_limit", "\"12 parsecs\" is no size"]),
         ("gpu.vram_limit=-1", ["gpu.vram_limit", "\"-1\" is no size"]),
@@ -211,7 +211,7 @@ fn a_kv_cache_in_8_bits_holds_more_and_answers() {
     };
     let (sixteen, eight) = (plan(&[]), plan(&["--kv-dtype", "q8_0"]));
     let same = plan(&["--cache-type-k", "q8_0", "--cache-type-v", "q8_0"]);
-    assert_eq!(eight["stages"], same["stages"]);
+    assert_eq!(eight["device_blocks"], same["device_blocks"]);
     assert_eq!((&sixteen["kv_dtype"], &eight["kv_dtype"]), (&"f16".into(), &"q8_0".into()));
     let block_bytes = |placement: &serde_json::Value| {
         let kv_bytes = placement["stages"][0]["kv_bytes"].as_f64().unwrap();

@@ -211,7 +211,7 @@ impl GpuStage {
 /// What a step that failed is refused with.
 ///
 /// # Errors
-/// It failed for another reason than too little memory of the GPU: then the stage has failed with it.
+/// It failed for another reason than too little memory of the GPU: the stage has failed with it.
 fn refused(
     error: ExecutorError,
     failure: &mut Option<String>,

@@ -1,6 +1,6 @@
-//! Models cut into stages: two of them on one GPU, whose streams wait for each other as those of two
-//! GPUs do, and on two GPUs where there are two. `TANDEM_REQUIRE_GPUS=2` makes it a failure that
-//! there is one.
+//! Models cut into stages: two of them on one GPU, whose streams wait for each other as those of
+//! two GPUs do, and on two GPUs where there are two. `TANDEM_REQUIRE_GPUS=2` makes it a failure
+//! that there is one.
 
 use super::stage::{Model, options, plan_tokens, score_next};
 use super::tiny_model::{Family, Output, TinyModel};
