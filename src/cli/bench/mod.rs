@@ -247,7 +247,7 @@ impl<'a> Bench<'a> {
             block_tokens: self.size.block_tokens,
             kv_dtype: self.size.kv_dtype,
             spill: self.placement.spill.clone(),
-            device_weight_bytes: self.placement.stages[0].weight_bytes,
+            device_weight_bytes: self.placement.stages.iter().map(|s| s.weight_bytes).sum(),
             load,
             roofs: None,
         }

@@ -119,7 +119,7 @@ impl StagePart {
                 layers: start..end,
                 inlet: Inlet::Handoff,
                 outlet: Outlet::Handoff,
-                feed_forwards: FeedForwards::Here,
+                weights: PartWeights::All,
             })
             .collect();
         if let Some(first) = parts.first_mut() {
