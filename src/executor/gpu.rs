@@ -18,6 +18,7 @@ mod op_marks;
 mod ops;
 mod order_thread;
 mod pipeline;
+mod pipeline_kv;
 mod sampling;
 mod spill;
 mod spill_measure;

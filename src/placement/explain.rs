@@ -21,8 +21,8 @@ pub struct ExplainRow {
 const HOST: &str = "host";
 
 impl Placement {
-    /// What lies where, how many bytes, and why. The rows above the total of a device add up to it; a
-    /// file, and on GPUs the host's memory, is not among them, but below.
+    /// What lies where, how many bytes, and why. The rows above the total of a device add up to it;
+    /// a file, and on GPUs the host's memory, is not among them, but below.
     pub fn explain(&self) -> Vec<ExplainRow> {
         let is_cpu = *self.device() == Device::Cpu;
         let why = format!("{} blocks of preempted sequences and prefixes", self.host_blocks);

@@ -181,8 +181,7 @@ fn blocks_are_copied_in_all_stages() {
             from: (from.0, BlockId(from.1)),
             to: (to.0, BlockId(to.1)),
         };
-        second.copies.push(copy((Tier::Device, 4), (Tier::Host, 0)));
-        second.copies.push(copy((Tier::Host, 0), (Tier::Device, 8)));
+        second.copies.push(copy((Tier::Device, 4), (Tier::Device, 8)));
         second.copies.push(copy((Tier::Device, 5), (Tier::Device, 9)));
         plan_tokens(&mut second, (1, 8), &tokens, 33..50, score_next(&tokens, TOP));
         assert_eq!(bits(&run(&mut stages, &second)), wanted[33..], "{ordinals:?}");

@@ -26,7 +26,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tandem::actors::{known_rates, on_gpus, parts_of, stage_options};
 use tandem::config::Config;
 use tandem::executor::{
-    CpuPool, ExecutorError, GpuWeights, KvOptions, StageOptions, WeightSource, Weights,
+    CpuPool, ExecutorError, GpuWeights, KvOptions, StageOptions, StagePart, WeightSource, Weights,
     WeightsRequest,
 };
 use tandem::formats::Checkpoint;

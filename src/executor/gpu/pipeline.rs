@@ -6,13 +6,14 @@
 //! A step without wanted logits is not waited for. So of a prompt in several steps a stage computes
 //! one while the next stage computes the one before: all GPUs are at work then.
 
+use super::pipeline_kv::PipelineKv;
 use super::weights::GpuWeights;
 use super::{GpuStage, refused};
 use crate::executor::cpu_pool::CpuPool;
 use crate::executor::handoff::GpuHandoff;
 use crate::executor::program::{Program, StagePart};
 use crate::executor::weights::{LoadProgress, WeightsRequest};
-use crate::executor::{ExecutorError, StageMemory, StageOptions};
+use crate::executor::{ExecutorError, KvBlocks, StageMemory, StageOptions};
 use crate::step::{StepOutput, StepPlan};
 use std::sync::Arc;
 use std::time::Instant;
@@ -87,7 +88,13 @@ impl GpuPipeline {
         Ok(Self { handoffs: handoffs.collect::<Result<_, _>>()?, stages, failure: None })
     }
 
-    /// Bytes held on each GPU and, of KV blocks, behind it, in the order of the layers.
+    /// The KV blocks of all stages, as [`GpuStage::kv`].
+    pub fn kv(&self) -> Arc<dyn KvBlocks> {
+        let stages = self.stages.iter().map(|stage| Arc::clone(&stage.kv)).collect();
+        Arc::new(PipelineKv::new(stages))
+    }
+
+    /// Bytes held on each GPU, in the order of the layers.
     pub fn memory(&self) -> Vec<StageMemory> {
         self.stages.iter().map(GpuStage::memory).collect()
     }
@@ -117,13 +124,16 @@ impl GpuPipeline {
     fn compute(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         // All of them first: a step that is refused has made its copies everywhere.
         for stage in &mut self.stages {
-            stage.kv.copy(stage.weights.gpu(), &plan.copies)?;
+            stage.kv.copy(&plan.copies)?;
         }
         if plan.tokens.is_empty() {
             return Ok(());
         }
         self.launch(plan)?;
-        if !plan.logits.is_empty() {
+        if plan.logits.is_empty() {
+            // Nobody waits for it.
+            self.stages.iter().try_for_each(|stage| stage.kv.keep_order())?;
+        } else {
             self.sample(plan)?;
         }
         let readers = self.stages.iter().skip(1);
