@@ -129,6 +129,21 @@ impl FromStr for Isa {
     }
 }
 
+/// Whether this processor reads one stream of weights faster without being asked for what lies
+/// ahead: a Zen 4 reads 98 to 105 % of what reading alone reaches, 87 to 95 % if it is asked. On
+/// Intel such a loop fell to 60 %. Not known of others, which are asked.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn follows_streams() -> bool {
+    use std::arch::x86_64::__cpuid;
+    static FOLLOWS: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {
+        let (vendor, version) = (__cpuid(0), __cpuid(1).eax);
+        let family = (version >> 8 & 15) + (version >> 20 & 255);
+        let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
+        name.as_flattened() == b"AuthenticAMD" && family == 0x19
+    });
+    *FOLLOWS
+}
+
 #[cfg(target_arch = "x86_64")]
 fn has_avx2() -> bool {
     is_x86_feature_detected!("avx2")

@@ -35,11 +35,11 @@ pub const AMAX_MIN: f32 = 127.0 * f32::MIN_POSITIVE;
 pub struct GroupScale {
     /// Value of one integer step.
     pub scale: f32,
-    /// `scale · (sums[0] + sums[1])`: the group's sum, for weight types with offsets.
+    /// `scale` times the sum of the integers: the group's sum, for weight types with offsets.
     pub scaled_sum: f32,
-    /// Sums of the integers of elements 0..16 and 16..32; each within ±2032.
-    pub sums: [i16; 2],
-    /// `−8 · (sums[0] + sums[1])`: where `Σ (q − 8)·x` starts when `q` is unsigned.
+    /// Minus the sums of the integers of elements 0..16 and 16..32; each within ±2032.
+    pub less_sums: [i16; 2],
+    /// `−8` times the sum of the integers: where `Σ (q − 8)·x` starts when `q` is unsigned.
     pub less_eight: i32,
 }
 
@@ -49,8 +49,8 @@ impl GroupScale {
     pub(crate) fn new(scale: f32, sums: [i32; 2]) -> GroupScale {
         let sum = sums[0] + sums[1];
         // Each half is within ±2032.
-        let halves = [sums[0] as i16, sums[1] as i16];
-        GroupScale { scale, scaled_sum: scale * sum as f32, sums: halves, less_eight: -8 * sum }
+        let less_sums = sums.map(|sum| -sum as i16);
+        GroupScale { scale, scaled_sum: scale * sum as f32, less_sums, less_eight: -8 * sum }
     }
 }
 

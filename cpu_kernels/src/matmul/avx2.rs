@@ -25,6 +25,7 @@ impl<const VNNI: bool> Lanes for Narrow<VNNI> {
 
     lane_ops! {
         fn prefetch(at: *const u8) -> () { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        fn prefetch_second(at: *const u8) -> () { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
         fn load_words(from: *const u8) -> __m256i { _mm256_loadu_si256(from.cast()) }
         fn load_bytes(from: *const u8) -> __m256i {
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()))
@@ -48,6 +49,14 @@ impl<const VNNI: bool> Lanes for Narrow<VNNI> {
         }
         fn shr(a: __m256i, count: usize) -> __m256i {
             _mm256_srlv_epi32(a, _mm256_set1_epi32(count as i32))
+        }
+        fn rotate(a: __m256i, count: usize) -> __m256i {
+            let left = _mm256_sllv_epi32(a, _mm256_set1_epi32(count as i32));
+            let right = _mm256_srlv_epi32(a, _mm256_set1_epi32(32 - count as i32));
+            _mm256_or_si256(left, right)
+        }
+        fn shift_signed(a: __m256i, count: usize) -> __m256i {
+            _mm256_srav_epi32(a, _mm256_set1_epi32(count as i32))
         }
         fn lookup(table: &[i8; 16], index: __m256i) -> __m256i {
             let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));

@@ -25,6 +25,7 @@ impl<const VNNI: bool> Lanes for Wide<VNNI> {
 
     lane_ops! {
         fn prefetch(at: *const u8) -> () { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        fn prefetch_second(at: *const u8) -> () { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
         fn load_words(from: *const u8) -> __m512i { _mm512_loadu_si512(from.cast()) }
         fn load_bytes(from: *const u8) -> __m512i {
             _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))
@@ -50,6 +51,12 @@ impl<const VNNI: bool> Lanes for Wide<VNNI> {
         }
         fn shr(a: __m512i, count: usize) -> __m512i {
             _mm512_srlv_epi32(a, _mm512_set1_epi32(count as i32))
+        }
+        fn rotate(a: __m512i, count: usize) -> __m512i {
+            _mm512_rolv_epi32(a, _mm512_set1_epi32(count as i32))
+        }
+        fn shift_signed(a: __m512i, count: usize) -> __m512i {
+            _mm512_srav_epi32(a, _mm512_set1_epi32(count as i32))
         }
         fn lookup(table: &[i8; 16], index: __m512i) -> __m512i {
             let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));

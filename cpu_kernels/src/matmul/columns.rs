@@ -7,11 +7,11 @@ use crate::activations::GroupScale;
 /// Pointers to a column's groups: integers, and scales with sums.
 pub(super) type Column = (*const i8, *const GroupScale);
 
-/// The i16 pair of sums of a group, in every lane.
+/// The i16 pair of negated sums of a group, in every lane.
 #[inline(always)]
-pub(super) unsafe fn sums<L: Lanes>(x: Column, group: usize) -> L::Int {
+pub(super) unsafe fn less_sums<L: Lanes>(x: Column, group: usize) -> L::Int {
     // SAFETY: `group` is one of the column's.
-    unsafe { L::splat((&raw const (*x.1.add(group)).sums).cast::<i32>().read_unaligned()) }
+    unsafe { L::splat((&raw const (*x.1.add(group)).less_sums).cast::<i32>().read_unaligned()) }
 }
 
 /// Where the integer sums of a group, or of half `half` of it, start for a column: at minus the
@@ -29,9 +29,13 @@ pub(super) unsafe fn start<L: Lanes, P: Packed>(half: usize, x: Column, group: u
             return L::splat(0);
         }
         if P::HALVES {
-            let pair = if half == 0 { [-zero, 0] } else { [0, -zero] };
-            let pair = i32::from(pair[0] as u16) | i32::from(pair[1]) << 16;
-            return L::pair_dot(L::splat(pair), sums::<L>(x, group));
+            // `vpmaddwd` would do with one instruction, but on a port that the products need.
+            let pair = less_sums::<L>(x, group);
+            let shift = (zero as usize).ilog2() as usize;
+            return match half {
+                0 => L::shift_signed(L::shl(pair, 16), 16 - shift),
+                _ => L::and(L::shift_signed(pair, 16 - shift), L::splat(-i32::from(zero))),
+            };
         }
         let eight = L::splat((*x.1.add(group)).less_eight);
         match zero {

@@ -16,14 +16,17 @@
 //! A lane does exactly what `scalar.rs` does for its row. Row-major weights are interleaved chunk
 //! by chunk into a buffer on the stack first; their sums wait in the output between chunks.
 
-use super::columns::{Column, start, sums};
+use super::columns::Column;
+use super::group_sums::{for_each_group, keep_order, sum_group};
 use super::lanes::Lanes;
-use super::packed::{Block, MinKind, Packed};
+use super::packed::{Block, Packed, SixBits};
 use super::sums::{load_sums, row_lanes, store_sums};
 use super::{Layout, MatrixView, OutputColumns, wide};
 use crate::activations::{Activations, Quantized};
 use crate::blocks::GROUP;
+use crate::isa::follows_streams;
 use crate::repack::{ROWS, block_of_rows, pack_block};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Elements per row of a chunk of row-major weights.
@@ -31,9 +34,11 @@ pub(super) const CHUNK_ELEMENTS: usize = 1024;
 /// Bytes of 16 rows of a chunk in the largest type, `Q8_0` with 34 bytes per 32 elements.
 pub(super) const CHUNK_BYTES: usize = ROWS * CHUNK_ELEMENTS / 32 * 34;
 
-/// How far ahead of its use weights are fetched: hardware prefetchers stop at each page. With eight
-/// columns 4 KiB came too late from a busy memory (31 GB/s where 8 to 16 KiB gave 35).
+/// How far ahead of its use weights are fetched: hardware prefetchers stop at each page.
 const PREFETCH_BYTES: usize = 12 << 10;
+/// The same into the second-level cache, which has room for more: 8 columns of `Q4_0` then read 23
+/// instead of 22 GB/s on Zen 4, and one of `Q6_K`, whose fields lie apart, 33 instead of 30.
+const PREFETCH_SECOND_BYTES: usize = 16 << 10;
 
 /// Runs of packed blocks of 16 rows, and the activations that meet them.
 #[derive(Clone, Copy)]
@@ -44,20 +49,9 @@ struct Panel<'a, const R: usize> {
     blocks: usize,
     /// First group of 32 elements within the row.
     group: usize,
+    /// Whether one column asks for weights ahead of their use.
+    fetches: bool,
     x: Quantized<'a>,
-}
-
-/// `$call` for each group of a block, with the group known at compile time.
-macro_rules! for_each_group {
-    ($groups:expr, |$group:ident| $call:expr) => {
-        for_each_group!($groups, $group, $call, 0 1 2 3 4 5 6 7)
-    };
-    ($groups:expr, $group:ident, $call:expr, $($number:literal)*) => {
-        $(if $number < $groups {
-            let $group: usize = $number;
-            $call;
-        })*
-    };
 }
 
 /// The kernel; see the module.
@@ -81,6 +75,7 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
     let (elements, bytes) = const { (P::DTYPE.block_elements(), P::DTYPE.block_bytes()) };
     let blocks = weights.cols() / elements;
     let row_bytes = blocks * bytes;
+    let fetches = !follows_streams();
     let mut first_row = rows.start / ROWS * ROWS;
     if weights.layout() == Layout::Rows16 && blocks > 0 {
         let group_bytes = ROWS * row_bytes;
@@ -94,10 +89,11 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
             unsafe {
                 if pair {
                     let packed = [at(first_row), at(first_row + ROWS)];
-                    let panel = Panel { packed, blocks, group: 0, x };
+                    let panel = Panel { packed, blocks, group: 0, fetches, x };
                     multiply_panel::<L, P, 2>(&panel, covered, out);
                 } else {
-                    let panel = Panel { packed: [at(first_row)], blocks, group: 0, x };
+                    let packed = [at(first_row)];
+                    let panel = Panel { packed, blocks, group: 0, fetches, x };
                     multiply_panel::<L, P, 1>(&panel, covered, out);
                 }
             }
@@ -116,7 +112,7 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
             let count = chunk.min(blocks - block);
             pack_chunk::<P>(source, row_bytes, block..block + count, &mut scratch);
             let (packed, group) = ([scratch.as_ptr()], block * (elements / GROUP));
-            let panel = Panel { packed, blocks: count, group, x };
+            let panel = Panel { packed, blocks: count, group, fetches: false, x };
             // SAFETY: `packed` holds `count` packed blocks; the rest is our own contract.
             unsafe { multiply_panel::<L, P, 1>(&panel, covered.clone(), out) };
             block += chunk;
@@ -186,7 +182,11 @@ unsafe fn multiply_tile<L: Lanes, P: Packed, const R: usize, const T: usize>(
                     load_sums::<L, T>(acc, (first, columns), lanes(r), out);
                 }
             }
-            sum_blocks::<L, P, R, T>(panel, lane, &x, &mut acc);
+            if panel.fetches || T > 1 || P::HALVES {
+                sum_blocks::<L, P, R, T, true>(panel, lane, &x, &mut acc);
+            } else {
+                sum_blocks::<L, P, R, T, false>(panel, lane, &x, &mut acc);
+            }
             for (r, acc) in acc.iter().enumerate() {
                 store_sums::<L, T>(acc, (first, columns), lanes(r), out);
             }
@@ -197,7 +197,7 @@ unsafe fn multiply_tile<L: Lanes, P: Packed, const R: usize, const T: usize>(
 }
 
 #[inline(always)]
-unsafe fn sum_blocks<L: Lanes, P: Packed, const R: usize, const T: usize>(
+unsafe fn sum_blocks<L: Lanes, P: Packed, const R: usize, const T: usize, const FETCH: bool>(
     panel: &Panel<'_, R>,
     lane: usize,
     x: &[Column; T],
@@ -206,161 +206,85 @@ unsafe fn sum_blocks<L: Lanes, P: Packed, const R: usize, const T: usize>(
     let groups = const { P::DTYPE.block_elements() / GROUP };
     let block_bytes = const { ROWS * P::DTYPE.block_bytes() };
     // The block that is fetched: of these rows or, further on, of those that follow them.
-    let ahead = PREFETCH_BYTES.div_ceil(block_bytes);
+    let bytes =
+        const { if into_second::<P, T>() { PREFETCH_SECOND_BYTES } else { PREFETCH_BYTES } };
+    let ahead = bytes.div_ceil(block_bytes);
     let (mut fetched, mut rows_on) = (ahead % panel.blocks.max(1), ahead / panel.blocks.max(1));
     for index in 0..panel.blocks {
-        let mut blocks = [Block { bytes: std::ptr::null(), lane }; R];
-        for (block, packed) in blocks.iter_mut().zip(panel.packed) {
+        let mut six_bits = [const { MaybeUninit::uninit() }; R];
+        let mut blocks = [Block { bytes: std::ptr::null(), lane, six_bits: std::ptr::null() }; R];
+        for ((block, packed), six_bits) in blocks.iter_mut().zip(panel.packed).zip(&mut six_bits) {
             block.bytes = packed.wrapping_add(index * block_bytes);
+            if P::SIX_BITS {
+                // SAFETY: the block exists, of a type with 6-bit integers.
+                unsafe { SixBits::unpack(block.bytes, six_bits) };
+                block.six_bits = six_bits.as_ptr();
+            }
         }
         let fetch = (rows_on * R * panel.blocks + fetched) * block_bytes;
         fetched += 1;
         if fetched == panel.blocks {
             (fetched, rows_on) = (0, rows_on + 1);
         }
-        let mut fetched = panel.packed;
-        for packed in &mut fetched {
-            *packed = packed.wrapping_add(fetch);
-        }
-        let here = (&blocks, fetched);
-        // Two to four columns of Q4_K and Q5_K are a third faster where the group is known at
-        // compile time; one column, and other types, are slower by up to a fifth.
-        if const { R * T == 4 && matches!(P::MIN, MinKind::One) } {
-            let at = index * groups;
+        let fetched = panel.packed.map(|packed| packed.wrapping_add(fetch));
+        let turns = const { turns::<P, T>() };
+        for first in 0..groups / turns {
+            let (first, at) = (turns * first, index * groups);
             // SAFETY: the blocks exist, and the groups below their number.
             unsafe {
-                for_each_group!(groups, |group| fetch_and_sum::<L, P, R, T>(
-                    here,
-                    (group, at),
-                    x,
-                    acc
-                ));
-            }
-        } else {
-            for group in 0..groups {
-                // SAFETY: the blocks and the group exist.
-                unsafe { fetch_and_sum::<L, P, R, T>(here, (group, index * groups), x, acc) };
+                for_each_group!(turns, |turn| {
+                    if FETCH {
+                        fetch_group::<L, P, R, T>(fetched, first + turn);
+                    }
+                    keep_order::<P>();
+                    sum_group::<L, P, R, T>(&blocks, first + turn, at + first + turn, x, acc)
+                });
             }
         }
     }
 }
 
-/// Asks for what lies ahead of a group, and adds the group.
+/// How many groups of a block follow each other with what differs between them known at compile
+/// time: two where they are the halves of the same bytes, four of one column where they are
+/// quarters. More columns then have more code than the compiler keeps in order.
+const fn turns<P: Packed, const T: usize>() -> usize {
+    if P::SIX_BITS {
+        2
+    } else if T == 1 && P::HALVES {
+        4
+    } else {
+        1
+    }
+}
+
+/// Whether weights are fetched into the second-level cache: with several columns, and where fields
+/// lie apart.
+const fn into_second<P: Packed, const T: usize>() -> bool {
+    T > 1 || P::HALVES
+}
+
+/// Asks for what lies ahead of a group.
 #[inline(always)]
-unsafe fn fetch_and_sum<L: Lanes, P: Packed, const R: usize, const T: usize>(
-    (blocks, fetched): (&[Block; R], [*const u8; R]),
-    (group, first_group): (usize, usize),
-    x: &[Column; T],
-    acc: &mut [[L::Float; T]; R],
+unsafe fn fetch_group<L: Lanes, P: Packed, const R: usize, const T: usize>(
+    fetched: [*const u8; R],
+    group: usize,
 ) {
     let lines = const { stream_lines::<P>() };
     for line in 0..lines {
         for fetched in fetched {
+            let at = fetched.wrapping_add(64 * (group * lines + line));
             // SAFETY: a prefetch of any address is harmless.
-            unsafe { L::prefetch(fetched.wrapping_add(64 * (group * lines + line))) };
+            unsafe {
+                match const { into_second::<P, T>() } {
+                    true => L::prefetch_second(at),
+                    false => L::prefetch(at),
+                }
+            }
         }
     }
-    // SAFETY: passed on.
-    unsafe { sum_group::<L, P, R, T>(blocks, group, first_group + group, x, acc) };
 }
 
 /// What a group takes of the stream of one group of rows, in whole cache lines.
 pub(super) const fn stream_lines<P: Packed>() -> usize {
     (ROWS * P::DTYPE.block_bytes() * GROUP).div_ceil(64 * P::DTYPE.block_elements())
-}
-
-/// One step of the accumulation for `T` columns; the twin of `scalar::accumulate`.
-#[inline(always)]
-unsafe fn sum_group<L: Lanes, P: Packed, const R: usize, const T: usize>(
-    blocks: &[Block; R],
-    group: usize,
-    x_group: usize,
-    x: &[Column; T],
-    acc: &mut [[L::Float; T]; R],
-) {
-    // SAFETY: `group` is one of the blocks', and `x_group` one of the column's.
-    unsafe {
-        let parts = if P::HALVES { 2 } else { 1 };
-        for half in 0..parts {
-            let mut isum = [[L::splat(0); T]; R];
-            for c in 0..T {
-                let start = start::<L, P>(half, x[c], x_group);
-                isum.iter_mut().for_each(|isum| isum[c] = start);
-            }
-            let words = 8 / parts;
-            for word in half * words..(half + 1) * words {
-                dot_word::<L, P, R, T>((blocks, group, word), x_group, x, &mut isum);
-            }
-            let mut scales = [L::splat_f32(0.0); R];
-            for r in 0..R {
-                scales[r] = P::scale::<L>(blocks[r], group, half);
-            }
-            for c in 0..T {
-                let x_scale = L::splat_f32((*x[c].1.add(x_group)).scale);
-                for r in 0..R {
-                    let scale = L::mul(scales[r], x_scale);
-                    acc[r][c] = L::fma(L::to_f32(isum[r][c]), scale, acc[r][c]);
-                }
-            }
-        }
-        match P::MIN {
-            MinKind::None => {}
-            MinKind::One => {
-                let mut mins = [L::splat_f32(0.0); R];
-                for r in 0..R {
-                    mins[r] = P::min::<L>(blocks[r], group);
-                }
-                for c in 0..T {
-                    let sum = L::splat_f32((*x[c].1.add(x_group)).scaled_sum);
-                    for r in 0..R {
-                        acc[r][c] = L::fma(mins[r], sum, acc[r][c]);
-                    }
-                }
-            }
-            MinKind::Pair => {
-                let mut pairs = [(L::splat(0), L::splat_f32(0.0)); R];
-                for r in 0..R {
-                    pairs[r] = P::min_pair::<L>(blocks[r], group);
-                }
-                for c in 0..T {
-                    let x_scale = L::splat_f32((*x[c].1.add(x_group)).scale);
-                    for r in 0..R {
-                        let sums = L::pair_dot(pairs[r].0, sums::<L>(x[c], x_group));
-                        let scale = L::mul(pairs[r].1, x_scale);
-                        acc[r][c] = L::fma(L::to_f32(sums), scale, acc[r][c]);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Four elements of each row times the same four of each column.
-#[inline(always)]
-unsafe fn dot_word<L: Lanes, P: Packed, const R: usize, const T: usize>(
-    (blocks, group, word): (&[Block; R], usize, usize),
-    x_group: usize,
-    x: &[Column; T],
-    isum: &mut [[L::Int; T]; R],
-) {
-    // SAFETY: group and word exist in the blocks, `x_group` in the column.
-    unsafe {
-        let mut words = [P::quants::<L>(blocks[0], group, word); R];
-        let mut signed = [L::signed(words[0]); R];
-        for r in 1..R {
-            words[r] = P::quants::<L>(blocks[r], group, word);
-            signed[r] = L::signed(words[r]);
-        }
-        for c in 0..T {
-            let at = x[c].0.add(x_group * GROUP + 4 * word).cast::<i32>();
-            let x = L::splat(at.read_unaligned());
-            for r in 0..R {
-                isum[r][c] = if P::SIGNED {
-                    L::dot_signed(isum[r][c], signed[r], x)
-                } else {
-                    L::dot_unsigned(isum[r][c], words[r], x)
-                };
-            }
-        }
-    }
 }

@@ -29,6 +29,8 @@ pub(super) trait Lanes: Copy {
 
     /// Asks for the cache line at `at`, which need not exist.
     unsafe fn prefetch(at: *const u8) -> ();
+    /// The same, into the second-level cache only.
+    unsafe fn prefetch_second(at: *const u8) -> ();
     /// 4 bytes per lane.
     unsafe fn load_words(from: *const u8) -> Self::Int;
     /// One byte per lane, zero-extended.
@@ -57,6 +59,10 @@ pub(super) trait Lanes: Copy {
     unsafe fn shl(a: Self::Int, count: usize) -> Self::Int;
     /// `a >> count` in each 32-bit lane, zeros shifted in.
     unsafe fn shr(a: Self::Int, count: usize) -> Self::Int;
+    /// Each 32-bit lane rotated left by `count` below 32.
+    unsafe fn rotate(a: Self::Int, count: usize) -> Self::Int;
+    /// `a >> count` in each 32-bit lane, copies of the sign shifted in.
+    unsafe fn shift_signed(a: Self::Int, count: usize) -> Self::Int;
     /// Replaces each byte (0..16) by the table's.
     unsafe fn lookup(table: &[i8; 16], index: Self::Int) -> Self::Int;
     /// Integer to f32.

@@ -6,6 +6,7 @@
 use super::lanes::Lanes;
 use crate::blocks::DType;
 use crate::dequantize::IQ4_CODEBOOK;
+use std::mem::MaybeUninit;
 
 /// A packed block, and the first of the rows that a vector's lanes are.
 #[derive(Clone, Copy)]
@@ -14,12 +15,42 @@ pub(super) struct Block {
     pub bytes: *const u8,
     /// First row: 0, or 8 for the second half with 8 lanes.
     pub lane: usize,
+    /// What [`SixBits::unpack`] has made for types with [`Packed::SIX_BITS`]; null where they are
+    /// to read the block itself.
+    pub six_bits: *const SixBits,
+}
+
+/// The 6-bit integers of a packed block of `Q4_K` or `Q5_K` as bytes: `[8 groups][16 rows]` scales,
+/// then as many offsets. Group by group they cost as much as a column's products.
+#[repr(align(64))]
+pub(super) struct SixBits(pub [u8; 256]);
+
+impl SixBits {
+    /// Those of the packed block at `bytes`. See `q4_k_scale_min` in `dequantize/group.rs`.
+    ///
+    /// # Safety
+    /// A packed block of such a type lies there.
+    #[inline(always)]
+    pub unsafe fn unpack(bytes: *const u8, to: &mut MaybeUninit<SixBits>) {
+        // SAFETY: the 12 bytes at offset 4 of each of 16 blocks; all of `to` is written.
+        unsafe {
+            let from = &*bytes.add(64).cast::<[u8; 192]>();
+            let to = (&raw mut (*to.as_mut_ptr()).0).cast::<u8>();
+            for at in 0..64 {
+                let (scale, min, rest) = (from[at], from[64 + at], from[128 + at]);
+                to.add(at).write(scale & 63);
+                to.add(64 + at).write((rest & 15) | (scale >> 6) << 4);
+                to.add(128 + at).write(min & 63);
+                to.add(192 + at).write(rest >> 4 | (min >> 6) << 4);
+            }
+        }
+    }
 }
 
 impl Block {
     /// Lanes of unit `index` (of `unit` bytes) of the field at `offset` of the original block.
     #[inline(always)]
-    fn at(self, offset: usize, unit: usize, index: usize) -> *const u8 {
+    pub(super) fn at(self, offset: usize, unit: usize, index: usize) -> *const u8 {
         self.bytes.wrapping_add(16 * offset + unit * (16 * index + self.lane))
     }
 
@@ -71,6 +102,8 @@ pub(super) trait Packed {
     /// Whether each half group of 16 elements has its own scale.
     const HALVES: bool = false;
     const MIN: MinKind = MinKind::None;
+    /// Whether scales and offsets are 6-bit integers that [`SixBits`] unpacks.
+    const SIX_BITS: bool = false;
 
     /// Elements `4·word ..` of a group of 32.
     unsafe fn quants<L: Lanes>(block: Block, group: usize, word: usize) -> L::Int;
@@ -102,9 +135,8 @@ macro_rules! decode {
     )*};
 }
 
-const NIBBLE: i32 = 0x0f0f_0f0f;
-const CRUMB: i32 = 0x0303_0303;
-const BIT: i32 = 0x0101_0101;
+pub(super) const NIBBLE: i32 = 0x0f0f_0f0f;
+pub(super) const BIT: i32 = 0x0101_0101;
 
 /// 4-bit elements of a 32-element group in 16 bytes: words 0..4 low, 4..8 high.
 #[inline(always)]
@@ -116,46 +148,6 @@ pub(super) unsafe fn nibbles<L: Lanes>(block: Block, offset: usize, word: usize)
     }
 }
 
-/// 4-bit elements of the K types: groups 2a and 2a + 1 share 32 bytes.
-#[inline(always)]
-unsafe fn paired_nibbles<L: Lanes>(
-    block: Block,
-    offset: usize,
-    group: usize,
-    word: usize,
-) -> L::Int {
-    // SAFETY: `offset` is that of a field of 128 bytes; the caller has checked the CPU.
-    unsafe {
-        let both = block.words::<L>(offset, 8 * (group / 2) + word);
-        L::and(L::shr(both, 4 * (group % 2)), L::splat(NIBBLE))
-    }
-}
-
-/// 2-bit elements of the K types: four groups share 32 bytes.
-#[inline(always)]
-unsafe fn crumbs<L: Lanes>(block: Block, offset: usize, group: usize, word: usize) -> L::Int {
-    // SAFETY: `offset` is that of a field of 64 bytes; the caller has checked the CPU.
-    unsafe {
-        let four = block.words::<L>(offset, 8 * (group / 4) + word);
-        L::and(L::shr(four, 2 * (group % 4)), L::splat(CRUMB))
-    }
-}
-
-/// 1-bit elements of the K types (all 8 groups share 32 bytes), moved to bit `to`.
-#[inline(always)]
-unsafe fn bits<L: Lanes>(
-    block: Block,
-    offset: usize,
-    (group, word): (usize, usize),
-    to: usize,
-) -> L::Int {
-    // SAFETY: `offset` is that of a field of 32 bytes; the caller has checked the CPU.
-    unsafe {
-        let eight = block.words::<L>(offset, word);
-        L::shl(L::and(L::shr(eight, group), L::splat(BIT)), to)
-    }
-}
-
 /// Fifth bits of `Q5_0` and `Q5_1`: bit `word` of each byte (see `repack::Unit::Bits`) to bit 4.
 #[inline(always)]
 unsafe fn fifth_bits<L: Lanes>(block: Block, offset: usize, word: usize) -> L::Int {
@@ -164,23 +156,6 @@ unsafe fn fifth_bits<L: Lanes>(block: Block, offset: usize, word: usize) -> L::I
         let mask = block.words::<L>(offset, 0);
         let moved = if word < 4 { L::shl(mask, 4 - word) } else { L::shr(mask, word - 4) };
         L::and(moved, L::splat(BIT << 4))
-    }
-}
-
-/// 6-bit integers of `Q4_K` and `Q5_K` (12 bytes at offset 4), as f32: scales at `first` 0, mins
-/// at `first` 4. See `q4_k_scale_min` in `dequantize/group.rs`.
-#[inline(always)]
-unsafe fn six_bits<L: Lanes>(block: Block, group: usize, first: usize) -> L::Float {
-    // SAFETY: the field has 12 bytes; the caller has checked the CPU.
-    unsafe {
-        let integer = if group < 4 {
-            L::and(block.bytes::<L>(4, first + group), L::splat(63))
-        } else {
-            let low = L::shr(block.bytes::<L>(4, 4 + group), first);
-            let high = L::shr(block.bytes::<L>(4, first + group - 4), 6);
-            L::or(L::and(low, L::splat(15)), L::shl(high, 4))
-        };
-        L::to_f32(integer)
     }
 }
 
@@ -246,99 +221,6 @@ impl Packed for Q8_0 {
     }
 }
 
-pub(super) struct Q2K;
-impl Packed for Q2K {
-    const DTYPE: DType = DType::Q2_K;
-    const HALVES: bool = true;
-    const MIN: MinKind = MinKind::Pair;
-    decode! {
-        fn quants<L>(block: Block, group: usize, word: usize) -> L::Int {
-            crumbs::<L>(block, 16, group, word)
-        }
-        fn scale<L>(block: Block, group: usize, half: usize) -> L::Float {
-            let integer = L::and(block.bytes::<L>(0, 2 * group + half), L::splat(15));
-            L::mul(block.f16::<L>(80), L::to_f32(integer))
-        }
-        fn min_pair<L>(block: Block, group: usize) -> (L::Int, L::Float) {
-            let low = L::shr(block.bytes::<L>(0, 2 * group), 4);
-            let high = L::shr(block.bytes::<L>(0, 2 * group + 1), 4);
-            (L::or(low, L::shl(high, 16)), L::neg(block.f16::<L>(82)))
-        }
-    }
-}
-
-pub(super) struct Q3K;
-impl Packed for Q3K {
-    const DTYPE: DType = DType::Q3_K;
-    const ZERO: i16 = 4;
-    const HALVES: bool = true;
-    decode! {
-        fn quants<L>(block: Block, group: usize, word: usize) -> L::Int {
-            L::or(crumbs::<L>(block, 32, group, word), bits::<L>(block, 0, (group, word), 2))
-        }
-        fn scale<L>(block: Block, group: usize, half: usize) -> L::Float {
-            let index = 2 * group + half;
-            let low = L::shr(block.bytes::<L>(96, index % 8), 4 * (index / 8));
-            let high = L::shr(block.bytes::<L>(96, 8 + index % 4), 2 * (index / 4));
-            let high = L::shl(L::and(high, L::splat(3)), 4);
-            let integer = L::sub(L::or(L::and(low, L::splat(15)), high), L::splat(32));
-            L::mul(block.f16::<L>(108), L::to_f32(integer))
-        }
-    }
-}
-
-pub(super) struct Q4K;
-impl Packed for Q4K {
-    const DTYPE: DType = DType::Q4_K;
-    const MIN: MinKind = MinKind::One;
-    decode! {
-        fn quants<L>(block: Block, group: usize, word: usize) -> L::Int {
-            paired_nibbles::<L>(block, 16, group, word)
-        }
-        fn scale<L>(block: Block, group: usize, _half: usize) -> L::Float {
-            L::mul(block.f16::<L>(0), six_bits::<L>(block, group, 0))
-        }
-        fn min<L>(block: Block, group: usize) -> L::Float {
-            L::neg(L::mul(block.f16::<L>(2), six_bits::<L>(block, group, 4)))
-        }
-    }
-}
-
-pub(super) struct Q5K;
-impl Packed for Q5K {
-    const DTYPE: DType = DType::Q5_K;
-    const MIN: MinKind = MinKind::One;
-    decode! {
-        fn quants<L>(block: Block, group: usize, word: usize) -> L::Int {
-            let low = paired_nibbles::<L>(block, 48, group, word);
-            L::or(low, bits::<L>(block, 16, (group, word), 4))
-        }
-        fn scale<L>(block: Block, group: usize, half: usize) -> L::Float {
-            Q4K::scale::<L>(block, group, half)
-        }
-        fn min<L>(block: Block, group: usize) -> L::Float { Q4K::min::<L>(block, group) }
-    }
-}
-
-pub(super) struct Q6K;
-impl Packed for Q6K {
-    const DTYPE: DType = DType::Q6_K;
-    const ZERO: i16 = 32;
-    const HALVES: bool = true;
-    decode! {
-        fn quants<L>(block: Block, group: usize, word: usize) -> L::Int {
-            let (half, quarter) = (group / 4, group % 4);
-            let low = block.words::<L>(0, 16 * half + 8 * (quarter % 2) + word);
-            let low = L::and(L::shr(low, 4 * (quarter / 2)), L::splat(NIBBLE));
-            L::or(low, L::shl(crumbs::<L>(block, 128, group, word), 4))
-        }
-        fn scale<L>(block: Block, group: usize, half: usize) -> L::Float {
-            let integer = L::load_signed_bytes(block.at(192, 1, 2 * group + half));
-            L::mul(block.f16::<L>(208), L::to_f32(integer))
-        }
-    }
-}
-
 pub(super) struct Iq4Nl;
 impl Packed for Iq4Nl {
     const DTYPE: DType = DType::IQ4_NL;
@@ -373,6 +255,7 @@ impl Packed for Iq4Xs {
 macro_rules! table {
     ($base:expr, $kernel:ident) => {{
         use super::int4::*;
+        use super::k_types::*;
         use super::packed::*;
         let mut kernels: [MatmulFn; crate::blocks::DType::COUNT] = $base;
         kernels[Q4_0::DTYPE as usize] = $kernel::<Q4_0>;

@@ -83,8 +83,9 @@ fn accumulate(acc: f32, weights: &Group, quants: &[i8], x: &GroupScale) -> f32 {
         Min::None => acc,
         Min::One(min) => min.mul_add(x.scaled_sum, acc),
         Min::Halves { scale, mins } => {
-            let sum = mins[0] * i32::from(x.sums[0]) + mins[1] * i32::from(x.sums[1]);
-            (sum as f32).mul_add(scale * x.scale, acc)
+            let [low, high] = x.less_sums.map(i32::from);
+            let less = mins[0] * low + mins[1] * high;
+            (less as f32).mul_add(-scale * x.scale, acc)
         }
     }
 }

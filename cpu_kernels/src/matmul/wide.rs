@@ -13,10 +13,10 @@
 //! A broadcast word serves R products and a weight vector T of them, so that with R = 2, T = 6 the
 //! 8 loads of a word take less time than its 12 products. A lane does what `scalar.rs` does.
 
-use super::columns::{Column, start, sums};
+use super::columns::{Column, less_sums, start};
 use super::interleaved::stream_lines;
 use super::lanes::Lanes;
-use super::packed::{Block, MinKind, Packed};
+use super::packed::{Block, MinKind, Packed, SixBits};
 use super::sums::{row_lanes, store_sums};
 use super::{Layout, MatrixView, OutputColumns};
 use crate::activations::Quantized;
@@ -37,7 +37,7 @@ struct Group<L: Lanes> {
     words: [L::Int; 8],
     /// Of the group, or of its halves.
     scales: [L::Float; 2],
-    /// Offset, or the scale of the offset pair.
+    /// Offset, or minus the scale of the offset pair.
     min: L::Float,
     /// Integer offsets of the halves.
     min_pair: L::Int,
@@ -133,7 +133,8 @@ unsafe fn block<L: Lanes, P: Packed, const R: usize>(
         let mut next = [std::ptr::null(); R];
         for (vector, next) in next.iter_mut().enumerate() {
             let row = first_row + vector * L::LANES;
-            let block = Block { bytes: at(row, start), lane: row % ROWS };
+            let bytes = at(row, start);
+            let block = Block { bytes, lane: row % ROWS, six_bits: std::ptr::null() };
             // SAFETY: `count` packed blocks lie there; the chunk has room for their groups.
             unsafe { decode::<L, P>(block, count, &mut scratch.chunk[vector]) };
             *next = match start + count {
@@ -165,7 +166,13 @@ unsafe fn decode<L: Lanes, P: Packed>(
     let groups = const { P::DTYPE.block_elements() / GROUP };
     let size = const { ROWS * P::DTYPE.block_bytes() };
     for index in 0..count {
-        let block = Block { bytes: first.bytes.wrapping_add(index * size), ..first };
+        let bytes = first.bytes.wrapping_add(index * size);
+        let mut six_bits = MaybeUninit::uninit();
+        if P::SIX_BITS {
+            // SAFETY: the block exists, of a type with 6-bit integers.
+            unsafe { SixBits::unpack(bytes, &mut six_bits) };
+        }
+        let block = Block { bytes, lane: first.lane, six_bits: six_bits.as_ptr() };
         for group in 0..groups {
             let target = decoded[index * groups + group].as_mut_ptr();
             // SAFETY: the block and the group exist, and so does the target.
@@ -193,7 +200,7 @@ unsafe fn decode_group<L: Lanes, P: Packed>(block: Block, group: usize, target: 
             MinKind::Pair => {
                 let (pair, scale) = P::min_pair::<L>(block, group);
                 (&raw mut (*target).min_pair).write(pair);
-                (&raw mut (*target).min).write(scale);
+                (&raw mut (*target).min).write(L::neg(scale));
             }
         }
     }
@@ -254,7 +261,9 @@ unsafe fn tile<L: Lanes, P: Packed, const R: usize, const T: usize>(
             for (vector, weights) in weights.iter_mut().enumerate() {
                 *weights = scratch.chunk[vector][group].as_ptr();
                 for line in 0..if first == panel.columns.0 { lines } else { 0 } {
-                    L::prefetch(panel.next[vector].wrapping_add(64 * (group * lines + line)));
+                    L::prefetch_second(
+                        panel.next[vector].wrapping_add(64 * (group * lines + line)),
+                    );
                 }
             }
             add_group::<L, P, R, T>(&weights, group, &x, &mut acc);
@@ -353,7 +362,7 @@ unsafe fn add_min<L: Lanes, P: Packed, const R: usize, const T: usize>(
                     }
                 }
                 MinKind::Pair => {
-                    let (sums, x_scale) = (sums::<L>(x[c], group), L::splat_f32(of_x.scale));
+                    let (sums, x_scale) = (less_sums::<L>(x[c], group), L::splat_f32(of_x.scale));
                     for r in 0..R {
                         let sums = L::pair_dot((*weights[r]).min_pair, sums);
                         let scale = L::mul((*weights[r]).min, x_scale);

@@ -171,7 +171,8 @@ unsafe fn sum<P: Packed, const A: usize, const R: usize>(
             let place: [*mut Weights; R] =
                 ring[step % PLACES].each_mut().map(MaybeUninit::as_mut_ptr);
             for (r, tile) in place.into_iter().enumerate() {
-                let block = Block { bytes: panel.packed[r].wrapping_add(block), lane: 0 };
+                let bytes = panel.packed[r].wrapping_add(block);
+                let block = Block { bytes, lane: 0, six_bits: std::ptr::null() };
                 decode::<P>(block, group, tile, &mut largest, |word| {
                     if is_due && (r * STEPS + word).is_multiple_of(R) {
                         unit::instruction::<A, R>((r * STEPS + word) / R, x, due);

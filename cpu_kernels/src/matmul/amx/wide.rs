@@ -146,7 +146,8 @@ unsafe fn decode_chunk<P: Packed>(
             let at = |block: usize| rows.wrapping_add(block * ROWS * P::DTYPE.block_bytes());
             let mut largest = Largest::none();
             for (step, tile) in weights.iter_mut().enumerate().take(chunk.groups) {
-                let block = Block { bytes: at(step / block_groups), lane: 0 };
+                let bytes = at(step / block_groups);
+                let block = Block { bytes, lane: 0, six_bits: std::ptr::null() };
                 let (group, tile) = (step % block_groups, tile.as_mut_ptr());
                 decode::<P>(block, group, tile, &mut largest, |_| {});
             }
