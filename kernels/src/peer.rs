@@ -48,7 +48,10 @@ impl Gpu {
         let is_direct = self.ordinal() == to.ordinal()
             || copies == PeerCopies::Allowed && self.may_write_to(to)?;
         let host = (!is_direct).then(|| to.alloc_pinned(bytes)).transpose()?;
-        Ok(PeerLane { host, sent: event(self)?, used: event(to)? })
+        let lane = PeerLane { host, sent: event(self)?, used: event(to)? };
+        // The memory that rows come to may still be cleared there.
+        lane.used(to)?;
+        Ok(lane)
     }
 
     /// Has the driver let this GPU write all memory that is allocated on another. Whether it does.

@@ -115,7 +115,11 @@ impl GpuPipeline {
         }
         match self.compute(plan) {
             Ok(()) => self.gather(output),
-            Err(error) => output.refusal = Some(refused(error, &mut self.failure)?),
+            Err(error) => {
+                output.refusal = Some(refused(error, &mut self.failure)?);
+                // Stages before the one that refused it work on blocks that are given back.
+                self.stages.iter().try_for_each(|stage| stage.kv.keep_order())?;
+            }
         }
         output.duration_us = started.elapsed().as_micros() as u64;
         Ok(())
