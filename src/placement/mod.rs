@@ -246,7 +246,11 @@ impl Placement {
             Err(error) => Err(error),
         };
         match (whole, spilled) {
-            (Ok(whole), Ok(spilled)) if whole.context_tokens < spilled.context_tokens => {
+            // On several GPUs nothing has to be spilled; a longer context is worth some networks
+            // of one, not half of them.
+            (Ok(whole), Ok(spilled))
+                if whole.stages.len() == 1 && whole.context_tokens < spilled.context_tokens =>
+            {
                 Ok(spilled)
             }
             (Ok(whole), _) => Ok(whole),
