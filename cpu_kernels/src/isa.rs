@@ -139,7 +139,9 @@ pub(crate) fn follows_streams() -> bool {
         let (vendor, version) = (__cpuid(0), __cpuid(1).eax);
         let family = (version >> 8 & 15) + (version >> 20 & 255);
         let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
-        name.as_flattened() == b"AuthenticAMD" && family == 0x19
+        // Its family is that of Zen 3 as well, which has no AVX-512.
+        let is_zen4 = family == 0x19 && is_x86_feature_detected!("avx512f");
+        name.as_flattened() == b"AuthenticAMD" && is_zen4
     });
     *FOLLOWS
 }
