@@ -206,6 +206,8 @@ impl EngineLoop {
     fn lose_the_stage(&mut self) {
         self.generation = self.shared.steps.generation();
         self.scheduler.executor_lost(self.shared.now_us(), &mut self.events);
+        // What was ordered since the stage died is of no epoch that goes on.
+        self.shared.swaps.loop_starts();
         self.swaps.reset(&self.shared.swaps);
         self.last_run_end_us = None;
     }

@@ -22,7 +22,9 @@ impl Scheduler {
             return;
         }
         self.chunks.learn(&self.mix, output.duration_us);
-        if self.mix.decodes() == 0 {
+        let waited_for = !plan.logits.is_empty();
+        let before_too = std::mem::replace(&mut self.was_waited_for, waited_for);
+        if self.mix.decodes() == 0 && waited_for && before_too {
             self.costs.learn_prompt(plan.tokens.len(), output.duration_us);
         }
         for planned in &plan.sequences {

@@ -106,6 +106,10 @@ impl Scheduler {
             let flight = self.flights.flights.pop_front();
             let flight = flight.filter(|flight| flight.copy == result.copy);
             let flight = flight.unwrap_or_else(|| panic!("nobody has ordered {:?}", result.copy));
+            self.failed_copies = match result.outcome {
+                CopyOutcome::Done => 0,
+                CopyOutcome::Failed => self.failed_copies + 1,
+            };
             self.end_copy(now_us, flight, result.outcome);
         }
         let lower = |copy: &BlockCopy| copy.from.0.max(copy.to.0);

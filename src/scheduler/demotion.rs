@@ -20,6 +20,9 @@ use crate::units::SequenceId;
 
 /// Steps of decoding that blocks are held ready for: a swap takes a few.
 const AHEAD_TOKENS: usize = 4;
+/// After so many failed copies in a row none begin ahead of need, until one succeeds: what failed
+/// would be tried without an end.
+const FAILED_COPIES_MAX: usize = 64;
 
 impl Scheduler {
     /// Blocks that are to be at hand in a tier: those of the widest two steps, half of the tier at
@@ -54,7 +57,8 @@ impl Scheduler {
 
     /// Begins the copies that keep blocks ready in both upper tiers.
     pub(super) fn copy_ahead(&mut self) {
-        if self.tiers.lower_len() == 0 || self.awaits_copies {
+        let is_off = self.tiers.lower_len() == 0 || self.failed_copies >= FAILED_COPIES_MAX;
+        if is_off || self.awaits_copies {
             return;
         }
         if self.hasher.is_some() {
@@ -71,11 +75,23 @@ impl Scheduler {
         let ready = self.ready_blocks(tier);
         loop {
             let at_hand = self.tiers.pool(tier).free() + self.flights.going_down(tier);
-            let scan = ready.saturating_sub(at_hand);
+            // Of more than lower tiers hold, each copy would push out one that is looked for.
+            let scan = ready.saturating_sub(at_hand).min(self.room_below(tier));
             let Some(block) = self.tiers.next_uncopied(tier, scan) else { return };
             let Some(lower) = self.tier_for_prefix(tier) else { return };
             let Some(copy) = self.tiers.begin_copy((tier, block), lower) else { return };
             self.flights.begin(copy, None);
+        }
+    }
+
+    /// Names that the tiers below one can hold for certain: what is on disk may be in host memory
+    /// as well.
+    fn room_below(&self, tier: Tier) -> usize {
+        let disk = if self.disk_stopped { 0 } else { self.tiers.pool(Tier::Disk).available() };
+        match tier {
+            Tier::Device => self.tiers.pool(Tier::Host).available().max(disk),
+            Tier::Host => disk,
+            Tier::Disk => 0,
         }
     }
 

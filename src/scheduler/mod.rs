@@ -57,6 +57,10 @@ pub struct Scheduler {
     costs: SwapCosts,
     /// Nothing more goes to the disk tier.
     disk_stopped: bool,
+    /// Copies that have failed since the last that did not.
+    failed_copies: usize,
+    /// Whether the executor has waited for the step before: one without logits is only begun.
+    was_waited_for: bool,
     /// Somebody waits in this step for blocks that copies hold: none more begin ahead of need.
     awaits_copies: bool,
     sequences: HashMap<SequenceId, Sequence>,
@@ -96,6 +100,8 @@ impl Scheduler {
             flights: Flights::new(if lower > 0 { 2 * blocks.device + blocks.host } else { 0 }),
             costs: SwapCosts::new(options.rates, options.block_bytes, options.block_tokens),
             disk_stopped: false,
+            failed_copies: 0,
+            was_waited_for: false,
             awaits_copies: false,
             sequences: HashMap::new(),
             queue: Vec::new(),

@@ -6,10 +6,9 @@
 //! swap it         = 2 · bring it up: it goes down first
 //! ```
 //! Rates are given (measured or predicted where the machine was probed, else [`TierRates`]'s
-//! default) and refined by what the scheduler's own steps and copies took. One step counts within a
-//! factor of [`TRUST`] of those before it, a copy within that of what was given: somebody else may
-//! have had the machine. A tier that does not pay is measured no more, so its rate drifts back to
-//! what was given.
+//! default) and refined by what the scheduler's own steps and copies took, each within a factor of
+//! [`TRUST`] of what was given: somebody else may have had the machine. A tier that does not pay is
+//! measured no more, so its rate drifts back to what was given.
 
 use crate::step::Tier;
 
@@ -101,7 +100,7 @@ impl SwapCosts {
             return;
         }
         let rate = tokens as f64 / seconds(duration_us);
-        self.now.prompt_tokens = moved(self.now.prompt_tokens, self.now.prompt_tokens, rate);
+        self.now.prompt_tokens = moved(self.now.prompt_tokens, self.given.prompt_tokens, rate);
         self.now.host_bytes += DRIFT * (self.given.host_bytes - self.now.host_bytes);
         self.now.disk_bytes += DRIFT * (self.given.disk_bytes - self.now.disk_bytes);
     }

@@ -202,3 +202,41 @@ fn sixty_four_clients_in_a_store_for_four_all_end_in_the_order_of_their_arrival(
         }
     }
 }
+
+/// Plans without work to do, and performs the copies that begin; how many until none does.
+fn copies_until_quiet(rig: &mut Rig, outcome: CopyOutcome) -> usize {
+    let mut count = 0;
+    for _ in 0..300 {
+        rig.plan_only();
+        assert!(rig.plan.is_empty());
+        let mut copies = Vec::new();
+        rig.scheduler.take_copies(&mut copies);
+        if copies.is_empty() {
+            return count;
+        }
+        count += copies.len();
+        let results: Vec<_> = copies.iter().map(|copy| rig.machine.copy(*copy, outcome)).collect();
+        rig.scheduler.copied(rig.now_us, &results, 100);
+    }
+    panic!("{count} copies and no end: {:?}", rig.scheduler.stats());
+}
+
+#[test]
+fn who_has_nothing_to_do_comes_to_rest_whatever_lower_tiers_hold() {
+    let sizes = [0, 1, 2, 3, 5, 7, 8, 9, 20, 40];
+    for (host, disk) in sizes.iter().flat_map(|host| sizes.map(|disk| (*host, disk))) {
+        for outcome in [CopyOutcome::Done, CopyOutcome::Failed] {
+            let mut rig = Rig::new(with(32, host, disk));
+            rig.copy_outcome = outcome;
+            // Whole blocks of prefixes, more than the device holds.
+            for id in 1..13 {
+                rig.add(sequence(id, prompt(id as u32, 60), 5));
+            }
+            rig.until(500, |rig| rig.ended.len() == 12);
+            assert!(rig.scheduler.stats().device.free < 4, "{:?}", rig.scheduler.stats());
+            let count = copies_until_quiet(&mut rig, outcome);
+            assert!(count <= 100, "{count} copies, {host} and {disk} blocks, {outcome:?}");
+            assert_eq!(copies_until_quiet(&mut rig, outcome), 0, "it stays at rest");
+        }
+    }
+}
