@@ -175,10 +175,30 @@ impl StepRunner for Tiered<GpuPipeline> {
 
 impl TierSource for KvSource {
     fn tiers(&self) -> Result<Box<dyn BlockMover>, StageFault> {
-        match KvTiers::new(Arc::clone(&self.kv), &self.options) {
+        let made = |options: &TierOptions| KvTiers::new(Arc::clone(&self.kv), options);
+        match made(&self.options) {
             Ok(tiers) => Ok(Box::new(tiers)),
+            Err(error @ ExecutorError::DiskTier { .. }) => {
+                // As of a disk that fails later: nothing goes there, all else goes on.
+                tracing::error!(%error, "no KV blocks go to disk");
+                let tiers = made(&TierOptions { disk_blocks: 0, ..self.options.clone() });
+                Ok(Box::new(WithoutDisk(tiers.map_err(|error| StageFault::from(&error))?)))
+            }
             Err(error) => Err((&error).into()),
         }
+    }
+}
+
+/// Tiers whose disk can't be had.
+struct WithoutDisk(KvTiers);
+
+impl BlockMover for WithoutDisk {
+    fn perform(&mut self, orders: &[BlockCopy], results: &mut Vec<CopyResult>) {
+        self.0.perform(orders, results);
+    }
+
+    fn disk_stopped(&self) -> bool {
+        true
     }
 }
 

@@ -65,7 +65,10 @@ impl KvTiers {
     /// Memory refused, or [`ExecutorError::DiskTier`].
     pub fn new(kv: Arc<dyn KvBlocks>, options: &TierOptions) -> Result<Self, ExecutorError> {
         let block_bytes = kv.block_bytes();
-        let bounce_blocks = (BOUNCE_BYTES / block_bytes.max(1)).clamp(1, RUN_ORDERS_MAX);
+        let bounce_blocks = match options.host_blocks + options.disk_blocks {
+            0 => 0,
+            _ => (BOUNCE_BYTES / block_bytes.max(1)).clamp(1, RUN_ORDERS_MAX),
+        };
         let mut bounce = HostTier::new(&*kv, bounce_blocks)?;
         bounce.prepare_all(&*kv)?;
         let mut host = HostTier::new(&*kv, options.host_blocks)?;
