@@ -5,8 +5,7 @@
 
 mod gpu;
 
-use gpu::{gpu, on_gpu};
-use std::process::Command;
+use gpu::{gpu, on_gpu, said_by_child};
 use std::time::{Duration, Instant};
 use tandem_cpu_kernels::DType;
 use tandem_kernels::{DeviceMatrix, EmbedRows, Gpu, GpuError, PeerCopies, driver};
@@ -135,12 +134,6 @@ fn a_lost_gpu_is_named_and_the_one_that_waits_for_it_does_not_crash() {
     if gpu().is_none() {
         return;
     }
-    let output = Command::new(std::env::current_exe().expect("this test's program"))
-        .args([CHILD, "--exact", "--nocapture"])
-        .env(IN_CHILD, "1")
-        .output()
-        .expect("the child runs");
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{output:?}");
+    let said = said_by_child(CHILD, IN_CHILD);
     assert!(said.contains("answer: GPU 0 is lost"), "{said}");
 }

@@ -5,6 +5,7 @@ pub mod kept;
 pub mod specification;
 pub mod world;
 
+use std::process::Command;
 use tandem_cpu_kernels::{ActivationBuffer, Isa, Kernels};
 use tandem_kernels::{DeviceMemory, EightBits, Gpu, driver};
 
@@ -140,4 +141,16 @@ pub fn distance(a: &[f32], b: &[f32]) -> (f32, f32) {
         all.fold(0.0f32, |max, x| if x.is_nan() || x > max { x } else { max })
     };
     (max(&mut off.into_iter()), max(&mut b.iter().map(|b| b.abs())))
+}
+
+/// What a test of this program says in a process of its own, in which a variable is set. It ends
+/// well there.
+pub fn said_by_child(test: &str, variable: &str) -> String {
+    let output = Command::new(std::env::current_exe().expect("this test's program"))
+        .args([test, "--exact", "--nocapture"])
+        .env(variable, "1")
+        .output()
+        .expect("the child runs");
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
