@@ -1,5 +1,6 @@
 //! `tandem plan --measured`: what was predicted, run by the engine as `tandem serve` would run it.
 
+use super::bench::made_up;
 use super::connection;
 use super::output::Output;
 use anyhow::{Context, Result};
@@ -46,7 +47,7 @@ pub async fn run(prediction: &Prediction, config: &Config, output: Output) -> Re
         output.notice(&format!("measuring a prompt of {}", prompt.tokens))?;
         // Its answer has to have room as well.
         let tokens = prompt.tokens.min(info.context_tokens - 1);
-        let text = made_up(tokens, 1_000_000 + index, bench.vocab);
+        let text = text(tokens, 1_000_000 + index, bench.vocab);
         let (started, times) = (Instant::now(), bench.generate(text, 1).await?);
         let first = times.first().context("a prompt without an answer")?;
         measured.prompt.push(tokens as f64 / (*first - started).as_secs_f64());
@@ -68,8 +69,7 @@ impl Bench {
         let generated = GENERATED.min(context_tokens / 2);
         // Of whole blocks and one token nothing but that is computed a second time.
         let prompt = (context_tokens - generated) / self.block_tokens * self.block_tokens + 1;
-        let prompts =
-            (0..streams).map(|stream| made_up(prompt, 1_000 * round + stream, self.vocab));
+        let prompts = (0..streams).map(|stream| text(prompt, 1_000 * round + stream, self.vocab));
         let prompts: Vec<_> = prompts.collect();
         let ask = |tokens| prompts.iter().map(move |prompt| self.generate(prompt.clone(), tokens));
         // Else the first streams would end before the last prompt is read.
@@ -107,13 +107,9 @@ fn rate(answers: &[Vec<Instant>]) -> Option<f64> {
     (seconds > 0.0).then(|| tokens as f64 / seconds)
 }
 
-/// A text unlike any other: Knuth's multiplicative hash.
-fn made_up(tokens: usize, number: usize, vocab: usize) -> Vec<TokenId> {
-    let token = |position: usize| {
-        let hash = (number * 7919 + position + 1).wrapping_mul(2_654_435_761) >> 8;
-        TokenId((hash % vocab) as u32)
-    };
-    (0..tokens).map(token).collect()
+/// A text unlike any of another number.
+fn text(tokens: usize, number: usize, vocab: usize) -> Vec<TokenId> {
+    (0..tokens).map(|position| made_up(number, position, vocab)).collect()
 }
 
 #[cfg(test)]
@@ -134,7 +130,7 @@ mod tests {
 
     #[test]
     fn texts_differ_from_their_first_token_on() {
-        let texts: Vec<_> = (0..40).map(|number| made_up(3, number, 32_000)).collect();
+        let texts: Vec<_> = (0..40).map(|number| text(3, number, 32_000)).collect();
         let first: std::collections::HashSet<_> = texts.iter().map(|text| text[0]).collect();
         assert_eq!(first.len(), texts.len());
         assert!(texts.iter().flatten().all(|token| token.0 < 32_000));

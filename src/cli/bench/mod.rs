@@ -11,6 +11,7 @@ mod roofs;
 mod work;
 
 pub use arguments::BenchArguments;
+pub use rig::made_up;
 
 use super::loading::LoadMeter;
 use super::output::Output;

@@ -214,7 +214,7 @@ impl Rig {
 }
 
 /// A text without repetitions that a cache could learn: Knuth's multiplicative hash.
-fn made_up(stream: usize, position: usize, vocab: usize) -> TokenId {
+pub fn made_up(stream: usize, position: usize, vocab: usize) -> TokenId {
     let hash = (stream * 7919 + position + 1).wrapping_mul(2_654_435_761) >> 8;
     TokenId((hash % vocab) as u32)
 }
