@@ -124,9 +124,9 @@ pub trait StageFactory: Send + Sync {
     fn start(&self) -> Result<Box<dyn StepRunner>, StageFault>;
 }
 
-/// A stage with the tiers behind its KV blocks.
-struct Tiered<S> {
-    stage: S,
+/// What runs the steps of a stage, with the tiers behind its KV blocks.
+struct Tiered<Run> {
+    run: Run,
     source: Arc<KvSource>,
 }
 
@@ -136,36 +136,22 @@ struct KvSource {
     options: TierOptions,
 }
 
-impl<S> Tiered<S> {
-    fn boxed(stage: S, kv: Arc<dyn KvBlocks>, options: &TierOptions) -> Box<Self> {
+impl<Run> Tiered<Run>
+where
+    Run: FnMut(&StepPlan, &mut StepOutput) -> Result<(), ExecutorError> + 'static,
+{
+    fn boxed(kv: Arc<dyn KvBlocks>, options: &TierOptions, run: Run) -> Box<dyn StepRunner> {
         let source = Arc::new(KvSource { kv, options: options.clone() });
-        Box::new(Self { stage, source })
+        Box::new(Self { run, source })
     }
 }
 
-impl StepRunner for Tiered<Stage> {
+impl<Run> StepRunner for Tiered<Run>
+where
+    Run: FnMut(&StepPlan, &mut StepOutput) -> Result<(), ExecutorError>,
+{
     fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), StageFault> {
-        self.stage.run(plan, output).map_err(|error| StageFault::from(&error))
-    }
-
-    fn tiers(&self) -> Arc<dyn TierSource> {
-        Arc::clone(&self.source) as _
-    }
-}
-
-impl StepRunner for Tiered<GpuStage> {
-    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), StageFault> {
-        self.stage.run(plan, output).map_err(|error| StageFault::from(&error))
-    }
-
-    fn tiers(&self) -> Arc<dyn TierSource> {
-        Arc::clone(&self.source) as _
-    }
-}
-
-impl StepRunner for Tiered<GpuPipeline> {
-    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), StageFault> {
-        self.stage.run(plan, output).map_err(|error| StageFault::from(&error))
+        (self.run)(plan, output).map_err(|error| StageFault::from(&error))
     }
 
     fn tiers(&self) -> Arc<dyn TierSource> {
@@ -273,10 +259,9 @@ impl StageFactory for CpuStages {
             Ok(stage)
         };
         match warm() {
-            Ok(stage) => {
-                let kv = stage.kv();
-                Ok(Tiered::boxed(stage, kv, &self.tiers))
-            }
+            Ok(mut stage) => Ok(Tiered::boxed(stage.kv(), &self.tiers, move |plan, output| {
+                stage.run(plan, output)
+            })),
             Err::<_, ExecutorError>(error) => Err((&error).into()),
         }
     }
@@ -318,13 +303,12 @@ impl GpuStages {
 impl StageFactory for GpuStages {
     fn start(&self) -> Result<Box<dyn StepRunner>, StageFault> {
         let started = match &self.weights[..] {
-            [whole] => GpuStage::start(Arc::clone(whole), &self.options).map(|stage| {
-                let kv = stage.kv();
-                Tiered::boxed(stage, kv, &self.tiers) as Box<dyn StepRunner>
+            [whole] => GpuStage::start(Arc::clone(whole), &self.options).map(|mut stage| {
+                Tiered::boxed(stage.kv(), &self.tiers, move |plan, output| stage.run(plan, output))
             }),
-            parts => GpuPipeline::start(parts, &self.options, self.copies).map(|stages| {
+            parts => GpuPipeline::start(parts, &self.options, self.copies).map(|mut stages| {
                 let kv = stages.kv();
-                Tiered::boxed(stages, kv, &self.tiers) as Box<dyn StepRunner>
+                Tiered::boxed(kv, &self.tiers, move |plan, output| stages.run(plan, output))
             }),
         };
         started.map_err(|error| StageFault::from(&error))
