@@ -19,6 +19,8 @@ use tiny_model::{Family, TinyModel};
 
 static TINY: LazyLock<PathBuf> = LazyLock::new(|| {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    // A test executable may run on another machine than cargo.
+    std::fs::create_dir_all(folder).unwrap();
     let (path, mine) = (folder.join("tiny.gguf"), format!("tiny-{}.gguf", std::process::id()));
     // Several test binaries may write it at once: the last rename wins, all are the same.
     TinyModel::new(Family::Llama).write(&folder.join(&mine));
@@ -34,6 +36,7 @@ pub fn tiny_model_file() -> PathBuf {
 /// Small queues and one tokenizer thread, so that limits are near.
 pub fn config() -> Config {
     let mut config = Config::default();
+    config.gpu.device = "off".into();
     config.cpu.threads = 1;
     config.cpu.pin = false;
     config.tokenizer.workers = 1;
