@@ -133,7 +133,7 @@ def bench(options, prompt, gen, streams):
     command = [
         options.tandem, "bench", options.model, "--output", "json", "--repetitions", "1",
         "--quiet", "--threads", str(options.threads), "--n-prompt", prompt, "--n-gen", gen,
-        "--n-parallel", streams,
+        "--n-parallel", streams, "--set", "gpu.device=off",
     ]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 

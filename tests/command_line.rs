@@ -35,6 +35,7 @@ impl Desk {
         command.args(arguments).current_dir(self.folder.path()).stdin(Stdio::null());
         command.env_clear().env("XDG_RUNTIME_DIR", self.folder.path());
         command.env("TMPDIR", self.folder.path()).env("HOME", self.folder.path());
+        command.env("TANDEM__GPU__DEVICE", "off");
         command
     }
 

@@ -18,7 +18,13 @@ const SHORT: [&str; 9] = ["-p", "40", "-n", "3", "-r", "2", "-t", "1", "--no-roo
 
 fn bench(arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
-    command.arg("bench").args(arguments).env_clear().output().unwrap()
+    command
+        .arg("bench")
+        .args(arguments)
+        .env_clear()
+        .env("TANDEM__GPU__DEVICE", "off")
+        .output()
+        .unwrap()
 }
 
 fn ok(arguments: &[&str]) -> String {

@@ -14,7 +14,7 @@ use tiny_model::{Family, TinyModel};
 fn tandem(arguments: &[&str], home: &Path) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
     command.args(arguments).current_dir(home);
-    command.env_clear().env("HOME", home).output().unwrap()
+    command.env_clear().env("HOME", home).env("TANDEM__GPU__DEVICE", "off").output().unwrap()
 }
 
 fn probe(arguments: &[&str], home: &Path) -> Output {

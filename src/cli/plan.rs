@@ -66,8 +66,10 @@ pub async fn run(
         return Ok(());
     }
     print_placement(&placement, spec.architecture, output)?;
-    if config.gpu.device == "off" {
-        output.line(&match (&hardware.gpus.absence, hardware.gpus.devices.len()) {
+    let gpus = &hardware.gpus;
+    let is_without = gpus.devices.is_empty() && !gpus.is_broken;
+    if config.gpu.device == "off" || is_without {
+        output.line(&match (&gpus.absence, gpus.devices.len()) {
             (Some(absence), _) => format!("no GPU is used: {absence}"),
             (None, 1) => "there is a GPU; gpu.device = \"auto\" uses it".to_owned(),
             (None, gpus) => {

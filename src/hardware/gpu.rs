@@ -3,7 +3,7 @@
 use super::system_files::SystemFiles;
 use serde::Serialize;
 use std::path::Path;
-use tandem_kernels::{DeviceFacts, driver};
+use tandem_kernels::{DeviceFacts, DriverError, driver};
 
 /// One GPU.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -42,6 +42,9 @@ pub struct Gpus {
     pub devices: Vec<Gpu>,
     /// Why `devices` is empty, in words for the user.
     pub absence: Option<String>,
+    /// Whether something can be mended for there to be some, such as a driver that is too old. Without
+    /// a driver there is nothing to say.
+    pub is_broken: bool,
 }
 
 impl Gpus {
@@ -49,9 +52,14 @@ impl Gpus {
     pub fn detect() -> Gpus {
         match driver().and_then(|driver| driver.devices()) {
             Ok(devices) => {
-                Gpus { devices: devices.into_iter().map(Gpu::from).collect(), absence: None }
+                let devices = devices.into_iter().map(Gpu::from).collect();
+                Gpus { devices, absence: None, is_broken: false }
             }
-            Err(error) => Gpus { devices: Vec::new(), absence: Some(error.to_string()) },
+            Err(error) => Gpus {
+                devices: Vec::new(),
+                absence: Some(error.to_string()),
+                is_broken: !matches!(error, DriverError::NoDriverLibrary | DriverError::NoDevice),
+            },
         }
     }
 }

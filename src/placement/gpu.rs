@@ -28,7 +28,7 @@ const MEASURE_BYTES: u64 = 26 << 10;
 const STAGING_BYTES: u64 = 32 << 20;
 
 /// The GPUs that a model may be placed on: sets of which the first that holds it is taken. None
-/// where no GPU is used; `notes` say why, where one was wanted.
+/// where no GPU is used; `notes` say why, where one was wanted and there is one, or might be.
 pub(super) fn choose<'h>(
     spec: &ModelSpec,
     hardware: &'h HardwareProfile,
@@ -54,7 +54,10 @@ pub(super) fn choose<'h>(
         (Ok(gpus), GpuChoice::Auto) => Ok(fewest_first(gpus, spec.layers.len())),
         (Ok(gpus), _) => Ok(vec![gpus]),
         (Err(reason), GpuChoice::Auto) => {
-            notes.push(format!("no GPU is used: {reason}"));
+            // A machine without a GPU needs no word about it at every start.
+            if hardware.gpus.is_broken || !devices.is_empty() {
+                notes.push(format!("no GPU is used: {reason}"));
+            }
             Ok(Vec::new())
         }
         (Err(reason), _) => Err(RequestError::InvalidParams {
