@@ -21,6 +21,7 @@ pub struct Config {
     pub model: ModelConfig,
     pub cpu: CpuConfig,
     pub gpu: GpuConfig,
+    pub placement: PlacementConfig,
     pub kv: KvConfig,
     pub scheduler: SchedulerConfig,
     pub stream: StreamConfig,
@@ -89,6 +90,16 @@ pub struct GpuConfig {
     pub step_timeout_ms: u64,
 }
 
+/// Section `[placement]`: the requests that a placement is made for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "config/default.toml documents every field")]
+pub struct PlacementConfig {
+    pub streams: usize,
+    pub prompt_tokens: usize,
+    pub generated_tokens: usize,
+}
+
 /// Section `[kv]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -114,6 +125,20 @@ pub struct SchedulerConfig {
     pub queue_max: usize,
     pub prefill_slowdown_max: f64,
     pub prefill_tokens_min: usize,
+}
+
+impl SchedulerConfig {
+    /// The ranges of what steps may be.
+    fn validate_steps(&self) -> Result<(), ConfigError> {
+        let Self { step_tokens_max: tokens, prefill_slowdown_max: slowdown, .. } = *self;
+        if !matches!(tokens, 0 | 8..=65_535) {
+            return Err(refuse("scheduler.step_tokens_max", tokens, "0, or 8 to 65535".into()));
+        }
+        if !(1.0..=100.0).contains(&slowdown) {
+            return Err(refuse("scheduler.prefill_slowdown_max", slowdown, "1 to 100".into()));
+        }
+        Ok(())
+    }
 }
 
 /// Section `[stream]`.
@@ -199,10 +224,12 @@ impl Config {
     /// # Errors
     /// The first knob that is out of range.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let counts: [(&str, usize, usize, usize); 13] = [
+        let counts: [(&str, usize, usize, usize); 15] = [
             ("cpu.threads", self.cpu.threads, 0, 1024),
             ("kv.block_tokens", self.kv.block_tokens, 16, 256),
-            ("scheduler.step_tokens_max", self.scheduler.step_tokens_max, 8, 65_535),
+            ("placement.streams", self.placement.streams, 1, 4096),
+            ("placement.prompt_tokens", self.placement.prompt_tokens, 1, 10_000_000),
+            ("placement.generated_tokens", self.placement.generated_tokens, 1, 10_000_000),
             ("scheduler.sequences_max", self.scheduler.sequences_max, 1, 4096),
             ("scheduler.queue_max", self.scheduler.queue_max, 1, 1_000_000),
             ("scheduler.prefill_tokens_min", self.scheduler.prefill_tokens_min, 1, 4096),
@@ -227,10 +254,7 @@ impl Config {
         if !self.kv.block_tokens.is_power_of_two() {
             return Err(refuse("kv.block_tokens", self.kv.block_tokens, "a power of two".into()));
         }
-        if !(1.0..=100.0).contains(&self.scheduler.prefill_slowdown_max) {
-            let got = self.scheduler.prefill_slowdown_max;
-            return Err(refuse("scheduler.prefill_slowdown_max", got, "1 to 100".into()));
-        }
+        self.scheduler.validate_steps()?;
         self.validate_times()?;
         self.gpu.choice()?;
         self.gpu.streamed_percent()?;

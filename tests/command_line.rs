@@ -33,9 +33,9 @@ impl Desk {
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
         command.args(arguments).current_dir(self.folder.path()).stdin(Stdio::null());
-        command.env_clear().env("XDG_RUNTIME_DIR", self.folder.path());
-        command.env("TMPDIR", self.folder.path()).env("HOME", self.folder.path());
-        command.env("TANDEM__GPU__DEVICE", "off");
+        command.env_clear().env("TANDEM__GPU__DEVICE", "off");
+        let mine = ["XDG_RUNTIME_DIR", "TMPDIR", "HOME"].map(|name| (name, self.folder.path()));
+        command.envs(mine);
         command
     }
 
@@ -182,8 +182,7 @@ fn a_wrong_setting_of_a_gpu_is_named_with_what_is_allowed() {
         assert_eq!(code, 78, "{message}");
         assert!(parts.iter().all(|part| message.contains(part)), "{message}");
     }
-    let told = desk.ok(&["plan", "tiny.gguf", "--json", "--set", "gpu.device=auto"]);
-    let shown: Value = serde_json::from_str(&told).unwrap();
+    let shown = desk.json(&["plan", "tiny.gguf", "--json", "--set", "gpu.device=auto"]);
     assert!(shown["placement"]["margin_bytes"].as_u64() > Some(0), "{shown}");
 }
 

@@ -12,6 +12,8 @@ mod several;
 mod spill;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
+#[path = "placement/width.rs"]
+mod width;
 #[path = "placement/workers.rs"]
 mod workers;
 
@@ -159,7 +161,7 @@ fn takes_what_was_planned(family: Family, dtype: KvDType) {
             dtype: placement.kv_dtype,
             device_blocks: placement.device_blocks,
         },
-        step_tokens_max: config.scheduler.step_tokens_max,
+        step_tokens_max: placement.step_tokens_max,
         passes: StepPasses::ByCost,
         spill_streamed: None,
     };

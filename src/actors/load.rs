@@ -83,6 +83,7 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
     // Asked for first, since it names a bad knob as such.
     hardware.measured = known_rates(&hardware, config, source.probe_folder.as_deref())?;
     let placement = Placement::plan(&spec, &hardware, config)?;
+    let config = &placement.settled(config);
     tracing::info!(chosen = %placement.workers, "compute workers");
     let rates = tier_rates(&spec, &placement, &hardware, config);
     for note in &placement.notes {
@@ -261,7 +262,8 @@ pub fn compute_isa(config: &Config, workers: usize) -> Result<Isa, EngineError> 
 }
 
 /// How a stage of all layers is made here: threads, pinning, kernels and step width by the
-/// configuration, with the given KV blocks. The engine and benchmarks share it.
+/// configuration that a placement has settled, with the given KV blocks. The engine and benchmarks
+/// share it.
 ///
 /// # Errors
 /// An instruction set that is not there, or more threads than the machine can run.
@@ -331,7 +333,8 @@ impl Loaded {
             block_bytes: self.placement.block_bytes(),
             context_tokens: self.placement.context_tokens,
         };
-        let options = SchedulerOptions::from_config(config, kv, prefix_key);
+        let settled = self.placement.settled(config);
+        let options = SchedulerOptions::from_config(&settled, kv, prefix_key);
         // Credits bound the sequences at the edge. Behind it none is refused: after a crash all of
         // them come back at once, before any can run.
         Ok(SchedulerOptions { queue_max: sequences_alive_max(config), ..options })

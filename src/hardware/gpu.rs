@@ -42,8 +42,8 @@ pub struct Gpus {
     pub devices: Vec<Gpu>,
     /// Why `devices` is empty, in words for the user.
     pub absence: Option<String>,
-    /// Whether something can be mended for there to be some, such as a driver that is too old. Without
-    /// a driver there is nothing to say.
+    /// Whether something can be mended for there to be some, such as a driver that is too old.
+    /// Without a driver there is nothing to say.
     pub is_broken: bool,
 }
 

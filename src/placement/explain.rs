@@ -70,7 +70,8 @@ impl Placement {
             self.device_blocks, self.block_tokens, self.kv_dtype
         );
         rows.push(row("KV cache", &device, stage.kv_bytes, why));
-        rows.push(row("activations", &device, stage.activation_bytes, "of the widest step"));
+        let why = format!("of steps of up to {} tokens", self.step_tokens_max);
+        rows.push(row("activations", &device, stage.activation_bytes, why));
         rows
     }
 

@@ -15,6 +15,7 @@ mod several;
 mod share;
 mod spill;
 mod spill_units;
+mod width;
 mod workers;
 
 pub use explain::ExplainRow;
@@ -106,6 +107,8 @@ pub struct Placement {
     pub context_tokens: usize,
     /// What the model was trained for, in tokens.
     pub context_tokens_trained: usize,
+    /// Tokens of the widest step.
+    pub step_tokens_max: usize,
     /// Tokens of one KV block.
     pub block_tokens: usize,
     /// How keys and values are kept.
@@ -148,6 +151,15 @@ impl Placement {
         hardware: &HardwareProfile,
         config: &Config,
     ) -> Result<Self, RequestError> {
+        width::plan(spec, hardware, config)
+    }
+
+    /// The same with the configured width of steps.
+    fn of_width(
+        spec: &ModelSpec,
+        hardware: &HardwareProfile,
+        config: &Config,
+    ) -> Result<Self, RequestError> {
         let workers = Workers::choose(&hardware.topology, &config.cpu).map_err(|error| {
             let ConfigError { field, got, allowed } = error;
             RequestError::InvalidParams { field, got, allowed }
@@ -185,10 +197,12 @@ impl Placement {
         self,
         other: Option<Self>,
         spec: &ModelSpec,
-        on: (&HardwareProfile, &Config),
+        (hardware, config): (&HardwareProfile, &Config),
     ) -> Self {
-        let seconds = |placement: &Self| predict::REQUEST.seconds(spec, placement, on);
         let Some(mut other) = other else { return self };
+        let context_tokens = self.context_tokens.min(other.context_tokens);
+        let job = Job::expected(&config.placement, context_tokens);
+        let seconds = |placement: &Self| job.seconds(spec, placement, hardware);
         match (seconds(&self), seconds(&other)) {
             (Some(on_gpu), Some(on_cpu)) if on_cpu < on_gpu => {
                 other.notes.insert(
@@ -281,6 +295,7 @@ impl Placement {
             stages: stages.collect(),
             context_tokens,
             context_tokens_trained: spec.context_tokens_max,
+            step_tokens_max: config.scheduler.step_tokens_max,
             block_tokens: config.kv.block_tokens,
             kv_dtype: first.kv_dtype,
             device_blocks,

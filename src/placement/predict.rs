@@ -32,8 +32,6 @@ const PROMPTS: [usize; 2] = [512, 2048];
 /// Tokens of context that each stream is predicted with, at most the placement's.
 const CONTEXT_TOKENS: usize = 512;
 const GIB: u64 = 1 << 30;
-/// What two placements are compared by.
-pub(super) const REQUEST: Job = Job { streams: 1, prompt: 512, generated: 128, depth: 0 };
 
 /// How fast a placed model will be.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -90,7 +88,7 @@ impl Prediction {
         config: &Config,
     ) -> Option<Self> {
         let context_tokens = CONTEXT_TOKENS.min(placement.context_tokens);
-        let step_tokens_max = config.scheduler.step_tokens_max;
+        let step_tokens_max = placement.step_tokens_max;
         let usage = Usage { context_tokens, step_tokens_max };
         let costs = Costs::new(spec, placement, hardware.measured.as_ref()?, usage)?;
         let kv_tokens = placement.device_blocks * placement.block_tokens;
@@ -131,6 +129,7 @@ fn gib_more(
     if *more.device() == Device::Cpu {
         return None;
     }
+    let usage = Usage { step_tokens_max: more.step_tokens_max, ..usage };
     let costs = Costs::new(spec, &more, hardware.measured.as_ref()?, usage)?;
     Some(1.0 / costs.decode_seconds(1))
 }
@@ -141,11 +140,11 @@ impl Job {
         &self,
         spec: &ModelSpec,
         placement: &Placement,
-        (hardware, config): (&HardwareProfile, &Config),
+        hardware: &HardwareProfile,
     ) -> Option<f64> {
         let Self { streams, prompt, generated, depth } = *self;
         let context_tokens = depth + prompt + generated.div_ceil(2);
-        let usage = Usage { context_tokens, step_tokens_max: config.scheduler.step_tokens_max };
+        let usage = Usage { context_tokens, step_tokens_max: placement.step_tokens_max };
         let costs = Costs::new(spec, placement, hardware.measured.as_ref()?, usage)?;
         let prompts = match streams * prompt {
             0 => 0.0,

@@ -13,7 +13,7 @@ use tandem::placement::{Device, Placement, Prediction};
 use tandem::units::ByteSize;
 
 const GIB: u64 = 1 << 30;
-const MIB: u64 = 1 << 20;
+pub const MIB: u64 = 1 << 20;
 
 /// One H200 with 16 processors.
 fn measured(numbers: &str, macs_per_second: f64) -> Measured {
@@ -36,12 +36,12 @@ fn measured(numbers: &str, macs_per_second: f64) -> Measured {
     }
 }
 
-fn h200() -> HardwareProfile {
+pub fn h200() -> HardwareProfile {
     let measured = Some(measured("int8", 8.27e12 / 2.0));
     HardwareProfile { measured, ..with(vec![gpu(0, 140 * GIB)]) }
 }
 
-fn shape(name: &str) -> ModelSpec {
+pub fn shape(name: &str) -> ModelSpec {
     name.parse::<SyntheticModel>().unwrap().spec()
 }
 
@@ -63,7 +63,7 @@ fn predicted(
     (placement, Prediction { decode: decode.decode, ..prompts })
 }
 
-fn limited(limit: u64, step_tokens_max: usize) -> Config {
+pub fn limited(limit: u64, step_tokens_max: usize) -> Config {
     let mut config = config("0");
     config.gpu.vram_limit = ByteSize(limit);
     config.scheduler.step_tokens_max = step_tokens_max;

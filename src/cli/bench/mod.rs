@@ -27,7 +27,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tandem::actors::{known_rates, on_gpus, parts_of, stage_options};
 use tandem::config::Config;
 use tandem::executor::{
-    CpuPool, ExecutorError, GpuWeights, KvOptions, StageOptions, StagePart, WeightSource, Weights,
+    CpuPool, ExecutorError, GpuWeights, StageOptions, StagePart, WeightSource, Weights,
     WeightsRequest,
 };
 use tandem::formats::Checkpoint;
@@ -40,6 +40,8 @@ use work::Costs;
 
 /// Random weights are the same in every run.
 const SEED: u64 = 1;
+/// Tokens of the widest step unless said otherwise, as llama-bench's.
+const STEP_TOKENS: usize = 512;
 /// Generated tokens of a warm-up, and of the run that times ops.
 const WARMUP_TOKENS: usize = 8;
 const OP_TIMES_TOKENS: usize = 32;
@@ -93,6 +95,15 @@ pub fn run(
     })
 }
 
+/// The configuration with a width of steps that is the same for every model and machine.
+fn with_width(config: &Config) -> Config {
+    let mut config = config.clone();
+    if config.scheduler.step_tokens_max == 0 {
+        config.scheduler.step_tokens_max = STEP_TOKENS;
+    }
+    config
+}
+
 /// A benchmark whose size is known and fits.
 struct Bench<'a> {
     arguments: &'a BenchArguments,
@@ -114,6 +125,7 @@ impl<'a> Bench<'a> {
     ) -> Result<Self> {
         let tests = arguments.tests();
         let streams = tests.iter().map(|test| test.streams).max().ok_or(BenchError::NoTest)?;
+        let config = &with_width(config);
         let step_tokens_max = config.scheduler.step_tokens_max;
         if streams > step_tokens_max {
             return Err(BenchError::TooWide { streams, step_tokens_max }.into());
@@ -260,8 +272,8 @@ impl<'a> Bench<'a> {
         let mut placement = self.placement.clone();
         placement.workers.threads = threads;
         let job = Job { streams, prompt, generated, depth };
-        let on = (&self.hardware, &self.config);
-        job.seconds(&self.subject.spec, &placement, on).map(Duration::from_secs_f64)
+        let seconds = job.seconds(&self.subject.spec, &placement, &self.hardware);
+        seconds.map(Duration::from_secs_f64)
     }
 
     fn tests_on(
@@ -296,44 +308,6 @@ impl<'a> Bench<'a> {
             })?;
         }
         Ok(())
-    }
-}
-
-impl RigSize {
-    /// Refuses what does not fit, before anything is loaded; says how it is placed.
-    fn place(
-        &mut self,
-        spec: &ModelSpec,
-        hardware: &HardwareProfile,
-        config: &Config,
-    ) -> Result<Placement> {
-        let blocks = self.kv().device_blocks;
-        let block_bytes = spec.kv_bytes_per_token(self.kv_dtype) * self.block_tokens as u64;
-        let mut config = config.clone();
-        config.model.context_tokens = self.stream_blocks * self.block_tokens;
-        config.kv.cache_bytes = ByteSize(blocks as u64 * block_bytes);
-        let placement = Placement::plan(spec, hardware, &config)?;
-        if placement.kv_dtype != self.kv_dtype {
-            self.kv_dtype = placement.kv_dtype;
-            return self.place(spec, hardware, &config);
-        }
-        if placement.device_blocks < blocks {
-            let free = placement.device_blocks as u64 * block_bytes;
-            let suggest = "use fewer streams, or less depth".to_owned();
-            let need = config.kv.cache_bytes.0;
-            let device = match placement.device() {
-                Device::Cpu => "host memory".to_owned(),
-                gpu => gpu.to_string(),
-            };
-            return Err(RequestError::InsufficientMemory { device, need, free, suggest }.into());
-        }
-        Ok(placement)
-    }
-
-    fn kv(&self) -> KvOptions {
-        let device_blocks = self.streams * self.stream_blocks;
-        let (block_tokens, dtype) = (self.block_tokens, self.kv_dtype);
-        KvOptions { block_tokens, dtype, device_blocks }
     }
 }
 

@@ -7,10 +7,15 @@ use super::record::OpSplit;
 use anyhow::{Result, bail};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tandem::request::SamplingParams;
+use tandem::config::Config;
+use tandem::executor::KvOptions;
+use tandem::hardware::HardwareProfile;
+use tandem::model::ModelSpec;
+use tandem::placement::{Device, Placement};
+use tandem::request::{RequestError, SamplingParams};
 use tandem::step::{BlockCopy, LogitsRow, LogitsTask, PlannedSequence, StepOutput, StepPlan, Tier};
 use tandem::tensor::KvDType;
-use tandem::units::{BlockId, SequenceId, TokenId};
+use tandem::units::{BlockId, ByteSize, SequenceId, TokenId};
 
 /// How large a rig is.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +32,45 @@ pub struct RigSize {
     pub step_tokens_max: usize,
     /// Tokens of the vocabulary.
     pub vocab: usize,
+}
+
+impl RigSize {
+    /// Refuses what does not fit, before anything is loaded; says how it is placed.
+    pub fn place(
+        &mut self,
+        spec: &ModelSpec,
+        hardware: &HardwareProfile,
+        config: &Config,
+    ) -> Result<Placement> {
+        let blocks = self.kv().device_blocks;
+        let block_bytes = spec.kv_bytes_per_token(self.kv_dtype) * self.block_tokens as u64;
+        let mut config = config.clone();
+        config.model.context_tokens = self.stream_blocks * self.block_tokens;
+        config.kv.cache_bytes = ByteSize(blocks as u64 * block_bytes);
+        let placement = Placement::plan(spec, hardware, &config)?;
+        if placement.kv_dtype != self.kv_dtype {
+            self.kv_dtype = placement.kv_dtype;
+            return self.place(spec, hardware, &config);
+        }
+        if placement.device_blocks < blocks {
+            let free = placement.device_blocks as u64 * block_bytes;
+            let suggest = "use fewer streams, or less depth".to_owned();
+            let need = config.kv.cache_bytes.0;
+            let device = match placement.device() {
+                Device::Cpu => "host memory".to_owned(),
+                gpu => gpu.to_string(),
+            };
+            return Err(RequestError::InsufficientMemory { device, need, free, suggest }.into());
+        }
+        Ok(placement)
+    }
+
+    /// The KV store of all streams.
+    pub fn kv(&self) -> KvOptions {
+        let device_blocks = self.streams * self.stream_blocks;
+        let (block_tokens, dtype) = (self.block_tokens, self.kv_dtype);
+        KvOptions { block_tokens, dtype, device_blocks }
+    }
 }
 
 /// A stage under test.
