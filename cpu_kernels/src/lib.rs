@@ -32,4 +32,5 @@ pub use isa::{Isa, UnsupportedIsa};
 pub use matmul::{Layout, MatrixError, MatrixView, OutputColumns};
 pub use quantize::quantize_row;
 pub use repack::{dequantize_packed_row, layout_for, packed_bytes, repack_row_group};
+pub use roof::TrialProduct;
 pub use rope::{RopeFrequencies, RopeParams, RopeRow, RopeScaling, RopeStyle};

@@ -10,8 +10,8 @@ use std::time::Duration;
 use tandem::actors::compute_isa;
 use tandem::config::Config;
 use tandem::hardware::{
-    CoreKind, Fingerprint, GpuRates, HardwareProfile, Measured, Probe, Topology, disk_read_rate,
-    load_measured, probe_file, roofs, store_measured,
+    CoreKind, Fingerprint, GpuRates, HardwareProfile, Measured, Probe, ProductRates,
+    TOKENS_MEASURED, Topology, disk_read_rate, load_measured, probe_file, roofs, store_measured,
 };
 use tandem::memory::{AlignedBytes, HugePages};
 use tandem::placement::Workers;
@@ -212,6 +212,10 @@ fn rows(measured: &Measured, workers: usize) -> Vec<Vec<String>> {
     let cpu = &measured.cpu;
     let how = format!("{}, {}", cpu.numbers, threads(workers));
     row("CPU, arithmetic", operations(cpu.per_second), how);
+    for products in &measured.products {
+        let (rate, how) = of_products(products);
+        row(&format!("CPU, products of {}", products.dtype), rate, how);
+    }
     for gpu in &measured.gpus {
         for (what, rate, how) in of_gpu(gpu) {
             row(&format!("GPU {}, {what}", gpu.ordinal), rate, how.into());
@@ -223,6 +227,16 @@ fn rows(measured: &Measured, workers: usize) -> Vec<Vec<String>> {
         row("file, read", bytes(disk.bytes_per_second), how);
     }
     rows
+}
+
+/// The rate of the widest step, and those of the others in words.
+fn of_products(products: &ProductRates) -> (String, String) {
+    let rates = TOKENS_MEASURED.into_iter().zip(products.macs_per_second);
+    let mut rates: Vec<_> = rates.map(|(tokens, rate)| (tokens, operations(rate))).collect();
+    let (most, rate) = rates.pop().unwrap_or_default();
+    let others: Vec<_> =
+        rates.into_iter().map(|(tokens, rate)| format!("{rate} with {tokens}")).collect();
+    (rate, format!("{most} tokens in a step; {}", others.join(", ")))
 }
 
 fn of_gpu(gpu: &GpuRates) -> [(&'static str, String, &str); 11] {

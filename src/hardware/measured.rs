@@ -11,6 +11,9 @@ pub struct Measured {
     pub reads: Vec<ReadRate>,
     /// Arithmetic of all workers.
     pub cpu: MacRate,
+    /// Products by block type.
+    #[serde(default)]
+    pub products: Vec<ProductRates>,
     /// GPUs in the driver's order; those that could not be measured are left out.
     pub gpus: Vec<GpuRates>,
     /// Where a file was named.
@@ -37,6 +40,36 @@ pub struct MacRate {
     pub numbers: String,
     /// Per second, of all workers or all multiprocessors together.
     pub per_second: f64,
+}
+
+/// Tokens of the steps that products are measured for, ascending.
+pub const TOKENS_MEASURED: [usize; 4] = [1, 8, 32, 256];
+
+/// What products with weights of a type reach, where memory is no limit.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ProductRates {
+    /// The type.
+    pub dtype: String,
+    /// Multiply-accumulates per second of all workers together, by [`TOKENS_MEASURED`].
+    pub macs_per_second: [f64; TOKENS_MEASURED.len()],
+}
+
+impl ProductRates {
+    /// With so many tokens; between numbers that were measured along a line.
+    pub fn with_tokens(&self, tokens: f64) -> f64 {
+        let rates = TOKENS_MEASURED.into_iter().zip(self.macs_per_second);
+        let mut below: Option<(f64, f64)> = None;
+        for (measured, rate) in rates.map(|(measured, rate)| (measured as f64, rate)) {
+            match below {
+                _ if tokens > measured => below = Some((measured, rate)),
+                None => return rate,
+                Some((less, slower)) => {
+                    return slower + (rate - slower) * (tokens - less) / (measured - less);
+                }
+            }
+        }
+        below.map_or(0.0, |(_, rate)| rate)
+    }
 }
 
 /// Copies between host and GPU, in bytes per second.

@@ -10,6 +10,7 @@ mod gpu;
 mod measured;
 mod probe;
 mod probe_cache;
+mod product_rates;
 pub mod roofs;
 mod system_files;
 mod topology;
@@ -17,7 +18,10 @@ mod topology;
 pub use affinity::{PinError, choose_cpus, pin_current_thread};
 pub use disk::disk_read_rate;
 pub use gpu::{Gpu, Gpus, MemoryHolder};
-pub use measured::{BesideReads, CopyRates, DiskRate, GpuRates, MacRate, Measured, ReadRate};
+pub use measured::{
+    BesideReads, CopyRates, DiskRate, GpuRates, MacRate, Measured, ProductRates, ReadRate,
+    TOKENS_MEASURED,
+};
 pub use probe::Probe;
 pub use probe_cache::{Fingerprint, load_measured, probe_file, store_measured};
 pub use topology::{

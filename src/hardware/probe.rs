@@ -3,6 +3,7 @@
 
 use super::gpu::Gpus;
 use super::measured::{BesideReads, CopyRates, GpuRates, MacRate, Measured, ReadRate};
+use super::product_rates;
 use super::roofs::{self, Team, read_passes};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
@@ -42,6 +43,7 @@ impl Probe<'_> {
             numbers: self.kernels.mac_numbers().to_owned(),
             per_second: roofs::macs_per_second(&self.team, self.kernels),
         };
+        measured.products = product_rates::of_workers(&self.team, self.kernels);
         for gpu in &gpus.devices {
             match self.gpu(gpu.ordinal) {
                 Ok(rates) => measured.gpus.push(rates),

@@ -114,7 +114,11 @@ pub(super) fn of_open(gpu: &Gpu) -> Result<GpuRoofs, GpuError> {
 
 /// Calls `work(thread, pass)` on every thread for each pass. Passes start together; returns how
 /// long the slowest thread took for each.
-fn in_step(team: &Team, passes: usize, work: impl Fn(usize, usize) + Sync) -> Vec<Duration> {
+pub(super) fn in_step(
+    team: &Team,
+    passes: usize,
+    work: impl Fn(usize, usize) + Sync,
+) -> Vec<Duration> {
     let threads = team.threads.max(1);
     let (barrier, work) = (Barrier::new(threads), &work);
     let life = |thread: usize| {

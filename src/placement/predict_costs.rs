@@ -3,8 +3,9 @@
 
 use super::predict_work::{Parts, Work, attention_parts, network_parts, output_parts};
 use super::{CROSSING_TOKENS_MAX, Device, Placement, SharedTimes, Spill};
-use crate::hardware::{GpuRates, Measured};
+use crate::hardware::{GpuRates, Measured, ProductRates};
 use crate::model::ModelSpec;
+use crate::tensor::DType;
 
 /// Seconds of a layer in which the kernels of a step on a GPU wait for each other: one of 50 µs
 /// reads for 27 at the roof (`docs/performance.md`, "One H200"). It does not grow with the layer: a
@@ -41,11 +42,16 @@ pub(super) struct Usage {
 }
 
 /// What the workers reach.
-struct CpuRates {
+#[derive(Clone, Copy)]
+struct CpuRates<'a> {
     /// Bytes of host memory read per second.
     read: f64,
-    /// Multiply-accumulates of products per second.
+    /// Multiply-accumulates of products per second, where their type was not measured.
     macs: f64,
+    /// Those of types that were, of all workers of the probe.
+    products: &'a [ProductRates],
+    /// Part of these workers that there are.
+    part: f64,
 }
 
 /// The work of a model's layers in a step.
@@ -68,14 +74,14 @@ pub(super) struct Costs<'a> {
     spec: &'a ModelSpec,
     placement: &'a Placement,
     usage: Usage,
-    cpu: CpuRates,
+    cpu: CpuRates<'a>,
     /// `None` where the CPU computes all.
     gpu: Option<&'a GpuRates>,
 }
 
-impl CpuRates {
+impl<'a> CpuRates<'a> {
     /// Of so many threads; between numbers that were measured along a line.
-    fn of(measured: &Measured, threads: usize) -> Option<Self> {
+    fn of(measured: &'a Measured, threads: usize) -> Option<Self> {
         let last = measured.reads.last()?;
         let above = measured.reads.iter().position(|read| read.threads >= threads);
         let read = match above {
@@ -90,11 +96,18 @@ impl CpuRates {
         let is_tiles = measured.cpu.numbers == TILE_NUMBERS;
         let share = if is_tiles { CPU_SHARE_TILES } else { CPU_SHARE };
         let part = threads.min(last.threads) as f64 / last.threads as f64;
-        Some(Self { read, macs: measured.cpu.per_second * share * part })
+        let macs = measured.cpu.per_second * share * part;
+        Some(Self { read, macs, products: &measured.products, part })
+    }
+
+    fn seconds_per_mac(&self, dtype: DType, tokens: f64) -> f64 {
+        let products = self.products.iter().find(|products| products.dtype == dtype.name());
+        let measured = products.map(|products| products.with_tokens(tokens) * self.part);
+        1.0 / measured.filter(|rate| *rate > 0.0).unwrap_or(self.macs)
     }
 
     fn seconds(&self, work: Work) -> f64 {
-        (work.bytes / self.read).max(work.macs / self.macs)
+        (work.bytes / self.read).max(work.cpu_seconds)
     }
 }
 
@@ -133,7 +146,9 @@ impl<'a> Costs<'a> {
     /// Seconds of a step without its KV; `logits` of its tokens get logits.
     fn step_seconds(&self, tokens: usize, logits: usize) -> f64 {
         let Spilled { mut resident, mean, layers, bytes, crossing } = self.spilled(tokens);
-        resident += output_parts(self.spec, logits);
+        resident += output_parts(self.spec, logits, &|dtype, tokens| {
+            self.cpu.seconds_per_mac(dtype, tokens)
+        });
         let Some(gpu) = self.gpu else { return self.cpu.seconds(resident.all()) };
         if layers == 0 {
             return self.gpu_seconds(gpu, tokens, resident);
@@ -167,11 +182,12 @@ impl<'a> Costs<'a> {
         let nothing = Spill::default();
         let spill = self.spill().unwrap_or(&nothing);
         let mut all = Spilled::default();
+        let seconds = |dtype, tokens| self.cpu.seconds_per_mac(dtype, tokens);
         for (at, layer) in self.spec.layers.iter().enumerate() {
             let of = |layers: &[usize]| layers.contains(&at);
             for (is_spilled, parts) in [
-                (of(&spill.attention_layers), attention_parts(&layer.attention, tokens)),
-                (of(&spill.layers), network_parts(&layer.ffn, tokens)),
+                (of(&spill.attention_layers), attention_parts(&layer.attention, tokens, &seconds)),
+                (of(&spill.layers), network_parts(&layer.ffn, tokens, &seconds)),
             ] {
                 *if is_spilled { &mut all.mean } else { &mut all.resident } += parts;
             }

@@ -2,6 +2,7 @@
 //! multiply-accumulates.
 
 use crate::model::{AttentionSpec, FfnSpec, ModelSpec, TensorRef};
+use crate::tensor::DType;
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Mul};
 
@@ -12,13 +13,23 @@ pub(super) struct Work {
     pub bytes: f64,
     /// Multiply-accumulates of all tokens together: one for each weight that a token meets.
     pub macs: f64,
+    /// Seconds that the CPU's workers take for them where memory is no limit.
+    pub cpu_seconds: f64,
 }
+
+/// Seconds of the CPU's workers for a multiply-accumulate with a weight of a type, in a product with
+/// so many tokens.
+pub(super) type SecondsPerMac<'a> = &'a dyn Fn(DType, f64) -> f64;
 
 impl Add for Work {
     type Output = Self;
 
     fn add(self, other: Self) -> Self {
-        Self { bytes: self.bytes + other.bytes, macs: self.macs + other.macs }
+        Self {
+            bytes: self.bytes + other.bytes,
+            macs: self.macs + other.macs,
+            cpu_seconds: self.cpu_seconds + other.cpu_seconds,
+        }
     }
 }
 
@@ -26,7 +37,11 @@ impl Mul<f64> for Work {
     type Output = Self;
 
     fn mul(self, times: f64) -> Self {
-        Self { bytes: self.bytes * times, macs: self.macs * times }
+        Self {
+            bytes: self.bytes * times,
+            macs: self.macs * times,
+            cpu_seconds: self.cpu_seconds * times,
+        }
     }
 }
 
@@ -37,8 +52,10 @@ impl Sum for Work {
 }
 
 /// A tensor that all of `tokens` tokens meet.
-fn met(tensor: &TensorRef, tokens: usize) -> Work {
-    Work { bytes: tensor.bytes() as f64, macs: tensor.elements() as f64 * tokens as f64 }
+fn met(tensor: &TensorRef, tokens: usize, seconds: SecondsPerMac<'_>) -> Work {
+    let macs = tensor.elements() as f64 * tokens as f64;
+    let cpu_seconds = macs * seconds(tensor.dtype, tokens as f64);
+    Work { bytes: tensor.bytes() as f64, macs, cpu_seconds }
 }
 
 /// Of parts that a GPU does at different shares of its roofs.
@@ -74,32 +91,46 @@ impl Parts {
 
 /// Of a layer's network. Of n experts of which each token goes through k, m tokens read
 /// n·(1 − (1 − k/n)^m).
-pub(super) fn network_parts(ffn: &FfnSpec, tokens: usize) -> Parts {
+pub(super) fn network_parts(ffn: &FfnSpec, tokens: usize, seconds: SecondsPerMac<'_>) -> Parts {
     match ffn {
         FfnSpec::Dense(ffn) => {
             let matrices = [&ffn.gate, &ffn.up, &ffn.down].map(|linear| &linear.weight);
-            let dense = matrices.into_iter().map(|matrix| met(matrix, tokens)).sum();
+            let dense = matrices.into_iter().map(|matrix| met(matrix, tokens, seconds)).sum();
             Parts { dense, ..Parts::default() }
         }
         FfnSpec::Experts(experts) => {
             let used = experts.n_used as f64 / experts.n_experts as f64;
             let touched = 1.0 - (1.0 - used).powf(tokens as f64);
-            let macs = experts.parameters() as f64 * used * tokens as f64;
-            let work = Work { bytes: experts.bytes() as f64 * touched, macs };
-            Parts { experts: work + met(&experts.router, tokens), ..Parts::default() }
+            let of_each = used * tokens as f64;
+            // Those of an expert that has some.
+            let columns = of_each / touched.max(f64::MIN_POSITIVE);
+            let matrices = [&experts.gate, &experts.up, &experts.down].into_iter().map(|matrix| {
+                let macs = matrix.elements() as f64 * of_each;
+                let cpu_seconds = macs * seconds(matrix.dtype, columns);
+                Work { bytes: matrix.bytes() as f64 * touched, macs, cpu_seconds }
+            });
+            let router = met(&experts.router, tokens, seconds);
+            Parts { experts: matrices.sum::<Work>() + router, ..Parts::default() }
         }
     }
 }
 
 /// Of the weights of an attention.
-pub(super) fn attention_parts(spec: &AttentionSpec, tokens: usize) -> Parts {
+pub(super) fn attention_parts(
+    spec: &AttentionSpec,
+    tokens: usize,
+    seconds: SecondsPerMac<'_>,
+) -> Parts {
     let linears = [&spec.query, &spec.key, &spec.value, &spec.output];
-    let dense = linears.into_iter().map(|linear| met(&linear.weight, tokens)).sum();
+    let dense = linears.into_iter().map(|linear| met(&linear.weight, tokens, seconds)).sum();
     Parts { dense, ..Parts::default() }
 }
 
 /// Of the output for the `logits` tokens that get logits.
-pub(super) fn output_parts(spec: &ModelSpec, logits: usize) -> Parts {
-    let dense = if logits > 0 { met(&spec.output, logits) } else { Work::default() };
+pub(super) fn output_parts(spec: &ModelSpec, logits: usize, seconds: SecondsPerMac<'_>) -> Parts {
+    let dense = match logits {
+        0 => Work::default(),
+        _ => met(&spec.output, logits, seconds),
+    };
     Parts { dense, ..Parts::default() }
 }

@@ -3,9 +3,10 @@
 use std::fs;
 use std::time::Duration;
 use tandem::hardware::{
-    CopyRates, Fingerprint, HardwareProfile, MacRate, Measured, Probe, ReadRate, choose_cpus,
-    disk_read_rate, load_measured, probe_file, roofs, store_measured,
+    CopyRates, Fingerprint, HardwareProfile, MacRate, Measured, Probe, ProductRates, ReadRate,
+    TOKENS_MEASURED, choose_cpus, disk_read_rate, load_measured, probe_file, roofs, store_measured,
 };
+use tandem::tensor::DType;
 use tandem_cpu_kernels::{Isa, Kernels};
 
 #[test]
@@ -24,6 +25,10 @@ fn a_probe_measures_every_part_of_this_machine() {
     let is_rate = |rate: f64| rate.is_finite() && rate > 0.0;
     assert!(measured.reads.iter().all(|read| is_rate(read.bytes_per_second)));
     assert!(is_rate(measured.cpu.per_second) && is_rate(measured.seconds));
+    let dtypes: Vec<_> = measured.products.iter().map(|rates| rates.dtype.as_str()).collect();
+    assert_eq!(dtypes, DType::ALL.map(DType::name));
+    let products = measured.products.iter().flat_map(|rates| rates.macs_per_second);
+    assert!(products.into_iter().all(is_rate));
     assert_eq!(measured.notes, [""; 0]);
     assert_eq!(measured.gpus.len(), hardware.gpus.devices.len());
     for gpu in &measured.gpus {
@@ -40,6 +45,17 @@ fn a_probe_measures_every_part_of_this_machine() {
 }
 
 #[test]
+fn rates_of_products_lie_between_those_that_were_measured() {
+    let rates = ProductRates { dtype: "Q4_0".into(), macs_per_second: [1.0, 8.0, 9.0, 5.0] };
+    let measured = TOKENS_MEASURED.map(|tokens| rates.with_tokens(tokens as f64));
+    assert_eq!(measured, rates.macs_per_second);
+    let wanted = [(0.1, 1.0), (4.5, 4.5), (20.0, 8.5), (144.0, 7.0), (1e9, 5.0)];
+    for (tokens, rate) in wanted {
+        assert!((rates.with_tokens(tokens) - rate).abs() < 1e-12, "{tokens}");
+    }
+}
+
+#[test]
 fn what_was_measured_is_kept_until_the_machine_is_another() {
     let here = Fingerprint::of(&HardwareProfile::detect(), 2, Isa::Scalar);
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -48,6 +64,7 @@ fn what_was_measured_is_kept_until_the_machine_is_another() {
     let measured = Measured {
         reads: vec![ReadRate { threads: 1, bytes_per_second: 2.5e10 }],
         cpu: MacRate { numbers: "int8".into(), per_second: 1e12 },
+        products: vec![ProductRates { dtype: "Q4_0".into(), macs_per_second: [0.5; 4] }],
         ..Measured::default()
     };
     store_measured(&file, &here, &measured).expect("a folder of ours");

@@ -6,7 +6,7 @@ use crate::tiny_model::Family;
 use proptest::prelude::*;
 use tandem::config::Config;
 use tandem::hardware::{
-    BesideReads, CopyRates, GpuRates, HardwareProfile, MacRate, Measured, ReadRate,
+    BesideReads, CopyRates, GpuRates, HardwareProfile, MacRate, Measured, ProductRates, ReadRate,
 };
 use tandem::model::{ModelSpec, SyntheticModel};
 use tandem::placement::{Device, Placement, Prediction};
@@ -142,6 +142,34 @@ fn a_model_on_the_cpu_is_as_fast_as_predicted() {
         assert_near(&decode(&prediction), &one_8_32, &[15.0, 35.0, 35.0]);
         assert_near(&prompts(&prediction)[..1], &[prompt], &[15.0]);
     }
+}
+
+/// Where memory is no limit, a step takes what its products take, each at the rate of its type.
+#[test]
+fn products_take_what_was_measured_of_their_types() {
+    let mut rates = measured("int8", 1e18);
+    rates.reads.iter_mut().for_each(|read| read.bytes_per_second = 1e18);
+    let speed = |dtype: &str, macs_per_second: f64, threads: usize| {
+        let macs_per_second = [1.0, 4.0, 8.0, 8.0].map(|times| times * macs_per_second);
+        let products = vec![ProductRates { dtype: dtype.into(), macs_per_second }];
+        let rates = Measured { products, ..rates.clone() };
+        let hardware = HardwareProfile { measured: Some(rates), ..h200() };
+        let config = config("off");
+        predicted("llama-8b:q8_0", (&hardware, &config), threads, 16).1
+    };
+    let [slow, fast] = [1e11, 2e11].map(|rate| speed("Q8_0", rate, 16));
+    assert_near(
+        &decode(&fast),
+        &decode(&slow).iter().map(|speed| 2.0 * speed).collect::<Vec<_>>(),
+        &[0.1; 3],
+    );
+    // Four times the rate with eight tokens, and again twice that with 32.
+    let [one, eight, many] = decode(&slow)[..] else { panic!("{slow:?}") };
+    assert_near(&[eight, many], &[4.0 * one, 8.0 * one], &[0.1; 2]);
+    let half = decode(&slow).iter().map(|speed| speed / 2.0).collect::<Vec<_>>();
+    assert_near(&decode(&speed("Q8_0", 1e11, 8)), &half, &[0.1; 3]);
+    // What was not measured is as fast as the arithmetic lets it be.
+    assert_eq!(speed("Q4_0", 1e11, 16).decode, speed("Q4_0", 2e11, 16).decode);
 }
 
 #[test]
