@@ -1,5 +1,7 @@
 //! The machine's facts, read from fake `/sys` and `/proc` trees and from this machine.
 
+#[path = "hardware/nodes.rs"]
+mod nodes;
 #[path = "hardware/probe.rs"]
 mod probe;
 

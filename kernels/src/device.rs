@@ -29,6 +29,8 @@ pub struct DeviceFacts {
     pub ordinal: usize,
     /// Product name.
     pub name: String,
+    /// Where it is on the bus, as the system calls it: `domain:bus:slot.function`.
+    pub pci_address: String,
     /// Memory of the device.
     pub memory_total_bytes: u64,
     /// Memory that is not in use, with one context of this process already counted as used.
@@ -59,11 +61,11 @@ pub(crate) fn facts(ordinal: usize) -> Result<DeviceFacts, DriverError> {
         Ok::<u32, DriverError>(u32::try_from(value).unwrap_or(0))
     };
     let (free, total) = context.mem_get_info().map_err(refuse("memory"))?;
+    let domain = number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?;
+    let bus = number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?;
+    let slot = number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?;
     let holders = match total.saturating_sub(free) {
         HELD_BYTES_MIN.. => {
-            let domain = number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?;
-            let bus = number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?;
-            let slot = number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?;
             let address = CString::new(format!("{domain:08x}:{bus:02x}:{slot:02x}.0"));
             address.map(|address| memory_holders(&address)).unwrap_or_default()
         }
@@ -72,6 +74,7 @@ pub(crate) fn facts(ordinal: usize) -> Result<DeviceFacts, DriverError> {
     Ok(DeviceFacts {
         ordinal,
         holders,
+        pci_address: format!("{domain:04x}:{bus:02x}:{slot:02x}.0"),
         name: context.name().map_err(refuse("name"))?,
         memory_total_bytes: total as u64,
         memory_free_bytes: free as u64,

@@ -12,6 +12,11 @@ pub struct Gpu {
     pub ordinal: usize,
     /// Product name.
     pub name: String,
+    /// Where it is on the bus, as `/sys` calls it.
+    pub pci_address: String,
+    /// NUMA node that it is attached to; looked up where there are several, `None` where the
+    /// system does not tell.
+    pub numa_node: Option<u32>,
     /// Memory of the device.
     pub memory_total_bytes: u64,
     /// Memory free at start-up, our own context already subtracted.
@@ -62,6 +67,17 @@ impl Gpus {
             },
         }
     }
+
+    /// Looks up the NUMA node of each GPU in the `/sys` below `root`.
+    pub fn find_nodes(&mut self, root: &Path) {
+        let files = SystemFiles::new(root);
+        for gpu in &mut self.devices {
+            // Machines that do not know say −1.
+            let node: Option<i64> =
+                files.number(&format!("sys/bus/pci/devices/{}/numa_node", gpu.pci_address));
+            gpu.numa_node = node.and_then(|node| u32::try_from(node).ok());
+        }
+    }
 }
 
 impl From<DeviceFacts> for Gpu {
@@ -69,6 +85,8 @@ impl From<DeviceFacts> for Gpu {
         Gpu {
             ordinal: facts.ordinal,
             name: facts.name,
+            pci_address: facts.pci_address,
+            numa_node: None,
             memory_total_bytes: facts.memory_total_bytes,
             memory_free_bytes: facts.memory_free_bytes,
             compute_capability: facts.compute_capability.to_string(),

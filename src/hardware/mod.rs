@@ -15,7 +15,9 @@ pub mod roofs;
 mod system_files;
 mod topology;
 
-pub use affinity::{PinError, choose_cpus, pin_current_thread};
+pub use affinity::{
+    PinError, choose_cpus, keep_current_thread_on, pin_current_thread, spread_cpus,
+};
 pub use disk::disk_read_rate;
 pub use gpu::{Gpu, Gpus, MemoryHolder};
 pub use measured::{
@@ -53,9 +55,13 @@ impl HardwareProfile {
     pub fn detect() -> HardwareProfile {
         let files = SystemFiles::new(Path::new("/"));
         let (memory_total_bytes, memory_available_bytes) = cgroup::memory(&files);
+        let (topology, mut gpus) = (Topology::detect(), Gpus::detect());
+        if topology.numa_nodes.len() > 1 {
+            gpus.find_nodes(Path::new("/"));
+        }
         HardwareProfile {
-            topology: Topology::detect(),
-            gpus: Gpus::detect(),
+            topology,
+            gpus,
             memory_total_bytes,
             memory_available_bytes,
             measured: None,

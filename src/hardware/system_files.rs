@@ -47,13 +47,17 @@ impl SystemFiles {
 
     /// The value of `name` in a file of lines `name: value` or `name value`.
     pub fn field(&self, path: &str, name: &str) -> Option<String> {
-        let text = self.text(path)?;
-        text.lines().find_map(|line| {
-            let rest = line.strip_prefix(name)?;
-            let value = rest.strip_prefix(':').or_else(|| rest.strip_prefix(' '))?;
-            Some(value.trim().to_owned())
-        })
+        field(&self.text(path)?, name).map(str::to_owned)
     }
+}
+
+/// The value of `name` in lines `name: value` or `name value`.
+pub(super) fn field<'t>(text: &'t str, name: &str) -> Option<&'t str> {
+    text.lines().find_map(|line| {
+        let rest = line.strip_prefix(name)?;
+        let value = rest.strip_prefix(':').or_else(|| rest.strip_prefix(' '))?;
+        Some(value.trim())
+    })
 }
 
 /// Parses `0-3,8` into its members; `None` for anything else, empty lists included.

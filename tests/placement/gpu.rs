@@ -19,6 +19,8 @@ pub fn gpu(ordinal: usize, memory_free_bytes: u64) -> Gpu {
     Gpu {
         ordinal,
         name: "Fake 8".into(),
+        pci_address: format!("0000:{ordinal:02x}:00.0"),
+        numa_node: None,
         memory_total_bytes: 2 * memory_free_bytes,
         memory_free_bytes,
         compute_capability: "9.0".into(),

@@ -1,7 +1,7 @@
 //! The topology through libhwloc: the only file that knows its bindings. What hwloc does not tell
 //! (affinity, quota, kinds of cores) stays as `/sys` told it.
 
-use super::{Cache, CacheKind, CpuId, LogicalCpu, Topology, TopologySource, nodes_of};
+use super::{Cache, CacheKind, CpuId, LogicalCpu, NodeMemory, Topology, TopologySource, nodes_of};
 use hwloc2::{ObjectType, Topology as Hwloc, TopologyObject};
 use std::collections::BTreeMap;
 
@@ -32,10 +32,20 @@ fn read(sys: &Topology) -> Option<Topology> {
         return None;
     }
     cpus.sort_by_key(|cpu| cpu.id);
-    let memory = |node| sys.numa_nodes.iter().find(|known| known.id == node);
+    let known = |node| sys.numa_nodes.iter().find(|known| known.id == node);
+    let memory = |node| {
+        known(node).map_or(NodeMemory::default(), |known| NodeMemory {
+            total_bytes: known.memory_bytes,
+            free_bytes: known.memory_free_bytes,
+        })
+    };
+    let mut numa_nodes = nodes_of(&cpus, memory);
+    for node in &mut numa_nodes {
+        node.is_allowed = known(node.id).is_none_or(|known| known.is_allowed);
+    }
     Some(Topology {
         caches: caches(&hwloc, &cpus),
-        numa_nodes: nodes_of(&cpus, |node| memory(node).map_or(0, |known| known.memory_bytes)),
+        numa_nodes,
         cpus,
         cpu_quota: sys.cpu_quota,
         source: TopologySource::Hwloc,

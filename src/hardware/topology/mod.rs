@@ -85,6 +85,18 @@ pub struct NumaNode {
     pub cpus: BTreeSet<CpuId>,
     /// Its memory; 0 when the system does not tell.
     pub memory_bytes: u64,
+    /// Memory of it that can be had now without pushing anybody out; 0 when the system does not
+    /// tell.
+    pub memory_free_bytes: u64,
+    /// Whether this process may have memory of it; looked up where there are several nodes.
+    pub is_allowed: bool,
+}
+
+/// Bytes of a node's memory.
+#[derive(Clone, Copy, Default)]
+struct NodeMemory {
+    total_bytes: u64,
+    free_bytes: u64,
 }
 
 /// Where a topology was read.
@@ -156,11 +168,20 @@ impl Topology {
 }
 
 /// NUMA nodes as the processors name them; those without a processor are not of interest.
-fn nodes_of(cpus: &[LogicalCpu], memory_bytes: impl Fn(u32) -> u64) -> Vec<NumaNode> {
+fn nodes_of(cpus: &[LogicalCpu], memory: impl Fn(u32) -> NodeMemory) -> Vec<NumaNode> {
     let mut nodes: BTreeMap<u32, BTreeSet<CpuId>> = BTreeMap::new();
     for cpu in cpus {
         nodes.entry(cpu.numa_node).or_default().insert(cpu.id);
     }
-    let node = |(id, cpus)| NumaNode { id, cpus, memory_bytes: memory_bytes(id) };
+    let node = |(id, cpus)| {
+        let NodeMemory { total_bytes, free_bytes } = memory(id);
+        NumaNode {
+            id,
+            cpus,
+            memory_bytes: total_bytes,
+            memory_free_bytes: free_bytes,
+            is_allowed: true,
+        }
+    };
     nodes.into_iter().map(node).collect()
 }

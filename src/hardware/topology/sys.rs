@@ -1,7 +1,9 @@
 //! The topology as `/sys/devices/system` and `/proc/self/status` tell it.
 
-use super::super::system_files::{SystemFiles, parse_id_list};
-use super::{Cache, CacheKind, CoreKind, CpuId, LogicalCpu, Topology, TopologySource, nodes_of};
+use super::super::system_files::{SystemFiles, field, parse_id_list};
+use super::{
+    Cache, CacheKind, CoreKind, CpuId, LogicalCpu, NodeMemory, Topology, TopologySource, nodes_of,
+};
 use std::collections::{BTreeMap, BTreeSet};
 
 const CPUS: &str = "sys/devices/system/cpu";
@@ -44,9 +46,17 @@ pub(super) fn read(files: &SystemFiles) -> Topology {
     if !cpus.iter().any(|cpu| cpu.usable) {
         cpus.iter_mut().for_each(|cpu| cpu.usable = true);
     }
+    let mut numa_nodes = nodes_of(&cpus, |node| node_memory(files, node));
+    if numa_nodes.len() > 1 {
+        let allowed = files.field("proc/self/status", "Mems_allowed_list");
+        let allowed = allowed.and_then(|list| parse_id_list(&list));
+        for node in &mut numa_nodes {
+            node.is_allowed = allowed.as_ref().is_none_or(|allowed| allowed.contains(&node.id));
+        }
+    }
     Topology {
         caches: caches(files, &online),
-        numa_nodes: nodes_of(&cpus, |node| node_memory(files, node)),
+        numa_nodes,
         cpus,
         cpu_quota: None,
         source: TopologySource::Sys,
@@ -110,14 +120,19 @@ fn node_of_cpus(files: &SystemFiles) -> BTreeMap<u32, u32> {
     nodes
 }
 
-/// `Node 0 MemTotal:  24689432 kB` among others.
-fn node_memory(files: &SystemFiles, node: u32) -> u64 {
-    let path = format!("{NODES}/node{node}/meminfo");
-    let kibibytes = || -> Option<u64> {
-        let value = files.field(&path, &format!("Node {node} MemTotal"))?;
+/// `Node 0 MemTotal:  24689432 kB` among others. What caches of files hold and nobody has touched
+/// lately is free: the kernel drops it when memory is needed.
+fn node_memory(files: &SystemFiles, node: u32) -> NodeMemory {
+    let text = files.text(&format!("{NODES}/node{node}/meminfo")).unwrap_or_default();
+    let bytes = |name: &str| -> Option<u64> {
+        let value = field(&text, &format!("Node {node} {name}"))?;
         value.strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
     };
-    kibibytes().unwrap_or(0)
+    let cached = bytes("Inactive(file)").unwrap_or(0);
+    NodeMemory {
+        total_bytes: bytes("MemTotal").unwrap_or(0),
+        free_bytes: bytes("MemFree").map_or(0, |free| free.saturating_add(cached)),
+    }
 }
 
 fn caches(files: &SystemFiles, online: &BTreeSet<u32>) -> Vec<Cache> {
