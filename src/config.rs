@@ -1,6 +1,7 @@
 //! Every knob as a typed value. The defaults are `config/default.toml`, which is compiled in and is
 //! the only place where a default stands. Reads no file and no environment: the command line does.
 
+mod cpu;
 mod gpu;
 
 use crate::tensor::KvDType;
@@ -8,6 +9,7 @@ use crate::units::ByteSize;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
+pub use cpu::NumaChoice;
 pub use gpu::GpuChoice;
 
 /// The compiled-in defaults, with a comment per knob.
@@ -72,6 +74,7 @@ impl ModelConfig {
 pub struct CpuConfig {
     pub threads: usize,
     pub pin: bool,
+    pub numa: String,
     pub isa: String,
     pub spin_us: u64,
     pub huge_pages: bool,
@@ -256,6 +259,7 @@ impl Config {
         }
         self.scheduler.validate_steps()?;
         self.validate_times()?;
+        self.cpu.numa_choice()?;
         self.gpu.choice()?;
         self.gpu.streamed_percent()?;
         if self.kv.disk_bytes.0 > DISK_BYTES_MAX {
@@ -345,6 +349,10 @@ mod tests {
         let mut config = Config::default();
         config.cpu.isa = "bogus".into();
         assert_eq!(config.validate().unwrap_err().field, "cpu.isa");
+        let mut config = Config::default();
+        config.cpu.numa = "distribute".into();
+        let refused = config.validate().unwrap_err().to_string();
+        assert_eq!(refused, "configuration: cpu.numa is distribute; allowed: auto, off, isolate");
         let mut config = Config::default();
         config.gpu.device = "first".into();
         assert_eq!(config.validate().unwrap_err().field, "gpu.device");

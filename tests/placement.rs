@@ -4,6 +4,8 @@
 
 #[path = "placement/gpu.rs"]
 mod gpu;
+#[path = "placement/nodes.rs"]
+mod nodes;
 #[path = "placement/predict.rs"]
 mod predict;
 #[path = "placement/several.rs"]

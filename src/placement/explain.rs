@@ -57,7 +57,10 @@ impl Placement {
         let device = stage.device.to_string();
         let layers = format!("layers {}–{}", stage.layers.start, stage.layers.end - 1);
         let but = if self.spill.is_some() { ", but for what is spilled" } else { "" };
-        let why = format!("{layers}{but}, in the kernels' layout");
+        let mut why = format!("{layers}{but}, in the kernels' layout");
+        if stage.device == Device::Cpu {
+            why += &self.of_nodes();
+        }
         let mut rows = vec![row("weights", &device, stage.weight_bytes, why)];
         if stage.expert_bytes > 0 {
             let active = ByteSize(stage.active_expert_bytes);
@@ -75,6 +78,20 @@ impl Placement {
         rows
     }
 
+    /// How the rows of weights in host memory are divided over NUMA nodes, if they are.
+    fn of_nodes(&self) -> String {
+        let teams = &self.workers.nodes;
+        let percent = |index: usize| (teams.portion(index, 1000) + 5) / 10;
+        let nodes = teams.nodes().iter().enumerate();
+        let shares = nodes.map(|(index, node)| format!("{} % on {node}", percent(index)));
+        let shares: Vec<_> = shares.collect();
+        match (shares.is_empty(), teams.are_divided()) {
+            (true, _) => String::new(),
+            (_, true) => format!("; rows by NUMA node: {}", shares.join(", ")),
+            (_, false) => format!("; pages by NUMA node: {}", shares.join(", ")),
+        }
+    }
+
     fn of_spill(&self, spill: &Spill) -> [ExplainRow; 2] {
         let all: usize = self.stages.iter().map(|stage| stage.layers.len()).sum();
         let (count, which) = (spill.layers.len(), ranges(&spill.layers));
@@ -83,6 +100,7 @@ impl Placement {
             let (count, which) = (spill.attention_layers.len(), ranges(&spill.attention_layers));
             why += &format!("; attention of {count}: {which}");
         }
+        why += &self.of_nodes();
         [
             row("spilled weights", HOST, spill.weight_bytes, why),
             row(

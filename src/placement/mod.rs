@@ -7,6 +7,8 @@ mod cpu;
 mod explain;
 mod gpu;
 mod kv_dtype;
+mod node_memory;
+mod nodes;
 mod predict;
 mod predict_costs;
 mod predict_work;
@@ -19,6 +21,7 @@ mod width;
 mod workers;
 
 pub use explain::ExplainRow;
+pub use nodes::{NODE_ROWS, NodeTeams};
 pub use predict::{DecodeSpeed, Job, Prediction, PromptSpeed};
 pub use share::SharedTimes;
 pub use spill::{CROSSING_TOKENS_MAX, Spill};
@@ -151,7 +154,7 @@ impl Placement {
         hardware: &HardwareProfile,
         config: &Config,
     ) -> Result<Self, RequestError> {
-        width::plan(spec, hardware, config)
+        width::plan(spec, hardware, config).map(|placed| placed.by_node(hardware))
     }
 
     /// The same with the configured width of steps.
@@ -248,7 +251,7 @@ impl Placement {
         if !config.gpu.spill {
             return whole;
         }
-        let workers = workers.beside_gpu(&config.cpu);
+        let workers = workers.beside_gpu(&config.cpu, gpu.numa_node);
         let room = gpu::room(spec, (hardware, gpu), 0..spec.layers.len(), config, &mut notes);
         if candidates.len() > 1 {
             let index = gpu.ordinal;

@@ -17,7 +17,8 @@
 //! streams within 20 %, more on the CPU. Not modelled: the arithmetic of attention, which long
 //! contexts feel; prompts of small experts on a GPU, a third slower than predicted; kernels of GPUs
 //! before Hopper; weights in floats on the CPU; `gpu.spill_streamed`; several GPUs that read a long
-//! prompt at once, which are predicted as the first of them alone; and time between steps.
+//! prompt at once, which are predicted as the first of them alone; KV blocks that lie on other NUMA
+//! nodes than their readers; and time between steps.
 
 use super::predict_costs::{Costs, Usage};
 use super::{Device, Placement};

@@ -4,10 +4,10 @@ use std::fs;
 use std::path::Path;
 use tandem::config::{Config, ConfigError, CpuConfig};
 use tandem::hardware::Topology;
-use tandem::placement::Workers;
+use tandem::placement::{NodeTeams, Workers};
 
 /// A machine's topology by its file of lines `path = text`. Later ones of the same path hold.
-fn machine(name: &str, changes: &[(&str, &str)]) -> Topology {
+pub fn machine(name: &str, changes: &[(&str, &str)]) -> Topology {
     let file =
         Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/data/machines/{name}.txt"));
     let text = fs::read_to_string(file).expect("a machine");
@@ -22,7 +22,7 @@ fn machine(name: &str, changes: &[(&str, &str)]) -> Topology {
     Topology::read(root.path())
 }
 
-fn config(threads: usize) -> CpuConfig {
+pub fn config(threads: usize) -> CpuConfig {
     CpuConfig { threads, ..Config::default().cpu }
 }
 
@@ -106,10 +106,18 @@ fn only_processors_that_are_allowed_and_online_are_used() {
 }
 
 #[test]
-fn numa_nodes_are_filled_one_after_the_other() {
+fn numa_nodes_get_workers_in_proportion_unless_that_is_off() {
     // Processor 0 is not allowed, but its core's second thread is.
-    assert_eq!(choose("two_numa_nodes", 0).1, [4, 5, 6, 7, 1, 2, 3, 8]);
-    assert_eq!(choose("two_numa_nodes", 4), (4, vec![4, 5, 6, 7], Some(1)));
+    let all = vec![4, 5, 6, 7, 1, 2, 3, 8];
+    assert_eq!(choose("two_numa_nodes", 0), (8, all.clone(), Some(12)));
+    assert_eq!(choose("two_numa_nodes", 4), (4, vec![4, 5, 1, 2], Some(6)));
+    let off = CpuConfig { numa: "off".into(), ..config(4) };
+    let machine = machine("two_numa_nodes", &[]);
+    let workers = Workers::choose(&machine, &off).expect("a choice");
+    assert_eq!(chosen(&workers), (4, vec![4, 5, 6, 7], Some(1)));
+    assert_eq!(workers.nodes, NodeTeams::default());
+    let off = CpuConfig { threads: 0, ..off };
+    assert_eq!(Workers::choose(&machine, &off).expect("a choice").cpus.len(), all.len());
 }
 
 #[test]
