@@ -52,7 +52,12 @@ fn on_a_new_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 fn line(threads: usize, cpus: &[CpuId], roof: f64) {
     let pinned = threads <= cpus.len();
     let cores = cpus.iter().take(threads).filter(|_| pinned).map(|cpu| cpu.0 as usize);
-    let options = PoolOptions { threads, cores: cores.collect(), spin_us: SPIN_US };
+    let options = PoolOptions {
+        threads,
+        cores: cores.collect(),
+        nodes: Default::default(),
+        spin_us: SPIN_US,
+    };
     let busy = on_a_new_thread(|| beside_a_neighbour(&options, cpus[0]));
     let mut pool = CpuPool::new(&options).unwrap();
     let (barrier, late) = (barrier_ns(&mut pool), late_ns(&mut pool));

@@ -108,7 +108,12 @@ fn decode(stage: &mut Stage, width: usize, context: usize) -> f64 {
 /// Bytes per second that all threads together read from DRAM.
 fn read_roof(threads: usize) -> f64 {
     let words = vec![1_u64; ROOF_BYTES / size_of::<u64>()];
-    let options = tandem::executor::PoolOptions { threads, cores: Vec::new(), spin_us: 50 };
+    let options = tandem::executor::PoolOptions {
+        threads,
+        cores: Vec::new(),
+        nodes: Default::default(),
+        spin_us: 50,
+    };
     let mut pool = CpuPool::new(&options).unwrap();
     let mut pass = || {
         let started = Instant::now();

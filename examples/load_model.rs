@@ -30,7 +30,12 @@ fn main() {
     let (threads, prompt) = (number(1, 2), number(2, 64));
     let options = StageOptions {
         part: None,
-        pool: PoolOptions { threads, cores: (0..threads).collect(), spin_us: 50 },
+        pool: PoolOptions {
+            threads,
+            cores: (0..threads).collect(),
+            nodes: Default::default(),
+            spin_us: 50,
+        },
         isa: None,
         huge_pages: true,
         kv: KvOptions { block_tokens: BLOCK_TOKENS, dtype: KvDType::F16, device_blocks: BLOCKS },

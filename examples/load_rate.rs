@@ -26,7 +26,12 @@ fn main() {
         arguments.get(at).map_or(default, |text| text.parse().expect("a number"))
     };
     let (threads, bytes) = (number(0, 2), number(1, 256) << 20);
-    let options = PoolOptions { threads, cores: (0..threads).collect(), spin_us: 50 };
+    let options = PoolOptions {
+        threads,
+        cores: (0..threads).collect(),
+        nodes: Default::default(),
+        spin_us: 50,
+    };
     let mut pool = CpuPool::new(&options).expect("threads");
     let source = random_bytes(bytes);
     println!("{threads} thread(s), {} MiB, GB/s of file bytes", bytes >> 20);

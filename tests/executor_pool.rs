@@ -2,17 +2,20 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test and its figures")]
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tandem::executor::{CpuPool, PoolOptions, Worker};
+use tandem::placement::NodeTeams;
 
 fn pool(threads: usize) -> CpuPool {
     pool_that_spins(threads, 20)
 }
 
 fn pool_that_spins(threads: usize, spin_us: u64) -> CpuPool {
-    CpuPool::new(&PoolOptions { threads, cores: Vec::new(), spin_us }).unwrap()
+    CpuPool::new(&PoolOptions { threads, cores: Vec::new(), nodes: Default::default(), spin_us })
+        .unwrap()
 }
 
 /// Workers that count themselves together, in one group, in several, in one that is not full.
@@ -103,6 +106,74 @@ fn a_given_cut_decides_where_shares_begin() {
 }
 
 #[test]
+fn rows_of_the_own_node_are_taken_before_those_of_others() {
+    let nodes = NodeTeams::of_workers(&[0, 0, 0, 1, 1]);
+    let mut pool = CpuPool::new(&PoolOptions {
+        threads: 5,
+        cores: Vec::new(),
+        nodes: nodes.clone(),
+        spin_us: 20,
+    });
+    let pool = pool.as_mut().unwrap();
+    assert_eq!(pool.nodes(), &nodes);
+    for (rows, grain) in [(3200, 1), (3200, 7), (70, 1), (31, 1), (0, 1)] {
+        for alone in 0..5 {
+            let (taken, done) = (Mutex::new(Vec::new()), AtomicUsize::new(0));
+            pool.run(&|worker| {
+                let mut pieces = worker.deal_rows(rows, 32, grain);
+                if worker.index == alone {
+                    taken.lock().unwrap().extend(pieces);
+                    done.store(1, Ordering::Release);
+                } else {
+                    while done.load(Ordering::Acquire) == 0 {
+                        std::hint::spin_loop();
+                    }
+                    assert_eq!(pieces.next(), None);
+                }
+            })
+            .unwrap();
+            let taken = taken.into_inner().unwrap();
+            let near = nodes.rows(nodes.team_of(alone), rows);
+            let is_near = |piece: &Range<usize>| near.start <= piece.start && piece.end <= near.end;
+            let (first, then) = taken.split_at(taken.iter().take_while(|p| is_near(p)).count());
+            assert_eq!(first.iter().map(Range::len).sum::<usize>(), near.len());
+            assert!(then.iter().all(|piece| !is_near(piece)));
+            assert_eq!(taken.iter().map(Range::len).sum::<usize>(), rows);
+        }
+    }
+}
+
+#[test]
+fn rows_of_several_nodes_are_dealt_once_whoever_is_slow() {
+    for sizes in [[1, 1, 1], [3, 1, 2], [1, 4, 1]] {
+        let of = |(node, size): (usize, &usize)| vec![node as u32; *size];
+        let nodes: Vec<u32> = sizes.iter().enumerate().flat_map(of).collect();
+        let (threads, nodes) = (nodes.len(), NodeTeams::of_workers(&nodes));
+        let options = PoolOptions { threads, cores: Vec::new(), nodes, spin_us: 20 };
+        let mut pool = CpuPool::new(&options).unwrap();
+        let taken: Vec<_> = (0..4099).map(|_| AtomicUsize::new(0)).collect();
+        for round in 1..=20 {
+            pool.run(&|worker| {
+                for (rows, unit) in [(4099, 16), (40, 32), (4099, 32)] {
+                    for piece in worker.deal_rows(rows, unit, 1) {
+                        assert!(piece.start.is_multiple_of(unit));
+                        for row in piece {
+                            taken[row].fetch_add(1, Ordering::Relaxed);
+                        }
+                        if worker.index == round % threads {
+                            std::thread::yield_now();
+                        }
+                    }
+                }
+            })
+            .unwrap();
+        }
+        let times = |row: usize| taken[row].load(Ordering::Relaxed);
+        assert!((0..40).all(|row| times(row) == 60) && (40..4099).all(|row| times(row) == 40));
+    }
+}
+
+#[test]
 fn nobody_passes_a_barrier_before_all_have_come() {
     // Without spinning every wait is a sleep, and a wake-up that gets lost is a hang.
     for (threads, spin_us) in SIZES.into_iter().flat_map(|size| [(size, 0), (size, 20)]) {
@@ -186,7 +257,12 @@ fn a_panic_in_any_worker_is_an_error_of_run_and_never_a_hang() {
 
 #[test]
 fn a_core_that_does_not_exist_is_reported_and_not_fatal() {
-    let options = PoolOptions { threads: 2, cores: vec![1023, 100_000], spin_us: 0 };
+    let options = PoolOptions {
+        threads: 2,
+        cores: vec![1023, 100_000],
+        nodes: Default::default(),
+        spin_us: 0,
+    };
     let mut pool = CpuPool::new(&options).unwrap();
     pool.run(&|worker| worker.meet()).unwrap();
     assert_eq!(pool.pin_failures(), vec![0, 1]);

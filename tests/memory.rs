@@ -1,5 +1,8 @@
 //! The ledger's books and the host buffers.
 
+#[path = "memory/nodes.rs"]
+mod nodes;
+
 use proptest::prelude::*;
 use std::sync::Barrier;
 use tandem::memory::{

@@ -155,7 +155,12 @@ fn takes_what_was_planned(family: Family, dtype: KvDType) {
     let placement = Placement::plan(&spec, &machine(4 << 30), &config).unwrap();
     let options = StageOptions {
         part: None,
-        pool: PoolOptions { threads: placement.workers.threads, cores: Vec::new(), spin_us: 0 },
+        pool: PoolOptions {
+            threads: placement.workers.threads,
+            cores: Vec::new(),
+            nodes: Default::default(),
+            spin_us: 0,
+        },
         isa: None,
         huge_pages: false,
         kv: KvOptions {

@@ -99,7 +99,8 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
             };
             let options = stage_options(config, &hardware.topology, kv)?;
             let (threads, cores) = (placement.workers.threads, placement.workers.cores());
-            let pool = PoolOptions { threads, cores, ..options.pool };
+            let nodes = placement.workers.nodes.clone();
+            let pool = PoolOptions { threads, cores, nodes, ..options.pool };
             let options = StageOptions { pool, ..options };
             let model = (checkpoint, Arc::clone(&spec));
             let tiers = tier_options(config, &placement)?;
@@ -276,7 +277,7 @@ pub fn stage_options(
     let (threads, cores) = (workers.threads, workers.cores());
     Ok(StageOptions {
         part: None,
-        pool: PoolOptions { threads, cores, spin_us: config.cpu.spin_us },
+        pool: PoolOptions { threads, cores, nodes: workers.nodes, spin_us: config.cpu.spin_us },
         isa: Some(compute_isa(config, threads)?),
         huge_pages: config.cpu.huge_pages,
         kv,

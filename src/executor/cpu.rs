@@ -20,6 +20,8 @@
 //! | SpillStart | tokens; *all* of normed | | if wide, or attended |
 //! | SpillEnd | worker 0 says that the products are there | | |
 //!
+//! Rows of matrices are shared out by NUMA node: a worker begins with some that lie on its own.
+//!
 //! Nobody waits after the last op: the pool's job ends there. In a narrow step (`passes.rs`) every
 //! worker does the *all* for itself: residual, normed, routes and selected are then in its own
 //! memory (`own_buffers.rs`), the same bits in each, and it reads them at once. Where sequences
@@ -66,8 +68,8 @@ use rotate::Rotation;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
+use tandem_cpu_kernels::Kernels;
 use tandem_cpu_kernels::attention::{AttentionParams, AttentionScratch};
-use tandem_cpu_kernels::{Kernels, dequantize_packed_row};
 
 /// Everything that the workers of one step share; each works on a copy in which some of the buffers
 /// are its own.
@@ -166,9 +168,8 @@ impl Step<'_> {
     fn interpret(&self, worker: &Worker<'_>, index: usize) {
         match &self.program.ops[index] {
             Op::Embed { table, scale } => {
-                let table = self.weights.matrix(*table);
                 self.enter(worker, |token, row| {
-                    dequantize_packed_row(&table, self.plan.tokens[token].index(), row);
+                    self.weights.copy_row(*table, self.plan.tokens[token].index(), row);
                     if *scale != 1.0 {
                         self.kernels.scale(row, *scale);
                     }

@@ -6,6 +6,7 @@
 mod deal;
 mod gate;
 
+use crate::placement::NodeTeams;
 pub use deal::Deal;
 use deal::Share;
 use gate::{Barrier, Gate, Poisoned};
@@ -37,6 +38,9 @@ pub struct PoolOptions {
     /// Core of each worker in the system's numbering; workers without an entry are not pinned.
     /// Worker 0's core becomes the core of every thread that calls [`CpuPool::run`].
     pub cores: Vec<usize>,
+    /// Which workers belong to which NUMA node, where that is of interest. Teams of another number
+    /// of workers count as one.
+    pub nodes: NodeTeams,
     /// Microseconds that a worker spins between jobs before it parks; it spins longer inside one
     /// if each has a core of its own. Where there are more workers than processors they park at
     /// once.
@@ -86,6 +90,7 @@ struct Shared {
     barrier: Barrier,
     /// What is left to each worker of the loop that is shared out.
     shares: Vec<Share>,
+    nodes: NodeTeams,
     /// Where workers come when they have finished the job; only the caller waits there.
     finish: Barrier,
     stop: AtomicBool,
@@ -114,6 +119,8 @@ pub struct CpuPool {
 pub struct Worker<'p> {
     /// Which worker, `0 .. count`.
     pub index: usize,
+    /// The workers of its NUMA node.
+    team: Range<usize>,
     shared: &'p Shared,
     /// Loops that were shared out so far in this job.
     deals: Cell<u64>,
@@ -133,6 +140,7 @@ impl CpuPool {
             start: Gate::new(1, between),
             barrier: Barrier::new(threads, inside),
             shares: (0..threads).map(|_| Share::default()).collect(),
+            nodes: options.nodes.clone().of_all(threads),
             finish: Barrier::new(threads, inside),
             stop: AtomicBool::new(false),
             failure: Mutex::new(None),
@@ -152,6 +160,11 @@ impl CpuPool {
     /// Workers, the caller included.
     pub fn threads(&self) -> usize {
         self.shared.threads
+    }
+
+    /// Which workers belong to which NUMA node.
+    pub fn nodes(&self) -> &NodeTeams {
+        &self.shared.nodes
     }
 
     /// Workers that run on no core of their own because the system refused it.
@@ -244,7 +257,8 @@ impl Shared {
 
     /// One worker's part of a job; a panic poisons the barrier and is kept for the caller.
     fn work(&self, index: usize, job: JobPointer) {
-        let worker = Worker { index, shared: self, deals: Cell::new(0) };
+        let team = self.nodes.workers(self.nodes.team_of(index), self.threads);
+        let worker = Worker { index, team, shared: self, deals: Cell::new(0) };
         // SAFETY: the caller of `run` keeps the closure alive until all workers are through.
         let job = unsafe { &*job.0 };
         if let Err(payload) = catch_unwind(AssertUnwindSafe(|| job(&worker))) {
@@ -262,6 +276,11 @@ impl Worker<'_> {
     /// How many workers run the job.
     pub fn count(&self) -> usize {
         self.shared.threads
+    }
+
+    /// Which workers belong to which NUMA node.
+    pub fn nodes(&self) -> &NodeTeams {
+        &self.shared.nodes
     }
 
     /// Waits for all workers. What each wrote before is visible to all after.
@@ -299,12 +318,29 @@ impl Worker<'_> {
         pieces.map(move |piece| piece.start * unit..items.min(piece.end * unit))
     }
 
+    /// As [`Worker::deal`] for the rows of a matrix: a worker's first share lies in the rows of its
+    /// NUMA node. `unit` is a divisor of [`crate::placement::NODE_ROWS`].
+    ///
+    /// # Panics
+    /// When there are 2²² units or more.
+    pub fn deal_rows(
+        &self,
+        rows: usize,
+        unit: usize,
+        grain: usize,
+    ) -> impl Iterator<Item = Range<usize>> {
+        let (nodes, count) = (&self.shared.nodes, self.count());
+        let cut = move |worker| nodes.first_unit((worker, count), (rows, unit));
+        let pieces = self.deal_from(grain, cut);
+        pieces.map(move |piece| piece.start * unit..rows.min(piece.end * unit))
+    }
+
     /// As [`Worker::deal`], in units, with a given beginning of each worker's first share: `cut`
     /// ascends from 0 for worker 0 to the number of units for worker `count`.
     pub fn deal_from<C: Fn(usize) -> usize>(&self, grain: usize, cut: C) -> Deal<'_, C> {
         let number = self.deals.get() + 1;
         self.deals.set(number);
-        Deal::new(&self.shared.shares, (self.index, number), grain, cut)
+        Deal::new(&self.shared.shares, (self.index, &self.team), (number, grain), cut)
     }
 }
 

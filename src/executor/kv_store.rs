@@ -1,10 +1,10 @@
 //! The bytes of KV blocks, f16 or 8 bits: the store that attention on the CPU reads. Behind it lie
 //! other tiers (`kv_tiers/`), to and from which another thread copies blocks that no step uses.
 
-use super::ExecutorError;
 use super::kv_tiers::{KvBlocks, Registration};
 use super::program::{KvLayerId, KvShape};
-use crate::memory::{AlignedBytes, HugePages};
+use super::{ExecutorError, StageOptions};
+use crate::memory::{AlignedBytes, HugePages, take_nodes_in_turn};
 use crate::step::{BlockCopy, Tier};
 use crate::units::BlockId;
 use tandem_cpu_kernels::attention::{KvDType, KvLayout, KvStore};
@@ -59,12 +59,20 @@ impl Plane {
     fn new(
         blocks: usize,
         block_bytes: usize,
-        huge_pages: HugePages,
+        options: &StageOptions,
     ) -> Result<Self, ExecutorError> {
         let len = blocks * block_bytes;
         // Zeroed memory comes from the system untouched: pages exist once they are written.
-        let mut memory = AlignedBytes::zeroed(len, huge_pages)
+        let mut memory = AlignedBytes::zeroed(len, options.huge_pages())
             .map_err(|source| ExecutorError::Memory { what: "KV blocks", source })?;
+        // Which worker reads a head's block depends on the step, and a page has blocks of many
+        // heads: from all nodes in turn, no node's memory is what all workers wait for.
+        let nodes = options.pool.nodes.nodes();
+        if !nodes.is_empty()
+            && let Err(error) = take_nodes_in_turn(&memory, nodes)
+        {
+            tracing::debug!(%error, "KV blocks lie on the NUMA nodes of those who write them");
+        }
         let bytes = memory.as_mut_ptr();
         Ok(Self { bytes, len, block_bytes, _memory: memory })
     }
@@ -96,23 +104,16 @@ impl KvMemory {
     ///
     /// # Errors
     /// A block size that kernels can't work on, or memory refused.
-    pub fn new(
-        shapes: &[KvShape],
-        options: KvOptions,
-        huge_pages: HugePages,
-    ) -> Result<Self, ExecutorError> {
+    pub fn new(shapes: &[KvShape], options: &StageOptions) -> Result<Self, ExecutorError> {
+        let (kv, huge_pages) = (options.kv, options.huge_pages());
         let layer = |shape: &KvShape| {
-            let layout = KvLayout::new(
-                shape.n_kv_heads,
-                shape.head_dim,
-                options.block_tokens,
-                options.dtype,
-            )?;
-            let plane = || Plane::new(options.device_blocks, layout.block_bytes(), huge_pages);
+            let layout =
+                KvLayout::new(shape.n_kv_heads, shape.head_dim, kv.block_tokens, kv.dtype)?;
+            let plane = || Plane::new(kv.device_blocks, layout.block_bytes(), options);
             Ok(Layer { layout, keys: plane()?, values: plane()? })
         };
         let layers = shapes.iter().map(layer).collect::<Result<_, ExecutorError>>()?;
-        Ok(Self { layers, options, huge_pages })
+        Ok(Self { layers, options: kv, huge_pages })
     }
 
     /// Keys and values of all layers, one after the other.

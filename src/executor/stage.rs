@@ -166,7 +166,7 @@ impl Stage {
             limits,
             partials: Memory::new(batch.partials_max()),
             batch,
-            kv: KvMemory::new(&program.kv_layers, options.kv, options.huge_pages())?.into(),
+            kv: KvMemory::new(&program.kv_layers, options)?.into(),
             buffers: Buffers::new(form, program.dims, tokens),
             angles: Memory::new(tokens * weights.rotations().width()),
             own: OwnBuffers::of_workers(form, program.dims, own, threads),

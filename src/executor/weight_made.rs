@@ -3,11 +3,10 @@
 
 use super::ExecutorError;
 use super::cpu_pool::CpuPool;
+use super::weight_fill::{PartGroups, fill_parts};
 use crate::formats::{Checkpoint, FormatError};
-use crate::memory::DisjointChunks;
 use crate::tensor::DType;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 use tandem_cpu_kernels::repack::ROWS;
 use tandem_cpu_kernels::{Layout, repack_row_group};
 
@@ -19,43 +18,27 @@ pub(super) struct MadeMatrix<'a> {
     pub checkpoint: &'a Checkpoint,
     pub name: &'a str,
     pub dtype: DType,
-    pub layout: Layout,
-    pub rows: usize,
     pub cols: usize,
 }
 
-/// Fills `target`, shared out by groups of 16 rows; each worker touches its part first. `done`
-/// hears, on this thread, how many bytes are ready.
+/// Fills the parts of a matrix. `done` hears, on this thread, how many bytes are ready.
 pub(super) fn make(
     pool: &mut CpuPool,
     matrix: &MadeMatrix<'_>,
-    target: &mut [u8],
+    targets: (&[PartGroups], Vec<&mut [u8]>),
     done: &mut dyn FnMut(usize),
 ) -> Result<(), ExecutorError> {
-    let row_bytes = matrix.dtype.row_bytes(matrix.cols).expect("the matrix was placed");
-    let group_bytes = ROWS * row_bytes;
-    let piece_groups = (PIECE_BYTES / group_bytes).max(1);
-    let refused: Mutex<Option<FormatError>> = Mutex::new(None);
-    for (piece, target) in target.chunks_mut(piece_groups * group_bytes).enumerate() {
-        let bytes = target.len();
-        let groups = DisjointChunks::new(target, group_bytes);
-        pool.run(&|worker| {
-            let mut rows = vec![0; group_bytes];
-            for index in worker.share(groups.count(), 1) {
-                let Some(target) = groups.claim(index) else { continue };
-                let first = (piece * piece_groups + index) * ROWS;
-                let made = matrix.group(first..matrix.rows.min(first + ROWS), &mut rows, target);
-                if let Err(error) = made {
-                    *refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-                    return;
-                }
-            }
-        })?;
-        if let Some(error) = refused.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            return Err(error.into());
+    let fill = |part: &PartGroups, groups: Range<usize>, target: &mut [u8]| {
+        let start = part.offset(groups.start);
+        let mut scratch = vec![0; ROWS * part.row_bytes];
+        for group in groups {
+            let bytes = part.bytes(&(group..group + 1));
+            let target = &mut target[bytes.start - start..bytes.end - start];
+            matrix.group((part.layout, part.rows_of(group)), &mut scratch, target)?;
         }
-        done(piece * piece_groups * group_bytes + bytes);
-    }
+        Ok(())
+    };
+    fill_parts(pool, targets, PIECE_BYTES, &fill, done)?;
     matrix.unmap()?;
     Ok(())
 }
@@ -64,11 +47,11 @@ impl MadeMatrix<'_> {
     /// Up to 16 rows in the matrix's layout.
     fn group(
         &self,
-        rows: Range<usize>,
+        (layout, rows): (Layout, Range<usize>),
         scratch: &mut [u8],
         target: &mut [u8],
     ) -> Result<(), FormatError> {
-        match self.layout {
+        match layout {
             Layout::RowMajor => self.checkpoint.read_rows(self.name, rows, target),
             Layout::Rows16 => {
                 let row_bytes = target.len() / ROWS;

@@ -2,13 +2,12 @@
 //! the file is unmapped behind the workers, so that memory holds the weights once.
 
 use super::ExecutorError;
-use super::cpu_pool::{CpuPool, share};
+use super::cpu_pool::CpuPool;
+use super::weight_fill::{PartGroups, fill_parts};
 use crate::formats::MappedFile;
 use crate::tensor::DType;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
-use tandem_cpu_kernels::repack::ROWS;
-use tandem_cpu_kernels::repack_row_group;
+use tandem_cpu_kernels::{Layout, repack_row_group};
 
 /// File bytes that all workers together interleave between two reports: tens of milliseconds,
 /// against which the workers' meeting does not count.
@@ -23,39 +22,25 @@ const PAGE_BYTES: usize = 4096;
 /// A matrix in a file.
 pub(super) struct FileMatrix<'a> {
     pub dtype: DType,
-    pub rows: usize,
     pub cols: usize,
     pub file: &'a MappedFile,
     /// Where it lies in the file, row-major.
     pub bytes: Range<usize>,
 }
 
-/// Interleaves a matrix into `target`. Each worker takes an equal share of the groups of 16 rows
-/// and touches that part of the arena first: about the one that it begins with in products. `done`
-/// hears, on this thread, how many bytes of `target` are ready.
+/// Interleaves a matrix into its parts of the arena, or copies it where they are row-major. `done`
+/// hears, on this thread, how many bytes are ready.
 pub(super) fn repack(
     pool: &mut CpuPool,
     matrix: &FileMatrix<'_>,
-    target: &mut [u8],
+    targets: (&[PartGroups], Vec<&mut [u8]>),
     done: &mut dyn FnMut(usize),
 ) -> Result<(), ExecutorError> {
-    let (groups, threads) = (matrix.rows.div_ceil(ROWS), pool.threads());
-    let group_bytes = target.len() / groups;
-    let at_once = (PIECE_BYTES / threads / group_bytes).max(1);
-    let longest = groups.div_ceil(threads);
-    let parts = parts(target, groups, threads);
-    for piece in 0..longest.div_ceil(at_once) {
-        pool.run(&|worker| {
-            let mut own = parts[worker.index].lock().unwrap_or_else(PoisonError::into_inner);
-            let share = worker.share(groups, 1);
-            let first = share.end.min(share.start + piece * at_once);
-            let last = share.end.min(first + at_once);
-            let own = &mut own[(first - share.start) * group_bytes..];
-            matrix.interleave(first..last, &mut own[..(last - first) * group_bytes]);
-        })?;
-        done(parts_done(piece, (groups, threads), at_once) * group_bytes);
-    }
-    Ok(())
+    let fill = |part: &PartGroups, groups: Range<usize>, target: &mut [u8]| {
+        matrix.interleave(part, groups, target);
+        Ok(())
+    };
+    fill_parts(pool, targets, PIECE_BYTES, &fill, done)
 }
 
 /// Reads one byte of every page of `bytes`, so that the first tokens do not wait for the disk.
@@ -75,43 +60,35 @@ pub(super) fn read_in_place(
     Ok(())
 }
 
-/// The memory of each worker's share of the groups.
-fn parts(mut target: &mut [u8], groups: usize, threads: usize) -> Vec<Mutex<&mut [u8]>> {
-    let group_bytes = target.len() / groups;
-    let part = |index| {
-        let bytes = share(index, threads, groups, 1).len() * group_bytes;
-        let (own, others) = std::mem::take(&mut target).split_at_mut(bytes);
-        target = others;
-        Mutex::new(own)
-    };
-    (0..threads).map(part).collect()
-}
-
-/// Groups that all workers have done after a piece.
-fn parts_done(piece: usize, (groups, threads): (usize, usize), at_once: usize) -> usize {
-    (0..threads)
-        .map(|index| share(index, threads, groups, 1).len().min((piece + 1) * at_once))
-        .sum()
-}
-
 impl FileMatrix<'_> {
-    /// Interleaves some groups of rows and lets go of their pages of the file.
-    fn interleave(&self, groups: Range<usize>, packed: &mut [u8]) {
-        if groups.is_empty() {
-            return;
-        }
-        let group_bytes = packed.len() / groups.len();
-        let unmapped_bytes = (UNMAP_BYTES / group_bytes).max(1) * group_bytes;
-        let mut start = groups.start * group_bytes;
-        for packed in packed.chunks_mut(unmapped_bytes) {
-            let end = self.bytes.len().min(start + packed.len());
-            let place = self.bytes.start + start..self.bytes.start + end;
-            let source = self.file.bytes()[place.clone()].chunks(group_bytes);
-            for (source, packed) in source.zip(packed.chunks_exact_mut(group_bytes)) {
-                repack_row_group(self.dtype, self.cols, source, packed);
+    /// Brings some groups of rows to where they belong, and lets go of their pages of the file.
+    fn interleave(&self, part: &PartGroups, groups: Range<usize>, target: &mut [u8]) {
+        let start = part.offset(groups.start);
+        let mut pending = 0..0;
+        for group in groups {
+            let rows = part.rows_of(group);
+            let source = rows.start * part.row_bytes..rows.end * part.row_bytes;
+            let bytes = part.bytes(&(group..group + 1));
+            let target = &mut target[bytes.start - start..bytes.end - start];
+            if source.start != pending.end || pending.len() >= UNMAP_BYTES {
+                self.unmap(pending);
+                pending = source.start..source.start;
             }
-            self.file.unmap_pages(place);
-            start = end;
+            pending.end = source.end;
+            let place = self.bytes.start + source.start..self.bytes.start + source.end;
+            let source = &self.file.bytes()[place];
+            match part.layout {
+                Layout::Rows16 => repack_row_group(self.dtype, self.cols, source, target),
+                Layout::RowMajor => target.copy_from_slice(source),
+            }
+        }
+        self.unmap(pending);
+    }
+
+    /// Lets go of the pages of some bytes of the matrix.
+    fn unmap(&self, bytes: Range<usize>) {
+        if !bytes.is_empty() {
+            self.file.unmap_pages(self.bytes.start + bytes.start..self.bytes.start + bytes.end);
         }
     }
 }
@@ -120,7 +97,9 @@ impl FileMatrix<'_> {
 mod tests {
     use super::*;
     use crate::executor::PoolOptions;
+    use crate::executor::weight_fill::tests::in_one_part;
     use std::path::Path;
+    use tandem_cpu_kernels::repack::ROWS;
 
     /// 35011 rows make pieces of several groups, unequal shares and a last group of 3 rows.
     #[test]
@@ -138,11 +117,13 @@ mod tests {
             repack_row_group(dtype, cols, source, packed);
         }
         for threads in [1, 3] {
-            let options = PoolOptions { threads, cores: Vec::new(), spin_us: 0 };
+            let options =
+                PoolOptions { threads, cores: Vec::new(), nodes: Default::default(), spin_us: 0 };
             let mut pool = CpuPool::new(&options).unwrap();
-            let matrix = FileMatrix { dtype, rows, cols, file: &file, bytes: bytes.clone() };
-            let (mut packed, mut reports) = (vec![0; wanted.len()], vec![0]);
-            repack(&mut pool, &matrix, &mut packed, &mut |done| reports.push(done)).unwrap();
+            let matrix = FileMatrix { dtype, cols, file: &file, bytes: bytes.clone() };
+            let (groups, mut packed) = in_one_part((dtype, Layout::Rows16), (rows, cols));
+            let (targets, mut reports) = ((&groups[..], vec![&mut packed[..]]), vec![0]);
+            repack(&mut pool, &matrix, targets, &mut |done| reports.push(done)).unwrap();
             assert!(packed == wanted, "{threads} threads");
             assert!(reports.is_sorted() && reports.len() > 2, "{reports:?}");
             assert_eq!(reports.last(), Some(&wanted.len()));

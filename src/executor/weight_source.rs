@@ -3,12 +3,13 @@
 
 use super::ExecutorError;
 use super::cpu_pool::CpuPool;
+use super::weight_fill::{PartGroups, fill_parts};
 use crate::formats::Checkpoint;
-use crate::memory::DisjointChunks;
 use crate::model::TensorRef;
 use crate::tensor::DType;
 use half::f16;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
 use std::sync::Arc;
 use tandem_cpu_kernels::repack::ROWS;
 use tandem_cpu_kernels::{Layout, repack_row_group};
@@ -76,32 +77,31 @@ fn random_vector(seed: u64, vector: &TensorRef) -> Vec<f32> {
     (0..vector.cols).map(|_| mean + 0.2 * (unit(random.next()) - 0.5)).collect()
 }
 
-/// Fills a matrix with random weights, in parallel by groups of rows; each worker touches its part
-/// of `target` first.
+/// Fills the parts of a matrix with random weights, in parallel by groups of rows.
 pub(super) fn fill_random(
     pool: &mut CpuPool,
     seed: u64,
-    (tensor, layout): (&TensorRef, Layout),
-    target: &mut [u8],
+    tensor: &TensorRef,
+    targets: (&[PartGroups], Vec<&mut [u8]>),
 ) -> Result<(), ExecutorError> {
-    let TensorRef { dtype, rows, cols, .. } = *tensor;
-    let row_bytes = dtype.row_bytes(cols).expect("the matrix was placed, so its rows are whole");
-    let groups = DisjointChunks::new(target, ROWS * row_bytes);
-    pool.run(&|worker| {
-        let mut group_rows = vec![0; ROWS * row_bytes];
-        for index in worker.share(groups.count(), 1) {
-            let Some(target) = groups.claim(index) else { continue };
-            let rows = ROWS.min(rows - index * ROWS);
-            let source = &mut group_rows[..rows * row_bytes];
-            let mut random = SplitMix64::of(seed, &tensor.name, index as u64);
+    let TensorRef { dtype, cols, .. } = *tensor;
+    let fill = |part: &PartGroups, groups: Range<usize>, target: &mut [u8]| {
+        let start = part.offset(groups.start);
+        let mut group_rows = vec![0; ROWS * part.row_bytes];
+        for group in groups {
+            let (rows, bytes) = (part.rows_of(group), part.bytes(&(group..group + 1)));
+            let target = &mut target[bytes.start - start..bytes.end - start];
+            let source = &mut group_rows[..rows.len() * part.row_bytes];
+            let mut random = SplitMix64::of(seed, &tensor.name, (rows.start / ROWS) as u64);
             fill_blocks(dtype, cols, &mut random, source);
-            match layout {
+            match part.layout {
                 Layout::RowMajor => target.copy_from_slice(source),
                 Layout::Rows16 => repack_row_group(dtype, cols, source, target),
             }
         }
-    })?;
-    Ok(())
+        Ok(())
+    };
+    fill_parts(pool, targets, usize::MAX, &fill, &mut |_| {})
 }
 
 /// How the f16 factors of a block decide its values.
@@ -242,14 +242,20 @@ impl SplitMix64 {
 mod tests {
     use super::*;
     use crate::executor::PoolOptions;
-    use tandem_cpu_kernels::{MatrixView, dequantize_packed_row, packed_bytes};
+    use crate::executor::weight_fill::tests::in_one_part;
+    use tandem_cpu_kernels::{MatrixView, dequantize_packed_row};
 
     fn matrix(dtype: DType, layout: Layout, threads: usize) -> Vec<u8> {
         let tensor = TensorRef { name: "blk.0.ffn_up.weight".into(), dtype, rows: 40, cols: 1024 };
-        let mut pool =
-            CpuPool::new(&PoolOptions { threads, cores: Vec::new(), spin_us: 0 }).unwrap();
-        let mut bytes = vec![0; packed_bytes(dtype, layout, 40, 1024).unwrap()];
-        fill_random(&mut pool, 7, (&tensor, layout), &mut bytes).unwrap();
+        let mut pool = CpuPool::new(&PoolOptions {
+            threads,
+            cores: Vec::new(),
+            nodes: Default::default(),
+            spin_us: 0,
+        })
+        .unwrap();
+        let (groups, mut bytes) = in_one_part((dtype, layout), (40, 1024));
+        fill_random(&mut pool, 7, &tensor, (&groups, vec![&mut bytes])).unwrap();
         bytes
     }
 

@@ -6,16 +6,17 @@ use super::ExecutorError;
 use super::cpu_pool::CpuPool;
 use super::program::{ExpertShape, MatrixEntry, MatrixId, MatrixUse, Program, StagePart, VectorId};
 use super::rotations::Rotations;
+use super::weight_fill::{disjoint, groups_of};
 use super::weight_made::{MadeMatrix, make};
+use super::weight_places::{Matrix, Place, StoredRows, place_matrices};
 use super::weight_repack::{FileMatrix, read_in_place, repack};
 use super::weight_source::{WeightSource, fill_random};
-use crate::memory::{ALIGNMENT, AlignedBytes, HugePages};
-use crate::model::{ModelSpec, TensorRef};
+use crate::memory::{AlignedBytes, HugePages};
+use crate::model::ModelSpec;
 use crate::tensor::DType;
 use std::ops::Range;
 use std::sync::Arc;
-use tandem_cpu_kernels::repack::ROWS;
-use tandem_cpu_kernels::{Isa, Kernels, Layout, MatrixView, layout_for, packed_bytes};
+use tandem_cpu_kernels::{Isa, Kernels, Layout, MatrixView, dequantize_packed_row};
 
 /// How far loading has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,24 +25,6 @@ pub struct LoadProgress {
     pub done_bytes: usize,
     /// Bytes of all weights.
     pub total_bytes: usize,
-}
-
-/// Where a matrix's bytes are.
-#[derive(Clone, Debug)]
-enum Place {
-    /// In the arena.
-    Arena(Range<usize>),
-    /// In a file of the checkpoint.
-    File { file: usize, bytes: Range<usize> },
-}
-
-#[derive(Clone, Debug)]
-struct Matrix {
-    dtype: DType,
-    layout: Layout,
-    rows: usize,
-    cols: usize,
-    place: Place,
 }
 
 /// The loaded weights of one stage, with the program that uses them.
@@ -86,14 +69,15 @@ impl Weights {
         let kernels = Kernels::for_isa(request.isa.unwrap_or_else(Isa::detect))?;
         let program = Program::lower(&request.spec, &request.part)?;
         let source = request.source.clone();
-        let (matrices, arena_bytes) = place_matrices(&source, &program, kernels.isa())?;
+        let (matrices, regions) = place_matrices(&source, &program, kernels.isa(), pool.nodes())?;
         let read_ahead = program.matrices.iter().map(|entry| &entry.tensor);
         source.will_read(read_ahead.chain(&program.vectors))?;
         let vectors = program.vectors.iter().map(|vector| source.vector(vector));
         let vectors = vectors.collect::<Result<_, _>>()?;
         let rotations = load_rotations(&source, &program)?;
-        let arena = AlignedBytes::zeroed(arena_bytes, request.huge_pages)
+        let arena = AlignedBytes::zeroed(regions.bytes(), request.huge_pages)
             .map_err(|source| ExecutorError::Memory { what: "repacked weights", source })?;
+        regions.ask_for_nodes(&arena, pool.nodes());
         let mut weights = Self {
             source,
             program,
@@ -109,6 +93,7 @@ impl Weights {
         let mut report = |done_bytes| progress(LoadProgress { done_bytes, total_bytes });
         weights.repack(pool, &mut report)?;
         weights.read_in_place(pool, &mut |done| report(arena_bytes + done))?;
+        regions.tell_nodes(&weights.arena, pool.nodes());
         report(total_bytes);
         Ok(weights)
     }
@@ -116,7 +101,7 @@ impl Weights {
     /// Bytes of weights that stay in the file.
     fn file_bytes(&self) -> usize {
         let in_file = self.matrices.iter().filter(|matrix| matrix.is_in_file());
-        in_file.map(|matrix| self.bytes_of(matrix).len()).sum()
+        in_file.map(Matrix::bytes).sum()
     }
 
     /// Bytes of memory held beside the mapped file.
@@ -130,9 +115,9 @@ impl Weights {
     pub fn bytes_per_token(&self) -> usize {
         let bytes = |(matrix, entry): (&Matrix, &MatrixEntry)| match entry.used_for {
             MatrixUse::Lookup => 0,
-            MatrixUse::Multiply => self.bytes_of(matrix).len(),
+            MatrixUse::Multiply => matrix.bytes(),
             MatrixUse::Experts(ExpertShape { n_experts, n_used }) => {
-                self.bytes_of(matrix).len() / n_experts * n_used
+                matrix.bytes() / n_experts * n_used
             }
         };
         self.matrices.iter().zip(&self.program.matrices).map(bytes).sum()
@@ -157,29 +142,71 @@ impl Weights {
         &self.rotations
     }
 
-    /// A matrix of the program.
-    pub fn matrix(&self, id: MatrixId) -> MatrixView<'_> {
-        let matrix = &self.matrices[id.0 as usize];
-        let Matrix { dtype, layout, rows, cols, .. } = *matrix;
-        MatrixView::new(dtype, layout, rows, cols, self.bytes_of(matrix))
-            .expect("the shape was checked when the matrix was placed")
+    /// Type of a matrix of the program.
+    pub fn dtype(&self, id: MatrixId) -> DType {
+        self.at(id).dtype
+    }
+
+    /// Rows of a matrix of the program, of all its experts.
+    pub fn rows(&self, id: MatrixId) -> usize {
+        self.at(id).rows
+    }
+
+    /// Bytes of a matrix of the program.
+    pub fn matrix_bytes(&self, id: MatrixId) -> usize {
+        self.at(id).bytes()
+    }
+
+    /// Some rows of a matrix of the program that has no experts, as they lie: in one piece, or in
+    /// one for each NUMA node.
+    pub(super) fn stored(
+        &self,
+        id: MatrixId,
+        rows: Range<usize>,
+    ) -> impl Iterator<Item = StoredRows<'_>> {
+        let matrix = self.at(id);
+        matrix.stored(rows, move |part| self.bytes_of(matrix, part))
+    }
+
+    /// Row `row` of a matrix without experts, in f32.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn copy_row(&self, id: MatrixId, row: usize, target: &mut [f32]) {
+        let stored = self.stored(id, row..row + 1).next();
+        let stored = stored.unwrap_or_else(|| panic!("row {row} of {}", self.rows(id)));
+        dequantize_packed_row(&stored.view, stored.rows.start, target);
+    }
+
+    /// `rows` of each expert of a matrix of the program, cut where one does not lie beside the
+    /// next.
+    pub(super) fn uncut(
+        &self,
+        id: MatrixId,
+        rows: Range<usize>,
+    ) -> impl Iterator<Item = Range<usize>> {
+        let cut = move |part: Range<usize>| rows.start.max(part.start)..rows.end.min(part.end);
+        self.at(id).parts().map(cut).filter(|rows| !rows.is_empty())
     }
 
     /// Rows of one expert of a matrix of the program, counted from the expert's first.
     ///
     /// # Panics
-    /// When the matrix has no experts or there are no such rows; in [`Layout::Rows16`] also when
-    /// `rows` does not start and end with a multiple of 16.
+    /// When the matrix has no experts, there are no such rows, or they do not lie side by side
+    /// ([`Weights::uncut`]); in [`Layout::Rows16`] also when `rows` does not start and end with a
+    /// multiple of 16.
     pub fn expert(&self, id: MatrixId, expert: usize, rows: Range<usize>) -> MatrixView<'_> {
-        let (matrix, entry) = (&self.matrices[id.0 as usize], self.program.matrix(id));
-        let MatrixUse::Experts(shape) = entry.used_for else { panic!("{id:?} has no experts") };
-        let (bytes, each) = (self.bytes_of(matrix), matrix.rows / shape.n_experts);
-        assert!(expert < shape.n_experts && rows.end <= each, "{rows:?} of expert {expert}");
-        let row_bytes = bytes.len() / matrix.rows;
-        let first = expert * each;
-        let bytes = &bytes[(first + rows.start) * row_bytes..(first + rows.end) * row_bytes];
-        MatrixView::new(matrix.dtype, matrix.layout, rows.len(), matrix.cols, bytes)
-            .expect("rows of an expert start and end with a group of the layout")
+        let matrix = self.at(id);
+        assert!(expert < matrix.experts, "expert {expert} of {}", matrix.experts);
+        let found = matrix.parts().enumerate().find(|(_, part)| rows.start < part.end);
+        let (index, part) = found.unwrap_or_else(|| panic!("{rows:?} of expert {expert}"));
+        assert!(rows.end <= part.end, "{rows:?} of {part:?} of expert {expert}");
+        let bytes = self.bytes_of(matrix, index);
+        let row_bytes = bytes.len() / (matrix.experts * part.len());
+        let first = expert * part.len();
+        let [start, end] = [rows.start, rows.end].map(|row| (first + row - part.start) * row_bytes);
+        let bytes = &bytes[start..end];
+        matrix.view(rows.len(), bytes)
     }
 
     /// A vector of the program, in f32.
@@ -187,9 +214,14 @@ impl Weights {
         &self.vectors[id.0 as usize]
     }
 
-    fn bytes_of(&self, matrix: &Matrix) -> &[u8] {
+    fn at(&self, id: MatrixId) -> &Matrix {
+        &self.matrices[id.0 as usize]
+    }
+
+    /// The bytes of a part of a matrix.
+    fn bytes_of(&self, matrix: &Matrix, part: usize) -> &[u8] {
         match &matrix.place {
-            Place::Arena(bytes) => &self.arena[bytes.clone()],
+            Place::Arena(parts) => &self.arena[parts[part].bytes.clone()],
             Place::File { file, bytes } => file_bytes(&self.source, *file, bytes),
         }
     }
@@ -199,12 +231,18 @@ impl Weights {
         &self.arena
     }
 
-    /// Where a matrix lies in the arena, if it is interleaved there.
-    pub(super) fn arena_place(&self, id: MatrixId) -> Option<Range<usize>> {
-        match &self.matrices[id.0 as usize] {
-            Matrix { place: Place::Arena(bytes), layout: Layout::Rows16, .. } => {
-                Some(bytes.clone())
-            }
+    /// Where the rows of a matrix lie in the arena, if they are interleaved there: rows, and their
+    /// bytes, in ascending order.
+    pub(super) fn arena_parts(&self, id: MatrixId) -> Option<Vec<(Range<usize>, Range<usize>)>> {
+        let matrix = self.at(id);
+        match &matrix.place {
+            Place::Arena(parts) if matrix.layout == Layout::Rows16 => match &parts[..] {
+                [whole] => Some(vec![(0..matrix.rows, whole.bytes.clone())]),
+                parts if matrix.experts == 1 => {
+                    Some(parts.iter().map(|part| (part.rows.clone(), part.bytes.clone())).collect())
+                }
+                _ => None,
+            },
             _ => None,
         }
     }
@@ -215,34 +253,34 @@ impl Weights {
         pool: &mut CpuPool,
         progress: &mut dyn FnMut(usize),
     ) -> Result<(), ExecutorError> {
-        let mut arena = &mut self.arena[..];
-        let mut offset = 0;
+        let mut ready = 0;
         for (matrix, entry) in self.matrices.iter().zip(&self.program.matrices) {
-            let Place::Arena(target) = &matrix.place else { continue };
-            let (own, rest) = arena[target.start - offset..].split_at_mut(target.len());
+            let Place::Arena(places) = &matrix.place else { continue };
+            let groups = groups_of(matrix);
+            let places = places.iter().map(|part| part.bytes.clone());
+            let targets = (&groups[..], disjoint(&mut self.arena, places));
+            let name = entry.tensor.name.as_str();
+            let mut report = |done| progress(ready + done);
             match &self.source {
-                WeightSource::Checkpoint(checkpoint) => {
-                    let &Matrix { dtype, layout, rows, cols, .. } = matrix;
-                    let name = entry.tensor.name.as_str();
-                    let mut report = |done| progress(target.start + done);
-                    match checkpoint.place(name)? {
-                        Some((file, bytes)) => {
-                            let file = checkpoint.file(file);
-                            let matrix = FileMatrix { dtype, rows, cols, file, bytes };
-                            repack(pool, &matrix, own, &mut report)?;
-                        }
-                        None => {
-                            let matrix = MadeMatrix { checkpoint, name, dtype, layout, rows, cols };
-                            make(pool, &matrix, own, &mut report)?;
-                        }
+                WeightSource::Checkpoint(checkpoint) => match checkpoint.place(name)? {
+                    Some((file, bytes)) => {
+                        let (dtype, cols) = (matrix.dtype, matrix.cols);
+                        let file = checkpoint.file(file);
+                        let matrix = FileMatrix { dtype, cols, file, bytes };
+                        repack(pool, &matrix, targets, &mut report)?;
                     }
-                }
+                    None => {
+                        let (dtype, cols) = (matrix.dtype, matrix.cols);
+                        let matrix = MadeMatrix { checkpoint, name, dtype, cols };
+                        make(pool, &matrix, targets, &mut report)?;
+                    }
+                },
                 WeightSource::Random { seed } => {
-                    fill_random(pool, *seed, (&entry.tensor, matrix.layout), own)?;
+                    fill_random(pool, *seed, &entry.tensor, targets)?;
                 }
             }
-            (arena, offset) = (rest, target.end);
-            progress(offset);
+            ready += matrix.bytes();
+            progress(ready);
         }
         Ok(())
     }
@@ -257,75 +295,12 @@ impl Weights {
         checkpoint.files().for_each(|file| file.unmap_pages(0..file.bytes().len()));
         let mut read = 0;
         for matrix in self.matrices.iter().filter(|matrix| matrix.is_in_file()) {
-            let bytes = self.bytes_of(matrix);
+            let bytes = self.bytes_of(matrix, 0);
             read_in_place(pool, bytes, &mut |done| progress(read + done))?;
             read += bytes.len();
         }
         checkpoint.check_unchanged()?;
         Ok(())
-    }
-}
-
-impl Matrix {
-    fn is_in_file(&self) -> bool {
-        matches!(self.place, Place::File { .. })
-    }
-}
-
-/// Decides where each matrix lies; returns the arena's size too.
-fn place_matrices(
-    source: &WeightSource,
-    program: &Program,
-    isa: Isa,
-) -> Result<(Vec<Matrix>, usize), ExecutorError> {
-    let mut arena_bytes = 0;
-    let mut matrices = Vec::with_capacity(program.matrices.len());
-    for entry in &program.matrices {
-        let TensorRef { dtype, rows, cols, .. } = stored(source, &entry.tensor)?;
-        let layout = match entry.used_for {
-            MatrixUse::Lookup => Layout::RowMajor,
-            MatrixUse::Multiply => layout_for(dtype, isa),
-            // Every expert must start with a group of rows of its own.
-            MatrixUse::Experts(shape) if (rows / shape.n_experts).is_multiple_of(ROWS) => {
-                layout_for(dtype, isa)
-            }
-            MatrixUse::Experts(_) => Layout::RowMajor,
-        };
-        let in_file = match (source, layout) {
-            (WeightSource::Checkpoint(checkpoint), Layout::RowMajor) => {
-                checkpoint.place(&entry.tensor.name)?
-            }
-            _ => None,
-        };
-        let place = match in_file {
-            Some((file, bytes)) => Place::File { file, bytes },
-            None => {
-                let bytes = packed_bytes(dtype, layout, rows, cols).ok_or_else(|| {
-                    ExecutorError::Misshapen { tensor: entry.tensor.name.clone(), dtype, cols }
-                })?;
-                let start = arena_bytes;
-                arena_bytes = (start + bytes).next_multiple_of(ALIGNMENT);
-                Place::Arena(start..start + bytes)
-            }
-        };
-        matrices.push(Matrix { dtype, layout, rows, cols, place });
-    }
-    Ok((matrices, arena_bytes))
-}
-
-/// A matrix as its source has it.
-pub(super) fn stored(
-    source: &WeightSource,
-    tensor: &TensorRef,
-) -> Result<TensorRef, ExecutorError> {
-    let WeightSource::Checkpoint(checkpoint) = source else { return Ok(tensor.clone()) };
-    let name = tensor.name.clone();
-    let dtype = checkpoint.dtype(&name)?;
-    let info = checkpoint.tensor_info(&name).ok_or_else(|| checkpoint.refuse_missing(&name))?;
-    let (rows, cols) = (info.shape.rows(), info.shape.cols());
-    match packed_bytes(dtype, Layout::RowMajor, rows, cols) {
-        Some(bytes) if info.bytes == Some(bytes) => Ok(TensorRef { name, dtype, rows, cols }),
-        _ => Err(ExecutorError::Misshapen { tensor: name, dtype, cols }),
     }
 }
 

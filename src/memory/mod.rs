@@ -4,6 +4,7 @@
 
 mod arena;
 mod ledger;
+mod nodes;
 
 pub use arena::{
     ALIGNMENT, AlignedBytes, ArenaError, ArenaRange, DisjointChunks, HostArena, HugePages,
@@ -12,3 +13,4 @@ pub use arena::{
 pub use ledger::{
     Commitment, Device, Ledger, LedgerError, LedgerReport, PurposeBytes, Reservation,
 };
+pub use nodes::{NodeError, nodes_of_pages, prefer_node, take_nodes_in_turn};

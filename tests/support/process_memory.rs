@@ -27,7 +27,8 @@ pub fn check_load(path: &Path, weight_bytes_min: usize) {
     let part = StagePart::whole(spec.layers.len());
     let (source, huge_pages) = (model.checkpoint.into(), HugePages::SystemDefault);
     let request = WeightsRequest { source, spec, part, isa: None, huge_pages };
-    let options = PoolOptions { threads: 2, cores: Vec::new(), spin_us: 50 };
+    let options =
+        PoolOptions { threads: 2, cores: Vec::new(), nodes: Default::default(), spin_us: 50 };
     let mut pool = CpuPool::new(&options).unwrap();
     let mut reports: Vec<LoadProgress> = Vec::new();
     let before = status_bytes("VmRSS:");

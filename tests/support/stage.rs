@@ -71,7 +71,7 @@ pub fn options(threads: usize, context_tokens: usize) -> StageOptions {
     let device_blocks = context_tokens.div_ceil(BLOCK_TOKENS);
     StageOptions {
         part: None::<StagePart>,
-        pool: PoolOptions { threads, cores: Vec::new(), spin_us: 50 },
+        pool: PoolOptions { threads, cores: Vec::new(), nodes: Default::default(), spin_us: 50 },
         isa: isa(),
         huge_pages: false,
         kv: KvOptions { block_tokens: BLOCK_TOKENS, dtype: KvDType::F16, device_blocks },

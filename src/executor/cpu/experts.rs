@@ -37,7 +37,9 @@ impl Step<'_> {
         let (normed, out) = unsafe {
             (self.buffers.normed.activations(0..self.plan.tokens.len()), logits.output())
         };
-        self.kernels.matmul(&self.weights.matrix(router), &normed, own, out);
+        for part in self.weights.stored(router, own) {
+            self.kernels.matmul(&part.view, &normed, part.rows, out.skip_rows(part.first));
+        }
         self.meet(worker);
         for token in self.rows(worker, self.plan.tokens.len()) {
             // SAFETY: the logits are behind the barrier; the row of routes is of this worker's own
@@ -65,13 +67,20 @@ impl Step<'_> {
         let ExpertScratch { groups, gathered, products } = &mut *scratch;
         self.group(groups, shape);
         let width = self.buffers.hidden.values.width;
-        for share in groups.share((worker.index, worker.count()), width.div_ceil(GROUP)) {
+        // Each node has its rows of every expert.
+        let nodes = worker.nodes();
+        let team = nodes.team_of(worker.index);
+        let (team, near) = (nodes.workers(team, worker.count()), nodes.rows(team, width));
+        let units = near.len().div_ceil(GROUP);
+        for share in groups.share((worker.index - team.start, team.len()), units) {
             let ExpertShare { expert, rows: pairs, units } = share;
-            let rows = units.start * GROUP..width.min(units.end * GROUP);
+            let rows =
+                near.start + units.start * GROUP..near.end.min(near.start + units.end * GROUP);
             for pairs in tiles(pairs, TILE_TOKENS) {
                 let tokens = pairs.clone().map(|row| groups.pair(row) / shape.n_used);
                 let input = self.gather(tokens, gathered);
-                for rows in tiles(rows.clone(), tile_rows(pairs.len())) {
+                let rows = tiles(rows.clone(), tile_rows(pairs.len()));
+                for rows in rows.flat_map(|rows| self.weights.uncut(matrices[0], rows)) {
                     let [gate, up] =
                         matrices.map(|id| self.weights.expert(id, expert, rows.clone()));
                     let up_products = products.rows(pairs.len(), rows.len());
@@ -89,8 +98,9 @@ impl Step<'_> {
         self.group(groups, shape);
         let projected = self.buffers.projected;
         let most = groups.active().map(|(_, pairs)| pairs.len()).max().unwrap_or(0);
-        let pieces = worker.deal(projected.width, MATMUL_ROWS, 2);
-        for rows in pieces.flat_map(|piece| tiles(piece, tile_rows(most))) {
+        let pieces = worker.deal_rows(projected.width, MATMUL_ROWS, 2);
+        let pieces = pieces.flat_map(|piece| tiles(piece, tile_rows(most)));
+        for rows in pieces.flat_map(|rows| self.weights.uncut(down, rows)) {
             for token in 0..projected.rows {
                 // SAFETY: workers' rows of the stream are disjoint.
                 unsafe { projected.part_mut(token, rows.clone()) }.fill(0.0);

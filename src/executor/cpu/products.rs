@@ -6,7 +6,9 @@ use crate::executor::buffers::{LOGITS_TILE_ROWS, QuantizedRows, Rows};
 use crate::executor::cpu_pool::Worker;
 use crate::executor::expert_groups::tiles;
 use crate::executor::program::{Buffer, Linear, Precision};
+use crate::executor::weights::Weights;
 use crate::model::Activation;
+use crate::placement::NodeTeams;
 use std::ops::Range;
 use tandem_cpu_kernels::ActivationForm;
 use tandem_cpu_kernels::blocks::GROUP;
@@ -48,19 +50,23 @@ impl Step<'_> {
         let input = self.input(input);
         let n_tokens = self.plan.tokens.len();
         let unit = Self::matmul_rows(n_tokens);
-        let layout = PartUnits { step: self, parts, unit };
+        let layout = PartUnits { weights: self.weights, nodes: worker.nodes(), parts, unit };
         let grain =
             self.grain(parts.first().map_or(0, |part| self.row_bytes(part)) * unit, n_tokens);
         let cut = |index| layout.unit_at(index, worker.count());
         for piece in worker.deal_from(grain, cut) {
-            let (mut first_row, mut first_unit) = (0, 0);
-            for part in parts {
-                let rows = layout.rows(part);
-                let at = |index: usize| ((index.max(first_unit) - first_unit) * unit).min(rows);
-                let own = at(piece.start)..at(piece.end);
-                self.multiply(part, (input, precision), (output, first_row), own);
-                first_row += rows;
-                first_unit += rows.div_ceil(unit);
+            let mut first_unit = 0;
+            for team in 0..layout.nodes.count() {
+                let mut first_row = 0;
+                for part in parts {
+                    let (all, near) = (self.weights.rows(part.matrix), layout.rows(part, team));
+                    let row = |index: usize| (index.max(first_unit) - first_unit) * unit;
+                    let at = |index: usize| near.end.min(near.start + row(index));
+                    let own = at(piece.start)..at(piece.end);
+                    self.multiply(part, (input, precision), (output, first_row), own);
+                    first_row += all;
+                    first_unit += near.len().div_ceil(unit);
+                }
             }
         }
     }
@@ -80,8 +86,7 @@ impl Step<'_> {
     }
 
     fn row_bytes(&self, part: &Linear) -> usize {
-        let matrix = self.weights.matrix(part.matrix);
-        matrix.bytes().len() / matrix.rows().max(1)
+        self.weights.matrix_bytes(part.matrix) / self.weights.rows(part.matrix).max(1)
     }
 
     /// How many units of `bytes` bytes of weights are worth a claim.
@@ -107,14 +112,17 @@ impl Step<'_> {
             return;
         }
         let n_tokens = self.plan.tokens.len();
-        let matrix = self.weights.matrix(part.matrix);
-        let paired = self.has_second_rows(precision) && matrix.dtype().is_quantized();
+        let is_quantized = self.weights.dtype(part.matrix).is_quantized();
+        let paired = self.has_second_rows(precision) && is_quantized;
         let rows = 0..if paired { 2 * n_tokens } else { n_tokens };
         // SAFETY: the input was finished before the last barrier, or by this worker for itself;
         // workers' `own` are disjoint.
         let (activations, columns) =
             unsafe { (input.activations(rows.clone()), output.cut(rows).output()) };
-        self.kernels.matmul(&matrix, &activations, own.clone(), columns.skip_rows(first));
+        for near in self.weights.stored(part.matrix, own.clone()) {
+            let columns = columns.skip_rows(first + near.first);
+            self.kernels.matmul(&near.view, &activations, near.rows, columns);
+        }
         let bias = part.bias.map(|bias| &self.weights.vector(bias)[own.clone()]);
         let own = first + own.start..first + own.end;
         for token in 0..n_tokens {
@@ -151,7 +159,8 @@ impl Step<'_> {
     ) {
         let (normed, hidden) = ((self.buffers.normed, Precision::Eight), self.buffers.hidden);
         let bytes = [&gate, &up].map(|part| self.row_bytes(part)).iter().sum::<usize>() * GROUP;
-        let pieces = worker.deal(hidden.values.width, GROUP, self.grain(bytes, hidden.values.rows));
+        let grain = self.grain(bytes, hidden.values.rows);
+        let pieces = worker.deal_rows(hidden.values.width, GROUP, grain);
         let at_once = if self.is_tiled(hidden.values.rows) { TILED_GATE_ROWS } else { GATE_ROWS };
         for rows in pieces.flat_map(|piece| tiles(piece, at_once)) {
             self.multiply(&gate, normed, (hidden.values, 0), rows.clone());
@@ -180,7 +189,7 @@ impl Step<'_> {
             let rows = LOGITS_TILE_ROWS.min(wanted - first);
             let unit = Self::matmul_rows(rows);
             let grain = self.grain(self.row_bytes(&output) * unit, rows);
-            for own in worker.deal(self.weights.matrix(output.matrix).rows(), unit, grain) {
+            for own in worker.deal_rows(self.weights.rows(output.matrix), unit, grain) {
                 self.logits_tile(output, (first, rows), own, softcap);
             }
             self.meet(worker);
@@ -203,7 +212,6 @@ impl Step<'_> {
         own: Range<usize>,
         softcap: Option<f32>,
     ) {
-        let matrix = self.weights.matrix(output.matrix);
         let logits = self.buffers.logits;
         // SAFETY: `selected` was finished before the last barrier, or by this worker for itself;
         // workers' `own` are disjoint.
@@ -211,7 +219,9 @@ impl Step<'_> {
             let selected = self.buffers.selected.activations(first..first + rows);
             (selected, logits.cut(0..rows).output())
         };
-        self.kernels.matmul(&matrix, &selected, own.clone(), out);
+        for near in self.weights.stored(output.matrix, own.clone()) {
+            self.kernels.matmul(&near.view, &selected, near.rows, out.skip_rows(near.first));
+        }
         let bias = output.bias.map(|bias| &self.weights.vector(bias)[own.clone()]);
         for row in 0..rows {
             self.finish(logits, (row, None), own.clone(), bias);
@@ -223,26 +233,47 @@ impl Step<'_> {
     }
 }
 
-/// The rows of several matrices with one input, counted in units that never span two of them.
+/// The rows of several matrices with one input, counted in units that never span two of them: all
+/// those that lie on the first NUMA node, then the next one's.
 struct PartUnits<'a> {
-    step: &'a Step<'a>,
+    weights: &'a Weights,
+    nodes: &'a NodeTeams,
     parts: &'a [Linear],
     unit: usize,
 }
 
 impl PartUnits<'_> {
-    fn rows(&self, part: &Linear) -> usize {
-        self.step.weights.matrix(part.matrix).rows()
+    /// Rows on the node of a team.
+    fn rows(&self, part: &Linear, team: usize) -> Range<usize> {
+        self.nodes.rows(team, self.weights.rows(part.matrix))
     }
 
-    /// The unit at which the share of worker `index` of `count` begins: shares are of equal bytes.
+    /// The unit at which the share of worker `index` of `count` begins: shares of workers of one
+    /// node are of equal bytes.
     fn unit_at(&self, index: usize, count: usize) -> usize {
-        let bytes = |part: &Linear| self.step.weights.matrix(part.matrix).bytes().len();
+        let last = self.nodes.count() - 1;
+        let own = self.nodes.team_of(index).min(last);
+        let before = (0..own).map(|team| self.units(team)).sum::<usize>();
+        let workers = self.nodes.workers(own, count);
+        before + self.unit_in_team(own, (index - workers.start, workers.len()))
+    }
+
+    fn units(&self, team: usize) -> usize {
+        let units = |part: &Linear| self.rows(part, team).len().div_ceil(self.unit);
+        self.parts.iter().map(units).sum()
+    }
+
+    /// The same in the units of a team.
+    fn unit_in_team(&self, team: usize, (index, count): (usize, usize)) -> usize {
+        let bytes = |part: &Linear| {
+            let all = self.weights.rows(part.matrix);
+            self.weights.matrix_bytes(part.matrix) * self.rows(part, team).len() / all.max(1)
+        };
         let total: usize = self.parts.iter().map(bytes).sum();
         let mut target = total * index / count;
         let mut first = 0;
         for part in self.parts {
-            let units = self.rows(part).div_ceil(self.unit);
+            let units = self.rows(part, team).len().div_ceil(self.unit);
             if target < bytes(part) {
                 return first + (target * units).div_ceil(bytes(part));
             }

@@ -1,7 +1,9 @@
 //! Loops that workers share out while they run. Each worker begins with a share of its own, in
 //! order, and takes from the others' when it is through: cores are not equally fast, least of all
 //! where other programs or other guests of the same machine use them too, and without this every
-//! loop would last as long as its slowest worker.
+//! loop would last as long as its slowest worker. Where workers are of several NUMA nodes it takes
+//! from those of its own node first, whose weights are near, and from others when nothing is left
+//! there.
 //!
 //! A worker's share is one atomic word: which loop it belongs to, the next unclaimed unit and the
 //! end. Whoever claims a piece moves `next` by compare-and-swap. A word that belongs to an earlier
@@ -40,6 +42,8 @@ pub struct Deal<'p, C> {
     cut: C,
     /// The worker whose pieces these are.
     worker: usize,
+    /// Workers from whom it takes first, itself among them.
+    team: &'p Range<usize>,
     /// Which loop of the job, from 1.
     number: u64,
     /// Units of the smallest claim.
@@ -49,13 +53,13 @@ pub struct Deal<'p, C> {
 impl<'p, C: Fn(usize) -> usize> Deal<'p, C> {
     pub(super) fn new(
         shares: &'p [Share],
-        (worker, number): (usize, u64),
-        grain: usize,
+        (worker, team): (usize, &'p Range<usize>),
+        (number, grain): (u64, usize),
         cut: C,
     ) -> Self {
         assert!(cut(shares.len()) <= UNITS_MAX, "a loop of more than {UNITS_MAX} units");
         debug_assert!(number < 1 << (64 - 2 * UNIT_BITS), "loop {number} of one job");
-        Self { shares, cut, worker, number, grain: grain.max(1) }
+        Self { shares, cut, worker, team, number, grain: grain.max(1) }
     }
 
     /// The unclaimed units of a share whose word is `word`.
@@ -89,11 +93,20 @@ impl<'p, C: Fn(usize) -> usize> Deal<'p, C> {
         }
     }
 
-    /// Who has most left, other than this worker.
-    fn richest(&self) -> Option<usize> {
+    /// From whom to take: who has most left of this worker's team, else of all.
+    fn victim(&self) -> Option<usize> {
+        let near = self.richest(self.team.clone());
+        if near.is_some() || self.team.len() == self.shares.len() {
+            return near;
+        }
+        self.richest(0..self.shares.len())
+    }
+
+    /// Who of some workers has most left, other than this one.
+    fn richest(&self, owners: Range<usize>) -> Option<usize> {
         let left =
             |owner: usize| self.left(owner, self.shares[owner].0.load(Ordering::Relaxed)).len();
-        let others = (0..self.shares.len()).filter(|owner| *owner != self.worker);
+        let others = owners.filter(|owner| *owner != self.worker);
         let richest = others.map(|owner| (left(owner), owner)).max()?;
         (richest.0 > 0).then_some(richest.1)
     }
@@ -107,7 +120,7 @@ impl<C: Fn(usize) -> usize> Iterator for Deal<'_, C> {
             return Some(piece);
         }
         loop {
-            if let Some(piece) = self.claim(self.richest()?) {
+            if let Some(piece) = self.claim(self.victim()?) {
                 return Some(piece);
             }
         }

@@ -159,16 +159,54 @@ fn add_pieces(units: &mut [Unit], program: &Program, weights: &Weights) -> Optio
     for (id, entry) in (0..).map(MatrixId).zip(&program.matrices) {
         let Some(unit) = entry.spilled else { continue };
         let there = MatrixId(names[entry.tensor.name.as_str()]);
-        let (place, matrix) = (weights.arena_place(there)?, weights.matrix(there));
-        let group_bytes = place.len() / matrix.rows().div_ceil(ROWS);
-        let at_once = piece_rows(matrix.rows(), place.len());
-        for first in (0..matrix.rows()).step_by(at_once) {
-            let rows = first..(first + at_once).min(matrix.rows());
-            let [start, end] = [rows.start / ROWS, rows.end.div_ceil(ROWS)]
-                .map(|group| place.start + group * group_bytes);
-            let piece = Piece { matrix: id, dtype: matrix.dtype(), rows, bytes: start..end };
-            units[unit.index].pieces.push(piece);
-        }
+        let dtype = weights.dtype(there);
+        let pieces = weights.arena_parts(there)?.into_iter().flat_map(pieces_of);
+        let piece = |(rows, bytes)| Piece { matrix: id, dtype, rows, bytes };
+        units[unit.index].pieces.extend(pieces.map(piece));
     }
     Some(())
+}
+
+/// Rows that lie side by side, with their bytes, in pieces that stream at once.
+fn pieces_of(
+    (part, bytes): (Range<usize>, Range<usize>),
+) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+    let group_bytes = bytes.len() / part.len().div_ceil(ROWS).max(1);
+    let at_once = piece_rows(part.len(), bytes.len()).max(1);
+    part.clone().step_by(at_once).map(move |first| {
+        let rows = first..(first + at_once).min(part.end);
+        let [start, end] = [rows.start - part.start, rows.end - part.start]
+            .map(|row| bytes.start + row.div_ceil(ROWS) * group_bytes);
+        (rows, start..end)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::placement::NodeTeams;
+
+    #[test]
+    fn pieces_of_all_nodes_are_every_row_once_and_in_order() {
+        let group_bytes = 2304 * ROWS;
+        for (rows, nodes) in
+            [(28_672, &[0][..]), (28_672, &[0, 0, 1]), (1000, &[0, 1]), (20, &[3, 4])]
+        {
+            let teams = NodeTeams::of_workers(nodes);
+            let mut place = 0;
+            let (mut next_row, mut next_byte) = (0, 0);
+            for team in 0..teams.count() {
+                let part = teams.rows(team, rows);
+                let bytes = place..place + part.len().div_ceil(ROWS) * group_bytes;
+                place = bytes.end;
+                for (rows, bytes) in pieces_of((part.clone(), bytes)) {
+                    assert_eq!((rows.start, bytes.start), (next_row, next_byte));
+                    assert_eq!(bytes.len(), rows.len().div_ceil(ROWS) * group_bytes);
+                    assert!(bytes.len() <= 17 << 20 && rows.start.is_multiple_of(ROWS));
+                    (next_row, next_byte) = (rows.end, bytes.end);
+                }
+            }
+            assert_eq!((next_row, next_byte), (rows, place));
+        }
+    }
 }

@@ -8,8 +8,10 @@ use crate::executor::program::{
     Buffer, ExpertShape, MatrixEntry, MatrixId, MatrixUse, Op, Program, StagePart, VectorId,
 };
 use crate::executor::rotations::Rotations;
+use crate::executor::weight_fill::PartGroups;
+use crate::executor::weight_places::stored;
 use crate::executor::weight_source::{WeightSource, fill_random};
-use crate::executor::weights::{LoadProgress, WeightsRequest, load_rotations, stored};
+use crate::executor::weights::{LoadProgress, WeightsRequest, load_rotations};
 use crate::formats::Checkpoint;
 use crate::model::{ModelSpec, TensorRef};
 use crate::tensor::DType;
@@ -179,7 +181,8 @@ impl GpuWeights {
                     })?;
                     let mut bytes = vec![0; rows * row_bytes];
                     let pool = pool.as_deref_mut().expect("workers for random weights");
-                    fill_random(pool, *seed, (&tensor, Layout::RowMajor), &mut bytes)?;
+                    let rows_of = [PartGroups::whole(Layout::RowMajor, rows, row_bytes)];
+                    fill_random(pool, *seed, &tensor, (&rows_of, vec![&mut bytes]))?;
                     let matrix = is_multiplied.then(|| {
                         DeviceMatrix::upload(&self.gpu, &staging, dtype, (rows, cols), &bytes)
                     });
