@@ -103,6 +103,8 @@ fn run_stage(shared: &Shared, stop: &StopSignal) -> Result<(), StageFault> {
     let generation = lane.generation();
     let loaded = shared.loaded.get().ok_or("no model is loaded")?;
     shared.faults.pass(FaultPoint::ExecutorBeforeStart);
+    // Before the stage starts threads of its own, which run where this one may.
+    loaded.keep_near_gpu();
     let mut stage = loaded.stages.start()?;
     shared.swaps.stage_starts(stage.tiers())?;
     shared.become_ready();

@@ -28,6 +28,7 @@ impl Drop for SwapLife<'_> {
 fn run_swap(shared: &Shared, stop: &StopSignal) -> Result<(), String> {
     let lane = &shared.swaps;
     let _life = SwapLife(lane);
+    shared.loaded.get().into_iter().for_each(|loaded| loaded.keep_near_gpu());
     loop {
         let mut order = select_biased! {
             recv(stop) -> _ => return Ok(()),

@@ -11,7 +11,8 @@ use crate::executor::{
 };
 use crate::formats::{Checkpoint, FormatError};
 use crate::hardware::{
-    Fingerprint, HardwareProfile, Measured, Topology, load_measured, probe_file,
+    Fingerprint, HardwareProfile, Measured, Topology, keep_current_thread_on, load_measured,
+    probe_file,
 };
 use crate::kv::TierBlocks;
 use crate::model::ModelSpec;
@@ -51,6 +52,13 @@ pub(super) struct Loaded {
 }
 
 impl Loaded {
+    /// Keeps the calling thread, which serves a GPU, near to it where that is known.
+    pub(super) fn keep_near_gpu(&self) {
+        if let Err(error) = keep_current_thread_on(&self.placement.workers.gpu_threads) {
+            tracing::warn!(%error, "a thread that serves the GPU may run far from it");
+        }
+    }
+
     /// Refuses tokens outside the vocabulary.
     pub(super) fn check_tokens(&self, field: &str, tokens: &[TokenId]) -> Result<(), RequestError> {
         let vocab_tokens = self.info.vocab_tokens;
