@@ -246,7 +246,7 @@ pub fn known_rates(
 ) -> Result<Option<Measured>, EngineError> {
     let workers = Workers::choose(&hardware.topology, &config.cpu)?;
     let isa = compute_isa(config, workers.threads)?;
-    let fingerprint = Fingerprint::of(hardware, workers.threads, isa);
+    let fingerprint = Fingerprint::of(hardware, (workers.threads, &workers.cpus), isa);
     Ok(folder.and_then(|folder| load_measured(&probe_file(folder), &fingerprint)))
 }
 

@@ -8,9 +8,9 @@ use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tandem::actors::compute_isa;
-use tandem::config::Config;
+use tandem::config::{Config, CpuConfig};
 use tandem::hardware::{
-    CoreKind, Fingerprint, GpuRates, HardwareProfile, Measured, Probe, ProductRates,
+    CoreKind, Fingerprint, Gpu, GpuRates, HardwareProfile, Measured, NumaNode, Probe, ProductRates,
     TOKENS_MEASURED, Topology, disk_read_rate, load_measured, probe_file, roofs, store_measured,
 };
 use tandem::memory::{AlignedBytes, HugePages};
@@ -60,7 +60,7 @@ pub fn run(
     let workers = Workers::choose(&hardware.topology, &config.cpu)?;
     let isa = compute_isa(config, workers.threads)?;
     let kernels = Kernels::for_isa(isa)?;
-    let fingerprint = Fingerprint::of(&hardware, workers.threads, isa);
+    let fingerprint = Fingerprint::of(&hardware, (workers.threads, &workers.cpus), isa);
     let kept_in = folder.map(probe_file).filter(|_| !arguments.quick);
     let known = kept_in.as_deref().filter(|_| !arguments.fresh);
     let known = known.and_then(|file| load_measured(file, &fingerprint));
@@ -111,7 +111,12 @@ fn measure(
     let huge_pages =
         if config.cpu.huge_pages { HugePages::Advise } else { HugePages::SystemDefault };
     let mut memory = AlignedBytes::zeroed(bytes, huge_pages)?;
+    let cpus_of = |threads| {
+        let fewer = CpuConfig { threads, ..config.cpu.clone() };
+        Workers::choose(&hardware.topology, &fewer).map_or(Vec::new(), |workers| workers.cpus)
+    };
     let probe = Probe {
+        cpus_of: &cpus_of,
         team: roofs::Team { threads: workers.threads, cpus: workers.cpus.clone() },
         kernels,
         memory: bytemuck::cast_slice_mut(&mut memory[..]),
@@ -158,15 +163,36 @@ fn machine(hardware: &HardwareProfile) -> Vec<String> {
         ByteSize(total),
         ByteSize(available)
     ));
-    for gpu in &hardware.gpus.devices {
-        let (free, total) = (ByteSize(gpu.memory_free_bytes), ByteSize(gpu.memory_total_bytes));
-        lines.push(format!(
-            "GPU {}: {}, compute capability {}, {} multiprocessors, {free} of {total} free",
-            gpu.ordinal, gpu.name, gpu.compute_capability, gpu.multiprocessors
-        ));
+    if topology.numa_nodes.len() > 1 {
+        lines.extend(topology.numa_nodes.iter().map(|node| of_node(node, topology)));
     }
+    lines.extend(hardware.gpus.devices.iter().map(of_device));
     lines.extend(hardware.gpus.absence.iter().map(|absence| format!("no GPU: {absence}")));
     lines
+}
+
+fn of_device(gpu: &Gpu) -> String {
+    let (free, total) = (ByteSize(gpu.memory_free_bytes), ByteSize(gpu.memory_total_bytes));
+    let node = gpu.numa_node.map(|node| format!(", attached to NUMA node {node}"));
+    format!(
+        "GPU {}: {}, compute capability {}, {} multiprocessors, {free} of {total} free{}",
+        gpu.ordinal,
+        gpu.name,
+        gpu.compute_capability,
+        gpu.multiprocessors,
+        node.unwrap_or_default()
+    )
+}
+
+fn of_node(node: &NumaNode, topology: &Topology) -> String {
+    let usable = topology.usable_cpus().filter(|cpu| cpu.numa_node == node.id).count();
+    let (free, total) = (ByteSize(node.memory_free_bytes), ByteSize(node.memory_bytes));
+    let refused = if node.is_allowed { "" } else { ", none for this process" };
+    format!(
+        "NUMA node {}: {usable} of {} processors usable, {free} of {total} free{refused}",
+        node.id,
+        node.cpus.len()
+    )
 }
 
 fn processors(topology: &Topology) -> String {
@@ -254,4 +280,38 @@ fn of_gpu(gpu: &GpuRates) -> [(&'static str, String, &str); 11] {
         ("workers' reads", bytes(beside_reads.reads), "memory, while copies go to the GPU"),
         ("one crossing", format!("{:.1} µs", gpu.crossing_us), "a kernel, started and waited for"),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_are_told_with_what_may_be_used_of_them() {
+        let files = [
+            ("sys/devices/system/cpu/online", "0-3"),
+            ("sys/devices/system/node/node0/cpulist", "0-1"),
+            ("sys/devices/system/node/node1/cpulist", "2-3"),
+            (
+                "sys/devices/system/node/node1/meminfo",
+                "Node 1 MemTotal: 4096 kB\nNode 1 MemFree: 1024 kB\nNode 1 Inactive(file): 1024 kB",
+            ),
+            ("proc/self/status", "Cpus_allowed_list: 0-2\nMems_allowed_list: 0"),
+        ];
+        let root = tempfile::tempdir().expect("a temporary folder");
+        for (path, text) in files {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+            std::fs::write(path, text).expect("a file");
+        }
+        let topology = Topology::read(root.path());
+        let told: Vec<_> =
+            topology.numa_nodes.iter().map(|node| of_node(node, &topology)).collect();
+        assert_eq!(told[0], "NUMA node 0: 2 of 2 processors usable, 0 B of 0 B free");
+        assert_eq!(
+            told[1],
+            "NUMA node 1: 1 of 2 processors usable, 2.00 MiB of 4.00 MiB free, \
+             none for this process"
+        );
+    }
 }

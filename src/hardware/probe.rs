@@ -5,6 +5,7 @@ use super::gpu::Gpus;
 use super::measured::{BesideReads, CopyRates, GpuRates, MacRate, Measured, ReadRate};
 use super::product_rates;
 use super::roofs::{self, Team, read_passes};
+use super::topology::CpuId;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 use tandem_cpu_kernels::Kernels;
@@ -26,6 +27,8 @@ const CROSSINGS_BEFORE: usize = 20;
 pub struct Probe<'a> {
     /// All compute workers.
     pub team: Team,
+    /// The processors of so many of them: of each NUMA node its part.
+    pub cpus_of: &'a dyn Fn(usize) -> Vec<CpuId>,
     /// Their kernels.
     pub kernels: &'static Kernels,
     /// Host memory of the kind that weights lie in; far larger than the caches.
@@ -62,7 +65,7 @@ impl Probe<'_> {
         let powers = std::iter::successors(Some(1), |threads| Some(2 * threads));
         let mut rates = Vec::new();
         for threads in powers.take_while(|threads| *threads < all).chain([all]) {
-            let cpus = self.team.cpus.iter().take(threads).copied().collect();
+            let cpus = (self.cpus_of)(threads);
             let team = Team { threads, cpus };
             let times = read_passes(&team, self.kernels, self.memory, (READ_PASSES, &|_| ()));
             let best = times.into_iter().min().unwrap_or_default();

@@ -1,7 +1,7 @@
 //! Keeps what was measured of a machine in a file, and knows when it holds no longer.
 
 use super::measured::Measured;
-use super::{Gpu, HardwareProfile};
+use super::{CpuId, Gpu, HardwareProfile};
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io::Result;
@@ -21,6 +21,9 @@ pub struct Fingerprint {
     pub cpu_quota_thousandths: Option<u64>,
     /// Compute workers.
     pub workers: usize,
+    /// Their processors, where there are several NUMA nodes to have them from.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub worker_processors: Vec<u32>,
     /// Whose kernels they run.
     pub isa: String,
     /// Host memory that this process may use.
@@ -34,8 +37,9 @@ pub struct Fingerprint {
 }
 
 impl Fingerprint {
-    /// That of this machine with so many compute workers that run the kernels of `isa`.
-    pub fn of(hardware: &HardwareProfile, workers: usize, isa: Isa) -> Self {
+    /// That of this machine with so many compute workers, on these processors if they are pinned,
+    /// that run the kernels of `isa`.
+    pub fn of(hardware: &HardwareProfile, (workers, cpus): (usize, &[CpuId]), isa: Isa) -> Self {
         let gpus: &[Gpu] = &hardware.gpus.devices;
         let quota = hardware.topology.cpu_quota;
         Self {
@@ -43,6 +47,11 @@ impl Fingerprint {
             processors: hardware.topology.usable_cpus().map(|cpu| cpu.id.0).collect(),
             cpu_quota_thousandths: quota.map(|quota| (quota * 1000.0).round() as u64),
             workers,
+            worker_processors: if hardware.topology.numa_nodes.len() > 1 {
+                cpus.iter().map(|cpu| cpu.0).collect()
+            } else {
+                Vec::new()
+            },
             isa: isa.to_string(),
             memory_total_bytes: hardware.memory_total_bytes,
             gpus: gpus.iter().map(|gpu| gpu.name.clone()).collect(),

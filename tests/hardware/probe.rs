@@ -16,8 +16,13 @@ fn a_probe_measures_every_part_of_this_machine() {
     let mut memory = vec![0; 4 << 20];
     // More threads than processors are as good as any here.
     let team = roofs::Team { threads: 3, cpus };
-    let probe =
-        Probe { team, kernels: Kernels::best(), memory: &mut memory, copy_bytes: (8 << 20) + 16 };
+    let probe = Probe {
+        team,
+        cpus_of: &|threads| choose_cpus(&hardware.topology, threads),
+        kernels: Kernels::best(),
+        memory: &mut memory,
+        copy_bytes: (8 << 20) + 16,
+    };
     let measured = probe.measure(&hardware.gpus);
     println!("{measured:#?}");
     let threads: Vec<usize> = measured.reads.iter().map(|read| read.threads).collect();
@@ -57,7 +62,7 @@ fn rates_of_products_lie_between_those_that_were_measured() {
 
 #[test]
 fn what_was_measured_is_kept_until_the_machine_is_another() {
-    let here = Fingerprint::of(&HardwareProfile::detect(), 2, Isa::Scalar);
+    let here = Fingerprint::of(&HardwareProfile::detect(), (2, &[]), Isa::Scalar);
     let folder = tempfile::tempdir().expect("a temporary folder");
     let file = probe_file(&folder.path().join("tandem"));
     assert_eq!(load_measured(&file, &here), None);
@@ -69,11 +74,12 @@ fn what_was_measured_is_kept_until_the_machine_is_another() {
     };
     store_measured(&file, &here, &measured).expect("a folder of ours");
     assert_eq!(load_measured(&file, &here), Some(measured));
-    let changes: [fn(&mut Fingerprint); 8] = [
+    let changes: [fn(&mut Fingerprint); 9] = [
         |other| other.cpu.push('2'),
         |other| other.processors.push(4096),
         |other| other.cpu_quota_thousandths = Some(1),
         |other| other.workers = 3,
+        |other| other.worker_processors.push(1),
         |other| other.isa = "avx2".into(),
         |other| other.memory_total_bytes += 1,
         |other| other.gpus.push("Fake 8".into()),
