@@ -112,13 +112,13 @@ impl<'a> Ways<'a> {
         let mut spill = Spill { layers, attention_layers, ..Spill::default() };
         let units: Vec<Unit<'_>> = spill.units(self.spec).collect();
         spill.weight_bytes = units.iter().map(Unit::host_bytes).sum();
-        spill.ring_slots = slots_wanted(self.spec, &spill);
+        spill.ring_slots = slots_wanted(self.spec, &spill, &self.on.0.nodes);
         spill.crossing_bytes = crossing_bytes(self.spec, &units, self.on);
         self.with(spill, &units)
     }
 
     fn with(&self, mut spill: Spill, units: &[Unit<'_>]) -> Room {
-        spill.set_ring_bytes(units);
+        spill.set_ring_bytes(units, &self.on.0.nodes);
         let left: u64 = units.iter().map(Unit::device_bytes).sum();
         let weight_bytes = self.whole.weight_bytes - left;
         Room { weight_bytes, spill: Some(spill), ..self.whole.clone() }

@@ -1,9 +1,9 @@
 //! What is spilled of a layer, unit by unit as the executor computes it, and how much memory that
 //! takes on either side.
 
-use super::Workers;
 use super::cpu::{heads_width, spilled_activation_bytes, worker_bytes};
 use super::spill::{CROSSING_TOKENS_MAX, Spill};
+use super::{NodeTeams, Workers};
 use crate::config::Config;
 use crate::model::{FfnSpec, LayerSpec, LinearSpec, ModelSpec, TensorRef};
 use std::collections::HashMap;
@@ -159,7 +159,7 @@ impl Spill {
     /// Fills in what follows from the layers, of which `units` are all that is spilled, and from
     /// the slots: bytes of the ring on the GPU, and of what its pieces are taken apart into. Units
     /// with matrices of one shape share that.
-    pub(super) fn set_ring_bytes(&mut self, units: &[Unit<'_>]) {
+    pub(super) fn set_ring_bytes(&mut self, units: &[Unit<'_>], nodes: &NodeTeams) {
         if !units.iter().all(Unit::can_stream) {
             return;
         }
@@ -175,29 +175,39 @@ impl Spill {
             }
         }
         let scratch: u64 = scratch.values().map(|(count, bytes)| count * bytes).sum();
-        self.ring_bytes = self.ring_slots as u64 * slot_bytes(units) + scratch;
+        self.ring_bytes = self.ring_slots as u64 * slot_bytes(units, nodes) + scratch;
     }
 }
 
-/// Bytes of a slot of the ring: the largest piece of a matrix.
-fn slot_bytes(units: &[Unit<'_>]) -> u64 {
-    let piece = |matrix: &&TensorRef| {
-        let bytes = packed(matrix);
-        let rows = piece_rows(matrix.rows, bytes as usize).min(matrix.rows);
-        bytes * rows as u64 / matrix.rows as u64
+/// Bytes of a slot of the ring: the largest piece of a matrix. No piece has rows of two NUMA nodes;
+/// those of experts are not divided.
+fn slot_bytes(units: &[Unit<'_>], nodes: &NodeTeams) -> u64 {
+    let whole = NodeTeams::default();
+    let pieces = |unit: &Unit<'_>| {
+        let nodes = if unit.n_experts == 1 { nodes } else { &whole };
+        let piece = |matrix: &&TensorRef| {
+            let (bytes, all) = (packed(matrix), matrix.rows as u64);
+            let parts = (0..nodes.count()).map(|team| nodes.rows(team, matrix.rows).len());
+            let rows = parts.map(|part| {
+                let part_bytes = bytes * part as u64 / all;
+                piece_rows(part, part_bytes as usize).min(part) as u64
+            });
+            bytes * rows.max().unwrap_or(0) / all
+        };
+        unit.matrices.iter().map(piece).max().unwrap_or(0)
     };
-    units.iter().flat_map(|unit| &unit.matrices).map(piece).max().unwrap_or(0)
+    units.iter().map(pieces).max().unwrap_or(0)
 }
 
 /// Slots of a ring that holds some more than the largest layer of what is spilled.
-pub(super) fn slots_wanted(spec: &ModelSpec, spill: &Spill) -> usize {
+pub(super) fn slots_wanted(spec: &ModelSpec, spill: &Spill, nodes: &NodeTeams) -> usize {
     let bytes = |(at, layer)| {
         let units = spill.units_of(at, layer);
         units.iter().flat_map(|unit| &unit.matrices).map(|matrix| packed(matrix)).sum::<u64>()
     };
     let largest = spec.layers.iter().enumerate().map(bytes).max().unwrap_or(0);
     let units: Vec<Unit<'_>> = spill.units(spec).collect();
-    (RING_THIRDS * largest).div_ceil(3 * slot_bytes(&units).max(1)) as usize
+    (RING_THIRDS * largest).div_ceil(3 * slot_bytes(&units, nodes).max(1)) as usize
 }
 
 /// Bytes of host memory for rows on their way to the CPU and back, and for what it makes of them.

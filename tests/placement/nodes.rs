@@ -194,6 +194,16 @@ fn threads_of_a_gpu_have_processors_near_to_it() {
     let rows = spilled.explain();
     let row = rows.iter().find(|row| row.what == "spilled weights").expect("a row");
     assert!(row.why.ends_with("; rows by NUMA node: 57 % on 0, 43 % on 1"), "{}", row.why);
+    // Pieces end with a node's rows, so they are smaller, and as much of them fits into the ring.
+    let mut off = Config::default();
+    off.cpu.numa = "off".into();
+    off.gpu.device = "0".into();
+    off.gpu.vram_limit.0 = 3 << 30;
+    let machine = two_nodes([64 << 30; 2], near(Some(1)));
+    let off = Placement::plan(&spec, &machine, &off).expect("it fits").spill.expect("spilled");
+    let spill = spilled.spill.as_ref().expect("it is spilled");
+    assert!(spill.ring_slots > off.ring_slots, "{spill:?}");
+    assert!(spill.ring_bytes.abs_diff(off.ring_bytes) < off.ring_bytes / 8, "{spill:?}, {off:?}");
     // Of a GPU whose node nobody knows.
     let unknown = plan(None, 3 << 30);
     assert_eq!((unknown.workers.threads, unknown.workers.gpu_threads.len()), (7, 0));
