@@ -29,6 +29,14 @@ template <class T> struct TileRows {
     }
 };
 
+// This lane's part of a chunk of a tile that lies in shared memory: of row g, or g + 8.
+template <class T> __device__ __forceinline__ void take_row(uint32_t chunk, int k, Raw& raw) {
+    constexpr int OF_QUANTS = LANE_QUANTS<T>, OF_HIGHS = LANE_HIGHS<T>;
+    const uint32_t lane = threadIdx.x % 32;
+    load_words<OF_QUANTS>(SharedAt{chunk + lane * OF_QUANTS + k * (32 * OF_QUANTS)}, raw.quants);
+    if constexpr (OF_HIGHS > 0) load_words<OF_HIGHS>(SharedAt{chunk + lane * OF_HIGHS + (TileRows<T>::QUANTS + k * (32 * OF_HIGHS))}, raw.highs);
+}
+
 // The ring of one of WARPS warps: DEPTH slots for a chunk.
 template <class T, int DEPTH, int WARPS> struct WarpRing {
     using Rows = TileRows<T>;
@@ -56,13 +64,8 @@ template <class T, int DEPTH, int WARPS> struct WarpRing {
 
     // What lies in a slot, rows g and g + 8.
     __device__ __forceinline__ void take(Raw raw[2]) const {
-        constexpr int OF_QUANTS = LANE_QUANTS<T>, OF_HIGHS = LANE_HIGHS<T>;
-        const uint32_t lane = threadIdx.x % 32;
 #pragma unroll
-        for (int k = 0; k < 2; k++) {
-            load_words<OF_QUANTS>(SharedAt{at + lane * OF_QUANTS + k * (32 * OF_QUANTS)}, raw[k].quants);
-            if constexpr (OF_HIGHS > 0) load_words<OF_HIGHS>(SharedAt{at + lane * OF_HIGHS + (Rows::QUANTS + k * (32 * OF_HIGHS))}, raw[k].highs);
-        }
+        for (int k = 0; k < 2; k++) take_row<T>(at, k, raw[k]);
     }
 
     // Of row 0.

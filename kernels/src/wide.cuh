@@ -36,8 +36,10 @@ template <class T> struct WideScales {
     static constexpr bool OWN = T::SCALE_GROUPS == 1;
     uint32_t words[OWN ? T::SCALE_BYTES : T::HALVES ? 5 : 4];
 
-    __device__ __forceinline__ void load(const ScaleRow<T>& row, uint32_t chunk) {
-        const uint8_t* const block = row.of(chunk);
+    __device__ __forceinline__ void load(const ScaleRow<T>& row, uint32_t chunk) { load_from(row.of(chunk), chunk); }
+
+    // From where those of the chunk's block lie.
+    template <class At> __device__ __forceinline__ void load_from(At block, uint32_t chunk) {
         if constexpr (OWN) {
             load_words<CHUNK * T::SCALE_BYTES>(block, words);
         } else {
