@@ -5,6 +5,7 @@
 #include "e4m3.cu"
 #include "embed.cu"
 #include "event.cu"
+#include "expert_tiles.cu"
 #include "experts.cu"
 #include "flash.cu"
 #include "floats.cu"

@@ -6,8 +6,8 @@
 // Steps with activations in 8 bits (expert_narrow): as narrow.cu, up to 8 columns at a time. Rows of up to 32 chunks
 // have two ranges, so that a warp has some chunks to stream, and a block 64 of them; longer ones eight, and 16 rows.
 //
-// Steps with f16 activations (expert_wide): 64 rows and up to 16 columns at a time, or 128 and 64, a warp for each 16
-// rows, in chunks of 128 elements:
+// Steps with f16 activations, on Hopper with few columns for each expert (expert_wide; else expert_tiles.cu): 64 rows and
+// up to 16 columns at a time, or 128 and 64, a warp for each 16 rows, in chunks of 128 elements:
 //
 //   activations and weights of a later chunk are asked for
 //   for each 16 elements: weights, decoded in registers, times 16 columns at a time on tensor cores
@@ -19,32 +19,12 @@
 //
 // µs on an H200 for gate and up, and for down, Q4_0, weights from memory; and GB/s of the experts that have tokens:
 //
-// | tokens                 | 1                  | 8                    | 64                     | 2048                |
-// | 8 of 128, 768 × 2048   | 9.0, 5.7; 1600     | 39, 26; 2400, 1800   | 101, 56; 2200, 2000    | 502, 288; 205 TFLOP/s |
-// | 2 of 8, 14336 × 4096   | 48, 24; 2800       | 159, 80; 3000        | 325, 181; 1600, 1500   | 3922, 1979; 245 TFLOP/s |
+// | tokens                 | 1                  | 8                    | 64                     | 128                    |
+// | 8 of 128, 768 × 2048   | 9.0, 5.7; 1600     | 39, 26; 2400, 1800   | 101, 56; 2200, 2000    | 109, 60; 2100, 1900    |
+// | 2 of 8, 14336 × 4096   | 48, 24; 2800       | 159, 80; 3000        | 325, 181; 1600, 1500   | 407, 229; 1300, 1150   |
 #include "e4m3.cuh"
+#include "experts.cuh"
 #include "narrow.cuh"
-#include "routes.cuh"
-#include "wide.cuh"
-
-struct Experts {
-    Routes routes;
-    uint32_t rows;       // of an expert
-    uint32_t row_blocks; // that these are
-    uint32_t sharing;    // pairs of a token that share a column of activations
-    uint32_t unused;
-};
-
-// An expert's pair, the column of its activations, and where the rows of the expert begin.
-struct ExpertWalk {
-    const uint32_t* pairs;
-    uint32_t count, sharing, first_row;
-
-    __device__ __forceinline__ ExpertWalk(const Experts& experts, const ExpertSlot& slot)
-        : pairs(experts.routes.pairs + slot.first), count(slot.count), sharing(experts.sharing), first_row(slot.expert * experts.rows) {}
-
-    __device__ __forceinline__ uint32_t column(uint32_t index) const { return pairs[index] / sharing; }
-};
 
 struct ExpertNarrowArgs {
     ProductArgs product;
@@ -133,11 +113,6 @@ template <class T, int RANGES> __device__ __forceinline__ void expert_narrow(con
         __syncthreads();
     }
 }
-
-struct ExpertWideArgs {
-    WideArgs product;
-    Experts experts;
-};
 
 constexpr int EXPERT_WARPS = 8, EXPERT_THREADS = 32 * EXPERT_WARPS;
 

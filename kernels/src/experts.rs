@@ -1,8 +1,10 @@
-//! Products of a step's experts with the tokens that go through them (`experts.cu`).
+//! Products of a step's experts with the tokens that go through them (`experts.cu`, and on Hopper
+//! with f16 activations `expert_tiles.cu`).
 //!
 //! A matrix has the rows of all experts, one after the other; which columns an expert is multiplied
 //! with the GPU alone knows ([`ExpertRoutes`](crate::ExpertRoutes)). A pair of token and expert has
-//! the same bits in any step whose activations have the same form.
+//! the same bits in any step whose activations have the same form; as f16 on Hopper, in any whose
+//! experts have more than 32 tokens on average, and in any whose experts have fewer.
 
 use crate::e4m3;
 use crate::gpu::{Gpu, GpuError, Span};
@@ -31,8 +33,16 @@ const SHORT_CHUNKS: usize = 32;
 const WIDE_BLOCKS: [WideBlock; 2] =
     [WideBlock { columns: 16, warps: 4, depth: 3 }, WideBlock { columns: 64, warps: 8, depth: 2 }];
 const FEW_COLUMNS: usize = 12;
+/// How many columns an expert has on average, at most, where this is faster on Hopper as well.
+const WIDE_AVERAGE_MAX: usize = 32;
 /// Most blocks that share an expert's columns.
 const SPLITS_MAX: usize = 16;
+/// A tile of `expert_tiles.cu`, and the threads and the shared memory of a block: columns, weights
+/// and their barriers, and what the first may be moved by.
+const TILE_ROWS: usize = 128;
+const TILE_COLUMNS: usize = 256;
+const TILE_THREADS: usize = 384;
+const TILE_BYTES: usize = (128 << 10) + 128 + (64 << 10) + 128 + 1024;
 const F32: usize = size_of::<f32>();
 
 /// `out = matrix_e · x` for each pair of token and expert e.
@@ -96,7 +106,8 @@ struct SumArgs {
 
 // SAFETY: plain numbers in the order of `ExpertNarrowArgs` in experts.cu.
 unsafe impl DeviceRepr for ExpertArgs<ProductArgs> {}
-// SAFETY: plain numbers in the order of `ExpertWideArgs` and `ExpertE4m3Args` in experts.cu.
+// SAFETY: plain numbers in the order of `ExpertWideArgs` in experts.cuh and `ExpertE4m3Args` in
+// experts.cu.
 unsafe impl DeviceRepr for ExpertArgs<WideArgs> {}
 // SAFETY: plain numbers in the order of `ExpertFloatArgs` in experts.cu.
 unsafe impl DeviceRepr for ExpertFloatArgs {}
@@ -141,6 +152,11 @@ impl ExpertRun<'_> {
         (experts, [row_blocks * self.products.len(), self.routed.slots()])
     }
 
+    /// Columns that an expert has on average.
+    fn average(&self) -> usize {
+        self.routed.pairs().div_ceil(self.routed.routes.n_experts())
+    }
+
     fn manner(&self) -> Manner {
         Manner::of_product(self.products.iter().map(|product| product.matrix))
     }
@@ -155,6 +171,17 @@ impl ExpertRun<'_> {
             *part = Part::of_experts(product.matrix, self.out(product), self.rows);
         }
         parts
+    }
+
+    /// For activations at a pointer.
+    fn wide_args(&self, experts: Experts, x: u64) -> ExpertArgs<WideArgs> {
+        let parts = (self.parts(), self.products.len());
+        ExpertArgs { product: WideArgs::with_parts(parts, (self.x, x)), experts }
+    }
+
+    /// The same for f16 activations.
+    fn halves_args(&self, experts: Experts, halves: Span<'_>) -> ExpertArgs<WideArgs> {
+        self.wide_args(experts, halves.of(half_bytes(self.x.columns, self.x.cols), 1))
     }
 }
 
@@ -200,6 +227,9 @@ impl Gpu {
                 assert!(DeviceMatrix::supports_experts(dtype, rows), "experts of {rows} rows");
                 let run = ExpertRun { products, x, routed, rows };
                 match x.halves.filter(|_| has_planes(dtype)) {
+                    Some(halves) if self.has_wgmma() && run.average() > WIDE_AVERAGE_MAX => {
+                        self.experts_tiles(&run, halves)?;
+                    }
                     Some(halves) => self.experts_wide(&run, halves)?,
                     None if dtype.is_quantized() => self.experts_narrow(&run)?,
                     None if has_planes(dtype) => self.experts_e4m3(&run)?,
@@ -227,17 +257,13 @@ impl Gpu {
     }
 
     fn experts_wide(&self, run: &ExpertRun<'_>, halves: Span<'_>) -> Result<(), GpuError> {
-        let average = run.routed.pairs().div_ceil(run.routed.routes.n_experts());
+        let average = run.average();
         // Long rows are read faster by few blocks (14336 elements on an H200: 144 µs, not 210).
         let is_long = run.x.cols.div_ceil(CHUNK * GROUP) > SHORT_CHUNKS;
         let WideBlock { columns, warps, depth } =
             WIDE_BLOCKS[usize::from(is_long || average > FEW_COLUMNS)];
         let (experts, [blocks, slots]) = run.experts(warps * WARP_ROWS);
-        let product = WideArgs::with_parts(
-            (run.parts(), run.products.len()),
-            (run.x, halves.of(half_bytes(run.x.columns, run.x.cols), 1)),
-        );
-        let arguments = ExpertArgs { product, experts };
+        let arguments = run.halves_args(experts, halves);
         // As many blocks as an expert's columns fill where all experts have as many.
         let splits = average.div_ceil(columns).clamp(1, SPLITS_MAX);
         let threads = 32 * warps;
@@ -249,11 +275,20 @@ impl Gpu {
         unsafe { self.launch_as(&kernel, shape, run.manner(), &arguments) }
     }
 
+    fn experts_tiles(&self, run: &ExpertRun<'_>, halves: Span<'_>) -> Result<(), GpuError> {
+        let (experts, [blocks, slots]) = run.experts(TILE_ROWS);
+        let arguments = run.halves_args(experts, halves);
+        // No expert has more than one tile of columns that is not whole.
+        let tiles = blocks * (slots + run.routed.pairs() / TILE_COLUMNS);
+        let kernel = format!("expert_tiles_{}", lower_name(run.dtype()));
+        let shape = ([tiles.min(self.multiprocessors()), 1, 1], TILE_THREADS, TILE_BYTES);
+        // SAFETY: as in `experts_narrow`.
+        unsafe { self.launch_as(&kernel, shape, run.manner(), &arguments) }
+    }
+
     fn experts_e4m3(&self, run: &ExpertRun<'_>) -> Result<(), GpuError> {
         let (experts, [blocks, slots]) = run.experts(e4m3::ROWS);
-        let parts = (run.parts(), run.products.len());
-        let product = WideArgs::with_parts(parts, (run.x, run.x.floats()));
-        let arguments = ExpertArgs { product, experts };
+        let arguments = run.wide_args(experts, run.x.floats());
         let kernel = format!("expert_{}", lower_name(run.dtype()));
         let shape = ([blocks, slots, 1], e4m3::THREADS, 0);
         // SAFETY: as in `experts_narrow`.

@@ -188,7 +188,8 @@ impl<'a> World<'a> {
         let products = [product(out[0].span()), product(out[1].span())];
         gpu.multiply_experts(&products, &x, routed).expect("products");
         let [got, again] = out.map(|out| from_gpu(gpu, &out, count));
-        assert_eq!(bits(&got), bits(&again), "two matrices at once");
+        let shape = format!("{} [{}, {}] × {tokens}", self.dtype, self.rows, self.cols);
+        assert!(bits(&got) == bits(&again), "{shape}: two matrices at once differ");
         got
     }
 
@@ -248,6 +249,7 @@ fn every_type_has_the_products_of_the_specification_for_any_spread_of_tokens() {
                 (40, Spread::Ties),
                 (70, Spread::Even),
                 (129, Spread::Same),
+                (270, Spread::Same),
             ] {
                 let logits = logits(spread, tokens, counts.0, &mut random);
                 for columns in [tokens, tokens * counts.1] {
@@ -263,10 +265,34 @@ fn every_type_has_the_products_of_the_specification_for_any_spread_of_tokens() {
 }
 
 #[test]
+fn experts_with_any_number_of_tokens_have_the_products_of_the_specification() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random(5);
+    // One has all tokens, or one has most of them.
+    let counts = (4, 1);
+    for (dtype, rows, cols) in
+        [(DType::Q4_0, 272, 160), (DType::Q6_K, 128, 768), (DType::E4M3_32, 16, 1152)]
+    {
+        let world = World::new(&gpu, counts, (dtype, rows, cols), &mut random);
+        for (tokens, spread) in [17, 64, 129, 160, 161, 192, 193, 256, 257, 320, 513, 700]
+            .into_iter()
+            .flat_map(|tokens| [(tokens, Spread::Same), (tokens, Spread::Few)])
+        {
+            let logits = logits(spread, tokens, counts.0, &mut random);
+            let x = random.floats(tokens * cols);
+            let (wanted, bound) = world.wanted(&logits, &x);
+            let (off, largest) = distance(&world.got(&logits, &x), &wanted);
+            let shape = format!("{dtype} [{rows}, {cols}] × {tokens}, {spread:?}");
+            assert!(off <= bound * largest, "{shape}: {off} of {largest} off");
+        }
+    }
+}
+
+#[test]
 fn a_pair_has_the_same_bits_whatever_else_is_in_a_step_of_its_form() {
     let Some(gpu) = gpu() else { return };
     let (mut random, counts) = (Random(4), (16, 4));
-    // Few columns of each expert alone, many together.
+    // Few columns of each expert alone, many together; and then more than a tile has.
     let many = gpu.narrow_max() + 1;
     for (dtype, cols) in [
         (DType::Q4_0, 1536),
@@ -279,15 +305,17 @@ fn a_pair_has_the_same_bits_whatever_else_is_in_a_step_of_its_form() {
         (DType::E4M3_32, 4352),
     ] {
         let world = World::new(&gpu, counts, (dtype, 48, cols), &mut random);
-        for ((tokens, part), spread) in
-            [(8, 1), (8, 3), (14 * many, many)].into_iter().flat_map(|n| SPREADS.map(|s| (n, s)))
+        for ((tokens, part), spread) in [(8, 1), (8, 3), (14 * many, many), (540, 135), (486, 162)]
+            .into_iter()
+            .flat_map(|n| SPREADS.map(|s| (n, s)))
         {
             let logits = logits(spread, tokens, counts.0, &mut random);
             let x = random.floats(tokens * cols);
             let together = world.got(&logits, &x);
             let parts = logits.chunks(part * counts.0).zip(x.chunks(part * cols));
             let alone: Vec<f32> = parts.flat_map(|(logits, x)| world.got(logits, x)).collect();
-            assert_eq!(bits(&alone), bits(&together), "{dtype} {spread:?}, {part} of {tokens}");
+            let shape = format!("{dtype} [48, {cols}] {spread:?}, {part} of {tokens}");
+            assert!(bits(&alone) == bits(&together), "{shape}: other bits");
         }
     }
 }
