@@ -33,6 +33,14 @@ pub enum GpuError {
         /// Bytes that the driver calls free.
         free_bytes: usize,
     },
+    /// The system has no memory that it can lock for the GPU to copy from and to.
+    #[error("the system has no {need_bytes} bytes of memory to lock for GPU {ordinal}")]
+    HostOutOfMemory {
+        /// Which GPU.
+        ordinal: usize,
+        /// Bytes asked for.
+        need_bytes: usize,
+    },
     /// The GPU is older than the compiled kernels.
     #[error(
         "GPU {ordinal} ({name}, compute capability {capability}) can't run our kernels: {reason}"

@@ -2,7 +2,7 @@
 
 use crate::fate::Fate;
 use crate::gpu::{Gpu, GpuError, Span};
-use cudarc::driver::{CudaContext, result, sys};
+use cudarc::driver::{CudaContext, DriverError, result, sys};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -25,13 +25,16 @@ impl Gpu {
     /// `bytes` zeroed bytes of pinned host memory, aligned to a page.
     ///
     /// # Errors
-    /// The system has no memory to lock.
+    /// [`GpuError::HostOutOfMemory`] where the system has no memory to lock, or what the driver
+    /// refuses.
     pub fn alloc_pinned(&self, bytes: usize) -> Result<PinnedMemory, GpuError> {
         self.bound()?;
         let bytes = bytes.max(1);
         // SAFETY: the context is this thread's; the memory is initialised below.
-        let start = unsafe { result::malloc_host(bytes, 0) }
-            .map_err(|error| self.failed("locking host memory", error))?;
+        let start = unsafe { result::malloc_host(bytes, 0) }.map_err(|error| {
+            let is_full = lacks_memory(self.ordinal(), bytes, error);
+            is_full.unwrap_or_else(|| self.failed("locking host memory", error))
+        })?;
         let start = NonNull::new(start.cast::<u8>()).ok_or_else(|| GpuError::Failed {
             ordinal: self.ordinal(),
             what: "locking host memory",
@@ -133,6 +136,12 @@ impl Gpu {
     }
 }
 
+/// What a refusal to lock memory means where there is too little of it: nothing that ends the GPU.
+fn lacks_memory(ordinal: usize, need_bytes: usize, error: DriverError) -> Option<GpuError> {
+    let is_full = error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+    is_full.then_some(GpuError::HostOutOfMemory { ordinal, need_bytes })
+}
+
 impl PinnedMemory {
     /// Its start, for what GPU and CPU use at once.
     pub(crate) fn start(&self) -> NonNull<u8> {
@@ -162,6 +171,25 @@ impl Drop for PinnedMemory {
             // SAFETY: it came from `malloc_host`, and is freed once. A failure has no one to be
             // told to.
             let _ = unsafe { sys::cuMemFreeHost(self.start.as_ptr().cast()) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_little_memory_to_lock_is_told_from_other_refusals() {
+        let of = |code| lacks_memory(1, 4096, DriverError(code));
+        let full = of(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY).expect("a refusal of its own");
+        assert_eq!(full, GpuError::HostOutOfMemory { ordinal: 1, need_bytes: 4096 });
+        let said = "the system has no 4096 bytes of memory to lock for GPU 1";
+        assert_eq!(full.to_string(), said);
+        for code in
+            [sys::CUresult::CUDA_ERROR_INVALID_VALUE, sys::CUresult::CUDA_ERROR_ILLEGAL_ADDRESS]
+        {
+            assert_eq!(of(code), None, "{code:?}");
         }
     }
 }

@@ -38,6 +38,7 @@ use super::kv_tiers::KvBlocks;
 use super::program::{Linear, Norm, Op, Pending};
 use super::sample::RowSamplers;
 use super::stage::{StageMemory, StageOptions};
+use crate::hardware::HardwareProfile;
 use crate::request::RequestError;
 use crate::step::{StepOutput, StepPlan};
 use buffers::GpuBuffers;
@@ -46,6 +47,7 @@ use kv::GpuKv;
 use op_marks::OpMarks;
 use spill::GpuSpill;
 use std::cell::Cell;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 use tandem_kernels::{Gpu, GpuError, Span};
@@ -212,20 +214,26 @@ impl GpuStage {
 /// What a step that failed is refused with.
 ///
 /// # Errors
-/// It failed for another reason than too little memory of the GPU: the stage has failed with it.
+/// It failed for another reason than too little memory, of the GPU or of the host: the stage has
+/// failed with it.
 fn refused(
     error: ExecutorError,
     failure: &mut Option<String>,
 ) -> Result<RequestError, ExecutorError> {
+    let lacks = |device: String, need: usize, free: u64| RequestError::InsufficientMemory {
+        device,
+        need: need as u64,
+        free,
+        suggest: "try again when fewer or shorter requests run".into(),
+    };
     match error {
         // Memory is asked for before anything of the step is started there.
         ExecutorError::Gpu(GpuError::OutOfMemory { ordinal, need_bytes, free_bytes }) => {
-            Ok(RequestError::InsufficientMemory {
-                device: format!("GPU {ordinal}"),
-                need: need_bytes as u64,
-                free: free_bytes as u64,
-                suggest: "try again when fewer or shorter requests run".into(),
-            })
+            Ok(lacks(format!("GPU {ordinal}"), need_bytes, free_bytes as u64))
+        }
+        ExecutorError::Gpu(GpuError::HostOutOfMemory { need_bytes, .. }) => {
+            let (_, free) = HardwareProfile::read_memory(Path::new("/"));
+            Ok(lacks("host memory".into(), need_bytes, free))
         }
         error => {
             *failure = Some(error.to_string());
@@ -245,4 +253,28 @@ fn last_ops(ops: &[Op]) -> Option<LastOps> {
     });
     let ((pending, norm), (output, softcap)) = selected.zip(logits)?;
     Some(LastOps { pending, norm, output, softcap })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_little_memory_refuses_a_step_and_leaves_the_stage_alone() {
+        let need_bytes = 1 << 30;
+        let mut failure = None;
+        for (error, device) in [
+            (GpuError::OutOfMemory { ordinal: 2, need_bytes, free_bytes: 5 }, "GPU 2"),
+            (GpuError::HostOutOfMemory { ordinal: 2, need_bytes }, "host memory"),
+        ] {
+            let refusal = refused(error.into(), &mut failure).expect("a refusal of the step");
+            let RequestError::InsufficientMemory { device: of, need, .. } = refusal else {
+                panic!("{refusal:?}");
+            };
+            assert_eq!((of.as_str(), need), (device, need_bytes as u64));
+            assert_eq!(failure, None, "the stage goes on");
+        }
+        let hung = GpuError::Hung { ordinal: 2, wait_max_ms: 7 };
+        assert!(refused(hung.into(), &mut failure).is_err() && failure.is_some());
+    }
 }
