@@ -1,7 +1,9 @@
 //! What the kernels of a GPU reach, beside its copy roof measured in the same run.
 //!
 //! `cargo bench -p tandem-kernels --bench gpu_kernels -- [products] [experts] [attention]
-//! [--type Q4_0,…] [--columns 1,8,…] [--shape ROWSxCOLS,…] [--kv f16,q8_0,…]`: without words, all.
+//! [--type Q4_0,…] [--columns 1,8,…] [--shape ROWSxCOLS,…] [--kv f16,q8_0,…]
+//! [--shared-kib 99]`: without words, all; with a limit on a block's shared memory, as on a smaller
+//! GPU, which holds for products with up to 128 columns.
 //! Products take their weights from 400 MB or more of matrices in turn, so that no cache holds
 //! them; those of experts are of a layer of Qwen3 30B A3B or Mixtral 8x7B, whose tokens take others
 //! each time.
@@ -35,7 +37,7 @@ fn main() -> Outcome<()> {
             return Ok(());
         }
     };
-    let gpu = Gpu::open(&driver, 0)?;
+    let mut gpu = Gpu::open(&driver, 0)?;
     let copy = copy_roof(&gpu)?;
     println!("copy roof: {copy:.0} GB/s read and written");
     let list = |name: &str, default: &str| -> Vec<String> {
@@ -43,13 +45,16 @@ fn main() -> Outcome<()> {
         let given = at.and_then(|at| arguments.get(at + 1)).map_or(default, String::as_str);
         given.split(',').map(str::to_owned).collect()
     };
+    let number =
+        |text: &String| text.parse::<usize>().unwrap_or_else(|_| panic!("no number: {text}"));
+    if let Some(kib) = list("--shared-kib", "").iter().find(|kib| !kib.is_empty()) {
+        gpu.limit_shared_bytes(number(kib) << 10);
+    }
     let wants = |word: &str| {
         let words = ["products", "experts", "attention"];
         arguments.iter().all(|a| !words.contains(&a.as_str()))
             || arguments.iter().any(|a| a == word)
     };
-    let number =
-        |text: &String| text.parse::<usize>().unwrap_or_else(|_| panic!("no number: {text}"));
     if wants("products") {
         println!("| rows x cols | type | columns | us | GB/s | of the roof | T multiply-adds/s |");
         println!("|---|---|---|---|---|---|---|");

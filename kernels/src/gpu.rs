@@ -168,6 +168,12 @@ impl Gpu {
         self.shared_bytes
     }
 
+    /// Lets a block have no more shared memory than some bytes, as on a smaller GPU: products with
+    /// up to [`Gpu::narrow_max`] columns then take the kernels that they take there.
+    pub fn limit_shared_bytes(&mut self, most: usize) {
+        self.shared_bytes = self.shared_bytes.min(most);
+    }
+
     /// Streaming multiprocessors.
     pub fn multiprocessors(&self) -> usize {
         self.multiprocessors

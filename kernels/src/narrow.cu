@@ -7,8 +7,11 @@
 //
 // A single column stands in for all eight: each lane then adds up its own sum alone. Within a range, groups are
 // added up in their order, of up to eight columns in four sums; then the ranges' sums are, in theirs. Kernels for
-// up to 32 columns have eight ranges, that for more has four. So a column's bits do not depend on how many columns
-// there are among up to 8, up to 32, and more.
+// up to 8 columns have eight ranges, those for up to 32 four, and that for more two. So a column's bits do not depend
+// on how many columns there are among up to 8, up to 32, and more.
+//
+// Fewer ranges for more columns keep a chunk of all ranges' activations at 20 KiB, so that two chunks fit where a
+// block has 99 KiB of shared memory, of types with up to 24 bytes a lane where it has 64.
 #include "narrow.cuh"
 
 // Until all lanes of the warps with range `range` are here.
@@ -78,6 +81,8 @@ template <class T, int RANGES, int MTILES, int TILES, int DEPTH, bool SINGLE> __
 template <class T> constexpr int NARROW_BLOCKS = T::HALVES || T::MIN != Min::None ? 2 : 3;
 
 template <class T> constexpr int SINGLE_DEPTH = LANE_BYTES<T> > 16 ? 3 : 4;
+// Tiles of rows of a warp with up to eight columns.
+template <class T> constexpr int FEW_MTILES = LANE_BYTES<T> > 20 ? 1 : 2;
 
 #define NARROW_KERNEL(name, blocks, ...)                                                                    \
     extern "C" __global__ void __launch_bounds__(NARROW_WARPS * 32, blocks) name(const __grid_constant__ ProductArgs args) { \
@@ -85,8 +90,8 @@ template <class T> constexpr int SINGLE_DEPTH = LANE_BYTES<T> > 16 ? 3 : 4;
     }
 #define NARROW(name, T)                                                              \
     NARROW_KERNEL(narrow_##name##_0, NARROW_BLOCKS<T>, T, 8, 1, 1, SINGLE_DEPTH<T>, true) \
-    NARROW_KERNEL(narrow_##name##_1, (T::HALVES ? 1 : 2), T, 8, 2, 1, 3, false)      \
-    NARROW_KERNEL(narrow_##name##_2, 1, T, 8, 2, 2, 3, false)                        \
-    NARROW_KERNEL(narrow_##name##_4, 1, T, 8, 2, 4, 3, false)                        \
-    NARROW_KERNEL(narrow_##name##_8, 1, T, 4, 2, 8, 3, false)
+    NARROW_KERNEL(narrow_##name##_1, 2, T, 8, FEW_MTILES<T>, 1, 2, false)            \
+    NARROW_KERNEL(narrow_##name##_2, 2, T, 4, 1, 2, 2, false)                        \
+    NARROW_KERNEL(narrow_##name##_4, 1, T, 4, 1, 4, 2, false)                        \
+    NARROW_KERNEL(narrow_##name##_8, 1, T, 2, 1, 8, 2, false)
 FOR_QUANTIZED(NARROW)

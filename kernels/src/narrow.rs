@@ -9,9 +9,9 @@ use tandem_cpu_kernels::blocks::GROUP;
 
 /// Warps of a block.
 const NARROW_WARPS: usize = 8;
-/// Most tokens of kernels with eight ranges, where not all have as many.
-const EIGHT_RANGES_MAX: usize = 32;
-/// Most tokens of kernels that add up groups in four sums.
+/// Most tokens of kernels with four ranges, where those for more have two.
+const FOUR_RANGES_MAX: usize = 32;
+/// Most tokens of kernels with eight ranges, which add up groups in four sums.
 const FOUR_SUMS_MAX: usize = 8;
 
 /// A kernel for few tokens.
@@ -33,7 +33,7 @@ impl NarrowKernel {
             0 | 1 => 0,
             2..=8 => 1,
             9..=16 => 2,
-            17..=EIGHT_RANGES_MAX => 4,
+            17..=FOUR_RANGES_MAX => 4,
             _ => 8,
         };
         let narrower = [8, 4, 2, 1].into_iter().filter(|tiles| *tiles <= wanted);
@@ -47,8 +47,9 @@ impl NarrowKernel {
         let lane = lane_bytes(dtype);
         let (rows, ranges, depth) = match tiles {
             0 => (16, 8, if lane > 16 { 3 } else { 4 }),
-            8 => (64, 4, 3),
-            _ => (32, 8, 3),
+            1 => (if lane > 20 { 16 } else { 32 }, 8, 2),
+            2 | 4 => (32, 4, 2),
+            _ => (64, 2, 2),
         };
         let columns = (8 * tiles).max(1);
         // Of one chunk: each lane has some rows, each range all columns.
@@ -78,5 +79,28 @@ impl Gpu {
         let manner = Manner::of_product(run.iter().map(|product| product.matrix));
         // SAFETY: all spans were checked against the shapes.
         unsafe { self.launch_as(&name, shape, manner, &arguments) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Shared memory of a block of generations 8.6, 8.9 and 12.0, and of 7.5.
+    const LESS: usize = 99 << 10;
+    const LEAST: usize = 64 << 10;
+
+    #[test]
+    fn weights_are_read_once_for_as_many_columns_where_shared_memory_is_small() {
+        for dtype in DType::ALL.into_iter().filter(|dtype| dtype.is_quantized()) {
+            for columns in [1, 2, 8, 9, 16, 17, 32, 33, 64, 128] {
+                let kernel = NarrowKernel::of(dtype, columns, LESS);
+                assert!(kernel.shared <= LESS, "{dtype} × {columns}: {} bytes", kernel.shared);
+                assert!(kernel.columns >= columns.min(64), "{dtype} × {columns}");
+                let kernel = NarrowKernel::of(dtype, columns, LEAST);
+                assert!(kernel.shared <= LEAST, "{dtype} × {columns}: {} bytes", kernel.shared);
+                assert!(kernel.columns >= columns.min(16), "{dtype} × {columns}");
+            }
+        }
     }
 }

@@ -75,10 +75,30 @@ impl WideArgs {
     }
 }
 
+/// Columns of a block of `middle.cu` for some columns, and tiles of these that are on their way.
+fn middle_tiles(columns: usize) -> (usize, usize) {
+    match columns {
+        0..=32 => (32, 4),
+        33..=64 => (64, 3),
+        _ => (128, 4),
+    }
+}
+
+fn middle_shared_bytes(columns: usize) -> usize {
+    let (columns, tiles) = middle_tiles(columns);
+    tiles * columns * CHUNK_BYTES + MIDDLE_WEIGHT_BYTES + EXTRA_BYTES
+}
+
 impl Gpu {
     /// Most tokens whose products meet activations in 8 bits: Hopper has faster ones for more.
     pub fn narrow_max(&self) -> usize {
-        if self.has_wgmma() { 8 } else { MIDDLE_MAX }
+        if self.has_middle() { 8 } else { MIDDLE_MAX }
+    }
+
+    /// Whether there is wgmma, and shared memory for products whose blocks divide what lies along
+    /// rows.
+    fn has_middle(&self) -> bool {
+        self.has_wgmma() && middle_shared_bytes(MIDDLE_MAX) <= self.shared_bytes()
     }
 
     pub(crate) fn multiply_halves(
@@ -88,7 +108,7 @@ impl Gpu {
         halves: Span<'_>,
     ) -> Result<(), GpuError> {
         let halves = halves.of(half_bytes(x.columns, x.cols), 1);
-        if x.columns <= MIDDLE_MAX && self.has_wgmma() && has_planes(run[0].matrix.dtype()) {
+        if x.columns <= MIDDLE_MAX && self.has_middle() && has_planes(run[0].matrix.dtype()) {
             self.multiply_middle(run, x, halves)
         } else {
             self.multiply_wide(run, x, halves)
@@ -111,12 +131,8 @@ impl Gpu {
         {
             cluster *= 2;
         }
-        let (columns, tiles) = match x.columns {
-            0..=32 => (32, 4),
-            33..=64 => (64, 3),
-            _ => (128, 4),
-        };
-        let shared_bytes = tiles * columns * CHUNK_BYTES + MIDDLE_WEIGHT_BYTES + EXTRA_BYTES;
+        let (columns, _) = middle_tiles(x.columns);
+        let shared_bytes = middle_shared_bytes(x.columns);
         let kernel = format!("middle_{}_{columns}", lower_name(run[0].matrix.dtype()));
         let shape = ([cluster, blocks, 1], MIDDLE_THREADS, shared_bytes);
         let manner = Manner::of_product(run.iter().map(|product| product.matrix));

@@ -24,6 +24,19 @@ pub fn gpu() -> Option<Gpu> {
     }
 }
 
+/// A block's shared memory on smaller GPUs: of generations 8.6, 8.9 and 12.0, and of 7.5.
+const SMALLER_KIB: [usize; 2] = [99, 64];
+
+/// A GPU, and the same where a block has as little shared memory as on smaller ones.
+pub fn with_smaller_ones() -> Vec<Gpu> {
+    let smaller = SMALLER_KIB.into_iter().filter_map(|kib| {
+        let mut gpu = gpu()?;
+        gpu.limit_shared_bytes(kib << 10);
+        Some(gpu)
+    });
+    gpu().into_iter().chain(smaller).collect()
+}
+
 /// Numbers that look random (splitmix64).
 pub struct Random(pub u64);
 

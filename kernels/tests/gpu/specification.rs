@@ -1,10 +1,10 @@
 //! Products by the scalar specification of the CPU kernels.
 
-use super::{Random, scalar};
+use super::{EightBitMemory, Random, from_gpu, on_gpu, scalar};
 use tandem_cpu_kernels::{
     ActivationBuffer, Activations, DType, Layout, MatrixView, OutputColumns, quantize_row,
 };
-use tandem_kernels::{Columns, RoundRows};
+use tandem_kernels::{Columns, DeviceMatrix, DeviceMemory, Gpu, Product, RoundRows, half_bytes};
 
 /// A matrix as it lies in a file.
 pub fn file_bytes(dtype: DType, rows: usize, cols: usize, random: &mut Random) -> Vec<u8> {
@@ -46,4 +46,43 @@ pub fn round<'a>(x: &Columns<'a>) -> RoundRows<'a> {
         rows: x.columns,
         cols: x.cols,
     }
+}
+
+/// The same products on the GPU, `[columns, rows]` of each matrix.
+pub fn got(gpu: &Gpu, matrices: &[&DeviceMatrix], x: &[f32], second: bool) -> Vec<Vec<f32>> {
+    got_with(gpu, matrices, x, (second, None))
+}
+
+/// The same with a second row of 8 bits, or with a bias that is as long as the longest matrix.
+pub fn got_with(
+    gpu: &Gpu,
+    matrices: &[&DeviceMatrix],
+    x: &[f32],
+    (second, bias): (bool, Option<&DeviceMemory>),
+) -> Vec<Vec<f32>> {
+    let cols = matrices[0].cols();
+    let columns = x.len() / cols;
+    let values = on_gpu(gpu, x);
+    let is_narrow = columns <= gpu.narrow_max();
+    let eight_bits = EightBitMemory::new(gpu, columns, cols, second);
+    let half_memory = on_gpu(gpu, &vec![0xffu8; half_bytes(columns, cols)]);
+    let eight_bits = (is_narrow && cols.is_multiple_of(32)).then(|| eight_bits.view());
+    let halves = (!is_narrow).then(|| half_memory.span());
+    let x = Columns { columns, cols, values: Some(values.span()), eight_bits, halves };
+    gpu.round_rows(&round(&x)).expect("rounding");
+    let out: Vec<_> = matrices
+        .iter()
+        .map(|matrix| on_gpu(gpu, &vec![f32::NAN; columns * matrix.rows()]))
+        .collect();
+    let products: Vec<_> = matrices
+        .iter()
+        .zip(&out)
+        .map(|(matrix, out)| {
+            let (out, stride) = (out.span(), matrix.rows());
+            Product { matrix, bias: bias.map(DeviceMemory::span), out, stride }
+        })
+        .collect();
+    gpu.multiply(&products, &x).expect("products");
+    let sizes = matrices.iter().map(|matrix| columns * matrix.rows());
+    out.iter().zip(sizes).map(|(out, size)| from_gpu(gpu, out, size)).collect()
 }
