@@ -3,6 +3,7 @@
 #include "crossing.cu"
 #include "draw.cu"
 #include "e4m3.cu"
+#include "e4m3_stream.cu"
 #include "embed.cu"
 #include "event.cu"
 #include "expert_tiles.cu"

@@ -1,4 +1,4 @@
-// Products of e4m3 weights with up to eight columns of f32 activations a block, at the speed of memory:
+// Products of e4m3 weights with up to eight columns of f32 activations a block, where e4m3_stream.cu has no room:
 // out[column][row] = Σ scale · weight[row][k] · x[column][k] (+ bias[row]), nearly as exact as f32.
 //
 // An e4m3 is an f16 without loss. Activations are split: a chunk of a column, times a power of two that brings its

@@ -22,6 +22,26 @@ struct E4m3Range {
     }
 };
 
+// What values of a chunk are split with: a power of two that brings their largest near 2^15, and what a one is worth
+// then. Both are normal numbers.
+struct SplitUnit {
+    float factor, step;
+
+    __device__ __forceinline__ explicit SplitUnit(float largest) {
+        const uint32_t exponent = max(__float_as_uint(largest) >> 23, 15u);
+        factor = __uint_as_float((127 + 14 + 127 - exponent) << 23);
+        step = __uint_as_float((exponent - 14) << 23);
+    }
+
+    // Two values as f16, and what f16 misses of them.
+    __device__ __forceinline__ void split(float a, float b, uint32_t& high, uint32_t& low) const {
+        const __half2 of = __floats2half2_rn(factor * a, factor * b);
+        const float2 as = __half22float2(of);
+        high = bits_of(of);
+        low = bits_of(__floats2half2_rn(__fmaf_rn(factor, a, -as.x), __fmaf_rn(factor, b, -as.y)));
+    }
+};
+
 // What a lane, number 4g + t, has of a chunk of column g: of each half of a group elements (4t, 4t + 2) and
 // (4t + 1, 4t + 3), and what f16 misses of them.
 struct SplitChunk {
@@ -40,19 +60,12 @@ struct SplitChunk {
         }
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-        // Both the factor and its inverse are normal numbers.
-        const uint32_t exponent = max(__float_as_uint(largest) >> 23, 15u);
-        const float factor = __uint_as_float((127 + 14 + 127 - exponent) << 23);
-        step = __uint_as_float((exponent - 14) << 23);
+        const SplitUnit unit(largest);
+        step = unit.step;
 #pragma unroll
         for (int i = 0; i < 2 * CHUNK; i++)
 #pragma unroll
-            for (int k = 0; k < 2; k++) {
-                const __half2 of = __floats2half2_rn(factor * v[i][k], factor * v[i][k + 2]);
-                const float2 as = __half22float2(of);
-                high[i][k] = bits_of(of);
-                low[i][k] = bits_of(__floats2half2_rn(__fmaf_rn(factor, v[i][k], -as.x), __fmaf_rn(factor, v[i][k + 2], -as.y)));
-            }
+            for (int k = 0; k < 2; k++) unit.split(v[i][k], v[i][k + 2], high[i][k], low[i][k]);
     }
 };
 

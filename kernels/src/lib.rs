@@ -16,6 +16,7 @@ mod device;
 mod draw;
 mod driver;
 mod e4m3;
+mod e4m3_stream;
 mod embed;
 mod event;
 mod experts;

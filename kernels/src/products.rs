@@ -3,9 +3,9 @@
 //! With few tokens reading the weights takes longest (`stream.cu`, `narrow.cu`): quantised weights
 //! meet activations in 8 bits with a scale per 32 elements, as on the CPU. The integer sums are
 //! the same, and only the order in which groups are added up differs; floats meet floats
-//! (`floats.cu`, `e4m3.cu`). With more than [`Gpu::narrow_max`] tokens decoding weights, and then
-//! arithmetic, takes longest: weights and activations meet as f16, with sums in f32 (`middle.cu`,
-//! `wide.cu`).
+//! (`floats.cu`, `e4m3_stream.cu`, `e4m3.cu`). With more than [`Gpu::narrow_max`] tokens decoding
+//! weights, and then arithmetic, takes longest: weights and activations meet as f16, with sums in
+//! f32 (`middle.cu`, `wide.cu`).
 //!
 //! A token's product has the same bits in any batch of up to [`Gpu::same_sums_max`] tokens, of more
 //! up to 128 (elsewhere than on Hopper of more up to 32, and of 33 to 128), and of more than that.
@@ -232,7 +232,9 @@ impl Gpu {
                     self.multiply_narrow(run, x)?;
                 }
             } else if has_planes(dtype) {
-                self.multiply_e4m3(run, x)?;
+                if !self.stream_e4m3(run, x)? {
+                    self.multiply_e4m3(run, x)?;
+                }
             } else {
                 run.iter().try_for_each(|product| self.multiply_floats(product, x))?;
             }
