@@ -4,6 +4,7 @@
 
 use crate::request::{RequestError, SamplingParams};
 use crate::units::{BlockId, SequenceId, StepId, TokenId};
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -17,6 +18,16 @@ pub enum Tier {
     Host,
     /// A file.
     Disk,
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Device => "device",
+            Self::Host => "host",
+            Self::Disk => "disk",
+        })
+    }
 }
 
 /// An order to copy one KV block (all layers, K and V), possibly between tiers. Orders of one plan

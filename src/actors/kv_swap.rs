@@ -35,12 +35,14 @@ fn run_swap(shared: &Shared, stop: &StopSignal) -> Result<(), String> {
             recv(lane.orders.1) -> order => order.map_err(|_| "the swap lane is gone")?,
         };
         shared.faults.pass(FaultPoint::KvSwapBeforeCopy);
+        let start_us = shared.now_us();
         if !lane.perform(&mut order).map_err(|fault| fault.to_string())? {
             // Nobody waits for it.
             continue;
         }
         shared.faults.pass(FaultPoint::KvSwapAfterCopy);
         shared.metrics.swap_time.record(order.duration_us);
+        shared.traces.push_copies(order.trace(start_us));
         select_biased! {
             recv(stop) -> _ => return Ok(()),
             send(lane.results.0, SwapResult::Done(order)) -> sent => {

@@ -8,6 +8,7 @@
 
 use super::stage::{BlockMover, StageFault, TierSource};
 use crate::step::{BlockCopy, CopyResult, Tier};
+use crate::telemetry::CopyTrace;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -29,6 +30,16 @@ pub(super) struct SwapOrder {
     pub(super) duration_us: u64,
     /// Nothing more is to go to the disk tier.
     pub(super) disk_stopped: bool,
+}
+
+impl SwapOrder {
+    /// What is told of copies that began then, in microseconds, and have ended.
+    pub(super) fn trace(&self, start_us: u64) -> CopyTrace {
+        let tiers = self.copies.first().map(|copy| (copy.from.0, copy.to.0));
+        let (from, to) = tiers.expect("an order has a copy");
+        let (end_us, blocks) = (start_us + self.duration_us, self.copies.len());
+        CopyTrace { start_us, end_us, from, to, blocks }
+    }
 }
 
 /// What comes back.

@@ -1,4 +1,4 @@
-//! Owns what is measured while the engine runs: counters and histograms, the ring of step traces,
+//! Owns what is measured while the engine runs: counters and histograms, the rings of traces,
 //! and the set-up of logging. Must not know who measures: no model, no actor, no socket. The actors
 //! write into it, `stats` and the command line read from it; only the binary sets logging up.
 
@@ -10,4 +10,4 @@ mod trace_ring;
 pub use histogram::{Histogram, HistogramSnapshot};
 pub use logging::{LogFormat, LoggingError, start_logging};
 pub use metrics::{Counter, Gauge, Metrics, MetricsSnapshot};
-pub use trace_ring::{StepTrace, TraceRing};
+pub use trace_ring::{CopyTrace, StepTrace, TraceRing};
