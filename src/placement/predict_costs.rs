@@ -29,6 +29,8 @@ const OVERLAP_TOKENS: usize = 129;
 /// 11.5.
 const CPU_SHARE: f64 = 0.4;
 const CPU_SHARE_TILES: f64 = 0.25;
+/// Layers that a ring holds which did not have to be made smaller.
+const RING_LAYERS: f64 = 4.0 / 3.0;
 /// What the probe calls the numbers that tiles multiply.
 const TILE_NUMBERS: &str = "bf16";
 
@@ -232,6 +234,7 @@ impl<'a> Costs<'a> {
             cpu_beside: beside.seconds(work),
             stream: bytes / gpu.pinned.to_gpu,
             stream_beside: bytes / to_gpu_beside,
+            ahead: RING_LAYERS,
         }
     }
 }

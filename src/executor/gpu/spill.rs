@@ -73,7 +73,7 @@ impl GpuSpill {
             thread,
             stream,
             shares: Shares::new(from.layers()),
-            costs: SpillCosts { widths: Vec::new(), stream: None },
+            costs: SpillCosts::default(),
             is_abandoned,
             asked: options.spill_streamed,
             tokens_max,

@@ -37,6 +37,8 @@ impl GpuSpill {
             let known = self.costs.stream.unwrap_or(f64::INFINITY);
             self.costs.stream = self.stream_seconds(None)?.map(|seconds| seconds.min(known));
         }
+        let pieces_of_layer = self.from().pieces().count() as f64 / self.from().layers() as f64;
+        self.costs.ring_layers = self.from().ring_slots() as f64 / pieces_of_layer;
         let tokens_max = self.tokens_max;
         for tokens in MEASURED_TOKENS.into_iter().filter(|tokens| *tokens <= tokens_max) {
             let mut least = [f64::INFINITY; 3];

@@ -17,13 +17,15 @@ pub(super) struct WidthCosts {
 }
 
 /// What spilled units cost.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct SpillCosts {
     /// By ascending width; at least one.
     pub widths: Vec<WidthCosts>,
     /// Seconds of the weights of a layer on their way to the GPU while the CPU rests. `None`
     /// where they can't stream.
     pub stream: Option<f64>,
+    /// Layers whose weights the ring holds.
+    pub ring_layers: f64,
 }
 
 /// For each number of streamed layers, which of them the CPU computes.
@@ -64,7 +66,8 @@ impl SpillCosts {
     fn times(&self, tokens: usize) -> SharedTimes {
         let WidthCosts { cpu, cpu_beside, stream_beside, .. } = self.at(tokens);
         let stream = self.stream.unwrap_or(f64::INFINITY);
-        SharedTimes { cpu, cpu_beside, stream, stream_beside }
+        let ahead = self.ring_layers;
+        SharedTimes { cpu, cpu_beside, stream, stream_beside, ahead }
     }
 
     /// How many of `layers` are best streamed in a step of `tokens` tokens, of which the CPU can
@@ -120,7 +123,7 @@ mod tests {
             width(32, 4.0, 4.0),
             width(128, 16.0, 16.0),
         ];
-        SpillCosts { widths, stream }
+        SpillCosts { widths, stream, ring_layers: 4.0 / 3.0 }
     }
 
     #[test]
@@ -147,6 +150,31 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_whose_ring_is_full_waits_for_the_cpu() {
+        // Half a Llama of 8B beside an H200, in milliseconds.
+        let width = |tokens, [cpu, cpu_beside, stream_beside]: [f64; 3]| WidthCosts {
+            tokens,
+            cpu,
+            cpu_beside,
+            stream_beside,
+        };
+        let widths = vec![
+            width(8, [1.14, 1.16, 2.11]),
+            width(32, [1.87, 2.05, 2.36]),
+            width(64, [6.72, 6.84, 2.08]),
+            width(128, [10.4, 11.0, 2.02]),
+        ];
+        let costs = SpillCosts { widths, stream: Some(1.86), ring_layers: 4.0 / 3.0 };
+        // While the CPU is at one layer for 8.6, no more than the ring holds can arrive.
+        let beside = 4.0 / 3.0;
+        let whole = costs.times(96).seconds(2.0, 16.0);
+        assert!((whole - (2.0 * 8.6 + (16.0 - 2.0 * beside) * 1.86)).abs() < 1.0, "{whole}");
+        assert_eq!([33, 128, 129, 256].map(|tokens| costs.streamed(18, tokens, 256)), [18; 4]);
+        let narrow = [8, 32].map(|tokens| costs.streamed(18, tokens, 256));
+        assert!(narrow.iter().all(|streamed| (5..=9).contains(streamed)), "{narrow:?}");
+    }
+
+    #[test]
     fn nothing_streams_where_it_can_not_or_does_not_pay() {
         assert_eq!(costs(None).streamed(20, 1000, 1000), 0);
         let mut slow = costs(Some(30.0));
@@ -158,7 +186,7 @@ mod tests {
     fn times_between_widths_lie_on_a_line() {
         let costs = costs(None);
         assert_eq!([costs.at(20).cpu, costs.at(256).cpu, costs.at(1).cpu], [2.5, 32.0, 1.0]);
-        let single = SpillCosts { widths: vec![width(1, 3.0, 4.0)], stream: None };
+        let single = SpillCosts { widths: vec![width(1, 3.0, 4.0)], ..SpillCosts::default() };
         assert_eq!(single.at(7).cpu_beside, 4.0);
     }
 
