@@ -11,12 +11,15 @@ pub struct ChunkBudget {
     pub account_us: f64,
     /// Time that this step may take longer; infinite when no stream waits for it.
     pub step_us: f64,
+    /// What the step takes without prompts, as far as known.
+    pub decode_us: f64,
 }
 
 impl ChunkBudget {
     /// A step that only prompts wait for.
     pub fn prompts_only(tokens: usize) -> Self {
-        Self { tokens, tokens_min: 0, account_us: f64::INFINITY, step_us: f64::INFINITY }
+        let us = f64::INFINITY;
+        Self { tokens, tokens_min: 0, account_us: us, step_us: us, decode_us: 0.0 }
     }
 
     /// Takes out so many tokens that cost `token_us` microseconds each.

@@ -18,6 +18,11 @@
 //! so after [`PROBE_STEPS`] two are kept free of them: `decode(n)` is measured, never
 //! extrapolated. Only the second counts: the first still pays for the weights that a chunk's keys
 //! and values pushed out of the caches, which the account is charged for too.
+//!
+//! Where weights stream to a GPU a chunk has a fixed part, from some width on: 40 tokens take as
+//! long as 500, and more than a step earns. So what wide steps took is kept apart, of prompts
+//! alone as well. Where they give four times the tokens for the time, chunks are as wide as
+//! can be and come when the account holds what one costs.
 
 use super::budget::ChunkBudget;
 
@@ -36,6 +41,11 @@ const OUTLIER: std::ops::RangeInclusive<f64> = 0.25..=2.0;
 /// that was measured: large chunks are cheaper per token than small ones.
 const BESIDE_FACTOR: f64 = 2.0;
 
+/// A wide chunk, which is at least half of the widest, has to give so many times the tokens of
+/// narrow ones for the same time.
+const WIDE_GAIN: f64 = 4.0;
+/// Earnings of so many steps are the most that a wide chunk may cost: no stream waits longer.
+const WIDE_STEPS_MAX: f64 = 4.0;
 /// Earnings of so many steps are the deepest debt: a stall of the machine is forgotten after that.
 const DEBT_STEPS: f64 = 16.0;
 /// Least part of a decode step that is earned, so that prompts always get on.
@@ -44,6 +54,8 @@ const EARNED_PART_MIN: f64 = 0.1;
 const BUCKETS: usize = 16;
 /// Positions that are not told apart: log2.
 const POSITION_GRAIN: u32 = 6;
+/// The same for wide chunks, the next of which begins no further than in the next bucket.
+const WIDE_GRAIN: u32 = 10;
 
 /// What a step consisted of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -103,6 +115,15 @@ struct TokenCost {
     chunk_max: usize,
 }
 
+/// A step whose prompt tokens were at least half of the widest.
+#[derive(Clone, Copy, Debug)]
+struct WideStep {
+    /// Moving mean of such steps, with the streams in them.
+    us: f64,
+    /// Prompt tokens of the last one.
+    tokens: usize,
+}
+
 /// The controller. Pure: durations come in, chunk sizes go out.
 #[derive(Clone, Debug)]
 pub struct ChunkController {
@@ -110,6 +131,11 @@ pub struct ChunkController {
     /// Mean duration of decode-only steps in microseconds, by `ilog2` of their sequences.
     decode_us: [Option<f64>; BUCKETS],
     token_costs: [Option<TokenCost>; BUCKETS],
+    /// By power of two of the position.
+    wide: [Option<WideStep>; BUCKETS],
+    /// Whether the last narrow chunk cost less than half of what it was thought to: such chunks have
+    /// not shown yet what they can do.
+    is_growing: bool,
     /// Steps with prompts and streams since the streams alone were measured.
     mixed_steps: usize,
     /// Whether the last step had streams only, so that the caches are theirs.
@@ -125,6 +151,8 @@ impl ChunkController {
             limits,
             decode_us: [None; BUCKETS],
             token_costs: [None; BUCKETS],
+            wide: [None; BUCKETS],
+            is_growing: true,
             mixed_steps: 1,
             warm: false,
             account_us: 0.0,
@@ -147,13 +175,18 @@ impl ChunkController {
         let account_us = self.account_us + earned_us;
         let step_us = account_us.min(earned_us);
         let tokens_min = self.limits.tokens_min.min(tokens);
-        ChunkBudget { tokens, tokens_min, account_us, step_us }
+        ChunkBudget { tokens, tokens_min, account_us, step_us, decode_us }
     }
 
     /// How many tokens from `position` on a budget pays for.
     pub fn affordable(&self, budget: &ChunkBudget, position: usize) -> usize {
         if budget.step_us.is_infinite() {
             return budget.tokens;
+        }
+        if budget.tokens_min > 0
+            && let Some(wide_us) = self.wide_us(position, budget.decode_us)
+        {
+            return if budget.account_us >= wide_us { budget.tokens } else { 0 };
         }
         let (token_us, chunk_max) = match self.token_cost(position) {
             Some(cost) => (cost.us, cost.chunk_max),
@@ -167,6 +200,20 @@ impl ChunkController {
             _ if saved => budget.tokens_min,
             _ => 0,
         }
+    }
+
+    /// What a wide chunk makes a step longer that takes `decode_us` without, where wide ones are to
+    /// be preferred.
+    fn wide_us(&self, position: usize, decode_us: f64) -> Option<f64> {
+        let bucket = bucket_of(position, WIDE_GRAIN);
+        let deeper = self.wide[bucket..].iter().find_map(|wide| *wide);
+        let wide = deeper.or_else(|| self.wide[bucket.checked_sub(1)?])?;
+        let earned_us = self.earned_us(decode_us);
+        let wide_us = (wide.us - decode_us).max(0.0);
+        let narrow_tokens = earned_us / self.token_cost(position)?.us;
+        let gains = wide.tokens as f64 * earned_us >= WIDE_GAIN * wide_us * narrow_tokens;
+        let pays = gains && wide_us <= WIDE_STEPS_MAX * earned_us && !self.is_growing;
+        pays.then_some(wide_us)
     }
 
     /// Pays for tokens from `position` on.
@@ -183,6 +230,7 @@ impl ChunkController {
             self.mixed_steps += 1;
         }
         let duration_us = (duration_us as f64).max(1.0);
+        let was_wide = self.learn_wide(mix, tokens, duration_us);
         match (mix.decodes, tokens) {
             (0, 0) => {}
             (0, tokens) => self.learn_alone(mix, duration_us / tokens as f64),
@@ -190,11 +238,34 @@ impl ChunkController {
             (decodes, _) => {
                 let Some(decode_us) = self.nearest_decode_us(decodes) else { return };
                 let extra_us = duration_us - decode_us;
-                // One that was free proves only that twice as much may be tried.
-                self.learn_beside(mix, extra_us.max(self.earned_us(decode_us) / 2.0));
+                if !was_wide {
+                    let thought = |(bucket, tokens): (usize, usize)| {
+                        self.token_costs[bucket].map_or(0.0, |cost| cost.us * tokens as f64)
+                    };
+                    self.is_growing = extra_us < mix.chunks().map(thought).sum::<f64>() / 2.0;
+                    // One that was free proves only that twice as much may be tried.
+                    self.learn_beside(mix, extra_us.max(self.earned_us(decode_us) / 2.0));
+                }
                 self.settle(decode_us, extra_us);
             }
         }
+    }
+
+    /// Learns what wide steps take; whether this was one that was wide by choice, and so says nothing
+    /// of narrow ones.
+    fn learn_wide(&mut self, mix: &StepMix, tokens: usize, duration_us: f64) -> bool {
+        if 2 * tokens < self.limits.step_tokens_max {
+            return false;
+        }
+        let decode_us = self.nearest_decode_us(mix.decodes).unwrap_or(0.0);
+        let prefers_wide = |(bucket, _)| self.wide_us(first_position(bucket), decode_us).is_some();
+        let was_wide = mix.chunks().all(prefers_wide);
+        if let Some((deepest, _)) = mix.chunks().last() {
+            let wide = &mut self.wide[bucket_of(first_position(deepest), WIDE_GRAIN)];
+            let us = wide.map_or(duration_us, |wide| moved(wide.us, duration_us, NEWEST));
+            *wide = Some(WideStep { us, tokens });
+        }
+        was_wide
     }
 
     /// The streams had the step to themselves.
@@ -216,7 +287,9 @@ impl ChunkController {
     fn settle(&mut self, decode_us: f64, spent_us: f64) {
         let earned_us = self.earned_us(decode_us);
         let dearest_us = self.token_costs.iter().flatten().map(|cost| cost.us).fold(0.0, f64::max);
-        let saved_max_us = dearest_us * self.limits.tokens_min as f64;
+        let wide_us = self.wide.iter().flatten().map(|wide| wide.us - decode_us);
+        let wide_us = wide_us.filter(|us| *us <= WIDE_STEPS_MAX * earned_us).fold(0.0, f64::max);
+        let saved_max_us = (dearest_us * self.limits.tokens_min as f64).max(wide_us);
         let account_us = self.account_us + earned_us - spent_us;
         self.account_us = account_us.min(saved_max_us).max(-DEBT_STEPS * earned_us);
     }
@@ -282,7 +355,16 @@ fn decode_bucket(decodes: usize) -> usize {
 }
 
 fn position_bucket(position: usize) -> usize {
-    (((position >> POSITION_GRAIN) + 1).ilog2() as usize).min(BUCKETS - 1)
+    bucket_of(position, POSITION_GRAIN)
+}
+
+fn bucket_of(position: usize, grain: u32) -> usize {
+    (((position >> grain) + 1).ilog2() as usize).min(BUCKETS - 1)
+}
+
+/// The first position of a bucket.
+fn first_position(bucket: usize) -> usize {
+    ((1 << bucket) - 1) << POSITION_GRAIN
 }
 
 /// A moving mean after one more measurement.

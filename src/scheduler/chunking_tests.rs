@@ -23,6 +23,21 @@ fn tiled(streams: usize, tokens: usize, position: usize) -> f64 {
     steep(streams, tokens.next_multiple_of(8), position) - if tokens == 0 { 0.0 } else { 500.0 }
 }
 
+/// Weights stream to a GPU, once for whatever is wider than 32 tokens; the CPU computes the rest.
+fn spilled(streams: usize, tokens: usize, position: usize) -> f64 {
+    match streams + tokens {
+        0..=8 => 20_000.0,
+        9..=32 => 24_000.0 + 100.0 * tokens as f64,
+        _ => 34_000.0 + 0.0002 * (tokens * position) as f64,
+    }
+}
+
+/// The same with four times the weights in host memory: one stream of them is dear.
+fn mostly_spilled(streams: usize, tokens: usize, position: usize) -> f64 {
+    let on_gpu = if streams + tokens > 32 { 26_000.0 } else { 0.0 };
+    on_gpu + 2.0 * spilled(streams, tokens, position)
+}
+
 /// How a prefill went.
 #[derive(Debug)]
 struct Outcome {
@@ -172,4 +187,41 @@ fn cold_caches_after_a_chunk_are_charged_and_not_learnt() {
     }
     let stretch = total_us / steps as f64 / alone_us;
     assert!((1.7..2.1).contains(&stretch), "{stretch}");
+}
+
+#[test]
+fn where_width_is_free_chunks_grow_to_the_widest() {
+    let mut controller = ChunkController::new(LIMITS);
+    decode(&mut controller, spilled, 8);
+    let outcome = prefill(&mut controller, spilled, 8, 0..40_000);
+    assert!(outcome.mean < 2.0 && outcome.tokens_per_step > 350.0, "{outcome:?}");
+}
+
+/// After a prompt that had the steps to itself.
+fn after_a_prompt(machine: Machine, streams: usize) -> Outcome {
+    let mut controller = ChunkController::new(LIMITS);
+    let mut alone = StepMix::default();
+    alone.add_chunk(0, 512);
+    controller.learn(&alone, machine(0, 512, 0) as u64);
+    decode(&mut controller, machine, streams);
+    prefill(&mut controller, machine, streams, 0..8_000)
+}
+
+#[test]
+fn a_chunk_that_costs_more_than_a_step_earns_is_wide_where_that_pays() {
+    let outcome = after_a_prompt(mostly_spilled, 8);
+    assert!(outcome.tokens_per_step > 250.0, "{outcome:?}");
+    assert!(outcome.mean < 2.1 && outcome.worst < 2.9, "{outcome:?}");
+}
+
+#[test]
+fn wide_chunks_are_left_alone_where_they_do_not_pay() {
+    for (name, machine) in [("steep", steep as Machine), ("flat", flat), ("tiled", tiled)] {
+        for streams in [1, 5, 64] {
+            let outcome = after_a_prompt(machine, streams);
+            assert!(outcome.mean < 2.15, "{name}, {streams} streams: {outcome:?}");
+            let worst = if name == "tiled" { 3.7 } else { 2.7 };
+            assert!(outcome.worst < worst, "{name}, {streams} streams: {outcome:?}");
+        }
+    }
 }
