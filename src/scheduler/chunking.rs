@@ -20,9 +20,9 @@
 //! and values pushed out of the caches, which the account is charged for too.
 //!
 //! Where weights stream to a GPU a chunk has a fixed part, from some width on: 40 tokens take as
-//! long as 500, and more than a step earns. So what wide steps took is kept apart, of prompts
-//! alone as well. Where they give four times the tokens for the time, chunks are as wide as
-//! can be and come when the account holds what one costs.
+//! long as 500, and more than a step earns. So what wide steps took is kept apart, of prompts alone
+//! as well, or what they are expected to take where none was. Where they give four times the tokens
+//! for the time, chunks are as wide as can be and come when the account holds what one costs.
 
 use super::budget::ChunkBudget;
 
@@ -122,6 +122,8 @@ struct WideStep {
     us: f64,
     /// Prompt tokens of the last one.
     tokens: usize,
+    /// Whether none was measured yet.
+    is_guess: bool,
 }
 
 /// The controller. Pure: durations come in, chunk sizes go out.
@@ -133,8 +135,8 @@ pub struct ChunkController {
     token_costs: [Option<TokenCost>; BUCKETS],
     /// By power of two of the position.
     wide: [Option<WideStep>; BUCKETS],
-    /// Whether the last narrow chunk cost less than half of what it was thought to: such chunks have
-    /// not shown yet what they can do.
+    /// Whether the last narrow chunk cost less than half of what it was thought to: such chunks
+    /// have not shown yet what they can do.
     is_growing: bool,
     /// Steps with prompts and streams since the streams alone were measured.
     mixed_steps: usize,
@@ -157,6 +159,15 @@ impl ChunkController {
             warm: false,
             account_us: 0.0,
         }
+    }
+
+    /// Knows how many tokens of prompts alone the machine is expected to compute per second, until
+    /// that is measured.
+    pub fn expecting(mut self, tokens_per_second: f64) -> Self {
+        let tokens = self.limits.step_tokens_max;
+        let us = 1e6 * tokens as f64 / tokens_per_second;
+        self.wide[0] = Some(WideStep { us, tokens, is_guess: true });
+        self
     }
 
     /// What the next step may spend on prompts beside `decodes` decoding sequences.
@@ -251,8 +262,8 @@ impl ChunkController {
         }
     }
 
-    /// Learns what wide steps take; whether this was one that was wide by choice, and so says nothing
-    /// of narrow ones.
+    /// Learns what wide steps take; whether this was one that was wide by choice, and so says
+    /// nothing of narrow ones.
     fn learn_wide(&mut self, mix: &StepMix, tokens: usize, duration_us: f64) -> bool {
         if 2 * tokens < self.limits.step_tokens_max {
             return false;
@@ -262,8 +273,9 @@ impl ChunkController {
         let was_wide = mix.chunks().all(prefers_wide);
         if let Some((deepest, _)) = mix.chunks().last() {
             let wide = &mut self.wide[bucket_of(first_position(deepest), WIDE_GRAIN)];
-            let us = wide.map_or(duration_us, |wide| moved(wide.us, duration_us, NEWEST));
-            *wide = Some(WideStep { us, tokens });
+            let known = wide.filter(|wide| !wide.is_guess);
+            let us = known.map_or(duration_us, |wide| moved(wide.us, duration_us, NEWEST));
+            *wide = Some(WideStep { us, tokens, is_guess: false });
         }
         was_wide
     }

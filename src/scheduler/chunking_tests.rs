@@ -215,6 +215,21 @@ fn a_chunk_that_costs_more_than_a_step_earns_is_wide_where_that_pays() {
 }
 
 #[test]
+fn what_the_machine_is_expected_to_do_is_tried() {
+    let expected = 512.0 / 0.1;
+    let mut controller = ChunkController::new(LIMITS).expecting(expected);
+    decode(&mut controller, mostly_spilled, 8);
+    let outcome = prefill(&mut controller, mostly_spilled, 8, 0..8_000);
+    assert!(outcome.tokens_per_step > 250.0, "{outcome:?}");
+    assert!(outcome.mean < 2.1 && outcome.worst < 2.9, "{outcome:?}");
+    // Twice as slow as expected: it is found out with the first.
+    let mut controller = ChunkController::new(LIMITS).expecting(2.0 * expected);
+    decode(&mut controller, mostly_spilled, 8);
+    let outcome = prefill(&mut controller, mostly_spilled, 8, 0..8_000);
+    assert!(outcome.mean < 2.1 && outcome.worst < 2.9, "{outcome:?}");
+}
+
+#[test]
 fn wide_chunks_are_left_alone_where_they_do_not_pay() {
     for (name, machine) in [("steep", steep as Machine), ("flat", flat), ("tiled", tiled)] {
         for streams in [1, 5, 64] {

@@ -106,7 +106,7 @@ impl Scheduler {
             sequences: HashMap::new(),
             queue: Vec::new(),
             running: Vec::new(),
-            chunks: ChunkController::new(options.chunks),
+            chunks: ChunkController::new(options.chunks).expecting(options.rates.prompt_tokens),
             mix: StepMix::default(),
             step: 0,
             now_us: 0,
