@@ -3,9 +3,10 @@
 use super::builder::EngineBuilder;
 use super::shared::{Life, Shared};
 use super::text::{RenderedChat, TextWork};
-use super::{EngineError, Generation, ModelInfo, StatsSnapshot, Status, stream};
+use super::{EngineError, Generation, ModelInfo, StatsSnapshot, Status, StepOps, stream};
 use crate::placement::Placement;
 use crate::request::{AddSpecial, ChatMessage, ParseSpecial, Request, RequestError};
+use crate::telemetry::StepTrace;
 use crate::units::TokenId;
 use serde_json::Value;
 use std::sync::Arc;
@@ -156,6 +157,23 @@ impl Engine {
     /// The last steps as a Trace Event Format document, for Chrome's or Perfetto's viewer.
     pub fn chrome_trace(&self) -> Value {
         self.shared().traces.chrome_trace()
+    }
+
+    /// The last steps with their phases, oldest first.
+    pub fn step_traces(&self) -> Vec<StepTrace> {
+        self.shared().traces.steps()
+    }
+
+    /// Counts how long each op of the steps takes that begin from now on. A GPU's steps are slower
+    /// then, since they are launched op by op.
+    pub fn start_op_times(&self) {
+        self.shared().op_clock.start();
+    }
+
+    /// Ends the counting; what was counted since [`Engine::start_op_times`], by ascending tokens of
+    /// a step. Of several GPUs no ops are told.
+    pub fn take_op_times(&self) -> Vec<StepOps> {
+        self.shared().op_clock.take()
     }
 
     /// Refuses new requests, lets running ones end for at most `drain`, ends the rest as

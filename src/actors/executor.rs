@@ -116,7 +116,7 @@ fn run_stage(shared: &Shared, stop: &StopSignal) -> Result<(), StageFault> {
         let result = if order.generation == generation {
             shared.faults.pass(FaultPoint::ExecutorBeforeRun);
             order.output.clear();
-            stage.run(&order.plan, &mut order.output)?;
+            shared.op_clock.run(&mut *stage, &order.plan, &mut order.output)?;
             shared.faults.pass(FaultPoint::ExecutorAfterRun);
             StepResult::Done(order)
         } else {

@@ -14,6 +14,7 @@ mod kv_swap;
 mod lanes;
 mod links;
 mod load;
+mod op_clock;
 mod restarts;
 mod root;
 mod scheduler;
@@ -36,6 +37,7 @@ pub use faults::{FaultPoint, Faults};
 pub use generation::{Answer, Canceller, Generation};
 pub use load::{compute_isa, known_rates, on_gpus, parts_of, stage_options};
 #[doc(hidden)]
+pub use op_clock::StepOps;
 pub use stage::{BlockMover, StageFactory, StageFault, StepRunner, TierSource};
 pub use status::{
     BlockCounts, EngineState, LoadProgress, ModelInfo, RestartCounts, SequenceCounts,

@@ -4,6 +4,7 @@
 use super::executor::StepLane;
 use super::lanes::{CommandLane, TextLane};
 use super::load::{Loaded, sequences_alive_max};
+use super::op_clock::OpClock;
 use super::status::{BlockCounts, EngineState, LoadProgress, SequenceCounts};
 use super::swap_lane::SwapLane;
 use super::text::{TextDone, TextWork};
@@ -102,6 +103,7 @@ pub(super) struct Shared {
     pub(super) faults: Arc<Faults>,
     pub(super) metrics: Metrics,
     pub(super) traces: TraceRing,
+    pub(super) op_clock: OpClock,
     pub(super) restarts: Restarts,
     pub(super) life: watch::Sender<Life>,
     /// Every thread but the root's last steps is gone.
@@ -134,6 +136,7 @@ impl Shared {
             faults,
             metrics: Metrics::default(),
             traces: TraceRing::new(TRACED_STEPS_MAX),
+            op_clock: OpClock::default(),
             restarts: Restarts::default(),
             life: watch::Sender::new(Life::Loading),
             gone: watch::Sender::new(false),

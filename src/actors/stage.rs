@@ -4,7 +4,7 @@
 use crate::config::GpuConfig;
 use crate::executor::{
     CpuPool, ExecutorError, GpuPipeline, GpuStage, GpuWeights, KvBlocks, KvTiers, LoadProgress,
-    Stage, StageOptions, StagePart, TierOptions, Weights, WeightsRequest,
+    OpTime, Stage, StageOptions, StagePart, TierOptions, Weights, WeightsRequest,
 };
 use crate::formats::Checkpoint;
 use crate::model::ModelSpec;
@@ -91,6 +91,19 @@ pub trait StepRunner {
 
     /// What makes the tiers behind its KV blocks.
     fn tiers(&self) -> Arc<dyn TierSource>;
+
+    /// From now on every op's time is counted, from 0, where the stage can do that.
+    ///
+    /// # Errors
+    /// As of a step.
+    fn start_op_times(&mut self) -> Result<(), StageFault> {
+        Ok(())
+    }
+
+    /// Ends the counting; the times since it was started.
+    fn take_op_times(&mut self) -> Vec<OpTime> {
+        Vec::new()
+    }
 }
 
 /// Makes the tiers behind a stage's KV blocks: when the stage starts, and again when the thread
@@ -124,9 +137,60 @@ pub trait StageFactory: Send + Sync {
     fn start(&self) -> Result<Box<dyn StepRunner>, StageFault>;
 }
 
-/// What runs the steps of a stage, with the tiers behind its KV blocks.
-struct Tiered<Run> {
-    run: Run,
+/// Steps of the stages of `executor`.
+trait Steps {
+    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), ExecutorError>;
+    fn start_op_times(&mut self) -> Result<(), ExecutorError>;
+    fn take_op_times(&mut self) -> Vec<OpTime>;
+}
+
+impl Steps for Stage {
+    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), ExecutorError> {
+        self.run(plan, output)
+    }
+
+    fn start_op_times(&mut self) -> Result<(), ExecutorError> {
+        self.start_op_times();
+        Ok(())
+    }
+
+    fn take_op_times(&mut self) -> Vec<OpTime> {
+        self.take_op_times().unwrap_or_default()
+    }
+}
+
+impl Steps for GpuStage {
+    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), ExecutorError> {
+        self.run(plan, output)
+    }
+
+    fn start_op_times(&mut self) -> Result<(), ExecutorError> {
+        self.start_op_times()
+    }
+
+    fn take_op_times(&mut self) -> Vec<OpTime> {
+        self.take_op_times().unwrap_or_default()
+    }
+}
+
+impl Steps for GpuPipeline {
+    fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), ExecutorError> {
+        self.run(plan, output)
+    }
+
+    /// Ops of one GPU wait for another's: no times of theirs would add up to a step.
+    fn start_op_times(&mut self) -> Result<(), ExecutorError> {
+        Ok(())
+    }
+
+    fn take_op_times(&mut self) -> Vec<OpTime> {
+        Vec::new()
+    }
+}
+
+/// A stage with the tiers behind its KV blocks.
+struct Tiered<S> {
+    stage: S,
     source: Arc<KvSource>,
 }
 
@@ -136,26 +200,28 @@ struct KvSource {
     options: TierOptions,
 }
 
-impl<Run> Tiered<Run>
-where
-    Run: FnMut(&StepPlan, &mut StepOutput) -> Result<(), ExecutorError> + 'static,
-{
-    fn boxed(kv: Arc<dyn KvBlocks>, options: &TierOptions, run: Run) -> Box<dyn StepRunner> {
+impl<S: Steps + 'static> Tiered<S> {
+    fn boxed(kv: Arc<dyn KvBlocks>, options: &TierOptions, stage: S) -> Box<dyn StepRunner> {
         let source = Arc::new(KvSource { kv, options: options.clone() });
-        Box::new(Self { run, source })
+        Box::new(Self { stage, source })
     }
 }
 
-impl<Run> StepRunner for Tiered<Run>
-where
-    Run: FnMut(&StepPlan, &mut StepOutput) -> Result<(), ExecutorError>,
-{
+impl<S: Steps> StepRunner for Tiered<S> {
     fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), StageFault> {
-        (self.run)(plan, output).map_err(|error| StageFault::from(&error))
+        self.stage.run(plan, output).map_err(|error| StageFault::from(&error))
     }
 
     fn tiers(&self) -> Arc<dyn TierSource> {
         Arc::clone(&self.source) as _
+    }
+
+    fn start_op_times(&mut self) -> Result<(), StageFault> {
+        self.stage.start_op_times().map_err(|error| StageFault::from(&error))
+    }
+
+    fn take_op_times(&mut self) -> Vec<OpTime> {
+        self.stage.take_op_times()
     }
 }
 
@@ -259,9 +325,7 @@ impl StageFactory for CpuStages {
             Ok(stage)
         };
         match warm() {
-            Ok(mut stage) => Ok(Tiered::boxed(stage.kv(), &self.tiers, move |plan, output| {
-                stage.run(plan, output)
-            })),
+            Ok(stage) => Ok(Tiered::boxed(stage.kv(), &self.tiers, stage)),
             Err::<_, ExecutorError>(error) => Err((&error).into()),
         }
     }
@@ -303,13 +367,10 @@ impl GpuStages {
 impl StageFactory for GpuStages {
     fn start(&self) -> Result<Box<dyn StepRunner>, StageFault> {
         let started = match &self.weights[..] {
-            [whole] => GpuStage::start(Arc::clone(whole), &self.options).map(|mut stage| {
-                Tiered::boxed(stage.kv(), &self.tiers, move |plan, output| stage.run(plan, output))
-            }),
-            parts => GpuPipeline::start(parts, &self.options, self.copies).map(|mut stages| {
-                let kv = stages.kv();
-                Tiered::boxed(kv, &self.tiers, move |plan, output| stages.run(plan, output))
-            }),
+            [whole] => GpuStage::start(Arc::clone(whole), &self.options)
+                .map(|stage| Tiered::boxed(stage.kv(), &self.tiers, stage)),
+            parts => GpuPipeline::start(parts, &self.options, self.copies)
+                .map(|stages| Tiered::boxed(stages.kv(), &self.tiers, stages)),
         };
         started.map_err(|error| StageFault::from(&error))
     }

@@ -50,7 +50,7 @@ fn add(cell: &AtomicU64, time: Duration) {
 
 impl OpClocks {
     pub fn new(program: &Program, threads: usize) -> Self {
-        let labels: Vec<_> = program.ops.iter().map(label).collect();
+        let labels = labels(program);
         let worker = |_| WorkerCells {
             ops: labels.iter().map(|_| Cell::default()).collect(),
             waited_ns: AtomicU64::new(0),
@@ -103,7 +103,7 @@ pub(super) fn by_kind(all: impl Iterator<Item = OpTime>) -> Vec<OpTime> {
 }
 
 /// What an op is called in reports.
-pub(super) fn label(op: &Op) -> &'static str {
+fn label(op: &Op) -> &'static str {
     match op {
         Op::Embed { .. } => "embed",
         Op::Receive => "receive",
@@ -117,13 +117,48 @@ pub(super) fn label(op: &Op) -> &'static str {
         Op::Route { .. } => "route",
         Op::GateExperts { .. } => "experts' gate, up",
         Op::DownExperts { .. } => "experts' down",
-        Op::SpillStart { .. } => "rows to the CPU",
-        Op::SpillEnd { .. } => "rows from the CPU",
+        Op::SpillStart { .. } => TO_CPU,
+        Op::SpillEnd { .. } => FROM_CPU,
         Op::Send { .. } => "send",
         Op::Select { .. } => "last norm",
         Op::Logits { .. } => "logits, sampling",
     }
 }
+
+/// What each op of a program is called in reports, where those of spilled units are told from
+/// others: a GPU that computes one waits for its weights meanwhile.
+pub(super) fn labels(program: &Program) -> Vec<&'static str> {
+    let mut is_spilled = false;
+    let named = |op: &Op| {
+        is_spilled = match op {
+            Op::SpillStart { .. } => true,
+            Op::SpillEnd { .. } => false,
+            _ => is_spilled,
+        };
+        match label(op) {
+            "attention output" if is_spilled => "spilled attention output",
+            "down" if is_spilled => "spilled down",
+            "query, key, value" if is_spilled => "spilled query, key, value",
+            "gate, up" if is_spilled => "spilled gate, up",
+            "route" if is_spilled => "spilled route",
+            "experts' gate, up" if is_spilled => "spilled experts' gate, up",
+            "experts' down" if is_spilled => "spilled experts' down",
+            other => other,
+        }
+    };
+    program.ops.iter().map(named).collect()
+}
+
+impl OpTime {
+    /// Whether it is spent on spilled weights, by a GPU that waits for what the CPU makes of them
+    /// or for themselves.
+    pub fn is_spilled(&self) -> bool {
+        self.op.starts_with("spilled ") || self.op == TO_CPU || self.op == FROM_CPU
+    }
+}
+
+const TO_CPU: &str = "rows to the CPU";
+const FROM_CPU: &str = "rows from the CPU";
 
 #[cfg(test)]
 mod tests {

@@ -4,7 +4,7 @@
 
 use super::GpuStage;
 use crate::executor::ExecutorError;
-use crate::executor::op_times::{OpTime, by_kind, label};
+use crate::executor::op_times::{OpTime, by_kind, labels};
 use crate::executor::program::Program;
 use std::time::Duration;
 use tandem_kernels::{Gpu, Mark};
@@ -26,7 +26,7 @@ pub(super) struct OpMarks {
 
 impl OpMarks {
     fn new(gpu: &Gpu, program: &Program) -> Result<Self, ExecutorError> {
-        let ops = program.ops.iter().map(label);
+        let ops = labels(program);
         let mut labels: Vec<_> = std::iter::once(INPUTS).chain(ops).collect();
         labels.extend(labels.last().copied());
         let marks = (0..=labels.len()).map(|_| gpu.mark()).collect::<Result<_, _>>()?;
