@@ -80,6 +80,20 @@ fn a_machine_is_measured_once() {
     assert!(told.contains("of predicted") && told.contains(" %"), "{told}");
     let shown: Value =
         serde_json::from_str(&plan(&[&measured[..], &["--json"]].concat(), home.path())).unwrap();
+    assert!(told.contains("products") && told.contains("workers' meetings"), "{told}");
+    let stages = shown["measured"]["stages"].as_array().unwrap();
+    let decode = |stage: &str| {
+        let is_it = |row: &&Value| row["of"] == "1 stream" && row["stage"] == stage;
+        stages.iter().find(is_it).unwrap_or_else(|| panic!("{stage}: {shown}"))
+    };
+    for stage in ["products", "attention"] {
+        let row = decode(stage);
+        for seconds in ["predicted_seconds", "measured_seconds"] {
+            assert!(row[seconds].as_f64() > Some(0.0), "{row}");
+        }
+    }
+    assert!(decode("between steps")["measured_seconds"].as_f64() > Some(0.0), "{shown}");
+    assert!(stages.iter().any(|row| row["of"] == "a prompt of 512"), "{shown}");
     for kind in ["decode", "prompt"] {
         let [predicted, run] =
             ["prediction", "measured"].map(|of| shown[of][kind].as_array().unwrap());

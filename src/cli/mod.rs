@@ -15,6 +15,7 @@ mod output;
 mod perplexity;
 mod plan;
 mod plan_measured;
+mod plan_stages;
 mod probe;
 mod repl;
 mod sampling_params;

@@ -4,6 +4,7 @@
 use super::failure::{Exit, USAGE};
 use super::output::Output;
 use super::plan_measured::{self, Measured};
+use super::plan_stages::StageTime;
 use anyhow::Result;
 use serde_json::json;
 use std::path::Path;
@@ -84,11 +85,16 @@ pub async fn run(
         Some(prediction) => {
             output.line("")?;
             let (mut head, mut rows) = (vec!["predicted", "tokens/s", "how"], rows(&prediction));
-            if let Some(measured) = measured {
+            if let Some(measured) = &measured {
                 head.extend(["measured", "of predicted"]);
-                add_measured(&mut rows, &prediction, &measured);
+                add_measured(&mut rows, &prediction, measured);
             }
             output.table(&head, &rows)?;
+            if let Some(measured) = measured {
+                output.line("")?;
+                let head = ["steps of", "stage", "predicted", "measured", "of predicted"];
+                output.table(&head, &stage_rows(&measured))?;
+            }
         }
         None => output.line("`tandem probe` measures this machine; then plan predicts tokens/s")?,
     }
@@ -124,6 +130,25 @@ fn add_measured(rows: &mut [Vec<String>], prediction: &Prediction, measured: &Me
     });
     let unknown = std::iter::repeat_with(|| ["–", "–"].map(str::to_owned));
     rows.iter_mut().zip(cells.chain(unknown)).for_each(|(row, cells)| row.extend(cells));
+}
+
+/// Where the time of steps went, in rows of a table.
+fn stage_rows(measured: &Measured) -> Vec<Vec<String>> {
+    let row = |time: &StageTime| {
+        let shown = |seconds: f64| format!("{:.3} ms", 1e3 * seconds);
+        let predicted = time.predicted_seconds;
+        let part = predicted.filter(|predicted| *predicted > 0.0);
+        let part =
+            part.map(|predicted| format!("{:.0} %", 100.0 * time.measured_seconds / predicted));
+        vec![
+            time.of.clone(),
+            time.stage.clone(),
+            predicted.map_or_else(|| "–".to_owned(), shown),
+            shown(time.measured_seconds),
+            part.unwrap_or_else(|| "–".to_owned()),
+        ]
+    };
+    measured.stages.iter().map(row).collect()
 }
 
 fn speed(tokens_per_second: f64) -> String {

@@ -3,18 +3,21 @@
 use super::bench::made_up;
 use super::connection;
 use super::output::Output;
-use anyhow::{Context, Result};
+use super::plan_stages::{self, StageTime, Untimed};
+use anyhow::{Context, Result, bail};
 use futures_util::future::try_join_all;
 use serde::Serialize;
 use std::time::{Duration, Instant};
 use tandem::actors::Engine;
 use tandem::config::Config;
-use tandem::placement::Prediction;
+use tandem::placement::{Placement, Prediction, StepSeconds};
 use tandem::request::{Event, Input, Request, SamplingParams};
 use tandem::units::TokenId;
 
 /// Tokens that each stream generates, or half its context if that is less.
 const GENERATED: usize = 32;
+/// How often streams may fail to run together.
+const ATTEMPTS: usize = 5;
 
 /// Tokens per second of what was predicted, in the same order.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -23,6 +26,8 @@ pub struct Measured {
     pub decode: Vec<f64>,
     /// By length of the prompt.
     pub prompt: Vec<f64>,
+    /// Where the time of a step, or of a prompt's steps, went, in the same order.
+    pub stages: Vec<StageTime>,
 }
 
 /// Loads the model and runs each prediction once, after one that warms up.
@@ -35,22 +40,37 @@ pub async fn run(prediction: &Prediction, config: &Config, output: Output) -> Re
     let block_tokens = config.kv.block_tokens;
     let engine = connection::load(config, output).await?;
     let info = engine.model_info().context("a loaded model")?;
-    let bench = Bench { engine, vocab: info.vocab_tokens, block_tokens };
+    let placement = engine.plan().context("a placed model")?;
+    let (vocab, round) = (info.vocab_tokens, 0);
+    let mut bench = Bench { engine, placement, vocab, block_tokens, round };
     let context = prediction.context_tokens;
-    bench.decode(1, context, 0).await?;
-    let mut measured = Measured { decode: Vec::new(), prompt: Vec::new() };
-    for (index, decode) in prediction.decode.iter().enumerate() {
-        output.notice(&format!("measuring {} of {context} tokens", decode.streams))?;
-        measured.decode.push(bench.decode(decode.streams, context, index + 1).await?);
+    bench.decode(1, context).await?;
+    let mut measured = Measured { decode: Vec::new(), prompt: Vec::new(), stages: Vec::new() };
+    for decode in &prediction.decode {
+        let streams = decode.streams;
+        output.notice(&format!("measuring {streams} of {context} tokens"))?;
+        let start_us = bench.now_us();
+        measured.decode.push(bench.decode_rate(streams, context).await?);
+        let untimed = Untimed::of(&bench.engine, start_us, Some(streams));
+        bench.engine.start_op_times();
+        bench.decode(streams, context).await?;
+        let of = format!("{streams} stream{}", if streams == 1 { "" } else { "s" });
+        measured.stages.extend(bench.stages(&of, decode.step, untimed, Some(streams)));
     }
     for (index, prompt) in prediction.prompt.iter().enumerate() {
         output.notice(&format!("measuring a prompt of {}", prompt.tokens))?;
         // Its answer has to have room as well.
         let tokens = prompt.tokens.min(info.context_tokens - 1);
-        let text = text(tokens, 1_000_000 + index, bench.vocab);
-        let (started, times) = (Instant::now(), bench.generate(text, 1).await?);
-        let first = times.first().context("a prompt without an answer")?;
-        measured.prompt.push(tokens as f64 / (*first - started).as_secs_f64());
+        let start_us = bench.now_us();
+        let seconds = bench.prompt(tokens, 2 * index).await?;
+        measured.prompt.push(tokens as f64 / seconds);
+        let Untimed { run, steps, .. } = Untimed::of(&bench.engine, start_us, None);
+        bench.engine.start_op_times();
+        bench.prompt(tokens, 2 * index + 1).await?;
+        let run = run * steps as f64;
+        let untimed = Untimed { run, between: Some(seconds - run), steps: 1 };
+        let of = format!("a prompt of {}", prompt.tokens);
+        measured.stages.extend(bench.stages(&of, prompt.steps, untimed, None));
     }
     bench.engine.shutdown(Duration::ZERO).await;
     Ok(measured)
@@ -58,24 +78,74 @@ pub async fn run(prediction: &Prediction, config: &Config, output: Output) -> Re
 
 struct Bench {
     engine: Engine,
+    placement: Placement,
     vocab: usize,
     block_tokens: usize,
+    /// Makes the prompts of each round of streams unlike those before, which are cached.
+    round: usize,
 }
 
 impl Bench {
-    /// Tokens per second of some streams while all of them generate. `round` makes their prompts
-    /// unlike those before, which are cached.
-    async fn decode(&self, streams: usize, context_tokens: usize, round: usize) -> Result<f64> {
+    /// When the last step ended, by the engine's own clock.
+    fn now_us(&self) -> u64 {
+        self.engine.step_traces().last().map_or(0, |step| step.apply_end_us)
+    }
+
+    /// The rows of steps whose ops were counted since: of those with as many tokens, or of all of
+    /// them as one.
+    fn stages(
+        &self,
+        of: &str,
+        predicted: StepSeconds,
+        untimed: Untimed,
+        tokens: Option<usize>,
+    ) -> Vec<StageTime> {
+        let mut ops = self.engine.take_op_times();
+        match tokens {
+            Some(tokens) => ops.retain(|ops| ops.tokens == tokens),
+            None => {
+                for (index, ops) in ops.iter_mut().enumerate() {
+                    ops.steps = u64::from(index == 0);
+                }
+            }
+        }
+        plan_stages::rows(of, (&self.placement, predicted), untimed, &ops)
+    }
+
+    /// Seconds until the first answer token of a prompt.
+    async fn prompt(&self, tokens: usize, number: usize) -> Result<f64> {
+        let text = text(tokens, 1_000_000 + number, self.vocab);
+        let (started, times) = (Instant::now(), self.generate(text, 1).await?);
+        let first = times.first().context("a prompt without an answer")?;
+        Ok((*first - started).as_secs_f64())
+    }
+
+    /// Tokens per second of some streams while all of them generate.
+    async fn decode_rate(&mut self, streams: usize, context_tokens: usize) -> Result<f64> {
+        // A small model is done with one stream before a busy machine begins with the next.
+        for _ in 0..ATTEMPTS {
+            if let Some(rate) = self.decode(streams, context_tokens).await? {
+                return Ok(rate);
+            }
+        }
+        bail!("{streams} streams never ran at the same time in {ATTEMPTS} attempts")
+    }
+
+    /// The same, if they ever did.
+    async fn decode(&mut self, streams: usize, context_tokens: usize) -> Result<Option<f64>> {
+        self.round += 1;
+        let round = self.round;
         let generated = GENERATED.min(context_tokens / 2);
         // Of whole blocks and one token nothing but that is computed a second time.
         let prompt = (context_tokens - generated) / self.block_tokens * self.block_tokens + 1;
         let prompts = (0..streams).map(|stream| text(prompt, 1_000 * round + stream, self.vocab));
         let prompts: Vec<_> = prompts.collect();
-        let ask = |tokens| prompts.iter().map(move |prompt| self.generate(prompt.clone(), tokens));
+        let all = &*self;
+        let ask = |tokens| prompts.iter().map(move |prompt| all.generate(prompt.clone(), tokens));
         // Else the first streams would end before the last prompt is read.
         try_join_all(ask(1)).await?;
         let answers = try_join_all(ask(generated)).await?;
-        rate(&answers).context("streams that never ran at the same time")
+        Ok(rate(&answers))
     }
 
     /// When each token of an answer came.

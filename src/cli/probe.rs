@@ -242,6 +242,9 @@ fn rows(measured: &Measured, workers: usize) -> Vec<Vec<String>> {
         let (rate, how) = of_products(products);
         row(&format!("CPU, products of {}", products.dtype), rate, how);
     }
+    let us = |us: f64| format!("{us:.2} µs");
+    row("workers, one meeting", us(measured.meeting_us), threads(workers));
+    row("a thread that sleeps", us(measured.wake_us), "until it runs".to_owned());
     for gpu in &measured.gpus {
         for (what, rate, how) in of_gpu(gpu) {
             row(&format!("GPU {}, {what}", gpu.ordinal), rate, how.into());

@@ -14,6 +14,12 @@ pub struct Measured {
     /// Products by block type.
     #[serde(default)]
     pub products: Vec<ProductRates>,
+    /// All workers at a barrier, spinning, in µs.
+    #[serde(default)]
+    pub meeting_us: f64,
+    /// From the word to a thread that sleeps until it runs, in µs: the middle one of many.
+    #[serde(default)]
+    pub wake_us: f64,
     /// GPUs in the driver's order; those that could not be measured are left out.
     pub gpus: Vec<GpuRates>,
     /// Where a file was named.

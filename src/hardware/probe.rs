@@ -47,6 +47,8 @@ impl Probe<'_> {
             per_second: roofs::macs_per_second(&self.team, self.kernels),
         };
         measured.products = product_rates::of_workers(&self.team, self.kernels);
+        measured.meeting_us = roofs::meeting_us(&self.team);
+        measured.wake_us = roofs::wake_us();
         for gpu in &gpus.devices {
             match self.gpu(gpu.ordinal) {
                 Ok(rates) => measured.gpus.push(rates),

@@ -4,6 +4,7 @@
 
 use super::affinity::pin_current_thread;
 use super::topology::CpuId;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Barrier, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tandem_cpu_kernels::Kernels;
@@ -79,6 +80,57 @@ pub fn macs_per_second(team: &Team, kernels: &Kernels) -> f64 {
     });
     let rates = rates.into_inner().unwrap_or_else(PoisonError::into_inner);
     rates.into_iter().fold(0.0, f64::max)
+}
+
+/// Meetings of a pass, and passes; the best counts.
+const MEETINGS: usize = 200;
+const MEETING_PASSES: usize = 8;
+/// Looks at the others between two offers of the processor to them: there may be fewer processors
+/// than threads.
+const LOOKS: usize = 1 << 12;
+/// Wake-ups that are measured.
+const WAKES: usize = 200;
+/// How long a thread sleeps before it is woken: longer than it would look around first.
+const SLEEP: Duration = Duration::from_micros(300);
+
+/// Microseconds in which the team meets, all of it spinning, with nothing done in between.
+pub(super) fn meeting_us(team: &Team) -> f64 {
+    let (threads, arrived) = (team.threads.max(1), AtomicUsize::new(0));
+    let times = in_step(team, MEETING_PASSES, |_, pass| {
+        for meeting in 1..=MEETINGS {
+            // The count only grows: whoever comes late sees at least as many as were there.
+            let all = (pass * MEETINGS + meeting) * threads;
+            arrived.fetch_add(1, Ordering::AcqRel);
+            let mut looks = 0_usize;
+            while arrived.load(Ordering::Acquire) < all {
+                looks += 1;
+                if looks.is_multiple_of(LOOKS) {
+                    std::thread::yield_now();
+                }
+                std::hint::spin_loop();
+            }
+        }
+    });
+    let best = times.into_iter().min().unwrap_or_default();
+    best.as_secs_f64() * 1e6 / MEETINGS as f64
+}
+
+/// Microseconds from the word to a thread that sleeps until it runs.
+pub(super) fn wake_us() -> f64 {
+    let (sender, receiver) = crossbeam_channel::bounded::<Instant>(1);
+    let sleeper = move || receiver.iter().map(|sent| sent.elapsed()).collect::<Vec<_>>();
+    let mut times = std::thread::scope(|scope| {
+        let sleeper = scope.spawn(sleeper);
+        for _ in 0..WAKES {
+            std::thread::sleep(SLEEP);
+            // It lives until the sender is gone.
+            let _ = sender.send(Instant::now());
+        }
+        drop(sender);
+        sleeper.join().unwrap_or_default()
+    });
+    times.sort();
+    times.get(times.len() / 2).map_or(0.0, |time| time.as_secs_f64() * 1e6)
 }
 
 /// Memory of a GPU that is read, if twice as much is free: far more than its caches hold.

@@ -23,6 +23,7 @@ mod workers;
 pub use explain::ExplainRow;
 pub use nodes::{NODE_ROWS, NodeTeams};
 pub use predict::{DecodeSpeed, Job, Prediction, PromptSpeed};
+pub use predict_costs::StepSeconds;
 pub use share::SharedTimes;
 pub use spill::{CROSSING_TOKENS_MAX, Spill};
 pub use spill_units::piece_rows;

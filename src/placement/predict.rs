@@ -2,7 +2,8 @@
 //! decoding and of prompts, and what one GiB more of the GPU's memory would buy.
 //!
 //! ```text
-//! CPU step     = max(weights read / DRAM, operations / (CPU · share)) + KV / DRAM
+//! CPU step     = max(weights read / DRAM, operations / (CPU · share)) + meetings of the workers
+//!                + max(KV / DRAM, attention's operations / (CPU · its share))
 //! GPU step     = reads + operations / (tensor cores · share) + KV / VRAM
 //!                where reads = layers · wait + weights read / (VRAM · share)
 //! GPU prompt   = max(reads, operations / (tensor cores · share))
@@ -14,13 +15,14 @@
 //! many as m independent choices of k of n touch.
 //!
 //! Against `docs/performance.md`: one stream and prompts of dense models within 15 %, 8 and 32
-//! streams within 20 %, more on the CPU. Not modelled: the arithmetic of attention, which long
-//! contexts feel; prompts of small experts on a GPU, a third slower than predicted; kernels of GPUs
-//! before Hopper; weights in floats on the CPU; `gpu.spill_streamed`; several GPUs that read a long
-//! prompt at once, which are predicted as the first of them alone; KV blocks that lie on other NUMA
-//! nodes than their readers; and time between steps.
+//! streams within 20 %, more on the CPU. Not modelled: the arithmetic of attention on a GPU, which
+//! long contexts feel; prompts of small experts on a GPU, a third slower than predicted; kernels of
+//! GPUs before Hopper; weights in floats on the CPU where products were not measured;
+//! `gpu.spill_streamed`; several GPUs that read a long prompt at once, which are predicted as the
+//! first of them alone; and KV blocks that lie on other NUMA nodes than their readers. Between two
+//! steps, two threads are woken, one after the other.
 
-use super::predict_costs::{Costs, Usage};
+use super::predict_costs::{Costs, StepSeconds, Usage};
 use super::{Device, Placement};
 use crate::config::Config;
 use crate::hardware::HardwareProfile;
@@ -68,6 +70,8 @@ pub struct DecodeSpeed {
     pub streams: usize,
     /// Of all of them together.
     pub tokens_per_second: f64,
+    /// Where the time of a step goes.
+    pub step: StepSeconds,
 }
 
 /// A prompt that is read alone.
@@ -77,6 +81,8 @@ pub struct PromptSpeed {
     pub tokens: usize,
     /// Until its first answer token.
     pub tokens_per_second: f64,
+    /// Where the time of its steps goes.
+    pub steps: StepSeconds,
 }
 
 impl Prediction {
@@ -97,12 +103,14 @@ impl Prediction {
         let fits = |streams: &usize| *streams <= most && streams * context_tokens <= kv_tokens;
         let decode = STREAMS.into_iter().filter(fits).map(|streams| DecodeSpeed {
             streams,
-            tokens_per_second: streams as f64 / costs.decode_seconds(streams),
+            tokens_per_second: streams as f64 / costs.decode(streams).total(),
+            step: costs.decode(streams),
         });
         let prompts = PROMPTS.into_iter().filter(|tokens| *tokens <= placement.context_tokens);
         let prompt = prompts.map(|tokens| PromptSpeed {
             tokens,
-            tokens_per_second: tokens as f64 / costs.prompt_seconds(tokens),
+            tokens_per_second: tokens as f64 / costs.prompt(tokens).total(),
+            steps: costs.prompt(tokens),
         });
         Some(Self {
             context_tokens,
@@ -132,7 +140,7 @@ fn gib_more(
     }
     let usage = Usage { step_tokens_max: more.step_tokens_max, ..usage };
     let costs = Costs::new(spec, &more, hardware.measured.as_ref()?, usage)?;
-    Some(1.0 / costs.decode_seconds(1))
+    Some(1.0 / costs.decode(1).total())
 }
 
 impl Job {
@@ -149,8 +157,8 @@ impl Job {
         let costs = Costs::new(spec, placement, hardware.measured.as_ref()?, usage)?;
         let prompts = match streams * prompt {
             0 => 0.0,
-            tokens => costs.prompt_seconds(tokens),
+            tokens => costs.prompt(tokens).total(),
         };
-        Some(prompts + generated as f64 * costs.decode_seconds(streams))
+        Some(prompts + generated as f64 * costs.decode(streams).total())
     }
 }

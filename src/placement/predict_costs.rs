@@ -4,8 +4,10 @@
 use super::predict_work::{Parts, Work, attention_parts, network_parts, output_parts};
 use super::{CROSSING_TOKENS_MAX, Device, Placement, SharedTimes, Spill};
 use crate::hardware::{GpuRates, Measured, ProductRates};
-use crate::model::ModelSpec;
+use crate::model::{LayerSpec, ModelSpec};
 use crate::tensor::DType;
+use serde::Serialize;
+use std::ops::Add;
 
 /// Seconds of a layer in which the kernels of a step on a GPU wait for each other: one of 50 µs
 /// reads for 27 at the roof (`docs/performance.md`, "One H200"). It does not grow with the layer: a
@@ -34,6 +36,55 @@ const RING_LAYERS: f64 = 4.0 / 3.0;
 /// What the probe calls the numbers that tiles multiply.
 const TILE_NUMBERS: &str = "bf16";
 
+/// Share of the CPU's rate in registers at which attention multiplies, which does so in floats:
+/// 80 to 96 of 465 G multiply-adds/s on two threads of Zen 4. Tiles have three times that rate.
+const ATTENTION_SHARE: f64 = 0.18;
+const ATTENTION_SHARE_TILES: f64 = 0.06;
+/// How often workers meet in a layer: in steps of a few tokens, and in wider ones.
+const MEETINGS: [f64; 2] = [5.0, 8.0];
+/// Tokens of the widest step whose rows each worker normalises for itself.
+const NARROW_TOKENS: usize = 16;
+/// Threads that sleep and are woken, one after the other, between two steps.
+const WAKES: f64 = 2.0;
+
+/// Seconds of a step, or of several, by what takes them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct StepSeconds {
+    /// Products of the weights that the device holds which runs the model; on a GPU all that
+    /// it computes beside them as well.
+    pub products: f64,
+    /// Keys and values, and on a CPU the arithmetic of attention.
+    pub attention: f64,
+    /// What spilled weights add: the CPU's part, streams and crossings.
+    pub spilled: f64,
+    /// Workers of a CPU that meet, because one reads what another wrote.
+    pub meetings: f64,
+    /// From a step's end to the next one's start.
+    pub between: f64,
+}
+
+impl StepSeconds {
+    /// Of all together.
+    pub fn total(self) -> f64 {
+        let Self { products, attention, spilled, meetings, between } = self;
+        products + attention + spilled + meetings + between
+    }
+}
+
+impl Add for StepSeconds {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            products: self.products + other.products,
+            attention: self.attention + other.attention,
+            spilled: self.spilled + other.spilled,
+            meetings: self.meetings + other.meetings,
+            between: self.between + other.between,
+        }
+    }
+}
+
 /// What is done.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Usage {
@@ -54,6 +105,10 @@ struct CpuRates<'a> {
     products: &'a [ProductRates],
     /// Part of these workers that there are.
     part: f64,
+    /// Multiply-accumulates of attention per second.
+    attention_macs: f64,
+    /// Seconds of a meeting of all workers.
+    meeting: f64,
 }
 
 /// The work of a model's layers in a step.
@@ -79,6 +134,8 @@ pub(super) struct Costs<'a> {
     cpu: CpuRates<'a>,
     /// `None` where the CPU computes all.
     gpu: Option<&'a GpuRates>,
+    /// Seconds from a step's end to the next one's start.
+    between: f64,
 }
 
 impl<'a> CpuRates<'a> {
@@ -98,8 +155,11 @@ impl<'a> CpuRates<'a> {
         let is_tiles = measured.cpu.numbers == TILE_NUMBERS;
         let share = if is_tiles { CPU_SHARE_TILES } else { CPU_SHARE };
         let part = threads.min(last.threads) as f64 / last.threads as f64;
-        let macs = measured.cpu.per_second * share * part;
-        Some(Self { read, macs, products: &measured.products, part })
+        let attention_share = if is_tiles { ATTENTION_SHARE_TILES } else { ATTENTION_SHARE };
+        let all = measured.cpu.per_second * part;
+        let (macs, attention_macs) = (all * share, all * attention_share);
+        let (products, meeting) = (&measured.products[..], measured.meeting_us * 1e-6);
+        Some(Self { read, macs, products, part, attention_macs, meeting })
     }
 
     fn seconds_per_mac(&self, dtype: DType, tokens: f64) -> f64 {
@@ -126,34 +186,75 @@ impl<'a> Costs<'a> {
             Device::Cpu => None,
             Device::Gpu(index) => Some(measured.gpus.iter().find(|gpu| gpu.ordinal == *index)?),
         };
-        Some(Self { spec, placement, usage, cpu, gpu })
+        let between = WAKES * measured.wake_us * 1e-6;
+        Some(Self { spec, placement, usage, cpu, gpu, between })
     }
 
-    /// Seconds of a step of so many streams.
-    pub fn decode_seconds(&self, streams: usize) -> f64 {
-        let kv_tokens = streams * self.usage.context_tokens;
-        let kv_bytes = self.spec.kv_bytes_per_token(self.placement.kv_dtype) * kv_tokens as u64;
-        let rate = self.gpu.map_or(self.cpu.read, |gpu| gpu.read_bytes_per_second);
-        self.step_seconds(streams, streams) + kv_bytes as f64 / rate
+    /// Of a step of so many streams.
+    pub fn decode(&self, streams: usize) -> StepSeconds {
+        let seen = self.usage.context_tokens;
+        let bytes = |layer: &LayerSpec| {
+            let seen = layer.attention.window.unwrap_or(seen).min(seen);
+            layer.kv_bytes_per_token(self.placement.kv_dtype) as f64 * (streams * seen) as f64
+        };
+        let bytes = self.spec.layers.iter().map(bytes).sum::<f64>();
+        let attention = match self.gpu {
+            Some(gpu) => bytes / gpu.read_bytes_per_second,
+            None => (bytes / self.cpu.read).max(
+                self.attention_seconds(streams, &|window| window.unwrap_or(seen).min(seen) as f64),
+            ),
+        };
+        StepSeconds { attention, ..self.step(streams, streams) }
     }
 
-    /// Seconds of a prompt of so many tokens in as few steps as there can be.
-    pub fn prompt_seconds(&self, tokens: usize) -> f64 {
-        let (most, last) = (self.usage.step_tokens_max, tokens % self.usage.step_tokens_max);
-        let (whole, last) =
-            if last == 0 { (tokens / most - 1, most) } else { (tokens / most, last) };
-        whole as f64 * self.step_seconds(most, 0) + self.step_seconds(last, 1)
+    /// Of a prompt of so many tokens in as few steps as there can be.
+    pub fn prompt(&self, tokens: usize) -> StepSeconds {
+        let most = self.usage.step_tokens_max;
+        let starts = (0..tokens).step_by(most);
+        let steps = starts.map(|start| {
+            let end = tokens.min(start + most);
+            self.step(end - start, usize::from(end == tokens))
+        });
+        let steps = steps.fold(StepSeconds::default(), Add::add);
+        // A token at p sees p others, or those of the window.
+        let seen = |window: Option<usize>| match window {
+            Some(window) if window < tokens => {
+                window as f64 * (1.0 - window as f64 / (2.0 * tokens as f64))
+            }
+            _ => tokens as f64 / 2.0,
+        };
+        let is_cpu = self.gpu.is_none();
+        let attention = if is_cpu { self.attention_seconds(tokens, &seen) } else { 0.0 };
+        StepSeconds { attention, ..steps }
     }
 
-    /// Seconds of a step without its KV; `logits` of its tokens get logits.
-    fn step_seconds(&self, tokens: usize, logits: usize) -> f64 {
+    /// Of the arithmetic of attention on the CPU, where each token sees as many others as `seen` of
+    /// a layer's window.
+    fn attention_seconds(&self, tokens: usize, seen: &dyn Fn(Option<usize>) -> f64) -> f64 {
+        let macs = self.spec.layers.iter().map(|layer| {
+            let attention = &layer.attention;
+            let width = (attention.n_heads * attention.head_dim) as f64;
+            2.0 * width * seen(attention.window) * tokens as f64
+        });
+        macs.sum::<f64>() / self.cpu.attention_macs
+    }
+
+    /// Of a step without its keys and values; `logits` of its tokens get logits.
+    fn step(&self, tokens: usize, logits: usize) -> StepSeconds {
         let Spilled { mut resident, mean, layers, bytes, crossing } = self.spilled(tokens);
         resident += output_parts(self.spec, logits, &|dtype, tokens| {
             self.cpu.seconds_per_mac(dtype, tokens)
         });
-        let Some(gpu) = self.gpu else { return self.cpu.seconds(resident.all()) };
+        let between = self.between;
+        let Some(gpu) = self.gpu else {
+            let products = self.cpu.seconds(resident.all());
+            let at_layer = MEETINGS[usize::from(tokens > NARROW_TOKENS)];
+            let meetings = at_layer * self.spec.layers.len() as f64 * self.cpu.meeting;
+            return StepSeconds { products, meetings, between, ..StepSeconds::default() };
+        };
+        let products = self.gpu_seconds(gpu, tokens, resident);
         if layers == 0 {
-            return self.gpu_seconds(gpu, tokens, resident);
+            return StepSeconds { products, between, ..StepSeconds::default() };
         }
         let times = self.shared_times(gpu, (mean.all(), bytes));
         let crossing = crossing[0] * gpu.crossing_us * 1e-6 + crossing[1] / gpu.pinned.to_gpu;
@@ -172,7 +273,8 @@ impl<'a> Costs<'a> {
             true if tokens > CROSSING_TOKENS_MAX => layers..=layers,
             true => 0..=layers,
         };
-        choices.map(with_streamed).fold(f64::INFINITY, f64::min)
+        let all = choices.map(with_streamed).fold(f64::INFINITY, f64::min);
+        StepSeconds { products, spilled: all - products, between, ..StepSeconds::default() }
     }
 
     fn spill(&self) -> Option<&Spill> {
