@@ -2,10 +2,10 @@
 //! blocks take, against the copy rate of the same run, and what that costs the others' steps.
 //! `cargo bench --bench swap_beside_streams -- FILE [gpu] [--rounds N] [--vram-limit SIZE]`
 //!
-//! The KV store holds the long sequence, which is of priority `batch`, and twelve streams only while
-//! these are short. So it goes out as they grow, and comes back when four of them have ended. All
-//! times are the engine's own, from its trace: copies as the swap thread performs them, and steps
-//! from the end of the one before, which is what a stream sees between two tokens.
+//! The KV store holds the long sequence, which is of priority `batch`, and twelve streams only
+//! while these are short. So it goes out as they grow, and comes back when four of them have ended.
+//! All times are the engine's own, from its trace: copies as the swap thread performs them, and
+//! steps from the end of the one before, which is what a stream sees between two tokens.
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a benchmark's report")]
 
 use futures_util::future::join_all;
@@ -156,8 +156,8 @@ impl Findings {
             };
             let rate = (blocks * block_bytes) as f64 / seconds / 1e9;
             println!(
-                "swapped {name:<3} {} times, the middle one: {blocks} blocks in {:.2} ms, {rate:.1} \
-                 GB/s, {over:.2} x bytes / roof; {:.2} to {:.2}",
+                "swapped {name:<3} {} times, the middle one: {blocks} blocks in {:.2} ms, \
+                 {rate:.1} GB/s, {over:.2} x bytes / roof; {:.2} to {:.2}",
                 times.len(),
                 seconds * 1e3,
                 times[0].0,
@@ -260,8 +260,8 @@ async fn main() {
     let engine = Engine::builder().config(options.config(block_bytes)).build().await.unwrap();
     let plan = engine.plan().unwrap();
     println!(
-        "{} on {}: {LONG_TOKENS} tokens are {LONG_BLOCKS} blocks, {:.1} MB; copies of pinned memory: \
-         out {:.1} GB/s, in {:.1} GB/s; {} spilled",
+        "{} on {}: {LONG_TOKENS} tokens are {LONG_BLOCKS} blocks, {:.1} MB; copies of pinned \
+         memory: out {:.1} GB/s, in {:.1} GB/s; {} spilled",
         plan.model,
         plan.device(),
         (LONG_BLOCKS as u64 * block_bytes) as f64 / 1e6,

@@ -3,8 +3,8 @@
 
 Usage: benches/synthetic_gguf.py SHAPE TYPE OUT.gguf [--vocabulary FROM.gguf] [--layers N]
 
-SHAPE: llama-1b, llama-3b, llama-8b, llama-70b; TYPE: Q4_0, Q4_1, Q8_0, Q4_K, Q6_K. Sizes and formats
-are those of the real model (the output matrix is Q6_K, as llama.cpp's quantiser makes it), with the
+SHAPE: llama-1b, llama-3b, llama-8b, llama-70b; TYPE: Q4_0, Q4_1, Q8_0, Q4_K, Q6_K. Sizes and
+formats are those of the real model (the output matrix is Q6_K, as llama.cpp's quantiser makes it), with the
 tokenizer of another file, or a made-up one of the real one's size to which nearly each byte is a
 token. What such a model says means nothing. The scales keep activations near 1, so that no engine
 meets infinities or denormals. Random blocks repeat after a few MiB, so an 8B is written in seconds,
