@@ -26,6 +26,33 @@ fn weight_bytes() -> usize {
 
 const PASSES: usize = 4;
 
+/// Bytes in huge pages and on cache lines, as an engine lays them: hardware fetches within a page,
+/// and vector loads across two lines cost double.
+struct Memory {
+    allocated: Vec<u8>,
+    start: usize,
+    length: usize,
+}
+
+impl Memory {
+    fn new(length: usize) -> Memory {
+        const HUGE_PAGE: usize = 2 << 20;
+        let mut allocated = vec![0; length + HUGE_PAGE];
+        let start = allocated.as_ptr().align_offset(HUGE_PAGE);
+        #[cfg(target_os = "linux")]
+        {
+            let first = allocated[start..].as_mut_ptr().cast();
+            // SAFETY: advice about pages of our own that nobody has touched; it changes no byte.
+            unsafe { libc::madvise(first, length, libc::MADV_HUGEPAGE) };
+        }
+        Memory { allocated, start, length }
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        &mut self.allocated[self.start..][..self.length]
+    }
+}
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let threads = number(1, 1);
@@ -53,14 +80,16 @@ fn measure_type(
 ) {
     let row_bytes = dtype.row_bytes(cols()).expect("whole blocks");
     let rows = weight_bytes() / row_bytes / 32 * 32;
-    let bytes = synthetic(dtype, layout, rows);
-    let view = MatrixView::new(dtype, layout, rows, cols(), &bytes).expect("a valid view");
+    let mut memory = Memory::new(rows / 16 * 16 * row_bytes);
+    let bytes = memory.bytes();
+    fill(dtype, layout, bytes);
+    let view = MatrixView::new(dtype, layout, rows, cols(), bytes).expect("a valid view");
     let mut single = 0.0;
     for columns in [1, 2, 4, 8, 16, 32, 64, 256, 512] {
         let passes = if columns > 16 { 2 } else { PASSES };
         let seconds = multiply(kernels, &view, columns, (threads, passes));
         single = if columns == 1 { seconds } else { single };
-        let rate = bytes.len() as f64 / seconds;
+        let rate = view.bytes().len() as f64 / seconds;
         println!(
             "{dtype:8} {layout:<9} {columns:7} {:6.1} {:10.1} {:7.0} {:8.2}",
             rate / 1e9,
@@ -73,7 +102,7 @@ fn measure_type(
 }
 
 /// 16 rows of ordinary values, repeated over the whole matrix.
-fn synthetic(dtype: DType, layout: Layout, rows: usize) -> Vec<u8> {
+fn fill(dtype: DType, layout: Layout, matrix: &mut [u8]) {
     let values: Vec<f32> =
         (0..16 * cols()).map(|i| ((i * 7919) % 2003) as f32 / 1000.0 - 1.0).collect();
     let mut group = vec![0; 16 * dtype.row_bytes(cols()).expect("whole blocks")];
@@ -82,7 +111,7 @@ fn synthetic(dtype: DType, layout: Layout, rows: usize) -> Vec<u8> {
         let source = group.clone();
         repack_row_group(dtype, cols(), &source, &mut group);
     }
-    group.repeat(rows / 16)
+    matrix.chunks_exact_mut(group.len()).for_each(|rows| rows.copy_from_slice(&group));
 }
 
 /// Seconds of the best pass.
@@ -113,7 +142,11 @@ fn multiply(
 }
 
 fn read_roof(kernels: &'static Kernels, threads: usize) -> f64 {
-    let memory = vec![1u64; weight_bytes() / 8];
+    let mut memory = Memory::new(weight_bytes());
+    let memory = memory.bytes();
+    memory.fill(1);
+    // SAFETY: any bytes are integers.
+    let (_, memory, _) = unsafe { memory.align_to::<u64>() };
     let seconds = best_of(2 * PASSES, || {
         on_threads(threads, memory.len(), |range| {
             std::hint::black_box(kernels.read_words(&memory[range]));
