@@ -1,7 +1,8 @@
 //! Memory of rounded activations: allocated once, viewed with the shape of each step.
 
 use super::{
-    ActivationForm, Activations, Bf16, GroupScale, Line, LinesMut, Quantized, Rounded, groups_apart,
+    ActivationForm, Activations, Bf16, GroupScale, HalfStarts, Line, LinesMut, Quantized, Rounded,
+    groups_apart,
 };
 use crate::blocks::GROUP;
 use std::marker::PhantomData;
@@ -14,6 +15,7 @@ pub struct ActivationBuffer {
     lines: Vec<Line>,
     quants: Vec<i8>,
     scales: Vec<GroupScale>,
+    starts: Vec<HalfStarts>,
 }
 
 /// A writable rounded form of `[columns, cols]` that several threads fill in disjoint parts.
@@ -30,15 +32,15 @@ pub struct ActivationsMut<'a> {
 
 #[derive(Clone, Copy)]
 enum Pointers {
-    /// `[columns, groups_apart · 32]` and `[columns, groups_apart]`
-    Int8(*mut i8, *mut GroupScale),
+    /// `[columns, groups_apart · 32]`, and twice `[columns, groups_apart]`
+    Int8(*mut i8, *mut GroupScale, *mut HalfStarts),
     /// What `lines.rs` says.
     Bf16(*mut Line),
 }
 
 /// A stretch of a column, for writing.
 pub(super) enum Memory<'a> {
-    Int8(&'a mut [i8], &'a mut [GroupScale]),
+    Int8(&'a mut [i8], &'a mut [GroupScale], &'a mut [HalfStarts]),
     Bf16(LinesMut<'a>),
 }
 
@@ -51,21 +53,24 @@ impl ActivationBuffer {
     /// A buffer of `form` for every shape with `columns ≤ columns_max` and `cols ≤ cols_max`.
     pub fn new(form: ActivationForm, columns_max: usize, cols_max: usize) -> ActivationBuffer {
         let groups = cols_max.div_ceil(GROUP);
-        let (mut lines, mut quants, mut scales) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut lines, mut quants) = (Vec::new(), Vec::new());
+        let (mut scales, mut starts) = (Vec::new(), Vec::new());
         match form {
             ActivationForm::Int8 => {
                 let groups = columns_max * groups_apart(groups);
                 quants = vec![0; groups * GROUP];
                 scales = vec![GroupScale::default(); groups];
+                starts = vec![HalfStarts::default(); groups];
             }
             ActivationForm::Bf16 => lines = vec![Line::default(); columns_max * groups],
         }
-        ActivationBuffer { form, lines, quants, scales }
+        ActivationBuffer { form, lines, quants, scales, starts }
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        size_of_val(&*self.lines) + size_of_val(&*self.quants) + size_of_val(&*self.scales)
+        let of_8_bits = size_of_val(&*self.quants) + size_of_val(&*self.scales);
+        size_of_val(&*self.lines) + of_8_bits + size_of_val(&*self.starts)
     }
 
     /// The memory of the elements, zero as long as nothing was written: for who wants its pages to
@@ -100,7 +105,8 @@ impl ActivationBuffer {
         assert!(need <= have, "activations [{columns}, {cols}] exceed a buffer of {have} groups");
         let pointers = match self.form {
             ActivationForm::Int8 => {
-                Pointers::Int8(self.quants.as_mut_ptr(), self.scales.as_mut_ptr())
+                let (scales, starts) = (self.scales.as_mut_ptr(), self.starts.as_mut_ptr());
+                Pointers::Int8(self.quants.as_mut_ptr(), scales, starts)
             }
             ActivationForm::Bf16 => Pointers::Bf16(self.lines.as_mut_ptr()),
         };
@@ -138,12 +144,13 @@ impl<'a> ActivationsMut<'a> {
         // caller promised that nothing is filled while this view is in use.
         let rounded = unsafe {
             match self.pointers {
-                Pointers::Int8(quants, scales) => {
+                Pointers::Int8(quants, scales, starts) => {
                     let groups_apart = groups_apart(self.cols / GROUP);
                     let groups = self.columns * groups_apart;
                     Rounded::Int8(Quantized {
                         quants: std::slice::from_raw_parts(quants, groups * GROUP),
                         scales: std::slice::from_raw_parts(scales, groups),
+                        starts: std::slice::from_raw_parts(starts, groups),
                         groups_apart,
                     })
                 }
@@ -165,10 +172,11 @@ impl<'a> ActivationsMut<'a> {
         let cols = self.cols;
         assert_eq!(source.cols(), cols, "elements per token");
         match (self.part(to, 0..cols), source.rounded) {
-            (Memory::Int8(quants, scales), Some(Rounded::Int8(source))) => {
+            (Memory::Int8(quants, scales, starts), Some(Rounded::Int8(source))) => {
                 let first = from * source.groups_apart;
                 quants.copy_from_slice(&source.quants[first * GROUP..][..cols]);
                 scales.copy_from_slice(&source.scales[first..][..cols / GROUP]);
+                starts.copy_from_slice(&source.starts[first..][..cols / GROUP]);
             }
             (Memory::Bf16(mut lines), Some(Rounded::Bf16(source))) => {
                 for (group, line) in lines.iter_mut().enumerate() {
@@ -195,11 +203,12 @@ impl<'a> ActivationsMut<'a> {
         // this view promised that no other thread uses the same part now.
         unsafe {
             match self.pointers {
-                Pointers::Int8(quants, scales) => {
+                Pointers::Int8(quants, scales, starts) => {
                     let first = column * groups_apart(self.cols / GROUP) + group;
                     Memory::Int8(
                         std::slice::from_raw_parts_mut(quants.add(first * GROUP), range.len()),
                         std::slice::from_raw_parts_mut(scales.add(first), groups),
+                        std::slice::from_raw_parts_mut(starts.add(first), groups),
                     )
                 }
                 Pointers::Bf16(lines) => {

@@ -52,7 +52,16 @@ impl GroupScale {
         let less_sums = sums.map(|sum| -sum as i16);
         GroupScale { scale, scaled_sum: scale * sum as f32, less_sums, less_eight: -8 * sum }
     }
+
+    fn half_starts(&self) -> HalfStarts {
+        self.less_sums.map(|less| 32 * i32::from(less))
+    }
 }
+
+/// Where integer sums of the halves of a group start for weights with a zero point of 32 and a
+/// scale per half: at −32 times the sum of the integers, so that `Σ q·x` becomes `Σ (q − 32)·x`.
+/// Apart from [`GroupScale`], since types with one scale per group lost 3 to 5 % to longer groups.
+pub(crate) type HalfStarts = [i32; 2];
 
 /// Quantises whole groups: `(values, quants, scales)` of `n·32`, `n·32` and `n` elements.
 pub(crate) type QuantizeFn = unsafe fn(&[f32], &mut [i8], &mut [GroupScale]);
@@ -109,6 +118,8 @@ pub(crate) struct Quantized<'a> {
     pub quants: &'a [i8],
     /// `[columns, groups_apart]`, row-major.
     pub scales: &'a [GroupScale],
+    /// `[columns, groups_apart]`, row-major.
+    pub starts: &'a [HalfStarts],
     /// Groups from one column to the next.
     pub groups_apart: usize,
 }
@@ -144,7 +155,8 @@ impl<'a> Activations<'a> {
                 let groups = columns.start * all.groups_apart..columns.end * all.groups_apart;
                 Rounded::Int8(Quantized {
                     quants: &all.quants[groups.start * GROUP..groups.end * GROUP],
-                    scales: &all.scales[groups],
+                    scales: &all.scales[groups.clone()],
+                    starts: &all.starts[groups],
                     ..all
                 })
             }
@@ -226,8 +238,10 @@ impl Kernels {
         // SAFETY: this table was reached through `for_isa`, so the CPU can run its functions.
         unsafe {
             match (&self.activations, target.part(column, range)) {
-                (ActivationTable::Int8 { quantize, .. }, Memory::Int8(quants, scales)) => {
+                (ActivationTable::Int8 { quantize, .. }, Memory::Int8(quants, scales, starts)) => {
                     quantize(values, quants, scales);
+                    let starts = starts.iter_mut().zip(scales);
+                    starts.for_each(|(starts, scale)| *starts = scale.half_starts());
                 }
                 (ActivationTable::Bf16 { round }, Memory::Bf16(lines)) => round(values, lines),
                 _ => panic!("a buffer of another form than {:?}", self.activation_form()),
@@ -251,7 +265,8 @@ impl Kernels {
     ) {
         assert_eq!((values.len(), residual.len()), (range.len(), range.len()), "lengths");
         let parts = (&self.activations, target.part(column, range));
-        let (ActivationTable::Int8 { residual: kernel, .. }, Memory::Int8(quants, scales)) = parts
+        let (ActivationTable::Int8 { residual: kernel, .. }, Memory::Int8(quants, scales, _)) =
+            parts
         else {
             panic!("{:?} activations have no second row", self.activation_form());
         };

@@ -50,6 +50,62 @@ pub(super) unsafe fn sum_group<L: Lanes, P: Packed, const R: usize, const T: usi
         } else {
             sum_part::<L, P, R, T>(blocks, (group, 0), x_group, x, acc);
         }
+        add_min::<L, P, R, T>(blocks, group, x_group, x, acc);
+    }
+}
+
+/// `N` groups that lie in the same bytes, word by word, so that what they share is loaded once; for
+/// few columns, since each has sums for all of them. A sum meets what [`sum_group`] does to it.
+#[inline(always)]
+pub(super) unsafe fn sum_together<
+    L: Lanes,
+    P: Packed,
+    const R: usize,
+    const T: usize,
+    const N: usize,
+>(
+    blocks: &[Block; R],
+    first: usize,
+    x_first: usize,
+    x: &[Column; T],
+    acc: &mut [[L::Float; T]; R],
+) {
+    let parts = const { if P::HALVES { 2 } else { 1 } };
+    // SAFETY: the groups are the blocks' and the columns'.
+    unsafe {
+        let mut isum = [[[[L::splat(0); T]; R]; 2]; N];
+        for (n, isum) in isum.iter_mut().enumerate() {
+            for (half, isum) in isum.iter_mut().enumerate().take(parts) {
+                start_sums::<L, P, R, T>(half, x, x_first + n, isum);
+            }
+        }
+        for_each_group!(8, |word| {
+            for (n, isum) in isum.iter_mut().enumerate() {
+                let isum = &mut isum[word * parts / 8];
+                dot_word::<L, P, R, T>((blocks, first + n, word), x_first + n, x, isum);
+            }
+        });
+        for (n, isum) in isum.iter().enumerate() {
+            for (half, isum) in isum.iter().enumerate().take(parts) {
+                let at = (blocks, first + n, half);
+                add_part::<L, P, R, T>(at, x_first + n, x, isum, acc);
+            }
+            add_min::<L, P, R, T>(blocks, first + n, x_first + n, x, acc);
+        }
+    }
+}
+
+/// The offsets of a group.
+#[inline(always)]
+unsafe fn add_min<L: Lanes, P: Packed, const R: usize, const T: usize>(
+    blocks: &[Block; R],
+    group: usize,
+    x_group: usize,
+    x: &[Column; T],
+    acc: &mut [[L::Float; T]; R],
+) {
+    // SAFETY: passed on.
+    unsafe {
         match P::MIN {
             MinKind::None => {}
             MinKind::One => {
@@ -58,7 +114,7 @@ pub(super) unsafe fn sum_group<L: Lanes, P: Packed, const R: usize, const T: usi
                     mins[r] = P::min::<L>(blocks[r], group);
                 }
                 for c in 0..T {
-                    let sum = L::splat_f32((*x[c].1.add(x_group)).scaled_sum);
+                    let sum = L::splat_f32((*x[c].scales.add(x_group)).scaled_sum);
                     for r in 0..R {
                         acc[r][c] = L::fma(mins[r], sum, acc[r][c]);
                     }
@@ -71,7 +127,7 @@ pub(super) unsafe fn sum_group<L: Lanes, P: Packed, const R: usize, const T: usi
                     pairs[r] = (pair, L::neg(scale));
                 }
                 for c in 0..T {
-                    let x_scale = L::splat_f32((*x[c].1.add(x_group)).scale);
+                    let x_scale = L::splat_f32((*x[c].scales.add(x_group)).scale);
                     for r in 0..R {
                         let sums = L::pair_dot(pairs[r].0, less_sums::<L>(x[c], x_group));
                         let scale = L::mul(pairs[r].1, x_scale);
@@ -95,21 +151,48 @@ unsafe fn sum_part<L: Lanes, P: Packed, const R: usize, const T: usize>(
     // SAFETY: passed on.
     unsafe {
         let mut isum = [[L::splat(0); T]; R];
-        for c in 0..T {
-            let start = start::<L, P>(half, x[c], x_group);
-            isum.iter_mut().for_each(|isum| isum[c] = start);
-        }
+        start_sums::<L, P, R, T>(half, x, x_group, &mut isum);
         let words = const { if P::HALVES { 4 } else { 8 } };
         for_each_group!(words, |word| {
             let word = half * words + word;
             dot_word::<L, P, R, T>((blocks, group, word), x_group, x, &mut isum)
         });
+        add_part::<L, P, R, T>((blocks, group, half), x_group, x, &isum, acc);
+    }
+}
+
+/// Where integer sums start.
+#[inline(always)]
+unsafe fn start_sums<L: Lanes, P: Packed, const R: usize, const T: usize>(
+    half: usize,
+    x: &[Column; T],
+    x_group: usize,
+    isum: &mut [[L::Int; T]; R],
+) {
+    for c in 0..T {
+        // SAFETY: passed on.
+        let start = unsafe { start::<L, P>(half, x[c], x_group) };
+        isum.iter_mut().for_each(|isum| isum[c] = start);
+    }
+}
+
+/// Adds integer sums that share a scale.
+#[inline(always)]
+unsafe fn add_part<L: Lanes, P: Packed, const R: usize, const T: usize>(
+    (blocks, group, half): (&[Block; R], usize, usize),
+    x_group: usize,
+    x: &[Column; T],
+    isum: &[[L::Int; T]; R],
+    acc: &mut [[L::Float; T]; R],
+) {
+    // SAFETY: passed on.
+    unsafe {
         let mut scales = [L::splat_f32(0.0); R];
         for r in 0..R {
             scales[r] = P::scale::<L>(blocks[r], group, half);
         }
         for c in 0..T {
-            let x_scale = L::splat_f32((*x[c].1.add(x_group)).scale);
+            let x_scale = L::splat_f32((*x[c].scales.add(x_group)).scale);
             for r in 0..R {
                 let scale = L::mul(scales[r], x_scale);
                 acc[r][c] = L::fma(L::to_f32(isum[r][c]), scale, acc[r][c]);
@@ -135,7 +218,7 @@ unsafe fn dot_word<L: Lanes, P: Packed, const R: usize, const T: usize>(
             signed[r] = L::signed(words[r]);
         }
         for c in 0..T {
-            let at = x[c].0.add(x_group * GROUP + 4 * word).cast::<i32>();
+            let at = x[c].quants.add(x_group * GROUP + 4 * word).cast::<i32>();
             let x = L::splat(at.read_unaligned());
             for r in 0..R {
                 isum[r][c] = if P::SIGNED {

@@ -17,7 +17,7 @@
 //! by chunk into a buffer on the stack first; their sums wait in the output between chunks.
 
 use super::columns::Column;
-use super::group_sums::{for_each_group, keep_order, sum_group};
+use super::group_sums::{for_each_group, keep_order, sum_group, sum_together};
 use super::lanes::Lanes;
 use super::packed::{Block, Packed, SixBits};
 use super::sums::{load_sums, row_lanes, store_sums};
@@ -164,11 +164,9 @@ unsafe fn multiply_tile<L: Lanes, P: Packed, const R: usize, const T: usize>(
     out: OutputColumns<'_>,
 ) -> usize {
     let columns = T.min(out.columns() - first);
-    let mut x = [(std::ptr::null(), std::ptr::null()); T];
+    let mut x = [Column::NONE; T];
     for (index, x) in x.iter_mut().enumerate() {
-        let column = first + index.min(columns - 1);
-        let start = column * panel.x.groups_apart + panel.group;
-        *x = (panel.x.quants[start * GROUP..].as_ptr(), panel.x.scales[start..].as_ptr());
+        *x = Column::new(&panel.x, first + index.min(columns - 1), panel.group);
     }
     let mut lane = 0;
     while lane < ROWS {
@@ -236,11 +234,35 @@ unsafe fn sum_blocks<L: Lanes, P: Packed, const R: usize, const T: usize, const 
                     if FETCH {
                         fetch_group::<L, P, R, T>(fetched, first + turn);
                     }
-                    keep_order::<P>();
-                    sum_group::<L, P, R, T>(&blocks, first + turn, at + first + turn, x, acc)
                 });
+                sum_groups::<L, P, R, T>(&blocks, first, at + first, x, acc);
             }
         }
+    }
+}
+
+/// [`turns`] groups from `first` on.
+#[inline(always)]
+unsafe fn sum_groups<L: Lanes, P: Packed, const R: usize, const T: usize>(
+    blocks: &[Block; R],
+    first: usize,
+    x_first: usize,
+    x: &[Column; T],
+    acc: &mut [[L::Float; T]; R],
+) {
+    let turns = const { turns::<P, T>() };
+    // SAFETY: passed on.
+    unsafe {
+        keep_order::<P>();
+        match turns {
+            4 if T == 1 => return sum_together::<L, P, R, T, 4>(blocks, first, x_first, x, acc),
+            2 if T == 1 => return sum_together::<L, P, R, T, 2>(blocks, first, x_first, x, acc),
+            _ => {}
+        }
+        for_each_group!(turns, |turn| {
+            sum_group::<L, P, R, T>(blocks, first + turn, x_first + turn, x, acc);
+            keep_order::<P>()
+        });
     }
 }
 

@@ -94,8 +94,8 @@ pub(super) enum MinKind {
 /// block and `word` below 8; the caller owns that much memory and has checked the CPU.
 pub(super) trait Packed {
     const DTYPE: DType;
-    /// Subtracted from each (unsigned) quant; 0, or 8 times a power of two where halves of groups
-    /// have no scales of their own.
+    /// Subtracted from each (unsigned) quant; 0, or 8 times a power of two, or, where halves of
+    /// groups have scales of their own, a power of two up to 32.
     const ZERO: i16 = 0;
     /// Whether quants are signed bytes; otherwise they are at most 127.
     const SIGNED: bool = false;

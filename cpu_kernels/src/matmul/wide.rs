@@ -240,11 +240,9 @@ unsafe fn tile<L: Lanes, P: Packed, const R: usize, const T: usize>(
 ) -> usize {
     let columns = T.min(left);
     let lines = const { stream_lines::<P>() };
-    let mut x = [(std::ptr::null(), std::ptr::null()); T];
+    let mut x = [Column::NONE; T];
     for (index, x) in x.iter_mut().enumerate() {
-        let column = first + index.min(columns - 1);
-        let start = column * panel.x.groups_apart + panel.first_group;
-        *x = (panel.x.quants[start * GROUP..].as_ptr(), panel.x.scales[start..].as_ptr());
+        *x = Column::new(&panel.x, first + index.min(columns - 1), panel.first_group);
     }
     // SAFETY: `x` points to `panel.count` groups of existing columns, the chunk holds as many of
     // each vector, and the rows of the vectors are this thread's.
@@ -306,7 +304,7 @@ unsafe fn add_group<L: Lanes, P: Packed, const R: usize, const T: usize>(
                 dot_word::<L, P, R, T>(weights, (group, word), x, &mut isum);
             }
             for c in 0..T {
-                let x_scale = L::splat_f32((*x[c].1.add(group)).scale);
+                let x_scale = L::splat_f32((*x[c].scales.add(group)).scale);
                 for r in 0..R {
                     let scale = L::mul((*weights[r]).scales[half], x_scale);
                     acc[r][c] = L::fma(L::to_f32(isum[r][c]), scale, acc[r][c]);
@@ -328,7 +326,7 @@ unsafe fn dot_word<L: Lanes, P: Packed, const R: usize, const T: usize>(
     // SAFETY: the weights were decoded, and `group` is one of the columns'.
     unsafe {
         for c in 0..T {
-            let at = x[c].0.add(group * GROUP + 4 * word).cast::<i32>();
+            let at = x[c].quants.add(group * GROUP + 4 * word).cast::<i32>();
             let x = L::splat(at.read_unaligned());
             for r in 0..R {
                 let w = (*weights[r]).words[word];
@@ -352,7 +350,7 @@ unsafe fn add_min<L: Lanes, P: Packed, const R: usize, const T: usize>(
     // SAFETY: the weights were decoded, and `group` is one of the columns'.
     unsafe {
         for c in 0..T {
-            let of_x = &*x[c].1.add(group);
+            let of_x = &*x[c].scales.add(group);
             match P::MIN {
                 MinKind::None => {}
                 MinKind::One => {
