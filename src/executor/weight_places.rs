@@ -191,12 +191,11 @@ pub(super) fn place_matrices(
     for entry in &program.matrices {
         let TensorRef { dtype, rows, cols, .. } = stored(source, &entry.tensor)?;
         let (layout, experts) = layout_of(entry, (dtype, rows), isa);
-        let in_file = match (source, layout) {
-            // Nobody decides on which nodes a file's pages lie.
-            _ if !teams.nodes().is_empty() && entry.used_for != MatrixUse::Lookup => None,
-            (WeightSource::Checkpoint(checkpoint), Layout::RowMajor) => {
+        let in_file = match (source, entry.used_for) {
+            (WeightSource::Checkpoint(checkpoint), MatrixUse::Lookup) => {
                 checkpoint.place(&entry.tensor.name)?
             }
+            // A file's pages are small, and nobody decides on which nodes they lie.
             _ => None,
         };
         let place = match in_file {

@@ -1,5 +1,6 @@
-//! A stage's weights as its kernels read them. Matrices that are multiplied with are interleaved
-//! by all workers into one arena; the others stay in the mapped file. Weights outlive their stage:
+//! A stage's weights as its kernels read them. Matrices that are multiplied with are brought by all
+//! workers into one arena, on huge pages, quantised ones interleaved; the others stay in the mapped
+//! file. Weights outlive their stage:
 //! a new one is made from them without touching a file.
 
 use super::ExecutorError;

@@ -74,7 +74,7 @@ impl SpilledWeights {
             },
             None => {
                 tracing::warn!(
-                    "spilled weights of this type stay in their file: the CPU computes them"
+                    "spilled weights of this type are not interleaved: the CPU computes them"
                 );
                 None
             }
