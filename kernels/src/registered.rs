@@ -10,10 +10,12 @@ use std::sync::Arc;
 const PIECE_BYTES: usize = 256 << 20;
 /// Pages of all that our drivers run on.
 const PAGE_BYTES: usize = 4096;
+/// That contexts of other GPUs know it as well.
+const FOR_ALL_GPUS: u32 = sys::CU_MEMHOSTREGISTER_PORTABLE;
 
-/// Host memory registered with the driver, so that copies from it are asynchronous and fast. When
-/// dropped, after all copies, it is host memory like any other again; of a GPU that is lost it
-/// stays registered.
+/// Host memory registered with the driver, so that copies from it are asynchronous and fast, of all
+/// GPUs. When dropped, after all copies, it is host memory like any other again; of a GPU that is
+/// lost it stays registered.
 pub struct RegisteredMemory {
     /// Addresses that were registered.
     pieces: Vec<usize>,
@@ -65,7 +67,7 @@ impl Gpu {
         for piece in pieces {
             let at = bytes.as_ptr().with_addr(piece.start).cast_mut().cast();
             // SAFETY: the pages are mapped, as the caller promises for as long as it takes.
-            unsafe { sys::cuMemHostRegister_v2(at, piece.len(), 0) }
+            unsafe { sys::cuMemHostRegister_v2(at, piece.len(), FOR_ALL_GPUS) }
                 .result()
                 .map_err(|error| self.failed("registering host memory", error))?;
             registered.pieces.push(piece.start);

@@ -44,7 +44,7 @@ impl KvBlocks for PipelineKv {
     }
 
     unsafe fn register(&self, memory: &[u8]) -> Result<Registration, ExecutorError> {
-        // Memory is registered once; GPUs that it is not registered for copy it all the same.
+        // Once, for all GPUs.
         // SAFETY: the caller keeps the memory mapped.
         unsafe { self.stages[0].register(memory) }
     }
