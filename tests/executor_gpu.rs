@@ -19,6 +19,8 @@ mod reference;
 mod sampling;
 #[path = "executor_gpu/spilled.rs"]
 mod spilled;
+#[path = "executor_gpu/spilled_stages.rs"]
+mod spilled_stages;
 #[path = "support/stage.rs"]
 mod stage;
 #[path = "executor_gpu/stages.rs"]

@@ -336,6 +336,38 @@ fn spilled_units_are_between_marks_in_one_program_and_alone_in_the_other() {
 }
 
 #[test]
+fn what_several_stages_have_spilled_is_one_program_in_their_order() {
+    let model = TinyModel { layers: 4, ..TinyModel::new(Family::Qwen3Moe) };
+    let spec = Model::from_bytes(&model.gguf().bytes()).spec;
+    let lower = |part: &StagePart| Program::lower(&spec, part).unwrap();
+    let units = |part: &StagePart| -> Vec<[usize; 2]> {
+        spilled_units(&lower(part)).iter().map(|(unit, _)| [unit.index, unit.layer]).collect()
+    };
+    for (spilled, _) in spillings() {
+        let whole = StagePart::spilling(4, spilled.clone()).spilled().unwrap();
+        for cut in 1..4 {
+            let parts = StagePart::split(4, cut).map(|part| {
+                let of = |all: &[usize]| {
+                    all.iter().copied().filter(|layer| part.layers.contains(layer)).collect()
+                };
+                let feed_forward = of(&spilled.feed_forward);
+                let attention = of(&spilled.attention);
+                part.without(SpilledLayers { feed_forward, attention, ring_slots: 4 })
+            });
+            let together = StagePart::spilled_of(&parts).unwrap();
+            assert_eq!(lower(&together).ops, lower(&whole).ops, "{spilled:?} cut before {cut}");
+            // Each stage counts from 0; here its units come behind those of the stages before it.
+            let [mut all, second] = parts.each_ref().map(units);
+            let layers = all.last().map_or(0, |[_, layer]| layer + 1);
+            let first = all.len();
+            all.extend(second.iter().map(|[index, layer]| [index + first, layer + layers]));
+            assert_eq!(units(&together), all, "{spilled:?} cut before {cut}");
+        }
+    }
+    assert!(StagePart::spilled_of(&StagePart::split(4, 2)).is_none());
+}
+
+#[test]
 fn a_program_of_spilled_units_has_the_widths_of_what_it_computes_alone() {
     let spec = tiny(Family::Llama).spec;
     let whole = Program::lower(&spec, &StagePart::whole(spec.layers.len())).unwrap().dims;

@@ -13,6 +13,7 @@ mod experts;
 mod graphs;
 mod inputs;
 mod kv;
+mod load;
 mod norms;
 mod op_marks;
 mod ops;
@@ -46,6 +47,7 @@ use graphs::Graphs;
 use kv::GpuKv;
 use op_marks::OpMarks;
 use spill::GpuSpill;
+use spill_thread::SpillThread;
 use std::cell::Cell;
 use std::path::Path;
 use std::sync::Arc;
@@ -100,10 +102,19 @@ impl GpuStage {
             let what = "a part of a model without the others".into();
             return Err(ExecutorError::Unsupported { what });
         }
-        Self::of_part(weights, options)
+        let weights = [weights];
+        let spill = SpillThread::start(&weights, options)?.map(|thread| (thread, 0));
+        let [weights] = weights;
+        Self::of_part(weights, options, spill)
     }
 
-    fn of_part(weights: Arc<GpuWeights>, options: &StageOptions) -> Result<Self, ExecutorError> {
+    /// A stage of a model, joined to the CPU's side in one of its lanes where it has spilled
+    /// weights.
+    fn of_part(
+        weights: Arc<GpuWeights>,
+        options: &StageOptions,
+        spill: Option<(Arc<SpillThread>, usize)>,
+    ) -> Result<Self, ExecutorError> {
         let (program, tokens) = (weights.program(), options.step_tokens_max);
         let store = (options.kv.device_blocks, options.kv.block_tokens);
         let limits = PlanLimits {
@@ -130,7 +141,7 @@ impl GpuStage {
                 if program.dims.vocab > 0 { tokens } else { 0 },
             ),
             failure: None,
-            spill: GpuSpill::start(&weights, options)?,
+            spill: spill.map(|lane| GpuSpill::start(&weights, options, lane)).transpose()?,
             weights,
         })
     }

@@ -15,7 +15,9 @@ pub(super) struct SpillStep<'a> {
     tokens: usize,
     /// The step's number: events are counted from it.
     base: u32,
-    /// By layer with spilled weights: whether the CPU computes its units in this step.
+    /// The first unit of the GPU that the step is of; of others there are units before and behind.
+    first: SpilledUnit,
+    /// By its layers with spilled weights: whether the CPU computes their units in this step.
     is_here: &'a [bool],
     /// Set when the GPU will not come.
     pub is_abandoned: &'a AtomicBool,
@@ -24,7 +26,8 @@ pub(super) struct SpillStep<'a> {
 }
 
 impl<'a> SpillStep<'a> {
-    /// A step of some tokens, in which the CPU computes the layers that `is_here` says.
+    /// A step of some tokens, in which the CPU computes the layers that `is_here` says of the GPU
+    /// whose units begin with `first`.
     ///
     /// # Safety
     /// Nobody else on the host uses the crossing's rows while the step lives, and the GPU writes
@@ -32,10 +35,10 @@ impl<'a> SpillStep<'a> {
     pub unsafe fn new(
         crossing: CrossingHost<'a>,
         tokens: usize,
-        (base, is_here): (u32, &'a [bool]),
+        (base, first, is_here): (u32, SpilledUnit, &'a [bool]),
         (is_abandoned, wait_max): (&'a AtomicBool, Duration),
     ) -> Self {
-        Self { crossing, tokens, base, is_here, is_abandoned, wait_max }
+        Self { crossing, tokens, base, first, is_here, is_abandoned, wait_max }
     }
 
     /// `[n_tokens, width]` that the GPU writes.
@@ -57,11 +60,12 @@ impl<'a> SpillStep<'a> {
 
     /// Whether the CPU computes a unit.
     pub fn computes(&self, unit: SpilledUnit) -> bool {
-        self.is_here[unit.layer]
+        let layer = unit.layer.checked_sub(self.first.layer);
+        layer.is_some_and(|layer| self.is_here.get(layer) == Some(&true))
     }
 
-    /// The number of a unit's event.
+    /// The number of the event of a unit that it computes.
     pub fn number(&self, unit: SpilledUnit) -> u32 {
-        event_number(self.base, unit.index)
+        event_number(self.base, unit.index - self.first.index)
     }
 }

@@ -17,7 +17,7 @@ use tandem::units::{BlockId, TokenId};
 use tandem_kernels::{GpuError, PeerCopies, driver};
 
 /// GPUs of the stages: twice the first, and the first two.
-fn ordinals() -> Vec<[usize; 2]> {
+pub fn ordinals() -> Vec<[usize; 2]> {
     let count = driver().and_then(|driver| driver.device_count()).unwrap_or(0);
     let required = std::env::var("TANDEM_REQUIRE_GPUS").ok().and_then(|count| count.parse().ok());
     assert!(count >= required.unwrap_or(0), "{count} GPUs, {required:?} are required");
@@ -66,14 +66,14 @@ fn pipeline(
     GpuPipeline::start(&weights, options, copies).unwrap()
 }
 
-fn run(stages: &mut GpuPipeline, plan: &StepPlan) -> Vec<RowOutput> {
+pub fn run(stages: &mut GpuPipeline, plan: &StepPlan) -> Vec<RowOutput> {
     let mut output = StepOutput::default();
     stages.run(plan, &mut output).unwrap();
     assert!(output.failures.is_empty() && output.refusal.is_none(), "{output:?}");
     output.rows
 }
 
-fn run_whole(stage: &mut GpuStage, plan: &StepPlan) -> Vec<RowOutput> {
+pub fn run_whole(stage: &mut GpuStage, plan: &StepPlan) -> Vec<RowOutput> {
     let mut output = StepOutput::default();
     stage.run(plan, &mut output).unwrap();
     output.rows
@@ -81,7 +81,7 @@ fn run_whole(stage: &mut GpuStage, plan: &StepPlan) -> Vec<RowOutput> {
 
 /// Steps of every class of widths: launched, recorded and replayed ones, single tokens, wide ones
 /// that nobody waits for, and two sequences at once.
-fn plans(vocab: usize) -> Vec<StepPlan> {
+pub fn plans(vocab: usize) -> Vec<StepPlan> {
     let mut seed = 8;
     let [first, second] = [600, 40].map(|count| random_tokens(&mut seed, count, vocab));
     let nothing = |_| None::<LogitsTask>;
@@ -113,7 +113,7 @@ fn plans(vocab: usize) -> Vec<StepPlan> {
     plans
 }
 
-fn answers(plans: &[StepPlan], run: impl FnMut(&StepPlan) -> Vec<RowOutput>) -> Vec<RowOutput> {
+pub fn answers(plans: &[StepPlan], run: impl FnMut(&StepPlan) -> Vec<RowOutput>) -> Vec<RowOutput> {
     plans.iter().flat_map(run).collect()
 }
 

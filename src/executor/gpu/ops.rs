@@ -4,6 +4,7 @@ use super::attend::Attention;
 use super::graphs::StepShape;
 use super::inputs::Part;
 use super::norms::ComingNorm;
+use super::spill::GpuSpill;
 use super::weights::width_of;
 use super::{GpuStage, LOGITS_TILE_ROWS};
 use crate::executor::ExecutorError;
@@ -36,23 +37,16 @@ impl GpuStage {
         if plan.tokens.is_empty() {
             return Ok(());
         }
-        let streamed = self.spill.as_ref().map_or(0, |spill| spill.streamed(plan.tokens.len()));
-        let shape = self.begin(plan, streamed)?;
-        if let Some(spill) = &self.spill {
-            spill.begin(shape.tokens, shape.streamed)?;
-        }
-        let launched = self.run_shape(shape);
-        let done = self.finish_spilled(launched.is_ok(), streamed);
+        let shape = self.begin(plan)?;
+        let launched = self.start_shape(shape);
+        let done = self.finish_spilled();
         // A GPU that failed is why the CPU was not answered.
         launched.and_then(|()| self.sample(plan)).and(done)
     }
 
-    /// Sends what the host prepares for a step of a checked plan. What is to be launched.
-    pub(super) fn begin(
-        &mut self,
-        plan: &StepPlan,
-        streamed: usize,
-    ) -> Result<StepShape, ExecutorError> {
+    /// Sends what the host prepares for a step of a checked plan. What is to be started.
+    pub(super) fn begin(&mut self, plan: &StepPlan) -> Result<StepShape, ExecutorError> {
+        let streamed = self.spill.as_ref().map_or(0, |spill| spill.streamed(plan.tokens.len()));
         self.prepare(plan, streamed)?;
         self.mark_inputs()?;
         let rows = if self.last.is_some() { plan.logits.len() } else { 0 };
@@ -65,18 +59,24 @@ impl GpuStage {
         })
     }
 
-    /// Waits for the host's side of a step that was launched, or was not. This thread sleeps
-    /// meanwhile, since workers have all processors.
-    fn finish_spilled(&self, is_launched: bool, streamed: usize) -> Result<(), ExecutorError> {
-        let Some(spill) = &self.spill else { return Ok(()) };
-        if !is_launched {
-            spill.abandon();
+    /// Starts the host's side of a step that has begun, and its kernels.
+    pub(super) fn start_shape(&mut self, shape: StepShape) -> Result<(), ExecutorError> {
+        let host = self.spill.as_ref().map(|spill| spill.begin(shape.tokens, shape.streamed));
+        let started = host.unwrap_or(Ok(())).and_then(|()| self.run_shape(shape));
+        if started.is_err() {
+            self.spill.iter().for_each(GpuSpill::abandon);
         }
-        spill.finish(streamed)
+        started
+    }
+
+    /// Waits for the host's side of a step that was started, or was not. This thread sleeps
+    /// meanwhile, since workers have all processors.
+    pub(super) fn finish_spilled(&self) -> Result<(), ExecutorError> {
+        self.spill.as_ref().map_or(Ok(()), GpuSpill::finish)
     }
 
     /// Starts the kernels of a step: from a record, if steps of its shape were seen.
-    pub(super) fn run_shape(&mut self, shape: StepShape) -> Result<(), ExecutorError> {
+    fn run_shape(&mut self, shape: StepShape) -> Result<(), ExecutorError> {
         let weights = std::sync::Arc::clone(&self.weights);
         let mut graphs = std::mem::take(&mut self.graphs);
         // Prompts launch faster than they compute, and are divided anew each time.

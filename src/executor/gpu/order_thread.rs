@@ -17,22 +17,23 @@ pub(super) struct OrderThread<O, R> {
 }
 
 impl<O: Send + 'static, R: Send + 'static> OrderThread<O, R> {
-    /// Starts a thread whose body answers each order, until there are none.
+    /// Starts a thread whose body answers each order, until there are none. Up to `most` may be
+    /// under way.
     ///
     /// # Errors
     /// The system gives no thread.
     pub fn start(
-        name: &'static str,
+        (name, most): (&'static str, usize),
         body: impl FnOnce(&Receiver<O>, &Sender<OrderResult<R>>) + Send + 'static,
     ) -> Result<Self, ExecutorError> {
-        let (orders, ordered) = bounded(1);
-        let (done, results) = bounded(1);
+        let (orders, ordered) = bounded(most);
+        let (done, results) = bounded(most);
         let thread = thread::Builder::new().name(name.into());
         let thread = thread.spawn(move || body(&ordered, &done)).map_err(ExecutorError::Threads)?;
         Ok(Self { name, orders: Some(orders), results, thread: Some(thread) })
     }
 
-    /// Gives an order. Each has to be finished before the next.
+    /// Gives an order. Each is to be finished, in their order.
     ///
     /// # Errors
     /// The thread has gone.
@@ -79,7 +80,7 @@ mod tests {
 
     #[test]
     fn orders_are_answered_until_the_thread_fails() {
-        let thread = OrderThread::start("tandem-test", |orders, results| {
+        let thread = OrderThread::start(("tandem-test", 1), |orders, results| {
             for order in orders {
                 assert!(order < 3, "told as the failure of its order");
                 results.send(Ok(2 * order)).unwrap();

@@ -5,19 +5,23 @@
 //!
 //! A step without wanted logits is not waited for. So of a prompt in several steps a stage computes
 //! one while the next stage computes the one before: all GPUs are at work then.
+//!
+//! What the stages have spilled streams to each GPU through its own ring, from a thread of its own:
+//! such steps overlap as well, and a stage's next one begins when the weights of the last are sent.
+//! The CPU serves all stages. So a step of which it computes anything is waited for: it works on
+//! one step at a time, for one stage after the other, as these work on it.
 
 use super::pipeline_kv::PipelineKv;
+use super::spill::GpuSpill;
+use super::spill_thread::SpillThread;
 use super::weights::GpuWeights;
 use super::{GpuStage, refused};
-use crate::executor::cpu_pool::CpuPool;
 use crate::executor::handoff::GpuHandoff;
-use crate::executor::program::{Program, StagePart};
-use crate::executor::weights::{LoadProgress, WeightsRequest};
 use crate::executor::{ExecutorError, KvBlocks, StageMemory, StageOptions};
 use crate::step::{StepOutput, StepPlan};
 use std::sync::Arc;
 use std::time::Instant;
-use tandem_kernels::PeerCopies;
+use tandem_kernels::{GpuError, PeerCopies};
 
 /// The stages of a model on several GPUs, ready to run steps. They are made, fail and are replaced
 /// together.
@@ -27,47 +31,6 @@ pub struct GpuPipeline {
     handoffs: Vec<GpuHandoff>,
     stages: Vec<GpuStage>,
     failure: Option<String>,
-}
-
-impl GpuWeights {
-    /// Loads the parts of a model, each with the ordinal of its GPU; of `request` all counts but
-    /// its own part. What ends one of the GPUs ends all, since they wait for each other.
-    ///
-    /// # Errors
-    /// As of [`GpuWeights::load`].
-    ///
-    /// # Panics
-    /// As of it.
-    pub fn load_parts(
-        parts: &[(usize, StagePart)],
-        request: &WeightsRequest,
-        mut pool: Option<&mut CpuPool>,
-        progress: &mut dyn FnMut(LoadProgress),
-    ) -> Result<Vec<Arc<Self>>, ExecutorError> {
-        let totals = parts.iter().map(|(_, part)| {
-            let program = Program::lower(&request.spec, part)?;
-            Ok(program.matrices.iter().map(|entry| entry.tensor.bytes()).sum::<u64>() as usize)
-        });
-        let totals = totals.collect::<Result<Vec<_>, ExecutorError>>()?;
-        let total_bytes = totals.iter().sum();
-        let (mut loaded, mut before) = (Vec::<Arc<Self>>::new(), 0);
-        for ((ordinal, part), total) in parts.iter().zip(totals) {
-            let request = WeightsRequest { part: part.clone(), ..request.clone() };
-            let mut report = |of_part: LoadProgress| {
-                progress(LoadProgress { done_bytes: before + of_part.done_bytes, total_bytes });
-            };
-            let pool = pool.as_deref_mut();
-            loaded.push(Arc::new(match loaded.first() {
-                None => Self::load(*ordinal, &request, pool, &mut report)?,
-                Some(first) => {
-                    let open = || first.gpu().open_beside(*ordinal);
-                    Self::load_on(&request, pool, &mut report, open)?
-                }
-            }));
-            before += total;
-        }
-        Ok(loaded)
-    }
 }
 
 impl GpuPipeline {
@@ -80,8 +43,13 @@ impl GpuPipeline {
         options: &StageOptions,
         copies: PeerCopies,
     ) -> Result<Self, ExecutorError> {
-        let stages = weights.iter().map(|part| GpuStage::of_part(Arc::clone(part), options));
-        let stages = stages.collect::<Result<Vec<_>, _>>()?;
+        let spill = SpillThread::start(weights, options)?;
+        let (mut stages, mut lane) = (Vec::new(), 0);
+        for part in weights {
+            let spill = part.spilled().and(spill.as_ref()).map(|thread| (Arc::clone(thread), lane));
+            lane += usize::from(spill.is_some());
+            stages.push(GpuStage::of_part(Arc::clone(part), options, spill)?);
+        }
         let neighbours = stages.iter().zip(stages.iter().skip(1));
         let handoffs =
             neighbours.map(|pair| GpuHandoff::new(pair, options.step_tokens_max, copies));
@@ -133,13 +101,21 @@ impl GpuPipeline {
         if plan.tokens.is_empty() {
             return Ok(());
         }
-        self.launch(plan)?;
+        let launched = self.launch(plan);
+        let done = self.finish_spilled(launched.is_ok() && plan.logits.is_empty());
+        match launched {
+            // That step is refused, unless the stages before it have failed.
+            Err(ExecutorError::Gpu(GpuError::OutOfMemory { .. })) if done.is_err() => return done,
+            launched => launched?,
+        }
         if plan.logits.is_empty() {
             // Nobody waits for it.
             self.stages.iter().try_for_each(|stage| stage.kv.keep_order())?;
         } else {
+            // A GPU that failed is why the CPU was not answered.
             self.sample(plan)?;
         }
+        done?;
         let readers = self.stages.iter().skip(1);
         self.handoffs.iter().zip(readers).try_for_each(|(handoff, stage)| handoff.used(stage))
     }
@@ -149,14 +125,30 @@ impl GpuPipeline {
         for index in 0..self.stages.len() {
             let (before, others) = self.stages.split_at_mut(index);
             let stage = &mut others[0];
-            // This may wait for the step before: the stage ahead is at work meanwhile.
-            let shape = stage.begin(plan, 0)?;
+            // These may wait for the step before: the stage ahead is at work meanwhile.
+            stage.finish_spilled()?;
+            let shape = stage.begin(plan)?;
             if let Some(from) = before.last() {
                 self.handoffs[index - 1].carry((from, &*stage), shape.tokens)?;
             }
-            stage.run_shape(shape)?;
+            stage.start_shape(shape)?;
         }
         Ok(())
+    }
+
+    /// Waits for the host's side of a step in all stages, unless it may go on beside the next one:
+    /// it does where weights are sent alone.
+    fn finish_spilled(&self, may_go_on: bool) -> Result<(), ExecutorError> {
+        let spills = || self.stages.iter().filter_map(|stage| stage.spill.as_ref());
+        if may_go_on && !spills().any(GpuSpill::is_computing) {
+            return Ok(());
+        }
+        let mut done = Ok(());
+        for spill in spills() {
+            // Each has to be waited for, whatever became of those before.
+            done = done.and(spill.finish());
+        }
+        done
     }
 
     /// Waits for the stages in their order, so that whichever does not come to its end is named,

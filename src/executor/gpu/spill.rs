@@ -9,12 +9,12 @@ use super::spill_sender::SendOrder;
 use super::spill_stream::SpillStream;
 use super::spill_thread::{SpillOrder, SpillThread};
 use super::spill_weights::SpilledWeights;
-use super::weights::{GpuWeights, width_of};
-use crate::executor::program::{Buffer, MatrixId, Op, Program, SpilledUnit};
+use super::weights::GpuWeights;
+use crate::executor::program::{Buffer, MatrixId, SpilledUnit};
 use crate::executor::{ExecutorError, StageOptions};
-use crate::placement::CROSSING_TOKENS_MAX;
+use std::cell::Cell;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tandem_kernels::{DeviceMatrix, Span};
 
@@ -32,14 +32,23 @@ pub(super) struct Bases {
     pub ring: u32,
 }
 
+/// What of the host's side of a step has begun and is not finished.
+#[derive(Clone, Copy, Default)]
+struct UnderWay {
+    is_computing: bool,
+    is_sending: bool,
+}
+
 /// What a stage has spilled.
 pub(super) struct GpuSpill {
-    pub(super) thread: SpillThread,
+    /// Shared by the stages of a model.
+    pub(super) thread: Arc<SpillThread>,
+    /// The stage's place among those of the thread.
+    pub(super) lane: usize,
     pub(super) stream: Option<SpillStream>,
     shares: Shares,
     pub(super) costs: SpillCosts,
-    /// Set when a step can't come to its end.
-    is_abandoned: Arc<AtomicBool>,
+    under_way: Cell<UnderWay>,
     /// Percent that were asked for.
     asked: Option<u8>,
     pub(super) tokens_max: usize,
@@ -48,35 +57,26 @@ pub(super) struct GpuSpill {
 }
 
 impl GpuSpill {
-    /// Starts the CPU's side, and measures how long both ways take.
+    /// Joins a stage to the CPU's side in one of its lanes, and measures how long both ways take.
     ///
     /// # Errors
     /// Memory or threads refused, here or there.
     pub fn start(
         weights: &Arc<GpuWeights>,
         options: &StageOptions,
-    ) -> Result<Option<Self>, ExecutorError> {
-        let (gpu, Some(from)) = (weights.gpu(), weights.spilled()) else { return Ok(None) };
-        // In a step the GPU waits for the host, so nothing in it may wait for the GPU.
-        gpu.load_kernels()?;
-        let is_abandoned = Arc::<AtomicBool>::default();
-        let stream = || SpillStream::start(weights, from, Arc::clone(&is_abandoned));
-        let stream = from.can_stream().then(stream).transpose()?;
-        let tokens = options.step_tokens_max;
-        let tokens_max = if stream.is_some() { tokens.min(CROSSING_TOKENS_MAX) } else { tokens };
-        let crossing = gpu.crossing(crossing_elements(weights.program(), tokens_max))?;
-        let options = StageOptions { step_tokens_max: tokens_max, ..from.stage_options(options) };
-        let cpu = Arc::clone(from.weights());
-        let waits = (Arc::clone(&is_abandoned), gpu.wait_max());
-        let thread = SpillThread::start(crossing, (cpu, &options), waits)?;
+        (thread, lane): (Arc<SpillThread>, usize),
+    ) -> Result<Self, ExecutorError> {
+        let from = weights.spilled().expect("a lane is for a stage with spilled weights");
+        let stream = || SpillStream::start(weights, from, Arc::clone(thread.is_abandoned()));
         let mut spill = Self {
-            thread,
-            stream,
+            stream: from.can_stream().then(stream).transpose()?,
             shares: Shares::new(from.layers()),
             costs: SpillCosts::default(),
-            is_abandoned,
+            under_way: Cell::default(),
             asked: options.spill_streamed,
-            tokens_max,
+            tokens_max: thread.tokens_max(lane),
+            thread,
+            lane,
             bases: Bases::default(),
             weights: Arc::clone(weights),
         };
@@ -89,7 +89,7 @@ impl GpuSpill {
                 let _ = from.costs().set(spill.costs.clone());
             }
         }
-        Ok(Some(spill))
+        Ok(spill)
     }
 
     pub(super) fn from(&self) -> &SpilledWeights {
@@ -124,38 +124,44 @@ impl GpuSpill {
     }
 
     /// Has the CPU begin, and the weights of the other layers start. The inputs of the step are on
-    /// their way.
+    /// their way, and the step before [is finished](Self::finish).
     ///
     /// # Errors
     /// What the driver refuses.
     pub fn begin(&self, tokens: usize, streamed: usize) -> Result<(), ExecutorError> {
         let is_here = self.shares.of(streamed);
+        let mut under_way = UnderWay::default();
         if is_here.contains(&true) {
+            let (base, is_here) = (self.bases.crossing, Arc::clone(is_here));
+            let order = SpillOrder { lane: self.lane, base, tokens, is_here };
+            self.thread.orders().begin(order)?;
+            under_way.is_computing = true;
+            self.under_way.set(under_way);
+        }
+        if let Some(stream) = self.stream.as_ref().filter(|_| streamed > 0) {
             let is_here = Arc::clone(is_here);
-            self.thread.orders().begin(SpillOrder {
-                base: self.bases.crossing,
-                tokens,
-                is_here,
-            })?;
+            stream.orders().begin(SendOrder { base: self.bases.ring, is_here })?;
+            under_way.is_sending = true;
+            self.under_way.set(under_way);
         }
-        match &self.stream {
-            Some(stream) if streamed > 0 => {
-                let is_here = Arc::clone(is_here);
-                stream.orders().begin(SendOrder { base: self.bases.ring, is_here })
-            }
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
-    /// Waits for the CPU's side of a step.
+    /// Whether the CPU computes a part of the step that has begun.
+    pub fn is_computing(&self) -> bool {
+        self.under_way.get().is_computing
+    }
+
+    /// Waits for the host's side of the step that has begun, if one has. Stages that share a CPU
+    /// finish in their order.
     ///
     /// # Errors
     /// What it failed with.
-    pub fn finish(&self, streamed: usize) -> Result<(), ExecutorError> {
-        let has_begun = self.shares.of(streamed).contains(&true);
-        let computed = if has_begun { self.finish_computing() } else { Ok(()) };
+    pub fn finish(&self) -> Result<(), ExecutorError> {
+        let UnderWay { is_computing, is_sending } = self.under_way.take();
+        let computed = if is_computing { self.finish_computing() } else { Ok(()) };
         let sent = match &self.stream {
-            Some(stream) if streamed > 0 => stream.orders().finish(),
+            Some(stream) if is_sending => stream.orders().finish(),
             _ => Ok(()),
         };
         computed.and(sent)
@@ -175,7 +181,7 @@ impl GpuSpill {
 
     /// The GPU will not come to the CPU, nor to weights, any more.
     pub fn abandon(&self) {
-        self.is_abandoned.store(true, Ordering::Release);
+        self.thread.is_abandoned().store(true, Ordering::Release);
         self.stream.iter().for_each(|stream| stream.abandon());
     }
 
@@ -188,19 +194,6 @@ impl GpuSpill {
     pub fn bytes(&self) -> usize {
         self.stream.as_ref().map_or(0, SpillStream::bytes)
     }
-}
-
-/// Elements that cross to the CPU and back in steps of up to `tokens` tokens. The CPU may have a
-/// second row of queries, keys and values of each token (`buffers.rs`).
-pub(super) fn crossing_elements(program: &Program, tokens: usize) -> [usize; 2] {
-    let widths = |op: &Op| match op {
-        Op::SpillStart { input, .. } => [width_of(program, *input), 0],
-        Op::SpillEnd { output: Buffer::Heads, .. } => [0, 2 * width_of(program, Buffer::Heads)],
-        Op::SpillEnd { output, .. } => [0, width_of(program, *output)],
-        _ => [0; 2],
-    };
-    let most = |[a, b]: [usize; 2], [c, d]: [usize; 2]| [a.max(c), b.max(d)];
-    program.ops.iter().map(widths).fold([0; 2], most).map(|width| tokens * width)
 }
 
 impl GpuStage {
@@ -223,7 +216,7 @@ impl GpuStage {
         if spill.is_of_cpu(unit, streamed) {
             let rows = self.buffers.rows(input);
             let event = (self.base(Part::Crossings), unit.index);
-            let crossing = spill.thread.crossing();
+            let crossing = spill.thread.crossing(spill.lane);
             gpu.hand_over(crossing, rows.values(), tokens * rows.cols, event)?;
             return Ok(true);
         }
@@ -246,7 +239,7 @@ impl GpuStage {
     ) -> Result<(), ExecutorError> {
         let (gpu, spill, rows) = (self.weights.gpu(), self.spill(), self.buffers.rows(output));
         let event = (self.base(Part::Crossings), unit.index);
-        let crossing = spill.thread.crossing();
+        let crossing = spill.thread.crossing(spill.lane);
         Ok(gpu.take_back(crossing, rows.values(), tokens * rows.cols, event)?)
     }
 

@@ -1,8 +1,8 @@
 //! What spilled layers cost on this machine, measured once when the first stage starts.
 
-use super::spill::{GpuSpill, crossing_elements};
+use super::spill::GpuSpill;
 use super::spill_schedule::WidthCosts;
-use super::spill_thread::SpillOrder;
+use super::spill_thread::{SpillOrder, crossing_widths};
 use super::weights::width_of;
 use crate::executor::ExecutorError;
 use crate::executor::program::Op;
@@ -24,7 +24,8 @@ impl GpuSpill {
     pub(super) fn measure(&mut self) -> Result<(), ExecutorError> {
         let gpu_weights = Arc::clone(&self.weights);
         let gpu = gpu_weights.gpu();
-        let [to_cpu, to_gpu] = crossing_elements(gpu_weights.program(), self.tokens_max);
+        let widths = crossing_widths(gpu_weights.program());
+        let [to_cpu, to_gpu] = widths.map(|width| self.tokens_max * width);
         // Of equal rows all tokens would go to the same experts.
         let values = varied(to_cpu);
         let memory = CrossedMemory {
@@ -74,13 +75,13 @@ impl GpuSpill {
     /// An order for the first layers.
     fn measured_order(&mut self, tokens: usize) -> SpillOrder {
         let is_here = (0..self.from().layers()).map(|layer| layer < MEASURED_LAYERS).collect();
-        SpillOrder { base: self.next_bases(0).crossing, tokens, is_here }
+        SpillOrder { lane: self.lane, base: self.next_bases(0).crossing, tokens, is_here }
     }
 
     /// Gives an order and starts the GPU's side of it.
     fn cross(&self, order: &SpillOrder, memory: &CrossedMemory) -> Result<(), ExecutorError> {
         let CrossedMemory { rows, back, base } = memory;
-        let (gpu, crossing) = (self.weights.gpu(), self.thread.crossing());
+        let (gpu, crossing) = (self.weights.gpu(), self.thread.crossing(self.lane));
         gpu.upload(&[order.base], base.span())?;
         let (tokens, is_here) = (order.tokens, Arc::clone(&order.is_here));
         self.thread.orders().begin(SpillOrder { is_here, ..*order })?;

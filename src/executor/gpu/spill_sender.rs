@@ -44,7 +44,7 @@ impl SpillSender {
     ) -> Result<Self, ExecutorError> {
         let shared = Arc::new(Shared { ring, is_abandoned, weights });
         let body_shared = Arc::clone(&shared);
-        let thread = OrderThread::start("tandem-stream", move |orders, results| {
+        let thread = OrderThread::start(("tandem-stream", 1), move |orders, results| {
             let _leaving = Leaving(&body_shared);
             for order in orders {
                 if results.send(body_shared.send(&order)).is_err() {
@@ -108,11 +108,18 @@ impl Shared {
         let gives_up = || self.is_abandoned.load(Ordering::Acquire) || started.elapsed() > wait_max;
         // SAFETY: weights never change, and outlive the ring.
         let sent = unsafe { self.ring.send(gpu, *base, pieces, gives_up) };
-        if sent.is_err() || gives_up() {
+        let has_given_up = gives_up();
+        if sent.is_err() || has_given_up {
             // The GPU waits for pieces, and the CPU for the GPU.
             self.give_up();
         }
         sent?;
-        Ok(())
+        match has_given_up {
+            true => {
+                let reason = "weights were not all sent to the GPU".into();
+                Err(ExecutorError::GpuStageFailed { reason })
+            }
+            false => Ok(()),
+        }
     }
 }

@@ -1,9 +1,14 @@
-//! The thread on which the CPU computes what a GPU has spilled. Inside a step the two meet by flags
-//! in memory that both see, so it has nothing to do with the driver; it gets one order a step.
+//! The thread on which the CPU computes what GPUs have spilled: one for all stages of a model, with
+//! one pool of workers. Inside a step it meets each GPU by flags in memory that both see, so it has
+//! nothing to do with the driver; it gets an order for each stage of a step, in the order of the
+//! stages, as the stages follow each other.
 
 use super::order_thread::{OrderResult, OrderThread};
+use super::weights::{GpuWeights, width_of};
+use crate::executor::program::{Buffer, Op, Program, SpilledUnit};
 use crate::executor::spill::SpillStep;
 use crate::executor::{ExecutorError, Stage, StageOptions, Weights};
+use crate::placement::CROSSING_TOKENS_MAX;
 use crate::step::StepPlan;
 use crate::units::TokenId;
 use crossbeam_channel::{Receiver, RecvError, Sender, TryRecvError};
@@ -16,8 +21,10 @@ use tandem_kernels::Crossing;
 /// does between steps. A service that nobody asks anything parks them after it.
 const AWAKE: Duration = Duration::from_millis(3);
 
-/// The CPU's part of one step.
+/// The CPU's part of one step of a stage.
 pub(super) struct SpillOrder {
+    /// The stage's place among those with spilled weights.
+    pub lane: usize,
     /// The number that events are counted from.
     pub base: u32,
     pub tokens: usize,
@@ -25,10 +32,20 @@ pub(super) struct SpillOrder {
     pub is_here: Arc<[bool]>,
 }
 
+/// What joins the CPU's stage to one of the GPUs'.
+struct Lane {
+    /// Used by the GPU in the order of its stream, and by the thread in the order of its orders.
+    crossing: Crossing,
+    /// Of all units the first one of the stage.
+    first: SpilledUnit,
+    /// Tokens of the widest step whose rows cross.
+    tokens_max: usize,
+}
+
 /// What both threads hold.
 struct Shared {
-    crossing: Crossing,
-    /// Set when a step can't come to its end: workers that wait for the GPU end.
+    lanes: Vec<Lane>,
+    /// Set when a step can't come to its end: workers that wait for a GPU end.
     is_abandoned: Arc<AtomicBool>,
     wait_max: Duration,
 }
@@ -37,7 +54,7 @@ impl Shared {
     /// Ends all waits of both sides: the step's rows have no meaning then.
     fn give_up(&self) {
         self.is_abandoned.store(true, Ordering::Release);
-        self.crossing.host().release();
+        self.lanes.iter().for_each(|lane| lane.crossing.host().release());
     }
 }
 
@@ -58,36 +75,63 @@ pub(super) struct SpillThread {
 }
 
 impl SpillThread {
-    /// Starts the thread, and has it make its stage.
+    /// Starts the thread for the stages of a model, and has it make its own; none where they have
+    /// spilled nothing.
     ///
     /// # Errors
-    /// Memory or threads refused.
+    /// Memory or threads refused, or what the driver refuses.
     pub fn start(
-        crossing: Crossing,
-        (weights, options): (Arc<Weights>, &StageOptions),
-        (is_abandoned, wait_max): (Arc<AtomicBool>, Duration),
-    ) -> Result<Self, ExecutorError> {
-        let shared = Arc::new(Shared { crossing, is_abandoned, wait_max });
-        let mut options = options.clone();
+        stages: &[Arc<GpuWeights>],
+        options: &StageOptions,
+    ) -> Result<Option<Arc<Self>>, ExecutorError> {
+        let spilling = || stages.iter().filter_map(|stage| Some((stage, stage.spilled()?)));
+        let Some((of_gpu, from)) = spilling().next() else { return Ok(None) };
+        // In a step the GPUs wait for the host, so nothing in it may wait for a GPU.
+        stages.iter().try_for_each(|stage| stage.gpu().load_kernels())?;
+        let widths = spilling().map(|(stage, _)| crossing_widths(stage.program()));
+        let widths = widths.reduce(|a, b| [a[0].max(b[0]), a[1].max(b[1])]).unwrap_or_default();
+        let lanes = spilling().map(|(stage, spilled)| {
+            let most = if spilled.can_stream() { CROSSING_TOKENS_MAX } else { usize::MAX };
+            let tokens_max = options.step_tokens_max.min(most);
+            let crossing = stage.gpu().crossing(widths.map(|width| tokens_max * width))?;
+            Ok(Lane { crossing, first: spilled.first(), tokens_max })
+        });
+        let lanes = lanes.collect::<Result<Vec<_>, ExecutorError>>()?;
+        let step_tokens_max = lanes.iter().map(|lane| lane.tokens_max).max().unwrap_or(0);
+        let mut options = StageOptions { step_tokens_max, ..from.stage_options(options) };
         options.pool.spin_us = options.pool.spin_us.max(AWAKE.as_micros() as u64);
-        let body_shared = Arc::clone(&shared);
-        let thread = OrderThread::start("tandem-spill", move |orders, results| {
+        let (is_abandoned, wait_max) = (Arc::default(), of_gpu.gpu().wait_max());
+        let shared = Arc::new(Shared { lanes, is_abandoned, wait_max });
+        let (body_shared, weights) = (Arc::clone(&shared), Arc::clone(from.weights()));
+        let orders_max = shared.lanes.len();
+        let thread = OrderThread::start(("tandem-spill", orders_max), move |orders, results| {
             serve(&body_shared, (weights, &options), orders, results);
         })?;
         let started = Self { thread, shared };
         // That the stage is made.
         started.thread.finish()?;
-        Ok(started)
+        Ok(Some(Arc::new(started)))
     }
 
-    /// Orders, each for the CPU's part of a step, and how long they took. Where one failed, the GPU
-    /// has got rows of no meaning.
+    /// Orders, each for the CPU's part of a step of a stage, and how long they took. Where one
+    /// failed, the GPUs have got rows of no meaning.
     pub fn orders(&self) -> &OrderThread<SpillOrder, Duration> {
         &self.thread
     }
 
-    pub fn crossing(&self) -> &Crossing {
-        &self.shared.crossing
+    /// Where the rows of a lane cross.
+    pub fn crossing(&self, lane: usize) -> &Crossing {
+        &self.shared.lanes[lane].crossing
+    }
+
+    /// Tokens of the widest step whose rows cross there.
+    pub fn tokens_max(&self, lane: usize) -> usize {
+        self.shared.lanes[lane].tokens_max
+    }
+
+    /// Set when a step can't come to its end, for all that wait in it.
+    pub fn is_abandoned(&self) -> &Arc<AtomicBool> {
+        &self.shared.is_abandoned
     }
 }
 
@@ -121,14 +165,15 @@ fn serve(
         return;
     }
     let mut plan = StepPlan::default();
-    while let Ok(SpillOrder { base, tokens, is_here }) = next(orders) {
+    while let Ok(SpillOrder { lane, base, tokens, is_here }) = next(orders) {
         let started = Instant::now();
         plan.tokens.resize(tokens, TokenId(0));
-        let host = shared.crossing.host();
+        let Lane { crossing, first, .. } = &shared.lanes[lane];
         let waits = (&*shared.is_abandoned, shared.wait_max);
+        let units = (base, *first, &*is_here);
         // SAFETY: this thread alone works on the host's side, one step after the other, and the
-        // GPU keeps to the order of events.
-        let step = unsafe { SpillStep::new(host, tokens, (base, &is_here), waits) };
+        // GPU of the lane, the only one that uses it, keeps to the order of events.
+        let step = unsafe { SpillStep::new(crossing.host(), tokens, units, waits) };
         let result = stage.run_spilled(&plan, step);
         if result.is_err() {
             shared.give_up();
@@ -150,4 +195,17 @@ fn next(orders: &Receiver<SpillOrder>) -> Result<SpillOrder, RecvError> {
         }
     }
     orders.recv()
+}
+
+/// Elements of a token that cross to the CPU and back. The CPU may have a second row of queries,
+/// keys and values (`buffers.rs`).
+pub(super) fn crossing_widths(program: &Program) -> [usize; 2] {
+    let widths = |op: &Op| match op {
+        Op::SpillStart { input, .. } => [width_of(program, *input), 0],
+        Op::SpillEnd { output: Buffer::Heads, .. } => [0, 2 * width_of(program, Buffer::Heads)],
+        Op::SpillEnd { output, .. } => [0, width_of(program, *output)],
+        _ => [0; 2],
+    };
+    let most = |[a, b]: [usize; 2], [c, d]: [usize; 2]| [a.max(c), b.max(d)];
+    program.ops.iter().map(widths).fold([0; 2], most)
 }

@@ -1,10 +1,13 @@
-//! Spilled weights in host memory, in the layout of the CPU's kernels, which the GPU takes apart as
-//! they arrive.
+//! Spilled weights in host memory, in the layout of the CPU's kernels, which the GPUs take apart as
+//! they arrive. Those of all stages of a model lie together, since one stage of the CPU computes
+//! them.
 
 use super::spill_schedule::SpillCosts;
 use crate::executor::cpu_pool::CpuPool;
 use crate::executor::kv_store::KvOptions;
-use crate::executor::program::{MatrixId, Op, PartWeights, Program, SpilledUnit, StagePart};
+use crate::executor::program::{
+    MatrixId, Op, PartWeights, Program, SpilledLayers, SpilledUnit, StagePart,
+};
 use crate::executor::weights::{LoadProgress, Weights, WeightsRequest};
 use crate::executor::{ExecutorError, StageOptions};
 use crate::placement::piece_rows;
@@ -34,52 +37,79 @@ pub(super) struct Unit {
 }
 
 /// All spilled weights of a model.
-pub(super) struct SpilledWeights {
+pub(super) struct SpilledModel {
     part: StagePart,
-    /// By index of the unit.
-    units: Vec<Unit>,
     /// None where weights can't stream.
     registered: Option<RegisteredMemory>,
-    /// What they cost, once that is measured.
-    costs: OnceLock<SpillCosts>,
     // Last: what is registered has to be there.
     weights: Arc<Weights>,
 }
 
+/// Those of one of its stages.
+pub(super) struct SpilledWeights {
+    /// Of the model's units, the first one.
+    first: SpilledUnit,
+    /// By index of the unit, counted over the stage.
+    units: Vec<Unit>,
+    /// Whether all pieces of all units are known.
+    has_pieces: bool,
+    ring_slots: usize,
+    /// What they cost, once that is measured.
+    costs: OnceLock<SpillCosts>,
+    model: Arc<SpilledModel>,
+}
+
 impl SpilledWeights {
-    /// Loads what `program`, the GPU's, has spilled, and registers it with the driver. Where that
-    /// is refused the CPU computes all of it.
+    /// Loads what the stages of a model have spilled, each with its program, and registers it with
+    /// the driver. Where that is refused the CPU computes all of it. Of `request` all counts but
+    /// its part; none is returned for a stage that has spilled nothing.
     ///
     /// # Errors
     /// As [`Weights::load`].
     pub fn load(
         gpu: &Gpu,
-        (request, program): (&WeightsRequest, &Program),
-        pool: &mut CpuPool,
-        progress: &mut dyn FnMut(LoadProgress),
-    ) -> Result<Option<Self>, ExecutorError> {
-        let Some(part) = request.part.spilled() else { return Ok(None) };
+        request: &WeightsRequest,
+        stages: &[(&StagePart, &Program)],
+        (pool, progress): (&mut CpuPool, &mut dyn FnMut(LoadProgress)),
+    ) -> Result<Vec<Option<Self>>, ExecutorError> {
+        let Some(part) = StagePart::spilled_of(stages.iter().map(|(part, _)| *part)) else {
+            return Ok(stages.iter().map(|_| None).collect());
+        };
         let request = WeightsRequest { part: part.clone(), ..request.clone() };
         let weights = Arc::new(Weights::load(&request, pool, progress)?);
-        let mut units: Vec<_> =
-            units(program).map(|unit| Unit { layer: unit.layer, pieces: Vec::new() }).collect();
-        let registered = match add_pieces(&mut units, program, &weights) {
+        let units: Vec<_> = stages.iter().map(|(_, program)| units(program, &weights)).collect();
+        let mut registered = None;
+        if units.iter().any(|(units, has_pieces)| *has_pieces && !units.is_empty()) {
             // SAFETY: the weights outlive what is registered.
-            Some(()) => match unsafe { gpu.register(weights.arena()) } {
-                Ok(registered) => Some(registered),
-                Err(error) => {
+            registered = unsafe { gpu.register(weights.arena()) }
+                .inspect_err(|error| {
                     tracing::warn!(%error, "spilled weights can't stream: the CPU computes them");
-                    None
-                }
-            },
-            None => {
-                tracing::warn!(
-                    "spilled weights of this type are not interleaved: the CPU computes them"
-                );
-                None
-            }
-        };
-        Ok(Some(Self { part, units, registered, costs: OnceLock::new(), weights }))
+                })
+                .ok();
+        }
+        if units.iter().any(|(_, has_pieces)| !has_pieces) {
+            tracing::warn!(
+                "spilled weights of this type are not interleaved: the CPU computes them"
+            );
+        }
+        let model = Arc::new(SpilledModel { part, registered, weights });
+        let mut first = SpilledUnit { index: 0, layer: 0 };
+        let of_stages = stages.iter().zip(units).map(|((part, _), (units, has_pieces))| {
+            let PartWeights::Without(SpilledLayers { ring_slots, .. }) = part.weights else {
+                return None;
+            };
+            let (costs, model) = (OnceLock::new(), Arc::clone(&model));
+            let of_stage = Self { first, units, has_pieces, ring_slots, costs, model };
+            first.index += of_stage.units.len();
+            first.layer += of_stage.layers();
+            Some(of_stage).filter(|of_stage| !of_stage.units.is_empty())
+        });
+        Ok(of_stages.collect())
+    }
+
+    /// Of the units of all stages, in the order of a step, the first one of this stage.
+    pub fn first(&self) -> SpilledUnit {
+        self.first
     }
 
     pub fn units(&self) -> &[Unit] {
@@ -93,10 +123,7 @@ impl SpilledWeights {
 
     /// Slots of the ring through which they stream.
     pub fn ring_slots(&self) -> usize {
-        match &self.part.weights {
-            PartWeights::Only(spilled) => spilled.ring_slots.max(1),
-            _ => unreachable!("the part has nothing but what is spilled"),
-        }
+        self.ring_slots.max(1)
     }
 
     /// All pieces, in the order of the program.
@@ -117,15 +144,16 @@ impl SpilledWeights {
 
     /// Whether the driver can copy from them by itself.
     pub fn can_stream(&self) -> bool {
-        self.registered.is_some()
+        self.has_pieces && self.model.registered.is_some()
     }
 
+    /// Those of all stages.
     pub fn weights(&self) -> &Arc<Weights> {
-        &self.weights
+        &self.model.weights
     }
 
     pub fn bytes(&self, piece: &Piece) -> &[u8] {
-        &self.weights.arena()[piece.bytes.clone()]
+        &self.weights().arena()[piece.bytes.clone()]
     }
 
     /// Bytes of all pieces.
@@ -137,19 +165,23 @@ impl SpilledWeights {
         self.pieces().map(|piece| piece.bytes.len()).max().unwrap_or(0)
     }
 
-    /// How the CPU's stage is made, where the GPU's is made so.
+    /// How the CPU's stage is made, where those of the GPUs are made so.
     pub fn stage_options(&self, options: &StageOptions) -> StageOptions {
         // It keeps no keys and values.
         let kv = KvOptions { device_blocks: 0, ..options.kv };
-        StageOptions { part: Some(self.part.clone()), kv, ..options.clone() }
+        StageOptions { part: Some(self.model.part.clone()), kv, ..options.clone() }
     }
 }
 
-fn units(program: &Program) -> impl Iterator<Item = SpilledUnit> {
-    program.ops.iter().filter_map(|op| match op {
-        Op::SpillStart { unit, .. } => Some(*unit),
+/// The spilled units of a program, and whether they have all their pieces.
+fn units(program: &Program, weights: &Weights) -> (Vec<Unit>, bool) {
+    let units = program.ops.iter().filter_map(|op| match op {
+        Op::SpillStart { unit, .. } => Some(Unit { layer: unit.layer, pieces: Vec::new() }),
         _ => None,
-    })
+    });
+    let mut units = units.collect::<Vec<_>>();
+    let has_pieces = add_pieces(&mut units, program, weights).is_some();
+    (units, has_pieces)
 }
 
 /// Gives each unit its pieces; none where some lie in no arena.

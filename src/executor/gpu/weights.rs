@@ -11,7 +11,7 @@ use crate::executor::rotations::Rotations;
 use crate::executor::weight_fill::PartGroups;
 use crate::executor::weight_places::stored;
 use crate::executor::weight_source::{WeightSource, fill_random};
-use crate::executor::weights::{LoadProgress, WeightsRequest, load_rotations};
+use crate::executor::weights::{WeightsRequest, load_rotations};
 use crate::formats::Checkpoint;
 use crate::model::{ModelSpec, TensorRef};
 use crate::tensor::DType;
@@ -20,7 +20,7 @@ use std::time::Duration;
 use tandem_cpu_kernels::Layout;
 use tandem_cpu_kernels::blocks::GROUP;
 use tandem_kernels::{
-    DeviceMatrix, DeviceMemory, ExpertRoutes, Gpu, GpuError, HeadCounts, Span, Staging, driver,
+    DeviceMatrix, DeviceMemory, ExpertRoutes, Gpu, GpuError, HeadCounts, Span, Staging,
 };
 
 /// Rows that the host looks up.
@@ -50,36 +50,21 @@ pub struct GpuWeights {
     vectors: Vec<DeviceMemory>,
     rotations: Rotations,
     vocab_size: usize,
-    spilled: Option<SpilledWeights>,
+    pub(super) spilled: Option<SpilledWeights>,
     // Last: freed after all that lies on it.
     gpu: Gpu,
 }
 
 impl GpuWeights {
-    /// Opens a GPU and loads a model's weights there, and spilled ones into host
-    /// memory. `pool` makes random weights and interleaves spilled ones: it is needed for those
-    /// alone.
+    /// Loads the weights of a part of a model but for spilled ones, on a GPU that is opened when
+    /// the part is known to run there. `progress` is called with the bytes that are done.
     ///
     /// # Errors
-    /// No such GPU, too little of its memory, a model that the kernels can't run, or a bad tensor.
-    ///
-    /// # Panics
-    /// When random or spilled weights are wanted and there is no pool.
-    pub fn load(
-        ordinal: usize,
+    /// As [`GpuWeights::load`].
+    pub(super) fn load_resident(
         request: &WeightsRequest,
         pool: Option<&mut CpuPool>,
-        progress: &mut dyn FnMut(LoadProgress),
-    ) -> Result<Self, ExecutorError> {
-        let driver = driver().map_err(GpuError::from)?;
-        Self::load_on(request, pool, progress, || Gpu::open(&driver, ordinal))
-    }
-
-    /// The same on a GPU that is opened when the model is known to run there.
-    pub(super) fn load_on(
-        request: &WeightsRequest,
-        mut pool: Option<&mut CpuPool>,
-        progress: &mut dyn FnMut(LoadProgress),
+        progress: &mut dyn FnMut(usize),
         open: impl FnOnce() -> Result<Gpu, GpuError>,
     ) -> Result<Self, ExecutorError> {
         let program = Program::lower(&request.spec, &request.part)?;
@@ -107,17 +92,7 @@ impl GpuWeights {
             spilled: None,
             gpu,
         };
-        let total = weights.program.matrices.iter().map(|entry| entry.tensor.bytes()).sum::<u64>();
-        let mut report = |done_bytes| {
-            progress(LoadProgress { done_bytes, total_bytes: total as usize });
-        };
-        let on_gpu = weights.load_matrices(pool.as_deref_mut(), &mut report)?;
-        if request.part.spilled().is_some() {
-            let pool = pool.expect("workers for spilled weights");
-            let mut report = |part: LoadProgress| report(on_gpu + part.done_bytes);
-            let of_program = (request, &weights.program);
-            weights.spilled = SpilledWeights::load(&weights.gpu, of_program, pool, &mut report)?;
-        }
+        weights.load_matrices(pool, progress)?;
         weights.gpu.synchronize()?;
         Ok(weights)
     }
@@ -139,7 +114,7 @@ impl GpuWeights {
         &mut self,
         mut pool: Option<&mut CpuPool>,
         progress: &mut dyn FnMut(usize),
-    ) -> Result<usize, ExecutorError> {
+    ) -> Result<(), ExecutorError> {
         let staging = Staging::new(&self.gpu)?;
         let mut done_bytes = 0;
         for entry in &self.program.matrices {
@@ -200,7 +175,7 @@ impl GpuWeights {
             done_bytes += tensor.bytes() as usize;
             progress(done_bytes);
         }
-        Ok(done_bytes)
+        Ok(())
     }
 
     /// The tensor whose rows are looked up.
@@ -231,9 +206,11 @@ impl GpuWeights {
         self.spilled.as_ref()
     }
 
-    /// Bytes that spilled weights hold in host memory.
+    /// Bytes that spilled weights hold in host memory: those of all parts of a model, which the
+    /// first part with any has.
     pub fn spilled_bytes(&self) -> usize {
-        self.spilled.as_ref().map_or(0, |spilled| spilled.weights().bytes())
+        let first = self.spilled.as_ref().filter(|spilled| spilled.first().index == 0);
+        first.map_or(0, |spilled| spilled.weights().bytes())
     }
 
     /// Bytes held on the GPU.

@@ -88,18 +88,33 @@ impl StagePart {
 
     /// All of a model with `n_layers` layers but what is spilled.
     pub fn spilling(n_layers: usize, spilled: SpilledLayers) -> Self {
-        Self { weights: PartWeights::Without(spilled), ..Self::whole(n_layers) }
+        Self::whole(n_layers).without(spilled)
+    }
+
+    /// This part but for what is spilled of its layers.
+    pub fn without(self, spilled: SpilledLayers) -> Self {
+        Self { weights: PartWeights::Without(spilled), ..self }
     }
 
     /// What this part has spilled, if there is anything.
     pub fn spilled(&self) -> Option<Self> {
-        match &self.weights {
-            PartWeights::Without(spilled) if !spilled.is_empty() => {
-                let weights = PartWeights::Only(spilled.clone());
-                Some(Self { layers: 0..0, weights, ..self.clone() })
+        Self::spilled_of([self])
+    }
+
+    /// What the parts of a model, in the order of their layers, have spilled together, if there is
+    /// anything: one stage computes it for all of them.
+    pub fn spilled_of<'a>(parts: impl IntoIterator<Item = &'a Self>) -> Option<Self> {
+        let mut all = SpilledLayers::default();
+        for part in parts {
+            if let PartWeights::Without(spilled) = &part.weights {
+                all.feed_forward.extend(&spilled.feed_forward);
+                all.attention.extend(&spilled.attention);
+                all.ring_slots += spilled.ring_slots;
             }
-            _ => None,
         }
+        let weights = PartWeights::Only(all.clone());
+        let part = Self { layers: 0..0, inlet: Inlet::Handoff, outlet: Outlet::Handoff, weights };
+        Some(part).filter(|_| !all.is_empty())
     }
 
     /// The two stages of a model that is cut before layer `cut`, `0 ..= n_layers`.
