@@ -16,7 +16,7 @@ use crate::hardware::{
 };
 use crate::kv::TierBlocks;
 use crate::model::ModelSpec;
-use crate::placement::{Device, Placement, Prediction, Workers};
+use crate::placement::{Device, Placement, Prediction, StagePlacement, Workers};
 use crate::request::RequestError;
 use crate::scheduler::{KvStore, SchedulerOptions, TierRates};
 use crate::tokenizer::{ChatTemplate, TemplateConfig, Tokenizer};
@@ -299,18 +299,17 @@ pub fn stage_options(
 pub fn parts_of(spec: &ModelSpec, placement: &Placement) -> Vec<(Device, StagePart)> {
     let layers = spec.layers.len();
     let cuts: Vec<_> = placement.stages.iter().skip(1).map(|stage| stage.layers.start).collect();
-    let parts = match &placement.spill {
-        Some(spill) => vec![StagePart::spilling(
-            layers,
-            SpilledLayers {
-                feed_forward: spill.layers.clone(),
-                attention: spill.attention_layers.clone(),
-                ring_slots: spill.ring_slots,
-            },
-        )],
-        None => StagePart::cut(layers, &cuts),
+    let parts = StagePart::cut(layers, &cuts).into_iter().zip(&placement.stages);
+    let without = |(part, stage): (StagePart, &StagePlacement)| match &stage.spill {
+        Some(spill) => part.without(SpilledLayers {
+            feed_forward: spill.layers.clone(),
+            attention: spill.attention_layers.clone(),
+            ring_slots: spill.ring_slots,
+        }),
+        None => part,
     };
-    placement.stages.iter().map(|stage| stage.device.clone()).zip(parts).collect()
+    let devices = placement.stages.iter().map(|stage| stage.device.clone());
+    devices.zip(parts.map(without)).collect()
 }
 
 /// Those parts that lie on GPUs, with the GPU's index: all, or none.

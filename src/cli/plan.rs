@@ -174,7 +174,7 @@ fn rows(prediction: &Prediction) -> Vec<Vec<String>> {
         rows.push(row(what, prompt.tokens_per_second, "alone"));
     }
     if let Some(rate) = prediction.gib_more {
-        rows.push(row("1 stream".into(), rate, "with 1 GiB more of the GPU's memory"));
+        rows.push(row("1 stream".into(), rate, "with 1 GiB more of each GPU's memory"));
     }
     rows
 }

@@ -31,7 +31,7 @@ impl Placement {
         for stage in &self.stages {
             rows.extend(self.of_stage(stage));
             let device = if is_cpu { HOST.into() } else { stage.device.to_string() };
-            if let Some(spill) = &self.spill {
+            if let Some(spill) = &stage.spill {
                 let why = "slots and scratch through which spilled weights stream";
                 rows.push(row("ring", &device, spill.ring_bytes, why));
             }
@@ -42,7 +42,9 @@ impl Placement {
             let total = self.bytes_of(stage) + stage.margin_bytes;
             rows.push(row("total", &device, total, memory(stage)));
         }
-        rows.extend(self.spill.iter().flat_map(|spill| self.of_spill(spill)));
+        for stage in &self.stages {
+            rows.extend(stage.spill.iter().flat_map(|spill| self.of_spill(stage, spill)));
+        }
         if !is_cpu {
             rows.push(swap);
         }
@@ -56,7 +58,7 @@ impl Placement {
     fn of_stage(&self, stage: &StagePlacement) -> Vec<ExplainRow> {
         let device = stage.device.to_string();
         let layers = format!("layers {}–{}", stage.layers.start, stage.layers.end - 1);
-        let but = if self.spill.is_some() { ", but for what is spilled" } else { "" };
+        let but = if stage.spill.is_some() { ", but for what is spilled" } else { "" };
         let mut why = format!("{layers}{but}, in the kernels' layout");
         if stage.device == Device::Cpu {
             why += &self.of_nodes();
@@ -92,10 +94,14 @@ impl Placement {
         }
     }
 
-    fn of_spill(&self, spill: &Spill) -> [ExplainRow; 2] {
-        let all: usize = self.stages.iter().map(|stage| stage.layers.len()).sum();
+    fn of_spill(&self, stage: &StagePlacement, spill: &Spill) -> [ExplainRow; 2] {
+        let all = stage.layers.len();
+        let whose = match self.stages.len() {
+            1 => String::new(),
+            _ => format!(" of {}", stage.device),
+        };
         let (count, which) = (spill.layers.len(), ranges(&spill.layers));
-        let mut why = format!("FFN of {count} of {all} layers: {which}");
+        let mut why = format!("FFN of {count} of {all} layers{whose}: {which}");
         if !spill.attention_layers.is_empty() {
             let (count, which) = (spill.attention_layers.len(), ranges(&spill.attention_layers));
             why += &format!("; attention of {count}: {which}");

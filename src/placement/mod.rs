@@ -17,6 +17,7 @@ mod several;
 mod share;
 mod spill;
 mod spill_units;
+mod spill_ways;
 mod width;
 mod workers;
 
@@ -92,6 +93,8 @@ pub struct StagePlacement {
     pub kv_bytes: u64,
     /// Bytes of a step's activations.
     pub activation_bytes: u64,
+    /// What of its layers' weights lies in host memory, where a GPU can't hold them.
+    pub spill: Option<Spill>,
     /// Memory that is free on the device.
     pub memory_free_bytes: u64,
     /// Of it, what the stage may use: all, or what `gpu.vram_limit` allows.
@@ -128,7 +131,8 @@ pub struct Placement {
     pub disk_blocks: usize,
     /// Bytes of the third tier.
     pub disk_kv_bytes: u64,
-    /// Weights that lie in host memory, where a GPU runs a model that it can't hold.
+    /// Weights that lie in host memory, where GPUs run a model that they can't hold: those of all
+    /// stages together.
     pub spill: Option<Spill>,
     /// CPU worker threads and their processors.
     pub workers: Workers,
@@ -223,13 +227,13 @@ impl Placement {
     }
 
     /// Places a model on the first of some sets of GPUs that holds the whole with a context of use.
-    /// Where none does and there is one GPU by itself among them, that has all but what is spilled,
-    /// or the whole with the context that is left.
+    /// Where none does, the one has it that spills least, or the whole with the context that is
+    /// left.
     fn on_gpus(
         spec: &ModelSpec,
         (hardware, config): (&HardwareProfile, &Config),
         (workers, candidates): (&Workers, &[Vec<&Gpu>]),
-        mut notes: Vec<String>,
+        notes: Vec<String>,
     ) -> Result<Self, RequestError> {
         let asked = config.model.context_tokens;
         let is_enough =
@@ -245,35 +249,58 @@ impl Placement {
             whole = Some(with_longer_context(whole, placed));
         }
         let whole = whole.expect("some GPUs");
-        let lone = candidates.iter().filter(|gpus| gpus.len() == 1).flatten();
-        let Some(gpu) = lone.min_by_key(|gpu| std::cmp::Reverse(gpu.memory_free_bytes)) else {
-            return whole;
-        };
         if !config.gpu.spill {
             return whole;
         }
-        let workers = workers.beside_gpu(&config.cpu, gpu.numa_node);
-        let room = gpu::room(spec, (hardware, gpu), 0..spec.layers.len(), config, &mut notes);
-        if candidates.len() > 1 {
-            let index = gpu.ordinal;
-            notes.push(format!("weights are spilled beside one GPU: GPU {index} is used alone"));
-        }
-        let spilled = match spill::room(spec, (hardware, &workers), config, &room, &mut notes) {
-            Ok(None) => return whole,
-            Ok(Some(room)) => Self::within(spec, config, (&workers, &[room]), notes),
-            Err(error) => Err(error),
-        };
+        let numa_node = candidates.iter().flatten().find_map(|gpu| gpu.numa_node);
+        let workers = workers.beside_gpu(&config.cpu, numa_node);
+        let spilled = Self::spilling(spec, (hardware, config), (&workers, candidates), &notes);
         match (whole, spilled) {
-            // On several GPUs nothing has to be spilled; a longer context is worth some networks
-            // of one, not half of them.
-            (Ok(whole), Ok(spilled))
-                if whole.stages.len() == 1 && whole.context_tokens < spilled.context_tokens =>
+            // A longer context is worth some networks, not those of a GPU that is left alone.
+            (Ok(whole), Some(Ok(spilled)))
+                if whole.stages.len() <= spilled.stages.len()
+                    && whole.context_tokens < spilled.context_tokens =>
             {
                 Ok(spilled)
             }
             (Ok(whole), _) => Ok(whole),
-            (Err(_), spilled) => spilled,
+            (Err(_), Some(spilled)) => spilled,
+            (whole, None) => whole,
         }
+    }
+
+    /// Places a model on that of some sets of GPUs beside which the fewest bytes have to be
+    /// spilled, and of equals with the longest context; none where spilling helps nowhere.
+    fn spilling(
+        spec: &ModelSpec,
+        (hardware, config): (&HardwareProfile, &Config),
+        (workers, candidates): (&Workers, &[Vec<&Gpu>]),
+        notes: &[String],
+    ) -> Option<Result<Self, RequestError>> {
+        let ways = spill_ways::Ways::new(spec, &workers.nodes);
+        let most = candidates.iter().map(Vec::len).max().unwrap_or(0);
+        let placed = candidates.iter().filter_map(|gpus| {
+            let mut notes = notes.to_vec();
+            if gpus.len() < most {
+                let names = gpus.iter().map(|gpu| gpu.ordinal.to_string()).collect::<Vec<_>>();
+                notes.push(format!(
+                    "GPUs other than {} are not used: with them no less would be spilled",
+                    names.join(", ")
+                ));
+            }
+            let rooms = spill::rooms(&ways, (hardware, gpus, workers), config, &mut notes);
+            let placed = |rooms: Vec<Room>| Self::within(spec, config, (workers, &rooms), notes);
+            rooms.transpose().map(|rooms| rooms.and_then(placed))
+        });
+        // Of equals the first: the fewest GPUs.
+        placed.min_by_key(|placed| {
+            let placed = placed.as_ref().ok();
+            let spilled = placed.map(|placed| {
+                let bytes = placed.spill.as_ref().map_or(0, |spill| spill.weight_bytes);
+                (bytes, std::cmp::Reverse(placed.context_tokens))
+            });
+            (spilled.is_none(), spilled)
+        })
     }
 
     /// Places a model on devices that have its layers between them.
@@ -307,7 +334,7 @@ impl Placement {
             host_kv_bytes: host_blocks as u64 * kv.block_bytes,
             disk_blocks,
             disk_kv_bytes: disk_blocks as u64 * kv.block_bytes,
-            spill: first.spill.clone(),
+            spill: spill::in_all(rooms.iter().filter_map(|on| on.spill.as_ref())),
             workers: workers.clone(),
             memory_free_bytes: sum(&|on| on.free),
             memory_available_bytes: sum(&|on| on.available),
@@ -335,7 +362,7 @@ impl Placement {
 
     /// The same of one of its stages.
     pub fn bytes_of(&self, stage: &StagePlacement) -> u64 {
-        let ring_bytes = self.spill.as_ref().map_or(0, |spill| spill.ring_bytes);
+        let ring_bytes = stage.spill.as_ref().map_or(0, |spill| spill.ring_bytes);
         let is_shared = stage.device == Device::Cpu;
         let host_bytes = if is_shared { self.host_kv_bytes } else { 0 };
         stage.weight_bytes + stage.kv_bytes + stage.activation_bytes + ring_bytes + host_bytes

@@ -1,5 +1,5 @@
 //! How fast a placed model will be, from what was measured of the machine: tokens per second of
-//! decoding and of prompts, and what one GiB more of the GPU's memory would buy.
+//! decoding and of prompts, and what one GiB more of each GPU's memory would buy.
 //!
 //! ```text
 //! CPU step     = max(weights read / DRAM, operations / (CPU · share)) + meetings of the workers
@@ -9,6 +9,8 @@
 //! GPU prompt   = max(reads, operations / (tensor cores · share))
 //! spilled step = GPU step + min over streamed layers (CPU's beside streams + crossings)
 //!                where all are streamed: max(weights / pinned copies, GPU step or prompt)
+//! several GPUs = sum over GPUs of the step of each one's layers; of a prompt's steps, of which the
+//!                CPU has no part, all but the last take as long as the slowest GPU
 //! ```
 //! Shares and the wait are what kernels reach of their roofs on one kind of machine, told with
 //! their reasons in `predict_costs.rs`. Of experts a step of m tokens reads n·(1 − (1 − k/n)^m), as
@@ -18,9 +20,8 @@
 //! streams within 20 %, more on the CPU. Not modelled: the arithmetic of attention on a GPU, which
 //! long contexts feel; prompts of small experts on a GPU, a third slower than predicted; kernels of
 //! GPUs before Hopper; weights in floats on the CPU where products were not measured;
-//! `gpu.spill_streamed`; several GPUs that read a long prompt at once, which are predicted as the
-//! first of them alone; and KV blocks that lie on other NUMA nodes than their readers. Between two
-//! steps, two threads are woken, one after the other.
+//! `gpu.spill_streamed`; time between GPUs; and KV blocks that lie on other NUMA nodes than their
+//! readers. Between two steps, two threads are woken, one after the other.
 
 use super::predict_costs::{Costs, StepSeconds, Usage};
 use super::{Device, Placement};
@@ -45,7 +46,7 @@ pub struct Prediction {
     pub decode: Vec<DecodeSpeed>,
     /// By ascending length; those that the context holds.
     pub prompt: Vec<PromptSpeed>,
-    /// Tokens per second of one stream if the GPU's memory had one GiB more for the model. `None`
+    /// Tokens per second of one stream if each GPU's memory had one GiB more for the model. `None`
     /// where nothing is spilled.
     pub gib_more: Option<f64>,
 }
@@ -121,7 +122,7 @@ impl Prediction {
     }
 }
 
-/// Tokens per second of one stream on a GPU with one GiB more.
+/// Tokens per second of one stream on GPUs with one GiB more each.
 fn gib_more(
     spec: &ModelSpec,
     placement: &Placement,

@@ -2,7 +2,7 @@
 //! formulas are told in `predict.rs`.
 
 use super::predict_work::{Parts, Work, attention_parts, network_parts, output_parts};
-use super::{CROSSING_TOKENS_MAX, Device, Placement, SharedTimes, Spill};
+use super::{CROSSING_TOKENS_MAX, Device, Placement, SharedTimes, Spill, StagePlacement};
 use crate::hardware::{GpuRates, Measured, ProductRates};
 use crate::model::{LayerSpec, ModelSpec};
 use crate::tensor::DType;
@@ -111,10 +111,10 @@ struct CpuRates<'a> {
     meeting: f64,
 }
 
-/// The work of a model's layers in a step.
+/// The work of a stage's layers in a step.
 #[derive(Default)]
 struct Spilled {
-    /// Of what lies on the device that runs the model.
+    /// Of what lies on the device that runs them.
     resident: Parts,
     /// Layers with spilled weights.
     layers: usize,
@@ -132,8 +132,8 @@ pub(super) struct Costs<'a> {
     placement: &'a Placement,
     usage: Usage,
     cpu: CpuRates<'a>,
-    /// `None` where the CPU computes all.
-    gpu: Option<&'a GpuRates>,
+    /// In the order of the layers; `None` where the CPU computes them.
+    stages: Vec<(&'a StagePlacement, Option<&'a GpuRates>)>,
     /// Seconds from a step's end to the next one's start.
     between: f64,
 }
@@ -174,7 +174,8 @@ impl<'a> CpuRates<'a> {
 }
 
 impl<'a> Costs<'a> {
-    /// `None` where a rate that it takes was not measured.
+    /// `None` where a rate that it takes was not measured. A GPU that was not has the rates of the
+    /// first.
     pub fn new(
         spec: &'a ModelSpec,
         placement: &'a Placement,
@@ -182,38 +183,55 @@ impl<'a> Costs<'a> {
         usage: Usage,
     ) -> Option<Self> {
         let cpu = CpuRates::of(measured, placement.workers.threads)?;
-        let gpu = match placement.device() {
+        let rates = |device: &Device| match device {
             Device::Cpu => None,
-            Device::Gpu(index) => Some(measured.gpus.iter().find(|gpu| gpu.ordinal == *index)?),
+            Device::Gpu(index) => measured.gpus.iter().find(|gpu| gpu.ordinal == *index),
         };
+        let first = rates(placement.device());
+        if first.is_none() && *placement.device() != Device::Cpu {
+            return None;
+        }
+        let stages = placement.stages.iter().map(|stage| (stage, rates(&stage.device).or(first)));
         let between = WAKES * measured.wake_us * 1e-6;
-        Some(Self { spec, placement, usage, cpu, gpu, between })
+        Some(Self { spec, placement, usage, cpu, stages: stages.collect(), between })
     }
 
     /// Of a step of so many streams.
     pub fn decode(&self, streams: usize) -> StepSeconds {
-        let seen = self.usage.context_tokens;
+        let seen = |window: Option<usize>| {
+            let seen = self.usage.context_tokens;
+            window.unwrap_or(seen).min(seen)
+        };
         let bytes = |layer: &LayerSpec| {
-            let seen = layer.attention.window.unwrap_or(seen).min(seen);
-            layer.kv_bytes_per_token(self.placement.kv_dtype) as f64 * (streams * seen) as f64
+            let tokens = streams * seen(layer.attention.window);
+            layer.kv_bytes_per_token(self.placement.kv_dtype) as f64 * tokens as f64
         };
-        let bytes = self.spec.layers.iter().map(bytes).sum::<f64>();
-        let attention = match self.gpu {
-            Some(gpu) => bytes / gpu.read_bytes_per_second,
-            None => (bytes / self.cpu.read).max(
-                self.attention_seconds(streams, &|window| window.unwrap_or(seen).min(seen) as f64),
-            ),
-        };
-        StepSeconds { attention, ..self.step(streams, streams) }
+        let attention = self.stages.iter().map(|(stage, gpu)| {
+            let bytes = self.spec.layers[stage.layers.clone()].iter().map(bytes).sum::<f64>();
+            match gpu {
+                Some(gpu) => bytes / gpu.read_bytes_per_second,
+                None => (bytes / self.cpu.read)
+                    .max(self.attention_seconds(streams, &|window| seen(window) as f64)),
+            }
+        });
+        StepSeconds { attention: attention.sum(), ..self.step(streams, streams) }
     }
 
-    /// Of a prompt of so many tokens in as few steps as there can be.
+    /// Of a prompt of so many tokens in as few steps as there can be. Stages are at work at once
+    /// then, each at another step, where the CPU has no part in it: for each step but the last the
+    /// slowest one takes its time.
     pub fn prompt(&self, tokens: usize) -> StepSeconds {
         let most = self.usage.step_tokens_max;
-        let starts = (0..tokens).step_by(most);
-        let steps = starts.map(|start| {
+        let overlaps = self.placement.spill.is_none() || most > CROSSING_TOKENS_MAX;
+        let steps = (0..tokens).step_by(most).map(|start| {
             let end = tokens.min(start + most);
-            self.step(end - start, usize::from(end == tokens))
+            let is_last = end == tokens;
+            if is_last || !overlaps {
+                return self.step(end - start, usize::from(is_last));
+            }
+            let stages = self.of_stages(end - start, 0);
+            let slowest = stages.max_by(|a, b| a.total().total_cmp(&b.total()));
+            StepSeconds { between: self.between, ..slowest.unwrap_or_default() }
         });
         let steps = steps.fold(StepSeconds::default(), Add::add);
         // A token at p sees p others, or those of the window.
@@ -223,7 +241,7 @@ impl<'a> Costs<'a> {
             }
             _ => tokens as f64 / 2.0,
         };
-        let is_cpu = self.gpu.is_none();
+        let is_cpu = *self.placement.device() == Device::Cpu;
         let attention = if is_cpu { self.attention_seconds(tokens, &seen) } else { 0.0 };
         StepSeconds { attention, ..steps }
     }
@@ -239,22 +257,42 @@ impl<'a> Costs<'a> {
         macs.sum::<f64>() / self.cpu.attention_macs
     }
 
-    /// Of a step without its keys and values; `logits` of its tokens get logits.
+    /// Of a step without its keys and values; `logits` of its tokens get logits. Its stages follow
+    /// each other.
     fn step(&self, tokens: usize, logits: usize) -> StepSeconds {
-        let Spilled { mut resident, mean, layers, bytes, crossing } = self.spilled(tokens);
+        let all = self.of_stages(tokens, logits).fold(StepSeconds::default(), Add::add);
+        StepSeconds { between: self.between, ..all }
+    }
+
+    /// The same of each stage, without what is between steps.
+    fn of_stages(&self, tokens: usize, logits: usize) -> impl Iterator<Item = StepSeconds> {
+        let last = self.stages.len() - 1;
+        self.stages.iter().enumerate().map(move |(at, (stage, gpu))| {
+            let logits = if at == last { logits } else { 0 };
+            self.of_stage((stage, *gpu), tokens, logits)
+        })
+    }
+
+    fn of_stage(
+        &self,
+        (stage, gpu): (&StagePlacement, Option<&GpuRates>),
+        tokens: usize,
+        logits: usize,
+    ) -> StepSeconds {
+        let Spilled { mut resident, mean, layers, bytes, crossing } = self.spilled(stage, tokens);
         resident += output_parts(self.spec, logits, &|dtype, tokens| {
             self.cpu.seconds_per_mac(dtype, tokens)
         });
-        let between = self.between;
-        let Some(gpu) = self.gpu else {
+        let n_layers = stage.layers.len();
+        let Some(gpu) = gpu else {
             let products = self.cpu.seconds(resident.all());
             let at_layer = MEETINGS[usize::from(tokens > NARROW_TOKENS)];
-            let meetings = at_layer * self.spec.layers.len() as f64 * self.cpu.meeting;
-            return StepSeconds { products, meetings, between, ..StepSeconds::default() };
+            let meetings = at_layer * n_layers as f64 * self.cpu.meeting;
+            return StepSeconds { products, meetings, ..StepSeconds::default() };
         };
-        let products = self.gpu_seconds(gpu, tokens, resident);
+        let products = gpu_seconds(gpu, (tokens, n_layers), resident);
         if layers == 0 {
-            return StepSeconds { products, between, ..StepSeconds::default() };
+            return StepSeconds { products, ..StepSeconds::default() };
         }
         let times = self.shared_times(gpu, (mean.all(), bytes));
         let crossing = crossing[0] * gpu.crossing_us * 1e-6 + crossing[1] / gpu.pinned.to_gpu;
@@ -262,32 +300,29 @@ impl<'a> Costs<'a> {
             let here = (layers - streamed) as f64;
             let mut on_gpu = resident;
             on_gpu += mean * streamed as f64;
-            let on_gpu = self.gpu_seconds(gpu, tokens, on_gpu);
+            let on_gpu = gpu_seconds(gpu, (tokens, n_layers), on_gpu);
             let both = times.seconds(here, streamed as f64) + here * crossing;
             // Nobody waits for the CPU: what comes and what is computed overlap.
             if here == 0.0 { on_gpu.max(both) } else { on_gpu + both }
         };
-        let can_stream = self.spill().is_some_and(|spill| spill.can_stream(self.spec));
+        let can_stream = stage.spill.as_ref().is_some_and(|spill| spill.can_stream(self.spec));
         let choices = match can_stream {
             false => 0..=0,
             true if tokens > CROSSING_TOKENS_MAX => layers..=layers,
             true => 0..=layers,
         };
         let all = choices.map(with_streamed).fold(f64::INFINITY, f64::min);
-        StepSeconds { products, spilled: all - products, between, ..StepSeconds::default() }
+        StepSeconds { products, spilled: all - products, ..StepSeconds::default() }
     }
 
-    fn spill(&self) -> Option<&Spill> {
-        self.placement.spill.as_ref()
-    }
-
-    /// Divides the work of all layers.
-    fn spilled(&self, tokens: usize) -> Spilled {
+    /// Divides the work of a stage's layers.
+    fn spilled(&self, stage: &StagePlacement, tokens: usize) -> Spilled {
         let nothing = Spill::default();
-        let spill = self.spill().unwrap_or(&nothing);
+        let spill = stage.spill.as_ref().unwrap_or(&nothing);
         let mut all = Spilled::default();
         let seconds = |dtype, tokens| self.cpu.seconds_per_mac(dtype, tokens);
-        for (at, layer) in self.spec.layers.iter().enumerate() {
+        for at in stage.layers.clone() {
+            let layer = &self.spec.layers[at];
             let of = |layers: &[usize]| layers.contains(&at);
             for (is_spilled, parts) in [
                 (of(&spill.attention_layers), attention_parts(&layer.attention, tokens, &seconds)),
@@ -310,23 +345,6 @@ impl<'a> Costs<'a> {
         all
     }
 
-    /// Seconds of what a GPU computes.
-    fn gpu_seconds(&self, gpu: &GpuRates, tokens: usize, parts: Parts) -> f64 {
-        let share = VRAM_SHARES.iter().find(|(most, _)| tokens <= *most).map_or(1.0, |s| s.1);
-        let Parts { dense, experts } = parts;
-        let (vram, macs) = (gpu.read_bytes_per_second, gpu.macs.per_second);
-        let wait = LAYER_WAIT * self.spec.layers.len() as f64;
-        let reads = wait + dense.bytes / (vram * share);
-        let arithmetic = dense.macs / (macs * TENSOR_SHARE);
-        let dense = match tokens {
-            OVERLAP_TOKENS.. => reads.max(arithmetic),
-            _ => reads + arithmetic,
-        };
-        dense
-            + experts.bytes / (vram * VRAM_SHARE_EXPERTS)
-            + experts.macs / (macs * TENSOR_SHARE_EXPERTS)
-    }
-
     /// Of a layer of this work, whose weights have so many bytes. A stream carries all experts.
     fn shared_times(&self, gpu: &GpuRates, (work, bytes): (Work, f64)) -> SharedTimes {
         let beside = CpuRates { read: gpu.beside_reads.reads.min(self.cpu.read), ..self.cpu };
@@ -339,4 +357,21 @@ impl<'a> Costs<'a> {
             ahead: RING_LAYERS,
         }
     }
+}
+
+/// Seconds of what a GPU computes in a step of some tokens, which go through some layers.
+fn gpu_seconds(gpu: &GpuRates, (tokens, layers): (usize, usize), parts: Parts) -> f64 {
+    let share = VRAM_SHARES.iter().find(|(most, _)| tokens <= *most).map_or(1.0, |s| s.1);
+    let Parts { dense, experts } = parts;
+    let (vram, macs) = (gpu.read_bytes_per_second, gpu.macs.per_second);
+    let wait = LAYER_WAIT * layers as f64;
+    let reads = wait + dense.bytes / (vram * share);
+    let arithmetic = dense.macs / (macs * TENSOR_SHARE);
+    let dense = match tokens {
+        OVERLAP_TOKENS.. => reads.max(arithmetic),
+        _ => reads + arithmetic,
+    };
+    dense
+        + experts.bytes / (vram * VRAM_SHARE_EXPERTS)
+        + experts.macs / (macs * TENSOR_SHARE_EXPERTS)
 }

@@ -96,27 +96,10 @@ impl Room {
             active_expert_bytes: experts().map(|e| e.used_of(e.bytes())).sum(),
             kv_bytes: blocks as u64 * self.block_bytes(spec, config),
             activation_bytes: self.activation_bytes,
+            spill: self.spill.clone(),
             memory_free_bytes: self.free,
             memory_available_bytes: self.available,
             margin_bytes: margin_bytes(self.available),
-        }
-    }
-
-    /// What is left for KV of a whole model.
-    pub fn for_kv(&self, spec: &ModelSpec, config: &Config) -> KvRoom {
-        let block_tokens = config.kv.block_tokens;
-        let trained = spec.context_tokens_max;
-        KvRoom {
-            room: self.usable().saturating_sub(self.fixed_bytes()),
-            block_tokens,
-            block_bytes: spec.kv_bytes_per_token(self.kv_dtype) * block_tokens as u64,
-            trained,
-            // Weights that are spilled for KV cost every token, a longer context a few.
-            context_max: match &self.spill {
-                Some(_) => spilled_context(spec),
-                None => trained,
-            },
-            contexts: if self.spill.is_some() { 1 } else { KV_CONTEXTS_WANTED },
         }
     }
 }
@@ -129,12 +112,35 @@ pub(super) fn spilled_context(spec: &ModelSpec) -> usize {
 /// What devices that have the layers of a model between them leave for KV: a block has a part on
 /// each, so the fewest that one of them holds count.
 pub(super) fn for_kv(rooms: &[Room], spec: &ModelSpec, config: &Config) -> KvRoom {
-    let whole = rooms[0].for_kv(spec, config);
-    if rooms.len() == 1 {
-        return whole;
+    let (block_tokens, trained) = (config.kv.block_tokens, spec.context_tokens_max);
+    let block_bytes = spec.kv_bytes_per_token(rooms[0].kv_dtype) * block_tokens as u64;
+    let room = match rooms {
+        [one] => one.usable().saturating_sub(one.fixed_bytes()),
+        _ => {
+            let blocks = rooms.iter().map(|room| room.blocks(spec, config)).min();
+            (blocks.unwrap_or(0).max(0) as u64).saturating_mul(block_bytes)
+        }
+    };
+    // Weights that are spilled for KV cost every token, a longer context a few.
+    let is_spilled = rooms.iter().any(|room| room.spill.is_some());
+    KvRoom {
+        room,
+        block_tokens,
+        block_bytes,
+        trained,
+        context_max: if is_spilled { spilled_context(spec) } else { trained },
+        contexts: if is_spilled { 1 } else { KV_CONTEXTS_WANTED },
     }
-    let blocks = rooms.iter().map(|room| room.blocks(spec, config)).min().unwrap_or(0).max(0);
-    KvRoom { room: (blocks as u64).saturating_mul(whole.block_bytes), ..whole }
+}
+
+/// KV blocks for which weights are spilled: of one context of `tokens` tokens, or what was asked
+/// for.
+pub(super) fn wanted_blocks(spec: &ModelSpec, config: &Config, tokens: usize) -> u64 {
+    let (kv, asked) = (&config.kv, config.model.context_tokens);
+    let tokens = if asked > 0 { asked } else { tokens };
+    let block_bytes = spec.kv_bytes_per_token(kv.dtype) * kv.block_tokens as u64;
+    let of_context = blocks_for(tokens, kv.block_tokens) as u64;
+    of_context.max(kv.cache_bytes.0 / block_bytes)
 }
 
 /// What is left for KV.
@@ -161,17 +167,6 @@ impl KvRoom {
     fn tokens_max(&self) -> usize {
         let blocks = self.room / self.block_bytes;
         usize::try_from(blocks).unwrap_or(usize::MAX).saturating_mul(self.block_tokens)
-    }
-
-    /// Bytes of a store for which weights are spilled: of one context of `tokens` tokens, or what
-    /// was asked for.
-    pub fn wanted_bytes(&self, config: &Config, tokens: usize) -> u64 {
-        let tokens = match config.model.context_tokens {
-            0 => tokens,
-            asked => asked,
-        };
-        let asked = config.kv.cache_bytes.0 / self.block_bytes * self.block_bytes;
-        self.bytes(tokens).max(asked)
     }
 
     /// Blocks of the store: what was asked for, at least one context, at most what fits.

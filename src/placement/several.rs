@@ -1,13 +1,14 @@
 //! How the layers of a model are cut over several GPUs.
 //!
 //! A KV block has a part on each, so the GPU that holds the fewest parts decides how many there
-//! are. The cut is the one that leaves most to that GPU, then to the one after it, and so on: GPUs
-//! of one size get layers of as many bytes of weights and KV, smaller ones fewer. In the order of
-//! the GPUs, for each number of layers:
+//! are. Where all weights fit, the cut is the one that leaves most to that GPU, then to the one
+//! after it, and so on: GPUs of one size get layers of as many bytes of weights and KV, smaller
+//! ones fewer. In the order of the GPUs, for each number of layers:
 //! ```text
 //! blocks(gpu, a..b) = (usable − weights(a..b) − activations(a..b)) / bytes of a block in a..b
 //! best(gpu, b)      = max over a < b of sorted(best(gpu − 1, a), blocks(gpu, a..b))
 //! ```
+//! `spill.rs` cuts by what has to be spilled in the same way.
 
 use super::{Room, gpu};
 use crate::config::Config;
@@ -17,15 +18,14 @@ use std::ops::Range;
 
 /// The best that the first GPUs can do with the first layers.
 #[derive(Clone)]
-struct Best {
-    /// Ascending: blocks that each holds; fewer than none where not even the weights fit.
-    blocks: Vec<i64>,
+struct Best<V> {
+    value: V,
     /// Where the layers of each begin.
     starts: Vec<usize>,
 }
 
 /// What layers take of a GPU.
-struct Sizes {
+pub(super) struct Sizes {
     /// Bytes of weights of all layers before one; the output is the last one's.
     weights: Vec<u64>,
     /// Bytes of a KV block in all layers before one.
@@ -46,52 +46,68 @@ pub(super) fn rooms(
     notes: &mut Vec<String>,
 ) -> Vec<Room> {
     let n_layers = spec.layers.len();
-    let mut room = |gpu, layers| gpu::room(spec, (hardware, gpu), layers, config, notes);
-    if let [gpu] = gpus {
-        return vec![room(gpu, 0..n_layers)];
-    }
+    let sizes = Sizes::of(spec, config);
     let usable = gpus.iter().map(|gpu| gpu::usable_bytes(gpu, config)).collect::<Vec<_>>();
-    let starts = cut(&Sizes::of(spec, config), &usable);
-    let ends = starts.iter().skip(1).copied().chain([n_layers]);
-    let layers = starts.iter().zip(ends).map(|(start, end)| *start..end);
-    let rooms = gpus.iter().zip(layers).map(|(gpu, layers)| {
-        let room = room(gpu, layers);
-        let suggest = format!("{}; with several GPUs nothing is spilled", room.suggest);
-        Room { suggest, ..room }
-    });
-    rooms.collect()
+    let layers =
+        cut_by_blocks(n_layers, gpus.len(), |gpu, layers| Some(sizes.blocks(usable[gpu], layers)));
+    let layers = layers.expect("no more GPUs than layers");
+    let rooms = gpus.iter().zip(layers);
+    rooms.map(|(gpu, layers)| gpu::room(spec, (hardware, gpu), layers, config, notes)).collect()
 }
 
-/// Where the layers of each GPU begin.
-fn cut(sizes: &Sizes, usable: &[u64]) -> Vec<usize> {
-    let (n_layers, n_gpus) = (sizes.weights.len() - 1, usable.len());
-    let first = Best { blocks: Vec::new(), starts: Vec::new() };
+/// The layers of each GPU, at least one, for the cut that leaves most KV blocks to the GPU with the
+/// fewest, then to the one after it, and so on; none where no cut is possible. `blocks` says how
+/// many a GPU has room for beside some layers, if it may have these.
+pub(super) fn cut_by_blocks(
+    n_layers: usize,
+    n_gpus: usize,
+    blocks: impl Fn(usize, Range<usize>) -> Option<i64>,
+) -> Option<Vec<Range<usize>>> {
+    // Ascending.
+    cut(n_layers, n_gpus, Vec::new(), |before: &Vec<i64>, gpu, layers| {
+        let mut all = before.clone();
+        all.push(blocks(gpu, layers)?);
+        all.sort_unstable();
+        Some(all)
+    })
+}
+
+/// The layers of each GPU, at least one, for the cut with the greatest value; none where no cut is
+/// possible. `with` adds some layers on a GPU to the value of those before, of which a greater one
+/// never leads to a lesser.
+pub(super) fn cut<V: Ord + Clone>(
+    n_layers: usize,
+    n_gpus: usize,
+    nothing: V,
+    with: impl Fn(&V, usize, Range<usize>) -> Option<V>,
+) -> Option<Vec<Range<usize>>> {
     // By the number of layers that the GPUs so far have.
     let mut bests = vec![None; n_layers + 1];
-    bests[0] = Some(first);
-    for (index, usable) in usable.iter().enumerate() {
-        let is_enough_left = |end: &usize| n_layers - end >= n_gpus - 1 - index;
-        let with = |end: usize| {
+    bests[0] = Some(Best { value: nothing, starts: Vec::new() });
+    for gpu in 0..n_gpus {
+        let left = n_gpus - 1 - gpu;
+        let best = |end: usize| {
+            // Each of the others gets a layer, and the last one all that are left.
+            if n_layers - end < left || (left == 0 && end < n_layers) {
+                return None;
+            }
             let cuts = (0..end).filter_map(|start| {
-                let before: &Best = bests[start].as_ref()?;
-                let mut blocks = before.blocks.clone();
-                blocks.push(sizes.blocks(*usable, start..end));
-                blocks.sort_unstable();
-                Some((blocks, before, start))
+                let before: &Best<V> = bests[start].as_ref()?;
+                Some((with(&before.value, gpu, start..end)?, before, start))
             });
-            let (blocks, before, start) = cuts.max_by(|a, b| a.0.cmp(&b.0))?;
+            let (value, before, start) = cuts.max_by(|a, b| a.0.cmp(&b.0))?;
             let starts = before.starts.iter().copied().chain([start]).collect();
-            Some(Best { blocks, starts })
+            Some(Best { value, starts })
         };
-        let next = (0..=n_layers).map(|end| Some(end).filter(is_enough_left).and_then(with));
-        bests = next.collect();
+        bests = (0..=n_layers).map(best).collect();
     }
-    let all = bests.pop().flatten();
-    all.expect("no more GPUs than layers").starts
+    let starts = bests.pop()??.starts;
+    let ends = starts.iter().skip(1).copied().chain([n_layers]);
+    Some(starts.iter().zip(ends).map(|(start, end)| *start..end).collect())
 }
 
 impl Sizes {
-    fn of(spec: &ModelSpec, config: &Config) -> Self {
+    pub fn of(spec: &ModelSpec, config: &Config) -> Self {
         let n_layers = spec.layers.len();
         let sums = |bytes: &dyn Fn(usize) -> u64| {
             let mut sums = vec![0; n_layers + 1];
@@ -112,12 +128,21 @@ impl Sizes {
         }
     }
 
-    fn blocks(&self, usable: u64, layers: Range<usize>) -> i64 {
-        let Range { start, end } = layers;
+    /// Bytes of all but KV that some layers take.
+    pub fn fixed(&self, layers: &Range<usize>) -> u64 {
+        let Range { start, end } = *layers;
         let is_last = end + 1 == self.weights.len();
         let activations = self.activations[usize::from(start == 0)][usize::from(is_last)];
-        let fixed = self.weights[end] - self.weights[start] + activations;
-        blocks(usable, fixed, self.block[end] - self.block[start])
+        self.weights[end] - self.weights[start] + activations
+    }
+
+    /// Bytes of a KV block in some layers.
+    pub fn block(&self, layers: &Range<usize>) -> u64 {
+        self.block[layers.end] - self.block[layers.start]
+    }
+
+    fn blocks(&self, usable: u64, layers: Range<usize>) -> i64 {
+        blocks(usable, self.fixed(&layers), self.block(&layers))
     }
 }
 
@@ -170,14 +195,17 @@ mod tests {
             let sizes = Sizes { weights, block, activations };
             for n_gpus in 1..=4 {
                 let usable: Vec<_> = (0..n_gpus).map(|_| 100 + random(900)).collect();
-                let starts = cut(&sizes, &usable);
-                let ends = starts.iter().skip(1).copied().chain([n_layers as usize]);
-                let parts = starts.iter().zip(ends).zip(&usable);
-                let blocks = parts.map(|((start, end), usable)| sizes.blocks(*usable, *start..end));
+                let of = |gpu: usize, layers| sizes.blocks(usable[gpu], layers);
+                let parts =
+                    cut_by_blocks(n_layers as usize, n_gpus, |gpu, layers| Some(of(gpu, layers)));
+                let parts = parts.unwrap();
+                let blocks = parts.iter().enumerate().map(|(gpu, layers)| of(gpu, layers.clone()));
                 let mut blocks: Vec<_> = blocks.collect();
                 blocks.sort_unstable();
-                assert_eq!(Some(blocks), best_of_all(&sizes, &usable, 0), "{starts:?}");
+                assert_eq!(Some(blocks), best_of_all(&sizes, &usable, 0), "{parts:?}");
             }
         }
+        assert!(cut_by_blocks(2, 3, |_, _| Some(1)).is_none());
+        assert!(cut_by_blocks(3, 2, |_, layers| (layers.len() > 1).then_some(1)).is_none());
     }
 }

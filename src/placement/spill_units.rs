@@ -6,6 +6,7 @@ use super::spill::{CROSSING_TOKENS_MAX, Spill};
 use super::{NodeTeams, Workers};
 use crate::config::Config;
 use crate::model::{FfnSpec, LayerSpec, LinearSpec, ModelSpec, TensorRef};
+use crate::tensor::DType;
 use std::collections::HashMap;
 use tandem_cpu_kernels::repack::ROWS;
 use tandem_cpu_kernels::{Layout, packed_bytes};
@@ -108,6 +109,12 @@ impl Unit<'_> {
         self.matrices.iter().chain(&self.copied).map(|tensor| packed(tensor)).sum()
     }
 
+    /// Type, rows, columns and experts of what is spilled: where they are equal units are, too.
+    pub fn shapes(&self) -> impl Iterator<Item = (DType, usize, usize, usize)> {
+        let matrices = self.matrices.iter().chain(&self.copied);
+        matrices.map(|TensorRef { dtype, rows, cols, .. }| (*dtype, *rows, *cols, self.n_experts))
+    }
+
     /// Bytes that a GPU saves.
     pub fn device_bytes(&self) -> u64 {
         self.matrices.iter().map(|matrix| on_gpu(matrix)).sum()
@@ -156,15 +163,17 @@ impl Spill {
         self.units(spec).all(|unit| unit.can_stream())
     }
 
-    /// Fills in what follows from the layers, of which `units` are all that is spilled, and from
-    /// the slots: bytes of the ring on the GPU, and of what its pieces are taken apart into. Units
-    /// with matrices of one shape share that.
-    pub(super) fn set_ring_bytes(&mut self, units: &[Unit<'_>], nodes: &NodeTeams) {
+    /// Gives the ring some slots and fills in what follows from them and from the layers: bytes on
+    /// the GPU, with those of what pieces are taken apart into. Units with matrices of one shape
+    /// share that.
+    pub(super) fn set_ring(&mut self, spec: &ModelSpec, ring_slots: usize, nodes: &NodeTeams) {
+        let units: Vec<Unit<'_>> = self.units(spec).collect();
+        self.ring_slots = ring_slots;
         if !units.iter().all(Unit::can_stream) {
             return;
         }
         let mut scratch = HashMap::new();
-        for unit in units {
+        for unit in &units {
             let mut used = HashMap::new();
             for matrix in &unit.matrices {
                 let shape = (matrix.dtype, matrix.rows, matrix.cols);
@@ -175,7 +184,7 @@ impl Spill {
             }
         }
         let scratch: u64 = scratch.values().map(|(count, bytes)| count * bytes).sum();
-        self.ring_bytes = self.ring_slots as u64 * slot_bytes(units, nodes) + scratch;
+        self.ring_bytes = ring_slots as u64 * slot_bytes(&units, nodes) + scratch;
     }
 }
 
@@ -210,12 +219,13 @@ pub(super) fn slots_wanted(spec: &ModelSpec, spill: &Spill, nodes: &NodeTeams) -
     (RING_THIRDS * largest).div_ceil(3 * slot_bytes(&units, nodes).max(1)) as usize
 }
 
-/// Bytes of host memory for rows on their way to the CPU and back, and for what it makes of them.
+/// Bytes of host memory for rows of a GPU on their way to the CPU and back, and for what the CPU,
+/// which serves all GPUs, makes of them.
 pub(super) fn crossing_bytes(
     spec: &ModelSpec,
     units: &[Unit<'_>],
     (workers, config): (&Workers, &Config),
-) -> u64 {
+) -> [u64; 2] {
     let can_stream = units.iter().all(Unit::can_stream);
     let most = if can_stream { CROSSING_TOKENS_MAX } else { usize::MAX };
     let tokens = config.scheduler.step_tokens_max.min(most) as u64;
@@ -224,7 +234,6 @@ pub(super) fn crossing_bytes(
     let back = widest(&|unit| unit.rows_back * unit.widths[1]);
     let heads = widest(&|unit| if unit.rows_back > 1 { unit.widths[1] } else { 0 });
     let attended = widest(&|unit| unit.attended);
-    tokens * (to_cpu + back) as u64 * F32
-        + spilled_activation_bytes(spec, tokens, (heads, attended))
-        + worker_bytes(spec, workers, tokens)
+    let made = spilled_activation_bytes(spec, tokens, (heads, attended));
+    [tokens * (to_cpu + back) as u64 * F32, made + worker_bytes(spec, workers, tokens)]
 }

@@ -238,6 +238,35 @@ fn speeds_fall_with_the_limit_by_what_is_read_of_host_memory_alone() {
 }
 
 #[test]
+fn stages_follow_each_other_and_read_a_long_prompt_at_once() {
+    let mut two = with(vec![gpu(0, 140 * GIB), gpu(1, 140 * GIB)]);
+    let mut rates = measured("int8", 8.27e12 / 2.0);
+    rates.gpus.push(GpuRates { ordinal: 1, ..rates.gpus[0].clone() });
+    two.measured = Some(rates);
+    let spec = shape("llama-70b:q4_0");
+    let of = |device: &str, limit: u64| {
+        let mut config = limited(limit, 512);
+        config.gpu.device = device.into();
+        config.model.context_tokens = 2048;
+        let placement = Placement::plan(&spec, &two, &config).unwrap();
+        Prediction::of(&spec, &placement, &two, &config).unwrap()
+    };
+    // Where one GPU spills for both it has the longer part of a prompt.
+    for (limit, least) in [(0, 1.3), (24 * GIB, 0.85)] {
+        let (one, both) = (of("0", limit), of("0,1", limit / 2));
+        let by_one = |both: &[f64], one: &[f64]| both[0] / one[0];
+        // Two rings and twice the activations take the room of a few networks.
+        let decoded = by_one(&decode(&both), &decode(&one));
+        assert!((0.85..=1.01).contains(&decoded), "{decoded} at {limit}");
+        let in_one_step = by_one(&prompts(&both), &prompts(&one));
+        assert!((0.8..=1.2).contains(&in_one_step), "{in_one_step} at {limit}");
+        let in_four = by_one(&prompts(&both)[1..], &prompts(&one)[1..]);
+        assert!((least..=1.7).contains(&in_four), "{in_four} at {limit}");
+        assert!(both.gib_more.is_some() == (limit > 0));
+    }
+}
+
+#[test]
 fn what_was_not_measured_is_not_predicted() {
     let (spec, config) = (shape("llama-8b:q4_0"), config("0"));
     let plan = |hardware: &HardwareProfile| {

@@ -56,7 +56,7 @@ fn assert_not_overcommitted(placement: &Placement, available: u64, host_bytes: u
 }
 
 /// Gaps between neighbours, and before the first and after the last as half ones, differ by little.
-fn assert_spread(layers: &[usize], of: usize) {
+pub fn assert_spread(layers: &[usize], of: usize) {
     let share = of as f64 / layers.len() as f64;
     for (index, layer) in layers.iter().enumerate() {
         let middle = (index as f64 + 0.5) * share;
