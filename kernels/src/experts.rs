@@ -4,7 +4,7 @@
 //! A matrix has the rows of all experts, one after the other; which columns an expert is multiplied
 //! with the GPU alone knows ([`ExpertRoutes`](crate::ExpertRoutes)). A pair of token and expert has
 //! the same bits in any step whose activations have the same form; as f16 on Hopper, in any whose
-//! experts have more than 32 tokens on average, and in any whose experts have fewer.
+//! experts have 32 tokens or more on average, and in any whose experts have fewer.
 
 use crate::e4m3;
 use crate::gpu::{Gpu, GpuError, Span};
@@ -33,8 +33,9 @@ const SHORT_CHUNKS: usize = 32;
 const WIDE_BLOCKS: [WideBlock; 2] =
     [WideBlock { columns: 16, warps: 4, depth: 3 }, WideBlock { columns: 64, warps: 8, depth: 2 }];
 const FEW_COLUMNS: usize = 12;
-/// How many columns an expert has on average, at most, where this is faster on Hopper as well.
-const WIDE_AVERAGE_MAX: usize = 32;
+/// How many columns an expert has on average, at most, where this is faster on Hopper as well: with
+/// 32 it is where all experts have as many, but real routes are less even (`docs/performance.md`).
+const WIDE_AVERAGE_MAX: usize = 31;
 /// Most blocks that share an expert's columns.
 const SPLITS_MAX: usize = 16;
 /// A tile of `expert_tiles.cu`, and the threads and the shared memory of a block: columns, weights
