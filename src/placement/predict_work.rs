@@ -17,8 +17,8 @@ pub(super) struct Work {
     pub cpu_seconds: f64,
 }
 
-/// Seconds of the CPU's workers for a multiply-accumulate with a weight of a type, in a product with
-/// so many tokens.
+/// Seconds of the CPU's workers for a multiply-accumulate with a weight of a type, in a product
+/// with so many tokens.
 pub(super) type SecondsPerMac<'a> = &'a dyn Fn(DType, f64) -> f64;
 
 impl Add for Work {
