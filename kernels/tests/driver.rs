@@ -95,7 +95,8 @@ fn answer_of_fake(settings: &[(&str, &str)]) -> Option<String> {
 fn a_working_driver_tells_its_devices() {
     let Some(said) = answer_of_fake(&[]) else { return };
     for part in [
-        r#"ordinal: 1, name: "Fake 1", memory_total_bytes: 85899345920"#,
+        r#"ordinal: 1, name: "Fake 1", pci_address: "0000:00:00.0""#,
+        "memory_total_bytes: 85899345920",
         "memory_free_bytes: 64424509440",
         "ComputeCapability { major: 9, minor: 0 }, multiprocessors: 132",
     ] {
