@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! CPU step     = max(weights read / DRAM, operations / (CPU · share)) + meetings of the workers
-//!                + max(KV / DRAM, attention's operations / (CPU · its share))
+//!                + max(KV / (DRAM · share), attention's operations / (CPU · its share))
 //! GPU step     = reads + operations / (tensor cores · share) + KV / VRAM
 //!                where reads = layers · wait + weights read / (VRAM · share)
 //! GPU prompt   = max(reads, operations / (tensor cores · share))

@@ -33,6 +33,9 @@ const CPU_SHARE: f64 = 0.4;
 const CPU_SHARE_TILES: f64 = 0.25;
 /// Layers that a ring holds which did not have to be made smaller.
 const RING_LAYERS: f64 = 4.0 / 3.0;
+/// Share of memory's rate at which streams' attention reads keys and values: half to two thirds
+/// ("Predicted stage by stage").
+const KV_SHARE: f64 = 0.62;
 /// What the probe calls the numbers that tiles multiply.
 const TILE_NUMBERS: &str = "bf16";
 
@@ -210,7 +213,7 @@ impl<'a> Costs<'a> {
             let bytes = self.spec.layers[stage.layers.clone()].iter().map(bytes).sum::<f64>();
             match gpu {
                 Some(gpu) => bytes / gpu.read_bytes_per_second,
-                None => (bytes / self.cpu.read)
+                None => (bytes / (self.cpu.read * KV_SHARE))
                     .max(self.attention_seconds(streams, &|window| seen(window) as f64)),
             }
         });

@@ -1,7 +1,7 @@
 //! What the parts of a model do in a step: bytes of weights that are read, and
 //! multiply-accumulates.
 
-use crate::model::{AttentionSpec, FfnSpec, ModelSpec, TensorRef};
+use crate::model::{AttentionSpec, FfnSpec, LinearSpec, ModelSpec, TensorRef};
 use crate::tensor::DType;
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Mul};
@@ -50,6 +50,10 @@ impl Sum for Work {
         parts.fold(Self::default(), Add::add)
     }
 }
+
+/// Elements of a token up to which the CPU's queries, keys and values read two rows of 8 bits
+/// (`executor/program/lowering.rs`).
+const TWO_ROWS_DIM_MAX: usize = 1024;
 
 /// A tensor that all of `tokens` tokens meet.
 fn met(tensor: &TensorRef, tokens: usize, seconds: SecondsPerMac<'_>) -> Work {
@@ -121,9 +125,12 @@ pub(super) fn attention_parts(
     tokens: usize,
     seconds: SecondsPerMac<'_>,
 ) -> Parts {
-    let linears = [&spec.query, &spec.key, &spec.value, &spec.output];
-    let dense = linears.into_iter().map(|linear| met(&linear.weight, tokens, seconds)).sum();
-    Parts { dense, ..Parts::default() }
+    let of = |linear: &LinearSpec| met(&linear.weight, tokens, seconds);
+    let mut heads: Work = [&spec.query, &spec.key, &spec.value].into_iter().map(of).sum();
+    if spec.query.weight.cols <= TWO_ROWS_DIM_MAX {
+        heads.cpu_seconds *= 2.0;
+    }
+    Parts { dense: heads + of(&spec.output), ..Parts::default() }
 }
 
 /// Of the output for the `logits` tokens that get logits.
