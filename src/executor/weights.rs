@@ -194,7 +194,7 @@ impl Weights {
     ///
     /// # Panics
     /// When the matrix has no experts, there are no such rows, or they do not lie side by side
-    /// ([`Weights::uncut`]); in [`Layout::Rows16`] also when `rows` does not start and end with a
+    /// (`Weights::uncut`); in [`Layout::Rows16`] also when `rows` does not start and end with a
     /// multiple of 16.
     pub fn expert(&self, id: MatrixId, expert: usize, rows: Range<usize>) -> MatrixView<'_> {
         let matrix = self.at(id);
