@@ -4,11 +4,14 @@
 //! there is one. Weights are random.
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a benchmark's report")]
 
+#[path = "support/copy_roofs.rs"]
+mod copy_roofs;
 #[path = "../tests/support/stage.rs"]
 mod stage;
 #[path = "../tests/support/tiers.rs"]
 mod tiers;
 
+use copy_roofs::roofs;
 use stage::{BLOCK_TOKENS, options, plan_tokens};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -21,7 +24,7 @@ use tandem::model::{ModelSpec, SyntheticModel};
 use tandem::request::SamplingParams;
 use tandem::step::{LogitsTask, StepOutput, StepPlan, Tier};
 use tandem::units::TokenId;
-use tandem_kernels::{CopyWay, Gpu, driver};
+use tandem_kernels::driver;
 use tiers::moved;
 
 /// The sequence that moves.
@@ -35,8 +38,7 @@ const STREAM_BLOCKS: usize = CONTEXT_TOKENS / BLOCK_TOKENS;
 /// a block has up to 4 MiB, and in such as is not.
 const HOST_BLOCKS: usize = 3 * SEQUENCE_BLOCKS;
 const LATE_BLOCK: u32 = 2 * SEQUENCE_BLOCKS as u32;
-/// Pinned memory that the bus is measured with.
-const LANE_BYTES: usize = 256 << 20;
+/// Of which the middle one counts.
 const PASSES: usize = 9;
 /// Steps of a measurement, and how often it alternates with the other: less where steps are slow.
 const STEPS: usize = 60;
@@ -130,26 +132,6 @@ fn out_and_in(tiers: &mut KvTiers, (away, start): (Tier, u32), at_once: usize) -
 fn median(mut numbers: Vec<f64>) -> f64 {
     numbers.sort_by(f64::total_cmp);
     numbers[numbers.len() / 2]
-}
-
-/// Bytes per second out of the device and back, of the bus where there is one, else of a copy in
-/// memory.
-fn roofs(on_gpu: bool) -> [f64; 2] {
-    if on_gpu {
-        let gpu = Gpu::open(&driver().unwrap(), 0).unwrap();
-        let mut lanes = gpu.copy_lanes(LANE_BYTES).unwrap();
-        return [CopyWay::FromGpu, CopyWay::ToGpu].map(|way| {
-            lanes.pinned(way, 1).unwrap();
-            lanes.pinned(way, 8).unwrap()
-        });
-    }
-    let (from, mut to) = (vec![1_u8; LANE_BYTES], vec![2_u8; LANE_BYTES]);
-    let copies = (0..PASSES).map(|_| {
-        let started = Instant::now();
-        std::hint::black_box(&mut to).copy_from_slice(std::hint::black_box(&from));
-        LANE_BYTES as f64 / started.elapsed().as_secs_f64()
-    });
-    [copies.fold(0.0, f64::max); 2]
 }
 
 fn main() {

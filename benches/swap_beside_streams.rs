@@ -8,6 +8,10 @@
 //! steps from the end of the one before, which is what a stream sees between two tokens.
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a benchmark's report")]
 
+#[path = "support/copy_roofs.rs"]
+mod copy_roofs;
+
+use copy_roofs::roofs;
 use futures_util::future::join_all;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -18,7 +22,6 @@ use tandem::formats::Checkpoint;
 use tandem::model::ModelSpec;
 use tandem::request::{Event, Input, Priority, Request, SamplingParams};
 use tandem::units::{ByteSize, TokenId};
-use tandem_kernels::{CopyWay, Gpu, driver};
 
 const BLOCK_TOKENS: usize = 32;
 /// The sequence that moves, and its blocks.
@@ -32,8 +35,6 @@ const STAYING_TOKENS: usize = 448;
 const LEAVING_TOKENS: usize = 224;
 /// Tokens of a stream's answer that find room beside the long sequence.
 const GROWTH_TOKENS: usize = 128;
-/// Pinned memory that the bus is measured with.
-const LANE_BYTES: usize = 256 << 20;
 /// Copies that follow each other so closely are one swap, µs.
 const PAUSE_MAX_US: u64 = 50_000;
 
@@ -193,25 +194,6 @@ fn row(name: &str, times: &mut [f64], quiet: Option<f64>) -> f64 {
         at(1.0)
     );
     mean
-}
-
-/// Bytes per second out of the device and back: of the bus, or of a copy in memory.
-fn roofs(on_gpu: bool) -> [f64; 2] {
-    if on_gpu {
-        let gpu = Gpu::open(&driver().unwrap(), 0).unwrap();
-        let mut lanes = gpu.copy_lanes(LANE_BYTES).unwrap();
-        return [CopyWay::FromGpu, CopyWay::ToGpu].map(|way| {
-            lanes.pinned(way, 1).unwrap();
-            lanes.pinned(way, 8).unwrap()
-        });
-    }
-    let (from, mut to) = (vec![1_u8; LANE_BYTES], vec![2_u8; LANE_BYTES]);
-    let copies = (0..4).map(|_| {
-        let started = std::time::Instant::now();
-        std::hint::black_box(&mut to).copy_from_slice(std::hint::black_box(&from));
-        LANE_BYTES as f64 / started.elapsed().as_secs_f64()
-    });
-    [copies.fold(0.0, f64::max); 2]
 }
 
 /// A request for so many tokens after a prompt that no other number has.
