@@ -102,16 +102,16 @@ impl Prediction {
         let kv_tokens = placement.device_blocks * placement.block_tokens;
         let most = config.scheduler.sequences_max.min(step_tokens_max);
         let fits = |streams: &usize| *streams <= most && streams * context_tokens <= kv_tokens;
-        let decode = STREAMS.into_iter().filter(fits).map(|streams| DecodeSpeed {
-            streams,
-            tokens_per_second: streams as f64 / costs.decode(streams).total(),
-            step: costs.decode(streams),
+        let decode = STREAMS.into_iter().filter(fits).map(|streams| {
+            let step = costs.decode(streams);
+            let tokens_per_second = streams as f64 / step.total();
+            DecodeSpeed { streams, tokens_per_second, step }
         });
         let prompts = PROMPTS.into_iter().filter(|tokens| *tokens <= placement.context_tokens);
-        let prompt = prompts.map(|tokens| PromptSpeed {
-            tokens,
-            tokens_per_second: tokens as f64 / costs.prompt(tokens).total(),
-            steps: costs.prompt(tokens),
+        let prompt = prompts.map(|tokens| {
+            let steps = costs.prompt(tokens);
+            let tokens_per_second = tokens as f64 / steps.total();
+            PromptSpeed { tokens, tokens_per_second, steps }
         });
         Some(Self {
             context_tokens,
