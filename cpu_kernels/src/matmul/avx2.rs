@@ -114,6 +114,7 @@ impl float::Vector for Floats {
 
     lane_ops! {
         fn prefetch(at: *const u8) -> () { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        fn prefetch_second(at: *const u8) -> () { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
         fn zero() -> [__m256; 4] { [_mm256_setzero_ps(); 4] }
         fn load(from: *const f32) -> [__m256; 4] {
             let part = |index: usize| _mm256_loadu_ps(from.add(8 * index));

@@ -115,6 +115,7 @@ impl float::Vector for Floats {
 
     lane_ops! {
         fn prefetch(at: *const u8) -> () { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        fn prefetch_second(at: *const u8) -> () { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
         fn zero() -> [__m512; 2] { [_mm512_setzero_ps(); 2] }
         fn load(from: *const f32) -> [__m512; 2] {
             [_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(16))]

@@ -17,6 +17,9 @@ use std::ops::Range;
 
 /// How far ahead of its use a row is fetched.
 const PREFETCH_BYTES: usize = 2048;
+/// How much further ahead a lone column asks the second-level cache, which is all it waits for: two
+/// threads of Zen 4 read F16 at 34 instead of 29 GB/s where memory gives 36.
+const PREFETCH_SECOND_BYTES: usize = 16 << 10;
 
 /// Rows whose sums are kept between chunks: 16 rows · 4 columns · 32 sums are 8 KiB.
 const BLOCK_ROWS: usize = 16;
@@ -38,6 +41,8 @@ pub(super) trait Vector {
 
     /// Asks for the cache line at `at`, which need not exist.
     unsafe fn prefetch(at: *const u8) -> ();
+    /// The same into the second-level cache only.
+    unsafe fn prefetch_second(at: *const u8) -> ();
     /// Zeros.
     unsafe fn zero() -> Self::Floats;
     /// 32 f32.
@@ -227,10 +232,12 @@ unsafe fn multiply<V: Vector, W: Weight, const R: usize, const C: usize>(
         let mut element = elements.start;
         while element < whole {
             for w in w {
-                let ahead = element / W::BLOCK * W::BLOCK_BYTES + PREFETCH_BYTES;
-                V::prefetch(w.wrapping_add(ahead));
-                if W::BLOCK_BYTES == 4 {
-                    V::prefetch(w.wrapping_add(ahead + 64));
+                let ahead = w.wrapping_add(element * W::BLOCK_BYTES / W::BLOCK + PREFETCH_BYTES);
+                for line in 0..const { W::BLOCK_BYTES * GROUP / W::BLOCK }.div_ceil(64) {
+                    V::prefetch(ahead.wrapping_add(64 * line));
+                    if C == 1 {
+                        V::prefetch_second(ahead.wrapping_add(64 * line + PREFETCH_SECOND_BYTES));
+                    }
                 }
             }
             partial = step::<V, W, R, C>(&w, &y, element, partial);
