@@ -30,8 +30,10 @@ const TILED_TOKENS: usize = 32;
 /// of them share a core's tiles, and 128 rows at the end of a loop kept all others waiting.
 const TILED_UNITS: usize = 64 / PAIRED_MATMUL_ROWS;
 /// Hidden rows whose gate and up are computed before the activation runs over them: the products
-/// of a wide step are then still in the second-level cache.
+/// of a wide step are then still in the second-level cache. Fewer tokens take more rows, since each
+/// change from one matrix to the other waits for memory once.
 const GATE_ROWS: usize = 128;
+const GATE_PRODUCTS: usize = 4096;
 /// The same for kernels on tiles: as many as they take at once.
 const TILED_GATE_ROWS: usize = 256;
 
@@ -161,7 +163,8 @@ impl Step<'_> {
         let bytes = [&gate, &up].map(|part| self.row_bytes(part)).iter().sum::<usize>() * GROUP;
         let grain = self.grain(bytes, hidden.values.rows);
         let pieces = worker.deal_rows(hidden.values.width, GROUP, grain);
-        let at_once = if self.is_tiled(hidden.values.rows) { TILED_GATE_ROWS } else { GATE_ROWS };
+        let least = if self.is_tiled(hidden.values.rows) { TILED_GATE_ROWS } else { GATE_ROWS };
+        let at_once = least.max(GATE_PRODUCTS / hidden.values.rows.max(1) / GROUP * GROUP);
         for rows in pieces.flat_map(|piece| tiles(piece, at_once)) {
             self.multiply(&gate, normed, (hidden.values, 0), rows.clone());
             self.multiply(&up, normed, (self.buffers.up, 0), rows.clone());
