@@ -180,7 +180,7 @@ unsafe fn multiply_tile<L: Lanes, P: Packed, const R: usize, const T: usize>(
                     load_sums::<L, T>(acc, (first, columns), lanes(r), out);
                 }
             }
-            if panel.fetches || T > 1 || P::HALVES {
+            if panel.fetches || T > 1 || P::APART {
                 sum_blocks::<L, P, R, T, true>(panel, lane, &x, &mut acc);
             } else {
                 sum_blocks::<L, P, R, T, false>(panel, lane, &x, &mut acc);
@@ -282,7 +282,7 @@ const fn turns<P: Packed, const T: usize>() -> usize {
 /// Whether weights are fetched into the second-level cache: with several columns, and where fields
 /// lie apart.
 const fn into_second<P: Packed, const T: usize>() -> bool {
-    T > 1 || P::HALVES
+    T > 1 || P::APART
 }
 
 /// Asks for what lies ahead of a group.

@@ -128,6 +128,7 @@ impl Packed for Q4K {
 pub(super) struct Q5K;
 impl Packed for Q5K {
     const DTYPE: DType = DType::Q5_K;
+    const APART: bool = true;
     const MIN: MinKind = MinKind::One;
     const SIX_BITS: bool = true;
     decode! {

@@ -101,6 +101,8 @@ pub(super) trait Packed {
     const SIGNED: bool = false;
     /// Whether each half group of 16 elements has its own scale.
     const HALVES: bool = false;
+    /// Whether a group's fields lie so far apart in a block that hardware does not fetch ahead.
+    const APART: bool = Self::HALVES;
     const MIN: MinKind = MinKind::None;
     /// Whether scales and offsets are 6-bit integers that [`SixBits`] unpacks.
     const SIX_BITS: bool = false;
