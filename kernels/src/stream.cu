@@ -156,16 +156,15 @@ template <class Shape> __device__ __forceinline__ void finish_gated(const Stream
     round_row_group(__ldcg(reinterpret_cast<const float4*>(from)), args.rounded, rounded, gate.rows, first, stores);
 }
 
-// Finishes all gated tiles of a block. Sums have two places, which are filled and read in turn.
+// Finishes all gated tiles of a block. Sums have two places, which are filled and read in turn: when all meet because
+// one is full, the other one has been read.
 template <class Shape> __device__ __forceinline__ void finish_all_gated(const StreamArgs& args, const float* sums) {
     wait_for_earlier();
     __syncthreads();
     uint32_t turn = 0;
     for (uint32_t tile = blockIdx.x; tile < args.tiles; tile += gridDim.x, turn++) {
-        meet_some<Shape::THREADS>(FILLED + turn % 2);
+        meet_some<Shape::THREADS>(FILLED);
         finish_gated<Shape>(args, sums + turn % 2 * (2 * Shape::SUMS), tile);
-        // Where a tile is to come there.
-        if (tile + 2 * gridDim.x < args.tiles) pass_by<Shape::THREADS>(READ + turn % 2);
     }
 }
 
@@ -210,9 +209,8 @@ __device__ __forceinline__ void hand_over(const StreamArgs& args, float* sums, c
     const uint32_t half = threadIdx.x / Shape::HALF;
     float* const kept = sums + (turn % 2 * 2 + half) * Shape::SUMS;
     if constexpr (Shape::GATED) {
-        if (turn >= 2) meet_some<Shape::THREADS>(READ + turn % 2);
         keep_sums<Shape>(kept, acc);
-        pass_by<Shape::THREADS>(FILLED + turn % 2);
+        meet_some<Shape::THREADS>(FILLED);
     } else {
         keep_sums<Shape>(kept, acc);
         meet_some<Shape::HALF>(OF_HALF + half);

@@ -3,17 +3,14 @@
 #include "norm.cuh"
 #include "rounding.cuh"
 
-// Until COUNT threads are here, or have passed by.
+// Until COUNT threads are here.
 template <int COUNT> __device__ __forceinline__ void meet_some(uint32_t barrier) {
     if constexpr (COUNT == 32) __syncwarp();
     if constexpr (COUNT > 32) asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(COUNT) : "memory");
 }
 
-template <int COUNT> __device__ __forceinline__ void pass_by(uint32_t barrier) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(COUNT) : "memory"); }
-
-// Barriers of a block: of a half; of who finishes gated tiles; where one of two places for sums has been filled,
-// or read.
-enum Barrier : uint32_t { OF_HALF = 1, OF_FINISHING = 3, FILLED = 4, READ = 6, OF_NORM = 8 };
+// Barriers of a block: of a half; of who finishes gated tiles; where the sums of one are there; of a norm.
+enum Barrier : uint32_t { OF_HALF = 1, OF_FINISHING = 3, FILLED = 4, OF_NORM = 5 };
 
 // What activations are the norm of, as in NormArgs: one row, which all blocks normalise for themselves.
 struct StreamNorm {
