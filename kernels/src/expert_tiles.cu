@@ -257,8 +257,8 @@ __device__ __forceinline__ void multiply_tile(const ExpertWideArgs& args, const 
             take_row<T>(piece, k, loads.rows[k].raw);
             loads.rows[k].scales.load_from(SharedAt{piece + Rows::QUANTS + Rows::HIGHS + (lane / 4 + 8 * k) * UNIT_BYTES<T>}, chunk);
         }
-        __syncwarp();
-        if (lane == 0) arrive_at(weights.free());
+        // Each lane for what it read itself: compute-sanitizer does not follow one that speaks for a warp.
+        arrive_at(weights.free());
         weights.advance();
 #pragma unroll
         for (int i = 0; i < 2 * CHUNK; i++) {
@@ -309,7 +309,7 @@ template <class T> __device__ __forceinline__ void expert_tiles(const ExpertWide
     TileRing<ColumnTiles> x{memory};
     TileRing<WeightTiles<T>> weights{memory + ColumnTiles::BYTES};
     begin();
-    if (threadIdx.x == 0) start_barriers(x, GATHERING), start_barriers(weights, 32);
+    if (threadIdx.x == 0) start_barriers(x, GATHERING), start_barriers(weights, 32, 32 * PIECES);
     TileWalk walk{listed, list_experts(args, listed), 0, blockIdx.x};
     const uint32_t warp = threadIdx.x / 32;
     if (warp < PIECES) {

@@ -52,11 +52,11 @@ template <class Shape> struct TileRing {
     }
 };
 
-// `bringing` tell when a tile is there.
-template <class Shape> __device__ __forceinline__ void start_barriers(TileRing<Shape> ring, uint32_t bringing = 1) {
+// `bringing` tell when a tile is there, `leaving` when it is free.
+template <class Shape> __device__ __forceinline__ void start_barriers(TileRing<Shape> ring, uint32_t bringing = 1, uint32_t leaving = 4 * Shape::WARPGROUPS) {
     for (int i = 0; i < Shape::TILES; i++, ring.advance()) {
         start_barrier(ring.full(), bringing);
-        start_barrier(ring.free(), 4 * Shape::WARPGROUPS);
+        start_barrier(ring.free(), leaving);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
