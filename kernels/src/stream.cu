@@ -12,8 +12,8 @@
 //   the ranges' sums are added up in their order
 //
 // Sums have the order of those in narrow.cu, and the same bits. Of a gated product each half has the tiles of one
-// matrix. The activated sums of one are multiplied with those of the other; whoever finishes the second half of
-// a group of 32 of these rounds it to 8 bits for the product that follows. Grid: a block per multiprocessor.
+// matrix. The activated sums of one are multiplied with those of the other, and groups of 32 of these rounded to
+// 8 bits for the product that follows. Grid: a block per multiprocessor.
 #include "rounding.cuh"
 #include "single.cuh"
 #include "stream_norm.cuh"
@@ -51,6 +51,31 @@ template <class T, bool SINGLE_, bool GATED_> struct StreamShape {
     using X = Columns<1, 1, SINGLE>;
 };
 
+// Which tiles a block has. Of gated ones two whose rows are a group of 32 follow each other, so that it rounds the
+// group by itself, and nothing of it lies between the last product and the next kernel. Pairs that do not go round
+// are taken apart where that gives all blocks less to do: such a tile comes first.
+template <class Shape> struct OwnTiles {
+    uint32_t pairs = 0;          // that are not taken apart
+    uint32_t single = UINT32_MAX; // this block's tile of one that is
+
+    __device__ __forceinline__ explicit OwnTiles(const StreamArgs& args) {
+        if constexpr (!Shape::GATED) return;
+        const uint32_t rest = args.tiles / 2 % gridDim.x;
+        const bool are_apart = 2 * rest <= gridDim.x;
+        pairs = args.tiles / 2 - (are_apart ? rest : 0);
+        if (are_apart && blockIdx.x < 2 * rest) single = 2 * pairs + blockIdx.x;
+    }
+
+    // The tile of a half in its turn `turn`; beyond the last where there is none.
+    __device__ __forceinline__ uint32_t at(const StreamArgs& args, uint32_t half, uint32_t turn) const {
+        if constexpr (!Shape::GATED) return blockIdx.x + (2 * turn + half) * gridDim.x;
+        if (single != UINT32_MAX && turn == 0) return single;
+        turn -= single != UINT32_MAX;
+        const uint32_t pair = turn / 2 * gridDim.x + blockIdx.x;
+        return pair < pairs ? 2 * pair + turn % 2 : args.tiles;
+    }
+};
+
 // Where a warp's rows begin in a tile.
 template <class T, class Shape> __device__ __forceinline__ void aim(TileRows<T>& rows, const StreamArgs& args, uint32_t tile, uint32_t first) {
     if (tile >= args.tiles) return;
@@ -58,13 +83,15 @@ template <class T, class Shape> __device__ __forceinline__ void aim(TileRows<T>&
     rows.aim(part.planes, args.padded / CHUNK, tile - (Shape::GATED ? 0 : part.first_block), first);
 }
 
-// What a warp streams: chunks `first` .. `first + count` of tiles `tile`, `tile + step`, ...; and what is to be asked for
-// next.
+// What a warp streams: chunks `first` .. `first + count` of its half's tiles; and what is to be asked for next.
 template <class T, class Shape> struct Streaming {
     typename Shape::Ring ring;
-    uint32_t first, count, step, tile;
-    uint32_t chunk = 0;
+    OwnTiles<Shape> tiles;
+    uint32_t first, count, tile;
+    uint32_t turn = 0, chunk = 0;
     TileRows<T> next{};
+
+    __device__ __forceinline__ uint32_t own_tile(const StreamArgs& args, uint32_t turn) const { return tiles.at(args, threadIdx.x / Shape::HALF, turn); }
 
     // Whether the scales of a chunk are there with it, or with the one before.
     __device__ __forceinline__ bool has_scales(uint32_t chunk) const { return !Shape::SINGLE || UNIT_CHUNKS<T> == 1 || chunk % 2 == 0 || chunk == first; }
@@ -74,7 +101,7 @@ template <class T, class Shape> struct Streaming {
         if (tile < args.tiles && count > 0) {
             ring.copy(next, has_scales(first + chunk));
             if (++chunk == count) {
-                chunk = 0, tile += step;
+                chunk = 0, tile = own_tile(args, ++turn);
                 aim<T, Shape>(next, args, tile, first);
             } else {
                 next.advance(first + chunk);
@@ -133,38 +160,52 @@ template <class Shape> __device__ __forceinline__ void finish_tile(const StreamA
     part.out[static_cast<size_t>(column) * part.stride + at] = sum_of<Shape>(sums, column, row) + bias;
 }
 
-// The same of two matrices, whose sums lie one after the other. Rounds a group of 32 whose other half is there.
-template <class Shape> __device__ __forceinline__ void finish_gated(const StreamArgs& args, const float* sums, uint32_t tile) {
+// Rounds a group of each column; `from` gives four of a column's elements, from some place of the group on.
+template <class Shape, class From> __device__ __forceinline__ void round_gated(const StreamArgs& args, uint32_t group, From from) {
+    const uint32_t index = threadIdx.x % Shape::FINISHING, column = index / 8, first = index % 8 * 4;
+    if (index >= 64) return;
+    const bool stores = column < args.columns;
+    round_row_group(from(stores ? column : 0, first), args.rounded, column, args.parts[0].rows, group * GROUP + first, stores);
+}
+
+// The same of two matrices, whose sums lie one after the other. Whoever has the second half of a group rounds it.
+template <class Shape> __device__ __forceinline__ void finish_gated(const StreamArgs& args, const float* sums, uint32_t tile, bool has_both) {
     __shared__ uint32_t earlier_halves;
+    __shared__ __align__(16) float kept[Shape::COLUMNS][GROUP]; // of a group of which this block has both
     const uint32_t index = threadIdx.x % Shape::FINISHING, column = index / 16, row = index % 16, at = tile * 16 + row;
     const Part &gate = args.parts[0], &up = args.parts[1];
     if (column < args.columns) {
         const float of_gate = sum_of<Shape>(sums, column, row) + (gate.bias ? gate.bias[at] : 0.0f);
         const float of_up = sum_of<Shape>(sums + Shape::SUMS, column, row) + (up.bias ? up.bias[at] : 0.0f);
-        gate.out[static_cast<size_t>(column) * gate.stride + at] = activated(of_gate, args.activation) * of_up;
-        __threadfence();
+        const float gated = activated(of_gate, args.activation) * of_up;
+        gate.out[static_cast<size_t>(column) * gate.stride + at] = gated;
+        kept[column][at % GROUP] = gated;
+        if (!has_both) __threadfence();
     }
+    if (has_both && tile % 2 == 0) return;
     meet_some<Shape::FINISHING>(OF_FINISHING);
+    if (has_both) {
+        return round_gated<Shape>(args, tile / 2, [&](uint32_t column, uint32_t i) { return *reinterpret_cast<const float4*>(&kept[column][i]); });
+    }
     // Counts to two, and is zero again.
     if (index == 0) earlier_halves = atomicInc(args.halves_done + tile / 2, 1);
     meet_some<Shape::FINISHING>(OF_FINISHING);
-    if (earlier_halves == 0 || index >= 64) return;
+    if (earlier_halves == 0) return;
     __threadfence();
-    const uint32_t rounded = index / 8, first = tile / 2 * GROUP + index % 8 * 4;
-    const bool stores = rounded < args.columns;
-    const float* const from = gate.out + static_cast<size_t>(stores ? rounded : 0) * gate.stride + first;
-    round_row_group(__ldcg(reinterpret_cast<const float4*>(from)), args.rounded, rounded, gate.rows, first, stores);
+    round_gated<Shape>(args, tile / 2, [&](uint32_t column, uint32_t i) {
+        return __ldcg(reinterpret_cast<const float4*>(gate.out + static_cast<size_t>(column) * gate.stride + tile / 2 * GROUP + i));
+    });
 }
 
 // Finishes all gated tiles of a block. Sums have two places, which are filled and read in turn: when all meet because
 // one is full, the other one has been read.
 template <class Shape> __device__ __forceinline__ void finish_all_gated(const StreamArgs& args, const float* sums) {
+    const OwnTiles<Shape> tiles(args);
     wait_for_earlier();
     __syncthreads();
-    uint32_t turn = 0;
-    for (uint32_t tile = blockIdx.x; tile < args.tiles; tile += gridDim.x, turn++) {
+    for (uint32_t turn = 0, tile; (tile = tiles.at(args, 0, turn)) < args.tiles; turn++) {
         meet_some<Shape::THREADS>(FILLED);
-        finish_gated<Shape>(args, sums + turn % 2 * (2 * Shape::SUMS), tile);
+        finish_gated<Shape>(args, sums + turn % 2 * (2 * Shape::SUMS), tile, tile != tiles.single);
     }
 }
 
@@ -220,9 +261,9 @@ __device__ __forceinline__ void hand_over(const StreamArgs& args, float* sums, c
 
 // A warp's part of all tiles: of a single column.
 template <class T, class Shape>
-__device__ __forceinline__ void multiply_single(const StreamArgs& args, Streaming<T, Shape>& weights, uint32_t tile, const SingleColumn& x, float* sums) {
+__device__ __forceinline__ void multiply_single(const StreamArgs& args, Streaming<T, Shape>& weights, const SingleColumn& x, float* sums) {
     const uint32_t begin = x.first / 2, end = (x.end + 1) / 2;
-    for (uint32_t turn = 0; tile < args.tiles; tile += weights.step, turn++) {
+    for (uint32_t turn = 0, tile; (tile = weights.own_tile(args, turn)) < args.tiles; turn++) {
         float acc[2] = {};
         for (uint32_t pair = begin; pair < end; pair++) {
             PairSums<T> of;
@@ -254,9 +295,9 @@ template <class T> struct TakenScaleRow {
 
 // The same of up to eight columns.
 template <class T, class Shape>
-__device__ __forceinline__ void multiply_columns(const StreamArgs& args, Streaming<T, Shape>& weights, uint32_t tile, const typename Shape::X& x, float* sums) {
+__device__ __forceinline__ void multiply_columns(const StreamArgs& args, Streaming<T, Shape>& weights, const typename Shape::X& x, float* sums) {
     const uint32_t first = weights.first, count = weights.count, g = threadIdx.x % 32 / 4;
-    for (uint32_t turn = 0; tile < args.tiles; tile += weights.step, turn++) {
+    for (uint32_t turn = 0, tile; (tile = weights.own_tile(args, turn)) < args.tiles; turn++) {
         TileSums<1, 1, true> acc;
         for (uint32_t chunk = 0; chunk < count; chunk++) {
             Raw raw[2];
@@ -286,10 +327,9 @@ template <class T, class Shape> __device__ __forceinline__ void stream(const Str
     const uint32_t half = threadIdx.x / Shape::HALF, range = threadIdx.x / 32 % STREAM_RANGES;
     const uint32_t chunks = args.padded / CHUNK, each = (chunks + STREAM_RANGES - 1) / STREAM_RANGES;
     const uint32_t first = min(range * each, chunks), count = min(each, chunks - first);
-    // A half's first tile, and how far it is to its next.
-    const uint32_t tile = blockIdx.x + (Shape::GATED ? 0 : half * gridDim.x), step = Shape::GATED ? gridDim.x : 2 * gridDim.x;
-    Streaming<T, Shape> weights{typename Shape::Ring(stream_shared), first, count, step, tile};
-    aim<T, Shape>(weights.next, args, tile, first);
+    const OwnTiles<Shape> tiles(args);
+    Streaming<T, Shape> weights{typename Shape::Ring(stream_shared), tiles, first, count, tiles.at(args, half, 0)};
+    aim<T, Shape>(weights.next, args, weights.tile, first);
     uint8_t* const all = stream_shared + Shape::Ring::BYTES + 4 * Shape::SUMS * sizeof(float);
     uint8_t* const activations = all + range * each * Shape::X::SLOT;
     // What is loaded waits for all that was asked for before: so most chunks are asked for after it.
@@ -314,8 +354,8 @@ template <class T, class Shape> __device__ __forceinline__ void stream(const Str
         }
     }
     __syncthreads();
-    if constexpr (Shape::SINGLE) multiply_single<T, Shape>(args, weights, tile, SingleColumn(activations, first, first + count), sums);
-    if constexpr (!Shape::SINGLE) multiply_columns<T, Shape>(args, weights, tile, {args, activations, 0, threadIdx.x % 32}, sums);
+    if constexpr (Shape::SINGLE) multiply_single<T, Shape>(args, weights, SingleColumn(activations, first, first + count), sums);
+    if constexpr (!Shape::SINGLE) multiply_columns<T, Shape>(args, weights, {args, activations, 0, threadIdx.x % 32}, sums);
 }
 
 #define STREAM_KERNEL(kernel, T, ...)                                                                                       \
