@@ -332,13 +332,15 @@ template <class T, class Shape> __device__ __forceinline__ void stream(const Str
     aim<T, Shape>(weights.next, args, weights.tile, first);
     uint8_t* const all = stream_shared + Shape::Ring::BYTES + 4 * Shape::SUMS * sizeof(float);
     uint8_t* const activations = all + range * each * Shape::X::SLOT;
-    // What is loaded waits for all that was asked for before: so most chunks are asked for after it.
+    // What is loaded waits for all that was asked for before: so most chunks are asked for when it is there.
     if (Shape::SINGLE && args.norm.weight) {
-        NormOnTheWay<Shape> row{args.norm};
+        __shared__ float parts[32];
+        NormOnTheWay<Shape> row{args.norm, parts};
         row.load_weight();
         weights.ask_first(args, Shape::EARLY);
         wait_for_earlier();
         row.load();
+        row.sum_squares();
         weights.ask_first(args, Shape::DEPTH - Shape::EARLY);
         row.store(all);
     } else {

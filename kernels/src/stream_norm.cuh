@@ -28,6 +28,7 @@ struct StreamNorm {
 template <class Shape> struct NormOnTheWay {
     static constexpr int TWICE = 2, QUADS = 2;
     const StreamNorm& norm;
+    float* const parts; // [32], in shared memory
     float4 v[TWICE][QUADS], weight[TWICE][QUADS];
 
     __device__ __forceinline__ uint32_t at(int j, int k) const { return 4 * (k * norm.threads + j * Shape::STREAMING + threadIdx.x); }
@@ -51,17 +52,20 @@ template <class Shape> struct NormOnTheWay {
         }
     }
 
-    __device__ __forceinline__ void store(uint8_t* to) const {
-        __shared__ float parts[32];
-        const uint32_t lane = threadIdx.x % 32, cols = norm.cols;
+    // Waits for what was loaded.
+    __device__ __forceinline__ void sum_squares() const {
 #pragma unroll
         for (int j = 0; j < TWICE; j++) {
             float squares = 0;
 #pragma unroll
             for (int k = 0; k < QUADS; k++) squares = is_one(j, k) ? quad_squares(v[j][k], squares) : squares;
             squares = warp_sum(squares);
-            if (lane == 0) parts[j * (Shape::STREAMING / 32) + threadIdx.x / 32] = squares;
+            if (threadIdx.x % 32 == 0) parts[j * (Shape::STREAMING / 32) + threadIdx.x / 32] = squares;
         }
+    }
+
+    __device__ __forceinline__ void store(uint8_t* to) const {
+        const uint32_t lane = threadIdx.x % 32, cols = norm.cols;
         meet_some<Shape::STREAMING>(OF_NORM);
         const float scale = norm_scale(warp_sum(lane < norm.threads / 32 ? parts[lane] : 0.0f), cols, norm.eps);
 #pragma unroll
