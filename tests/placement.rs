@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
+#[path = "placement/cuts.rs"]
+mod cuts;
 #[path = "placement/gpu.rs"]
 mod gpu;
 #[path = "placement/nodes.rs"]

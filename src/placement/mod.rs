@@ -16,6 +16,8 @@ mod room;
 mod several;
 mod share;
 mod spill;
+mod spill_choice;
+mod spill_cuts;
 mod spill_units;
 mod spill_ways;
 mod width;
@@ -199,33 +201,6 @@ impl Placement {
         Self::within(spec, config, (workers, &[room]), notes)
     }
 
-    /// This placement on a GPU, or the other one on the CPU where that is predicted to be faster;
-    /// where nothing was measured, this one.
-    fn or_faster(
-        self,
-        other: Option<Self>,
-        spec: &ModelSpec,
-        (hardware, config): (&HardwareProfile, &Config),
-    ) -> Self {
-        let Some(mut other) = other else { return self };
-        let context_tokens = self.context_tokens.min(other.context_tokens);
-        let job = Job::expected(&config.placement, context_tokens);
-        let seconds = |placement: &Self| job.seconds(spec, placement, hardware);
-        match (seconds(&self), seconds(&other)) {
-            (Some(on_gpu), Some(on_cpu)) if on_cpu < on_gpu => {
-                other.notes.insert(
-                    0,
-                    format!(
-                        "no GPU is used: with what must be spilled of the model a request is \
-                         predicted to take {on_gpu:.1} s, on the CPU alone {on_cpu:.1} s"
-                    ),
-                );
-                other
-            }
-            _ => self,
-        }
-    }
-
     /// Places a model on the first of some sets of GPUs that holds the whole with a context of use.
     /// Where none does, the one has it that spills least, or the whole with the context that is
     /// left.
@@ -267,40 +242,6 @@ impl Placement {
             (Err(_), Some(spilled)) => spilled,
             (whole, None) => whole,
         }
-    }
-
-    /// Places a model on that of some sets of GPUs beside which the fewest bytes have to be
-    /// spilled, and of equals with the longest context; none where spilling helps nowhere.
-    fn spilling(
-        spec: &ModelSpec,
-        (hardware, config): (&HardwareProfile, &Config),
-        (workers, candidates): (&Workers, &[Vec<&Gpu>]),
-        notes: &[String],
-    ) -> Option<Result<Self, RequestError>> {
-        let ways = spill_ways::Ways::new(spec, &workers.nodes);
-        let most = candidates.iter().map(Vec::len).max().unwrap_or(0);
-        let placed = candidates.iter().filter_map(|gpus| {
-            let mut notes = notes.to_vec();
-            if gpus.len() < most {
-                let names = gpus.iter().map(|gpu| gpu.ordinal.to_string()).collect::<Vec<_>>();
-                notes.push(format!(
-                    "GPUs other than {} are not used: with them no less would be spilled",
-                    names.join(", ")
-                ));
-            }
-            let rooms = spill::rooms(&ways, (hardware, gpus, workers), config, &mut notes);
-            let placed = |rooms: Vec<Room>| Self::within(spec, config, (workers, &rooms), notes);
-            rooms.transpose().map(|rooms| rooms.and_then(placed))
-        });
-        // Of equals the first: the fewest GPUs.
-        placed.min_by_key(|placed| {
-            let placed = placed.as_ref().ok();
-            let spilled = placed.map(|placed| {
-                let bytes = placed.spill.as_ref().map_or(0, |spill| spill.weight_bytes);
-                (bytes, std::cmp::Reverse(placed.context_tokens))
-            });
-            (spilled.is_none(), spilled)
-        })
     }
 
     /// Places a model on devices that have its layers between them.
