@@ -18,7 +18,9 @@
 
 use super::several::{Sizes, blocks, cut, cut_by_blocks};
 use super::spill_ways::{RunWays, Way, Ways};
+use std::cell::RefCell;
 use std::cmp::Reverse;
+use std::collections::HashMap;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -73,13 +75,26 @@ impl Task<'_> {
 
     /// The shares of least value among those of other cuts, and these themselves; a cut without a
     /// value is none.
-    pub fn best<V: Ord>(&self, shares: &Shares, value: impl Fn(&Shares) -> Option<V>) -> Shares {
+    pub fn best<V: Ord + Copy>(
+        &self,
+        shares: &Shares,
+        value: impl Fn(&Shares) -> Option<V>,
+    ) -> Shares {
         let Some(choice) = shares.choice else { return shares.clone() };
         let beside = (shares.kv_blocks, choice);
         let with = |cut: &[Range<usize>]| self.with_cut(cut, beside);
-        let value = |cut: &[Range<usize>]| value(&with(cut)?);
+        // Most cuts are met several times, and a value takes long.
+        let known = RefCell::new(HashMap::new());
+        let value = |cut: &[Range<usize>]| {
+            let of_cut = known.borrow().get(cut).copied();
+            of_cut.unwrap_or_else(|| {
+                let of_cut = with(cut).and_then(|shares| value(&shares));
+                known.borrow_mut().insert(cut.to_vec(), of_cut);
+                of_cut
+            })
+        };
         let starts = [self.least_spilled(beside), self.most_even(beside)];
-        let found = starts.into_iter().flatten().filter_map(|cut| moved(cut, &value));
+        let found = starts.into_iter().flatten().filter_map(|cut| moved(cut, value));
         // Of equals the first.
         let best = found.min_by(|a, b| a.1.cmp(&b.1));
         best.and_then(|(cut, _)| with(&cut)).unwrap_or_else(|| shares.clone())
