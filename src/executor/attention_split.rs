@@ -1,6 +1,6 @@
 //! Which worker computes which part of a step's attention: shares of equal cost of the items (query
-//! tile, KV head), cut inside an item where whole items would leave workers idle. Pure arithmetic
-//! on the plan, done once per step.
+//! tile, KV head), cut inside an item where whole items would leave workers idle; if none is,
+//! shares are where workers begin. Pure arithmetic on the plan, done once per step.
 //!
 //! An item is cut between segments of positions, which the kernels compute on their own and merge
 //! in ascending order whoever computed them: cuts move work, and no bit of a result.
@@ -163,6 +163,12 @@ impl AttentionSplit {
         if self.is_worth_dividing() {
             self.divide(tiles);
         }
+    }
+
+    /// Where a worker's share begins if none is divided, in items from the last one on; of worker
+    /// `workers`, how many there are.
+    pub fn first_from_last(&self, worker: usize) -> usize {
+        self.cost_end.len() * self.heads() - self.cuts[self.workers - worker].item
     }
 
     /// What worker `worker` does, in order.

@@ -43,13 +43,19 @@ impl Step<'_> {
         let split = self.batch.attention(AttentionShape { heads, window: params.window });
         let attention = Attention { step: self, heads, layer, params, rotation };
         let mut scratch = self.scratch[worker.index].lock().unwrap_or_else(PoisonError::into_inner);
-        for piece in split.pieces(worker.index) {
-            match piece.part {
-                None => attention.whole(piece.item, &mut scratch),
-                Some((segments, divided)) => attention.segments(segments, divided, &mut scratch),
+        if split.divided().is_empty() {
+            // Those of a prompt that see most first: what is left for the end is short.
+            let items = split.first_from_last(worker.count());
+            for index in worker.deal_from(1, |worker| split.first_from_last(worker)).flatten() {
+                attention.whole(items - 1 - index, &mut scratch);
             }
-        }
-        if !split.divided().is_empty() {
+        } else {
+            for piece in split.pieces(worker.index) {
+                match piece.part {
+                    None => attention.whole(piece.item, &mut scratch),
+                    Some((segments, own)) => attention.segments(segments, own, &mut scratch),
+                }
+            }
             self.meet(worker);
             for index in worker.share(split.divided().len(), 1) {
                 attention.merge(&split.divided()[index], &mut scratch);
