@@ -7,21 +7,24 @@
 //!     decode 16 × 16 tiles of weights                                   (256 KiB)
 //!     for each 32 columns:                       their chunk is 32 KiB
 //!       for each 32 rows:  4 sums; for each group 4 loads and 4 products
-//!   write the sums                                                      (512 KiB)
 //! ```
+//! The last chunk writes its sums as results. Meanwhile the sums, or the lines of the results, that
+//! come next are asked for, and the columns that come next, a few lines with each group.
+//!
 //! More rows read columns from the shared cache less often, and longer chunks move sums less often:
 //! with 16 threads the product of 16,384 × 4,096 weights with 512 columns takes 20 % longer for 128
 //! rows or for 256 elements, or both.
 
 use super::super::lanes::Lanes;
-use super::super::packed::{Block, Packed};
+use super::super::packed::{self, Packed};
 use super::super::{MatrixView, OutputColumns};
 use super::decode::{Largest, decode, decode_any};
 use super::unit::{self, Sums, Weights};
 use super::{Pair, Vectors, write_sums};
-use crate::activations::{Bf16, ColumnTile};
+use crate::activations::{Bf16, ColumnTile, Line, TILE_COLUMNS};
 use crate::blocks::GROUP;
 use crate::repack::ROWS;
+use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T1, _mm_prefetch};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -37,6 +40,8 @@ struct Scratch {
     weights: [[MaybeUninit<Weights>; CHUNK_GROUPS]; HEIGHT],
     /// Of each tile of columns and group of rows.
     sums: [[MaybeUninit<Sums>; HEIGHT]; TILES_MAX],
+    /// Those that are finished.
+    finished: [[MaybeUninit<Sums>; 2]; 2],
 }
 
 /// A chunk of some groups of rows.
@@ -50,6 +55,31 @@ struct Chunk {
     height: usize,
     /// The chunk that is decoded next: fetched while the first columns are multiplied.
     next: *const u8,
+    /// Whether its sums are finished.
+    is_last: bool,
+}
+
+/// Where results go.
+#[derive(Clone, Copy)]
+struct Target<'a> {
+    out: OutputColumns<'a>,
+    /// Column of the first tile.
+    column: usize,
+    /// Row of the first group, and which of the rows are to be written.
+    row: usize,
+    covered: (usize, usize),
+}
+
+/// Sums of two tiles of columns and two groups of rows, or of one.
+#[derive(Clone, Copy)]
+struct Block<'a> {
+    /// Which of the tiles and groups is the first.
+    tile: usize,
+    row: usize,
+    /// For it, too.
+    target: Target<'a>,
+    /// The chunk of the columns that are multiplied next.
+    ahead: [*const Line; 2],
 }
 
 /// Rows `rows` of all columns.
@@ -67,6 +97,7 @@ pub(super) unsafe fn multiply<P: Packed>(
     let mut scratch = Scratch {
         weights: [[const { MaybeUninit::uninit() }; CHUNK_GROUPS]; HEIGHT],
         sums: [[const { MaybeUninit::uninit() }; HEIGHT]; TILES_MAX],
+        finished: [[const { MaybeUninit::uninit() }; 2]; 2],
     };
     let mut first_row = rows.start / ROWS * ROWS;
     while first_row < rows.end {
@@ -84,34 +115,27 @@ pub(super) unsafe fn multiply<P: Packed>(
                 columns += tiles[count].columns;
                 count += 1;
             }
+            let covered = (covered.start, covered.end);
+            let target = Target { out, column: first, row: first_row, covered };
             // SAFETY: our own contract; rows of a group exist in whole, padding included.
-            unsafe {
-                block::<P>(weights, &tiles[..count], (first_row, height), &mut scratch);
-                for (tile, sums) in tiles[..count].iter().zip(&scratch.sums) {
-                    let these = first..first + tile.columns;
-                    for (r, sums) in sums.iter().enumerate().take(height) {
-                        let rows = (first_row + r * ROWS, &covered);
-                        write_sums(sums.as_ptr(), these.clone(), rows, out);
-                    }
-                    first = these.end;
-                }
-            }
+            unsafe { block::<P>(weights, &tiles[..count], (height, target), &mut scratch) }
+            first = columns;
         }
         first_row += height * ROWS;
     }
 }
 
-/// The sums of some columns and groups of rows.
+/// The products of some columns and `height` groups of rows.
 #[inline(always)]
 unsafe fn block<P: Packed>(
     weights: &MatrixView<'_>,
     tiles: &[ColumnTile],
-    (first_row, height): (usize, usize),
+    (height, target): (usize, Target<'_>),
     scratch: &mut Scratch,
 ) {
     let block_groups = const { P::DTYPE.block_elements() / GROUP };
     let apart = ROWS * weights.row_bytes();
-    let rows = weights.bytes().as_ptr().wrapping_add(first_row / ROWS * apart);
+    let rows = weights.bytes().as_ptr().wrapping_add(target.row / ROWS * apart);
     let blocks = weights.cols() / P::DTYPE.block_elements();
     for start in (0..blocks).step_by(CHUNK_GROUPS / block_groups) {
         let at = |block: usize| rows.wrapping_add(block * ROWS * P::DTYPE.block_bytes());
@@ -124,11 +148,12 @@ unsafe fn block<P: Packed>(
             first_group: start * block_groups,
             height,
             next: if is_last { rows.wrapping_add(height * apart) } else { at(start + count) },
+            is_last,
         };
         // SAFETY: the blocks exist; the rest is our own contract.
         unsafe {
             decode_chunk::<P>(chunk, &mut scratch.weights);
-            add_chunk::<P>(chunk, tiles, scratch);
+            add_chunk::<P>(chunk, tiles, target, scratch);
         }
     }
 }
@@ -147,7 +172,7 @@ unsafe fn decode_chunk<P: Packed>(
             let mut largest = Largest::none();
             for (step, tile) in weights.iter_mut().enumerate().take(chunk.groups) {
                 let bytes = at(step / block_groups);
-                let block = Block { bytes, lane: 0, six_bits: std::ptr::null() };
+                let block = packed::Block { bytes, lane: 0, six_bits: std::ptr::null() };
                 let (group, tile) = (step % block_groups, tile.as_mut_ptr());
                 decode::<P>(block, group, tile, &mut largest, |_| {});
             }
@@ -163,9 +188,20 @@ unsafe fn decode_chunk<P: Packed>(
 
 /// Adds the products of a chunk to the sums.
 #[inline(always)]
-unsafe fn add_chunk<P: Packed>(chunk: Chunk, tiles: &[ColumnTile], scratch: &mut Scratch) {
+unsafe fn add_chunk<P: Packed>(
+    chunk: Chunk,
+    tiles: &[ColumnTile],
+    mut target: Target<'_>,
+    scratch: &mut Scratch,
+) {
     let mut configured = [0; 2];
     for (index, pair) in tiles.chunks(2).enumerate() {
+        let (next, group) = match tiles[2 * index..].get(2..) {
+            Some(next) if !next.is_empty() => (next, chunk.first_group),
+            _ => (tiles, chunk.first_group + chunk.groups),
+        };
+        let ahead = [next[0], next[next.len().min(2) - 1]];
+        let ahead = ahead.map(|tile| tile.lines.wrapping_add(group * tile.apart));
         let pair = match *pair {
             [first, second] => Pair::Two([first, second]),
             _ => Pair::One(pair[0]),
@@ -176,19 +212,20 @@ unsafe fn add_chunk<P: Packed>(chunk: Chunk, tiles: &[ColumnTile], scratch: &mut
                 configured = pair.columns();
                 unit::configure(configured);
             }
-            for r in (0..chunk.height).step_by(2) {
+            for row in (0..chunk.height).step_by(2) {
                 if index == 0 {
-                    fetch::<P>(chunk, r);
+                    fetch::<P>(chunk, row);
                 }
-                let at = (2 * index, r);
-                match (pair, r + 1 < chunk.height) {
-                    (Pair::Two(tiles), true) => add::<2, 2>(tiles, chunk, at, scratch),
-                    (Pair::Two(tiles), false) => add::<2, 1>(tiles, chunk, at, scratch),
-                    (Pair::One(tile), true) => add::<1, 2>([tile], chunk, at, scratch),
-                    (Pair::One(tile), false) => add::<1, 1>([tile], chunk, at, scratch),
+                let block = Block { tile: 2 * index, row, target, ahead };
+                match (pair, row + 1 < chunk.height) {
+                    (Pair::Two(tiles), true) => add::<2, 2>(tiles, chunk, block, scratch),
+                    (Pair::Two(tiles), false) => add::<2, 1>(tiles, chunk, block, scratch),
+                    (Pair::One(tile), true) => add::<1, 2>([tile], chunk, block, scratch),
+                    (Pair::One(tile), false) => add::<1, 1>([tile], chunk, block, scratch),
                 }
             }
         }
+        target.column += pair.columns().iter().sum::<usize>();
     }
 }
 
@@ -210,15 +247,16 @@ unsafe fn fetch<P: Packed>(chunk: Chunk, row: usize) {
 unsafe fn add<const A: usize, const R: usize>(
     tiles: [ColumnTile; A],
     chunk: Chunk,
-    (tile, row): (usize, usize),
+    block: Block<'_>,
     scratch: &mut Scratch,
 ) {
+    let Block { tile, row, target, .. } = block;
     let sums: [[*mut Sums; R]; A] = std::array::from_fn(|a| {
         std::array::from_fn(|r| scratch.sums[tile + a][row + r].as_mut_ptr())
     });
     let weights: [_; R] = std::array::from_fn(|r| scratch.weights[row + r].as_ptr());
     // SAFETY: the caller's registers, columns and weights; sums exist, and were stored before
-    // unless this is the first chunk.
+    // unless this is the first chunk; the covered rows of the columns are this thread's.
     unsafe {
         if chunk.first_group == 0 {
             unit::clear();
@@ -228,8 +266,70 @@ unsafe fn add<const A: usize, const R: usize>(
         for group in 0..chunk.groups {
             let x =
                 tiles.map(|tile| tile.lines.wrapping_add((chunk.first_group + group) * tile.apart));
-            unit::multiply::<A, R>(x, weights.map(|weights| weights.wrapping_add(group).cast()));
+            let weights = weights.map(|weights| weights.wrapping_add(group).cast());
+            unit::multiply_in_turn::<A, R>(x, weights);
+            fetch_ahead(chunk, &block, group, &scratch.sums);
         }
-        unit::store::<A, R>(sums);
+        if !chunk.is_last {
+            return unit::store::<A, R>(sums);
+        }
+        let finished: [[*mut Sums; R]; A] =
+            std::array::from_fn(|a| std::array::from_fn(|r| scratch.finished[a][r].as_mut_ptr()));
+        unit::store::<A, R>(finished);
+        let (mut first, covered) = (target.column, target.covered.0..target.covered.1);
+        for (tile, finished) in tiles.iter().zip(finished) {
+            let columns = first..first + tile.columns;
+            first = columns.end;
+            for (r, sums) in finished.into_iter().enumerate() {
+                let base = target.row + (row + r) * ROWS;
+                write_sums(sums, columns.clone(), (base, &covered), target.out);
+            }
+        }
+    }
+}
+
+/// Asks for a few lines after group `group` of a block: of the sums of the block that follows, or,
+/// if sums are finished, of this one's results, and of the columns that come next. All groups and
+/// rows of a chunk together ask for all of them.
+#[inline(always)]
+unsafe fn fetch_ahead(
+    chunk: Chunk,
+    block: &Block<'_>,
+    group: usize,
+    sums: &[[MaybeUninit<Sums>; HEIGHT]; TILES_MAX],
+) {
+    const LINES: usize = 4 * TILE_COLUMNS / CHUNK_GROUPS;
+    let Block { tile, row, target, ahead } = *block;
+    let (tile, next_row) = if row + 2 < chunk.height { (tile, row + 2) } else { (tile + 2, 0) };
+    for index in LINES * group..LINES * (group + 1) {
+        // SAFETY: a prefetch of any address is harmless.
+        unsafe {
+            if chunk.is_last {
+                let (column, r) = (target.column + index / 2, index % 2);
+                if column < target.out.columns() {
+                    let base = target.row + (row + r) * ROWS;
+                    let at = target.out.at(column, target.covered.0).wrapping_add(base);
+                    _mm_prefetch::<_MM_HINT_ET0>(at.wrapping_sub(target.covered.0).cast());
+                }
+            } else {
+                let (a, line) = (index / (2 * TILE_COLUMNS), index % (2 * TILE_COLUMNS));
+                let first = sums.as_ptr().wrapping_add(tile + a).cast::<Sums>();
+                Vectors::prefetch(
+                    first.wrapping_add(next_row).cast::<u8>().wrapping_add(64 * line),
+                );
+            }
+        }
+    }
+    const COLUMN_LINES: usize = 4 * TILE_COLUMNS / HEIGHT;
+    let lines = chunk.groups * TILE_COLUMNS;
+    let first = COLUMN_LINES * (row / 2 * chunk.groups + group);
+    for index in first..first + COLUMN_LINES {
+        let at = if index < lines {
+            ahead[0].wrapping_add(index)
+        } else {
+            ahead[1].wrapping_add(index - lines)
+        };
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
 }
