@@ -230,8 +230,10 @@ fn gated_products_are_rounded_as_rows_are() {
     let staging = Staging::new(&gpu).expect("staging memory");
     let mut random = Random(7);
     let dtypes = [DType::Q4_0, DType::Q6_K, DType::Q4_K, DType::Q8_0, DType::Q2_K, DType::IQ4_NL];
-    // Pairs of tiles go round with few left over, which blocks share, or with many.
-    for (dtype, rows) in dtypes.into_iter().flat_map(|dtype| [(dtype, 4608), (dtype, 3200)]) {
+    // Pairs of tiles go round with few left over, which blocks share, or with many, or are fewer.
+    for (dtype, rows) in
+        dtypes.into_iter().flat_map(|dtype| [(dtype, 4608), (dtype, 3200), (dtype, 1024)])
+    {
         let cols = 640;
         let cols = if dtype.row_bytes(cols).is_some() { cols } else { 768 };
         let matrices = [0, 1].map(|_| {

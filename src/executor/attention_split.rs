@@ -165,8 +165,7 @@ impl AttentionSplit {
         }
     }
 
-    /// Where a worker's share begins if none is divided, in items from the last one on; of worker
-    /// `workers`, how many there are.
+    /// Where a worker's share begins if none is divided, in items from the last one on.
     pub fn first_from_last(&self, worker: usize) -> usize {
         self.cost_end.len() * self.heads() - self.cuts[self.workers - worker].item
     }
@@ -323,6 +322,9 @@ mod tests {
             assert_eq!(divided.partials.len(), len, "{name}");
             assert!(divided.partials.end <= split.partials_max(), "{name}");
         }
+        let firsts: Vec<_> = (0..=split.workers).map(|w| split.first_from_last(w)).collect();
+        assert_eq!((firsts[0], firsts[split.workers]), (0, seen.len()), "{name}");
+        assert!(firsts.is_sorted(), "{name}: {firsts:?}");
         loads
     }
 

@@ -8,7 +8,7 @@
 //! blocks(gpu, a..b) = (usable − weights(a..b) − activations(a..b)) / bytes of a block in a..b
 //! best(gpu, b)      = max over a < b of sorted(best(gpu − 1, a), blocks(gpu, a..b))
 //! ```
-//! `spill.rs` cuts by what has to be spilled in the same way.
+//! `spill_cuts.rs` cuts by what has to be spilled in the same way.
 
 use super::{Room, gpu};
 use crate::config::Config;

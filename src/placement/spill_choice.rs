@@ -36,19 +36,19 @@ impl Placement {
                     names.join(", ")
                 ));
             }
-            let beside = Spilling::new(&ways, (hardware, gpus, workers), config);
-            let shares = beside.shares()?;
-            let placed = beside.placed(&shares, notes.clone())?;
-            Some((placed, beside, shares, notes))
+            let spilling = Spilling::new(&ways, (hardware, gpus, workers), config);
+            let shares = spilling.shares()?;
+            let placed = spilling.placed(&shares, notes.clone())?;
+            Some((placed, spilling, shares, notes))
         });
         // Of equals the first: the fewest GPUs.
-        let (placed, beside, shares, notes) = placed.min_by_key(|(placed, ..)| {
+        let (placed, spilling, shares, notes) = placed.min_by_key(|(placed, ..)| {
             let placed = placed.as_ref().ok();
             let spilled =
                 placed.map(|placed| (placed.spilled_bytes(), Reverse(placed.context_tokens)));
             (spilled.is_none(), spilled)
         })?;
-        Some(placed.map(|placed| placed.or_cut_faster(spec, config, (&beside, &shares, &notes))))
+        Some(placed.map(|placed| placed.or_cut_faster(spec, config, (&spilling, &shares, &notes))))
     }
 
     /// This placement on several GPUs, or one whose layers are cut so that the expected requests
@@ -58,22 +58,22 @@ impl Placement {
         self,
         spec: &ModelSpec,
         config: &Config,
-        (beside, shares, notes): (&Spilling<'_>, &Shares, &[String]),
+        (spilling, shares, notes): (&Spilling<'_>, &Shares, &[String]),
     ) -> Self {
         let job = Job::expected(&config.placement, self.context_tokens);
-        let seconds = |placed: &Self| job.seconds(spec, placed, beside.hardware);
+        let seconds = |placed: &Self| job.seconds(spec, placed, spilling.hardware);
         let unit = match seconds(&self) {
-            Some(seconds) if beside.gpus.len() > 1 => seconds * PRECISION,
+            Some(seconds) if spilling.gpus.len() > 1 => seconds * PRECISION,
             _ => return self,
         };
-        let placed = |shares: &Shares| beside.placed(shares, notes.to_vec())?.ok();
+        let placed = |shares: &Shares| spilling.placed(shares, notes.to_vec())?.ok();
         let value = |shares: &Shares| {
             let placed = placed(shares)?;
             let is_like = placed.context_tokens >= self.context_tokens;
             let units = (seconds(&placed)? / unit).round() as u64;
             is_like.then(|| (units, placed.spilled_bytes()))
         };
-        placed(&beside.task().best(shares, value)).unwrap_or(self)
+        placed(&spilling.task().best(shares, value)).unwrap_or(self)
     }
 
     /// Bytes of weights in host memory, where GPUs run the model.

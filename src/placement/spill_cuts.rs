@@ -49,8 +49,8 @@ pub(super) struct Shares {
     pub each: Vec<Share>,
     /// KV blocks that all of them have room for then.
     pub kv_blocks: u64,
-    /// Of which ways theirs are the cheapest; none where it is the last, since nothing else has
-    /// room.
+    /// Among which ways theirs were the cheapest; none where everything is spilled, since no other
+    /// way has room.
     choice: Option<Choice>,
 }
 
@@ -337,16 +337,20 @@ mod tests {
     fn another_cut_is_taken_for_its_value_alone_and_has_as_much_room() {
         let (spec, config, nodes) = (spec(), Config::default(), NodeTeams::default());
         let (ways, sizes) = (Ways::new(&spec, &nodes), Sizes::of(&spec, &config));
-        let usable = [900 << 20; 2];
+        let usable = [1000 << 20; 2];
         let task = Task { ways: &ways, sizes: &sizes, usable: &usable };
-        let shares = task.shares(100, 64).expect("room for it");
+        let shares = task.shares(64, 64).expect("room for it");
         let spilled = |shares: &Shares| shares.each.iter().map(|share| share.way.host_bytes).sum();
         let all = |shares: &Shares| -> u64 { spilled(shares) };
         let same = task.best(&shares, |other| Some(all(other)));
         assert_eq!(all(&same), all(&shares));
         // As if the first GPU was slow.
         let best = task.best(&shares, |other| Some(other.each[0].layers.len()));
-        assert!(best.each[0].layers.len() <= shares.each[0].layers.len());
+        let first = |shares: &Shares| shares.each[0].layers.len();
+        let beside = (shares.kv_blocks, shares.choice.expect("a way to cut them"));
+        let fitting = cuts(0, 8, 2).into_iter().filter_map(|cut| task.with_cut(&cut, beside));
+        assert_eq!(Some(first(&best)), fitting.map(|shares| first(&shares)).min());
+        assert!(first(&best) < first(&shares));
         assert!(all(&best) >= all(&shares));
         assert_eq!(best.kv_blocks, shares.kv_blocks);
         for (gpu, share) in best.each.iter().enumerate() {

@@ -33,6 +33,7 @@ const TILED_UNITS: usize = 64 / PAIRED_MATMUL_ROWS;
 /// of a wide step are then still in the second-level cache. Fewer tokens take more rows, since each
 /// change from one matrix to the other waits for memory once.
 const GATE_ROWS: usize = 128;
+/// Tokens times such rows, at least.
 const GATE_PRODUCTS: usize = 4096;
 /// The same for kernels on tiles: as many as they take at once.
 const TILED_GATE_ROWS: usize = 256;

@@ -142,10 +142,11 @@ pub(super) unsafe fn multiply_in_turn<const A: usize, const R: usize>(
 
 /// Instruction `index` of [`multiply`], for who has something else to do between them. Loads come
 /// first: in the half of a core that another thread leaves, they then run beside the products of
-/// the group before, and not between those of their own.
+/// the group before, and not between those of their own, as long as what else there is keeps later
+/// groups away.
 ///
 /// # Safety
-/// As for [`multiply`], and no other instruction comes between those of one product.
+/// As for [`multiply`], and no other instruction of the unit comes between those of one product.
 #[inline(always)]
 pub(super) unsafe fn instruction<const A: usize, const R: usize>(
     index: usize,

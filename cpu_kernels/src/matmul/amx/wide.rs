@@ -24,7 +24,7 @@ use super::{Pair, Vectors, write_sums};
 use crate::activations::{Bf16, ColumnTile, Line, TILE_COLUMNS};
 use crate::blocks::GROUP;
 use crate::repack::ROWS;
-use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T1, _mm_prefetch};
+use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -72,11 +72,11 @@ struct Target<'a> {
 
 /// Sums of two tiles of columns and two groups of rows, or of one.
 #[derive(Clone, Copy)]
-struct Block<'a> {
+struct Square<'a> {
     /// Which of the tiles and groups is the first.
     tile: usize,
     row: usize,
-    /// For it, too.
+    /// From that tile on.
     target: Target<'a>,
     /// The chunk of the columns that are multiplied next.
     ahead: [*const Line; 2],
@@ -216,12 +216,12 @@ unsafe fn add_chunk<P: Packed>(
                 if index == 0 {
                     fetch::<P>(chunk, row);
                 }
-                let block = Block { tile: 2 * index, row, target, ahead };
+                let square = Square { tile: 2 * index, row, target, ahead };
                 match (pair, row + 1 < chunk.height) {
-                    (Pair::Two(tiles), true) => add::<2, 2>(tiles, chunk, block, scratch),
-                    (Pair::Two(tiles), false) => add::<2, 1>(tiles, chunk, block, scratch),
-                    (Pair::One(tile), true) => add::<1, 2>([tile], chunk, block, scratch),
-                    (Pair::One(tile), false) => add::<1, 1>([tile], chunk, block, scratch),
+                    (Pair::Two(tiles), true) => add::<2, 2>(tiles, chunk, square, scratch),
+                    (Pair::Two(tiles), false) => add::<2, 1>(tiles, chunk, square, scratch),
+                    (Pair::One(tile), true) => add::<1, 2>([tile], chunk, square, scratch),
+                    (Pair::One(tile), false) => add::<1, 1>([tile], chunk, square, scratch),
                 }
             }
         }
@@ -247,10 +247,10 @@ unsafe fn fetch<P: Packed>(chunk: Chunk, row: usize) {
 unsafe fn add<const A: usize, const R: usize>(
     tiles: [ColumnTile; A],
     chunk: Chunk,
-    block: Block<'_>,
+    square: Square<'_>,
     scratch: &mut Scratch,
 ) {
-    let Block { tile, row, target, .. } = block;
+    let Square { tile, row, target, .. } = square;
     let sums: [[*mut Sums; R]; A] = std::array::from_fn(|a| {
         std::array::from_fn(|r| scratch.sums[tile + a][row + r].as_mut_ptr())
     });
@@ -268,7 +268,7 @@ unsafe fn add<const A: usize, const R: usize>(
                 tiles.map(|tile| tile.lines.wrapping_add((chunk.first_group + group) * tile.apart));
             let weights = weights.map(|weights| weights.wrapping_add(group).cast());
             unit::multiply_in_turn::<A, R>(x, weights);
-            fetch_ahead(chunk, &block, group, &scratch.sums);
+            fetch_ahead(chunk, &square, group, &scratch.sums);
         }
         if !chunk.is_last {
             return unit::store::<A, R>(sums);
@@ -289,17 +289,17 @@ unsafe fn add<const A: usize, const R: usize>(
 }
 
 /// Asks for a few lines after group `group` of a block: of the sums of the block that follows, or,
-/// if sums are finished, of this one's results, and of the columns that come next. All groups and
-/// rows of a chunk together ask for all of them.
+/// if sums are finished, of this one's results, and of the columns that come next. A chunk of
+/// 16 groups of 16 rows asks for all of them, a smaller one for the first.
 #[inline(always)]
 unsafe fn fetch_ahead(
     chunk: Chunk,
-    block: &Block<'_>,
+    square: &Square<'_>,
     group: usize,
     sums: &[[MaybeUninit<Sums>; HEIGHT]; TILES_MAX],
 ) {
     const LINES: usize = 4 * TILE_COLUMNS / CHUNK_GROUPS;
-    let Block { tile, row, target, ahead } = *block;
+    let Square { tile, row, target, ahead } = *square;
     let (tile, next_row) = if row + 2 < chunk.height { (tile, row + 2) } else { (tile + 2, 0) };
     for index in LINES * group..LINES * (group + 1) {
         // SAFETY: a prefetch of any address is harmless.
@@ -309,7 +309,7 @@ unsafe fn fetch_ahead(
                 if column < target.out.columns() {
                     let base = target.row + (row + r) * ROWS;
                     let at = target.out.at(column, target.covered.0).wrapping_add(base);
-                    _mm_prefetch::<_MM_HINT_ET0>(at.wrapping_sub(target.covered.0).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_sub(target.covered.0).cast());
                 }
             } else {
                 let (a, line) = (index / (2 * TILE_COLUMNS), index % (2 * TILE_COLUMNS));
