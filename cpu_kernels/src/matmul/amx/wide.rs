@@ -24,7 +24,6 @@ use super::{Pair, Vectors, write_sums};
 use crate::activations::{Bf16, ColumnTile, Line, TILE_COLUMNS};
 use crate::blocks::GROUP;
 use crate::repack::ROWS;
-use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -309,7 +308,7 @@ unsafe fn fetch_ahead(
                 if column < target.out.columns() {
                     let base = target.row + (row + r) * ROWS;
                     let at = target.out.at(column, target.covered.0).wrapping_add(base);
-                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_sub(target.covered.0).cast());
+                    Vectors::prefetch(at.wrapping_sub(target.covered.0).cast());
                 }
             } else {
                 let (a, line) = (index / (2 * TILE_COLUMNS), index % (2 * TILE_COLUMNS));
@@ -330,6 +329,6 @@ unsafe fn fetch_ahead(
             ahead[1].wrapping_add(index - lines)
         };
         // SAFETY: as above.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+        unsafe { Vectors::prefetch_second(at.cast()) }
     }
 }
