@@ -38,7 +38,8 @@ unsafe fn matmul<P: Packed>(
     let Some(x) = x.bf16() else { return };
     // SAFETY: the caller checked the CPU and the shapes; registers are configured for the columns.
     unsafe {
-        if out.columns() > NARROW_COLUMNS && weights.layout() == Layout::Rows16 {
+        let is_wide = out.columns() > NARROW_COLUMNS && weights.cols() > 0;
+        if is_wide && weights.layout() == Layout::Rows16 {
             wide::<P>(weights, x, rows, out);
         } else {
             let mut first = 0;
