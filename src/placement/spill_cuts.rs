@@ -93,10 +93,10 @@ impl Task<'_> {
                 of_cut
             })
         };
-        let starts = [self.least_spilled(beside), self.most_even(beside)];
-        let found = starts.into_iter().flatten().filter_map(|cut| moved(cut, value));
+        let own = shares.each.iter().map(|share| share.layers.clone()).collect();
+        let starts = std::iter::once(own).chain(self.most_even(beside));
         // Of equals the first.
-        let best = found.min_by(|a, b| a.1.cmp(&b.1));
+        let best = starts.filter_map(|cut| moved(cut, value)).min_by_key(|(_, least)| *least);
         best.and_then(|(cut, _)| with(&cut)).unwrap_or_else(|| shares.clone())
     }
 
@@ -106,16 +106,6 @@ impl Task<'_> {
         let ways = self.ways_of(layers)?;
         let fits = |way: &&Way| self.blocks(gpu, layers, way) >= kv_blocks as i64;
         choice(&ways).iter().filter(fits).min_by_key(|way| way.host_bytes).copied()
-    }
-
-    /// The cut with the fewest spilled bytes beside which so many KV blocks have room.
-    fn least_spilled(&self, beside: (u64, Choice)) -> Option<Vec<Range<usize>>> {
-        let nothing = Reverse((0, 0));
-        cut(self.n_layers(), self.usable.len(), nothing, |before, gpu, layers| {
-            let bytes = self.way(gpu, &layers, beside)?.host_bytes;
-            let Reverse((all, most)) = *before;
-            Some(Reverse((all + bytes, most.max(bytes))))
-        })
     }
 
     /// The cut with which the GPU that spills most spills least.
@@ -137,8 +127,13 @@ impl Task<'_> {
 
     /// The shares with the fewest spilled bytes beside which so many KV blocks have room.
     fn cheapest(&self, kv_blocks: u64, choice: Choice) -> Option<Shares> {
-        let beside = (kv_blocks, choice);
-        self.with_cut(&self.least_spilled(beside)?, beside)
+        let (beside, nothing) = ((kv_blocks, choice), Reverse((0, 0)));
+        let cut = cut(self.n_layers(), self.usable.len(), nothing, |before, gpu, layers| {
+            let bytes = self.way(gpu, &layers, beside)?.host_bytes;
+            let Reverse((all, most)) = *before;
+            Some(Reverse((all + bytes, most.max(bytes))))
+        })?;
+        self.with_cut(&cut, beside)
     }
 
     /// The shares with everything spilled that leave most KV blocks to the GPU with the fewest.
