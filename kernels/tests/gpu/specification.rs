@@ -1,15 +1,29 @@
 //! Products by the scalar specification of the CPU kernels.
 
+use std::num::NonZero;
+use std::thread::available_parallelism;
+
 use super::{EightBitMemory, Random, from_gpu, on_gpu, scalar};
 use tandem_cpu_kernels::{
     ActivationBuffer, Activations, DType, Layout, MatrixView, OutputColumns, quantize_row,
 };
 use tandem_kernels::{Columns, DeviceMatrix, DeviceMemory, Gpu, Product, RoundRows, half_bytes};
 
+/// Rows that each processor takes of `rows`, at least one.
+fn rows_each(rows: usize) -> usize {
+    rows.div_ceil(available_parallelism().map_or(1, NonZero::get)).max(1)
+}
+
 /// A matrix as it lies in a file.
 pub fn file_bytes(dtype: DType, rows: usize, cols: usize, random: &mut Random) -> Vec<u8> {
-    let mut bytes = vec![0; rows * dtype.row_bytes(cols).expect("whole blocks")];
-    quantize_row(dtype, &random.floats(rows * cols), &mut bytes);
+    let row_bytes = dtype.row_bytes(cols).expect("whole blocks");
+    let (values, mut bytes) = (random.floats(rows * cols), vec![0; rows * row_bytes]);
+    let each = rows_each(rows);
+    std::thread::scope(|scope| {
+        for (values, bytes) in values.chunks(each * cols).zip(bytes.chunks_mut(each * row_bytes)) {
+            scope.spawn(move || quantize_row(dtype, values, bytes));
+        }
+    });
     bytes
 }
 
@@ -29,9 +43,16 @@ pub fn wanted(dtype: DType, (rows, cols): (usize, usize), file: &[u8], x: &[f32]
     } else {
         Activations::float(x, columns, cols)
     };
-    // SAFETY: the pointer is that of `out`, and only this thread writes.
+    // SAFETY: the pointer is that of `out`, and each thread writes rows of its own.
     let target = unsafe { OutputColumns::new(out.as_mut_ptr(), columns, rows) };
-    scalar().matmul(&view, &activations, 0..rows, target);
+    let each = rows_each(rows);
+    std::thread::scope(|scope| {
+        for first in (0..rows).step_by(each) {
+            let (view, activations) = (&view, &activations);
+            let rows = first..rows.min(first + each);
+            scope.spawn(move || scalar().matmul(view, activations, rows, target));
+        }
+    });
     out
 }
 
