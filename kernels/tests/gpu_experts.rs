@@ -6,7 +6,7 @@
 mod gpu;
 
 use gpu::specification::{file_bytes, round, wanted};
-use gpu::{EightBitMemory, Random, distance, from_gpu, gpu, on_gpu};
+use gpu::{EightBitMemory, Random, cases, distance, from_gpu, gpu, on_gpu};
 use tandem_cpu_kernels::{DType, dequantize_row};
 use tandem_kernels::{
     Columns, DeviceMatrix, ExpertProduct, ExpertRoutes, ExpertSums, Gpu, Route, Routed, Staging,
@@ -235,12 +235,13 @@ fn every_type_has_the_products_of_the_specification_for_any_spread_of_tokens() {
     let Some(gpu) = gpu() else { return };
     let mut random = Random(3);
     for dtype in DType::ALL.into_iter().filter(|dtype| DeviceMatrix::supports_experts(*dtype, 16)) {
-        for (counts, rows, cols) in [((3, 2), 144, 512), ((20, 3), 16, 96), ((2, 1), 16, 4352)] {
+        let shapes = [((3, 2), 144, 512), ((20, 3), 16, 96), ((2, 1), 16, 4352)];
+        for (counts, rows, cols) in cases(shapes, 2) {
             if dtype.row_bytes(cols).is_none() {
                 continue;
             }
             let world = World::new(&gpu, counts, (dtype, rows, cols), &mut random);
-            for (tokens, spread) in [
+            let steps = [
                 (1, Spread::Even),
                 (2, Spread::Same),
                 (7, Spread::Ties),
@@ -250,7 +251,8 @@ fn every_type_has_the_products_of_the_specification_for_any_spread_of_tokens() {
                 (70, Spread::Even),
                 (129, Spread::Same),
                 (270, Spread::Same),
-            ] {
+            ];
+            for (tokens, spread) in cases(steps, 4) {
                 let logits = logits(spread, tokens, counts.0, &mut random);
                 for columns in [tokens, tokens * counts.1] {
                     let x = random.floats(columns * cols);
@@ -274,8 +276,7 @@ fn experts_with_any_number_of_tokens_have_the_products_of_the_specification() {
         [(DType::Q4_0, 272, 160), (DType::Q6_K, 128, 768), (DType::E4M3_32, 16, 1152)]
     {
         let world = World::new(&gpu, counts, (dtype, rows, cols), &mut random);
-        for (tokens, spread) in [17, 64, 129, 160, 161, 192, 193, 256, 257, 320, 513, 700]
-            .into_iter()
+        for (tokens, spread) in cases([17, 64, 129, 160, 161, 192, 193, 256, 257, 320, 513, 700], 2)
             .flat_map(|tokens| [(tokens, Spread::Same), (tokens, Spread::Few)])
         {
             let logits = logits(spread, tokens, counts.0, &mut random);
@@ -294,7 +295,7 @@ fn a_pair_has_the_same_bits_whatever_else_is_in_a_step_of_its_form() {
     let (mut random, counts) = (Random(4), (16, 4));
     // Few columns of each expert alone, many together; and then more than a tile has.
     let many = gpu.narrow_max() + 1;
-    for (dtype, cols) in [
+    let matrices = [
         (DType::Q4_0, 1536),
         (DType::Q8_0, 4352),
         (DType::Q4_K, 4352),
@@ -303,11 +304,12 @@ fn a_pair_has_the_same_bits_whatever_else_is_in_a_step_of_its_form() {
         (DType::BF16, 1536),
         (DType::E4M3_128, 1536),
         (DType::E4M3_32, 4352),
-    ] {
+    ];
+    let steps = [(8, 1), (8, 3), (12 * many, many), (540, 135), (486, 162)];
+    for (dtype, cols) in cases(matrices, 3) {
         let world = World::new(&gpu, counts, (dtype, 48, cols), &mut random);
-        for ((tokens, part), spread) in [(8, 1), (8, 3), (12 * many, many), (540, 135), (486, 162)]
-            .into_iter()
-            .flat_map(|n| SPREADS.map(|s| (n, s)))
+        for ((tokens, part), spread) in
+            cases(steps.into_iter().flat_map(|n| SPREADS.map(|s| (n, s))), 3)
         {
             let logits = logits(spread, tokens, counts.0, &mut random);
             let x = random.floats(tokens * cols);

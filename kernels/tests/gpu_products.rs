@@ -5,7 +5,7 @@
 mod gpu;
 
 use gpu::specification::{file_bytes, got, round, wanted};
-use gpu::{EightBitMemory, Random, distance, from_gpu, gpu, on_gpu, with_smaller_ones};
+use gpu::{EightBitMemory, Random, cases, distance, from_gpu, gpu, on_gpu, with_smaller_ones};
 use tandem_cpu_kernels::{DType, dequantize_row, quantize_row};
 use tandem_kernels::{Columns, DeviceMatrix, Gate, Gated, Gpu, Product, Staging, half_bytes};
 
@@ -23,7 +23,7 @@ fn agree_with_the_specification(gpu: &Gpu, dtypes: impl Iterator<Item = DType>, 
     let staging = Staging::new(gpu).expect("staging memory");
     let mut random = Random(1);
     for dtype in dtypes {
-        for (rows, cols) in [(1, 256), (37, 768), (300, 2304), (45, 320), (50, 384)] {
+        for (rows, cols) in cases([(37, 768), (1, 256), (300, 2304), (45, 320), (50, 384)], 5) {
             if dtype.row_bytes(cols).is_none() {
                 continue;
             }
@@ -96,7 +96,7 @@ fn a_column_has_the_same_bits_in_any_batch_up_to_a_width_and_in_any_above() {
 fn have_the_same_bits(gpu: &Gpu, (rows, cols): (usize, usize), columns_max: usize) {
     let staging = Staging::new(gpu).expect("staging memory");
     let mut random = Random(2);
-    for dtype in DType::ALL {
+    for dtype in cases(DType::ALL, 3) {
         let same_sums_max = if is_plain_float(dtype) { 128 } else { gpu.same_sums_max() };
         let file = file_bytes(dtype, rows, cols, &mut random);
         let matrix = DeviceMatrix::upload(gpu, &staging, dtype, (rows, cols), &file);
@@ -232,7 +232,7 @@ fn gated_products_are_rounded_as_rows_are() {
     let dtypes = [DType::Q4_0, DType::Q6_K, DType::Q4_K, DType::Q8_0, DType::Q2_K, DType::IQ4_NL];
     // Pairs of tiles go round with few left over, which blocks share, or with many, or are fewer.
     for (dtype, rows) in
-        dtypes.into_iter().flat_map(|dtype| [(dtype, 4608), (dtype, 3200), (dtype, 1024)])
+        cases(dtypes.into_iter().flat_map(|dtype| [4608, 3200, 1024].map(|rows| (dtype, rows))), 4)
     {
         let cols = 640;
         let cols = if dtype.row_bytes(cols).is_some() { cols } else { 768 };
@@ -293,14 +293,15 @@ fn products_of_many_columns_agree_with_those_of_more_at_the_shapes_of_models() {
     let Some(gpu) = gpu() else { return };
     let staging = Staging::new(&gpu).expect("staging memory");
     let mut random = Random(8);
-    for (dtype, rows, cols) in [
+    let of_models = [
         (DType::Q4_0, 6144, 4096),
         (DType::Q4_0, 4096, 14336),
         (DType::Q4_0, 28672, 4096),
         (DType::Q6_K, 6144, 4096),
         (DType::INT4_128, 6144, 4096),
         (DType::E4M3_128, 6144, 4096),
-    ] {
+    ];
+    for (dtype, rows, cols) in cases(of_models, 3) {
         let file = file_bytes(dtype, 64, cols, &mut random).repeat(rows / 64);
         let matrix = DeviceMatrix::upload(&gpu, &staging, dtype, (rows, cols), &file);
         let matrix = matrix.expect("an upload");

@@ -6,7 +6,7 @@
 mod gpu;
 
 use gpu::specification::{file_bytes, round};
-use gpu::{EightBitMemory, Random, from_gpu, gpu, on_gpu};
+use gpu::{EightBitMemory, Random, cases, from_gpu, gpu, on_gpu};
 use std::thread;
 use std::time::{Duration, Instant};
 use tandem_cpu_kernels::{DType, Layout, packed_bytes, repack_row_group};
@@ -85,7 +85,9 @@ fn interleaved_rows_are_taken_apart_as_those_of_a_file() {
     let mut random = Random(1);
     for dtype in DType::ALL.into_iter().filter(|dtype| dtype.is_quantized()) {
         let block = dtype.block_elements();
-        for (rows, cols) in [(1, block), (16, 3 * block), (37, 768), (300, 2304), (45, 5 * block)] {
+        for (rows, cols) in
+            cases([(1, block), (16, 3 * block), (37, 768), (300, 2304), (45, 5 * block)], 2)
+        {
             let file = file_bytes(dtype, rows, cols, &mut random);
             let wanted = DeviceMatrix::upload(&gpu, &staging, dtype, (rows, cols), &file);
             let wanted = wanted.expect("an upload");

@@ -6,6 +6,7 @@ pub mod specification;
 pub mod world;
 
 use std::process::Command;
+use std::time::Duration;
 use tandem_cpu_kernels::{ActivationBuffer, Isa, Kernels};
 use tandem_kernels::{DeviceMemory, EightBits, Gpu, driver};
 
@@ -15,13 +16,31 @@ pub fn gpu() -> Option<Gpu> {
     let opened =
         driver().map_err(tandem_kernels::GpuError::from).and_then(|driver| Gpu::open(&driver, 0));
     match opened {
-        Ok(gpu) => Some(gpu),
+        Ok(gpu) => {
+            if has_few_cases() {
+                gpu.limit_waits(PATIENCE);
+            }
+            Some(gpu)
+        }
         Err(error) if std::env::var_os("TANDEM_REQUIRE_GPU").is_none() => {
             println!("skipped: {error}");
             None
         }
         Err(error) => panic!("{error}"),
     }
+}
+
+/// What a product of a large matrix may take under a race detector, beside others.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Whether tests leave cases out: a race detector takes a hundred times as long.
+fn has_few_cases() -> bool {
+    std::env::var_os("TANDEM_FEW_CASES").is_some()
+}
+
+/// All cases of a test, or each `nth` where `TANDEM_FEW_CASES` is set.
+pub fn cases<T>(all: impl IntoIterator<Item = T>, nth: usize) -> impl Iterator<Item = T> {
+    all.into_iter().step_by(if has_few_cases() { nth } else { 1 })
 }
 
 /// A block's shared memory on smaller GPUs: of generations 8.6, 8.9 and 12.0, and of 7.5.

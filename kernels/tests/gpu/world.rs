@@ -1,7 +1,7 @@
 //! Sequences whose tokens attend on the GPU, and a naive softmax over them in f64.
 
 use super::kept::{KeptHead, Plane, turn};
-use super::{Random, from_gpu, on_gpu};
+use super::{Random, cases, from_gpu, on_gpu};
 use tandem_cpu_kernels::attention::KvDType;
 use tandem_kernels::{Attend, Gpu, HeadCounts, KvSpans, RotateHeads, Runs, Span, TokenTables};
 
@@ -282,7 +282,7 @@ impl World {
 
 /// Shapes with every type of the store.
 pub fn shapes() -> Vec<Shape> {
-    KvDType::ALL.into_iter().flat_map(shapes_of).collect()
+    cases(KvDType::ALL.into_iter().flat_map(shapes_of), 5).collect()
 }
 
 fn shapes_of(dtype: KvDType) -> Vec<Shape> {
