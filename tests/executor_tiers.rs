@@ -159,6 +159,28 @@ fn memory_is_registered_as_it_fills_and_blocks_beyond_what_the_driver_gives_take
 }
 
 #[test]
+fn memory_is_registered_ahead_of_use_until_the_driver_gives_no_more() {
+    let folder = TempDir::new().unwrap();
+    // The detour's 16 MiB, and 560 of 640.
+    let kv = Limited::new(576 * MIB);
+    let mut tiers = KvTiers::new(kv.clone(), &sizes(640, 3, &folder)).unwrap();
+    let pinned = |tiers: &KvTiers| tiers.bytes().host_pinned / MIB;
+    assert!(!tiers.prepare_ahead());
+    assert_eq!(pinned(&tiers), 512, "nothing is in use");
+    moved(&mut tiers, &[((Device, 1), (Host, 3))]);
+    assert!(tiers.prepare_ahead());
+    assert!(!tiers.prepare_ahead());
+    assert_eq!(pinned(&tiers), 528, "512 behind the 16 in use");
+    moved(&mut tiers, &[((Device, 1), (Host, 47))]);
+    while tiers.prepare_ahead() {}
+    assert_eq!(pinned(&tiers), 560, "512 behind the 48 in use");
+    moved(&mut tiers, &[((Device, 1), (Host, 48)), ((Host, 3), (Device, 2))]);
+    while tiers.prepare_ahead() {}
+    let bytes = tiers.bytes();
+    assert_eq!((bytes.host_pinned / MIB, bytes.host_pageable / MIB), (560, 16), "a refusal");
+}
+
+#[test]
 fn random_orders_move_the_same_where_some_memory_is_not_registered() {
     let folder = TempDir::new().unwrap();
     for (seed, chunks) in [(1, 0), (2, 1), (3, 5)] {

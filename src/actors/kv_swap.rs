@@ -30,9 +30,18 @@ fn run_swap(shared: &Shared, stop: &StopSignal) -> Result<(), String> {
     let _life = SwapLife(lane);
     shared.loaded.get().into_iter().for_each(|loaded| loaded.keep_near_gpu());
     loop {
-        let mut order = select_biased! {
+        let waiting = select_biased! {
             recv(stop) -> _ => return Ok(()),
-            recv(lane.orders.1) -> order => order.map_err(|_| "the swap lane is gone")?,
+            recv(lane.orders.1) -> order => Some(order.map_err(|_| "the swap lane is gone")?),
+            default => None,
+        };
+        let mut order = match waiting {
+            Some(order) => order,
+            None if lane.prepare_ahead() => continue,
+            None => select_biased! {
+                recv(stop) -> _ => return Ok(()),
+                recv(lane.orders.1) -> order => order.map_err(|_| "the swap lane is gone")?,
+            },
         };
         shared.faults.pass(FaultPoint::KvSwapBeforeCopy);
         let start_us = shared.now_us();

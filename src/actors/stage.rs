@@ -125,6 +125,12 @@ pub trait BlockMover: Send {
 
     /// Whether copies to the disk tier fail from now on.
     fn disk_stopped(&self) -> bool;
+
+    /// Makes a little more of the lower tiers ready for use, while there is nothing to copy.
+    /// Whether there may be more to do.
+    fn prepare_ahead(&mut self) -> bool {
+        false
+    }
 }
 
 /// Makes stages over the same weights: the first one and, after each failure, the next. Called on
@@ -252,6 +258,10 @@ impl BlockMover for WithoutDisk {
     fn disk_stopped(&self) -> bool {
         true
     }
+
+    fn prepare_ahead(&mut self) -> bool {
+        self.0.prepare_ahead()
+    }
 }
 
 impl BlockMover for KvTiers {
@@ -261,6 +271,10 @@ impl BlockMover for KvTiers {
 
     fn disk_stopped(&self) -> bool {
         KvTiers::disk_stopped(self)
+    }
+
+    fn prepare_ahead(&mut self) -> bool {
+        KvTiers::prepare_ahead(self)
     }
 }
 

@@ -143,6 +143,11 @@ impl SwapLane {
         Ok(true)
     }
 
+    /// Makes some memory of the lower tiers ready, and whether there may be more to do.
+    pub(super) fn prepare_ahead(&self) -> bool {
+        self.lock().mover.as_mut().is_some_and(|mover| mover.prepare_ahead())
+    }
+
     /// Drops what lies in lower tiers, and the orders and results that nobody waits for.
     pub(super) fn release(&self) {
         self.stage_is_gone();

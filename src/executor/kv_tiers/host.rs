@@ -4,13 +4,14 @@
 
 use super::blocks::{HostMemory, KvBlocks};
 use crate::executor::ExecutorError;
+use crate::memory::populate;
 
 /// Bytes of a chunk, about. While the driver registers one, other threads' calls may have to wait.
 const CHUNK_BYTES: usize = 16 << 20;
 
-/// Bytes that are registered from the start, about: that takes several times as long as copying
-/// there, and nobody waits for copies yet.
-const REGISTERED_AT_START_BYTES: usize = 512 << 20;
+/// Bytes that are registered ahead of use, about, from the start: that takes several times as long
+/// as copying there, and then nobody waits for it.
+const REGISTERED_AHEAD_BYTES: usize = 512 << 20;
 
 /// Blocks in host memory.
 pub(super) struct HostTier {
@@ -18,6 +19,8 @@ pub(super) struct HostTier {
     chunk_blocks: usize,
     blocks: usize,
     block_bytes: usize,
+    /// Chunks up to the last one that has come into use.
+    used_chunks: usize,
     /// The driver has refused a chunk, and is not asked again.
     is_refused: bool,
 }
@@ -35,7 +38,7 @@ impl HostTier {
             HostMemory::new(count * block_bytes, kv.huge_pages())
         };
         let chunks = (0..blocks).step_by(chunk_blocks).map(chunk).collect::<Result<_, _>>()?;
-        Ok(Self { chunks, chunk_blocks, blocks, block_bytes, is_refused: false })
+        Ok(Self { chunks, chunk_blocks, blocks, block_bytes, used_chunks: 0, is_refused: false })
     }
 
     /// Number of blocks.
@@ -51,7 +54,14 @@ impl HostTier {
     /// Registers the memory of a block that comes into use. Whether the device can copy from and to
     /// it by itself.
     pub fn prepare(&mut self, kv: &dyn KvBlocks, block: usize) -> bool {
-        let chunk = &mut self.chunks[block / self.chunk_blocks];
+        let index = block / self.chunk_blocks;
+        self.used_chunks = self.used_chunks.max(index + 1);
+        self.register(kv, index)
+    }
+
+    /// Whether the device can copy from and to a chunk by itself.
+    fn register(&mut self, kv: &dyn KvBlocks, index: usize) -> bool {
+        let chunk = &mut self.chunks[index];
         if self.is_refused {
             chunk.refuse();
         } else if let Err(error) = chunk.register(kv) {
@@ -63,18 +73,26 @@ impl HostTier {
                 "no more of the host's KV blocks can be pinned: copies of the others are slower"
             );
         }
-        self.chunks[block / self.chunk_blocks].is_direct()
+        self.chunks[index].is_direct()
     }
 
-    /// Registers what is to be ready from the start.
-    pub fn prepare_first(&mut self, kv: &dyn KvBlocks) {
-        let chunk_bytes = self.chunk_blocks * self.block_bytes;
-        let chunks = (REGISTERED_AT_START_BYTES / chunk_bytes.max(1)).min(self.chunks.len());
-        for chunk in 0..chunks {
-            if !self.prepare(kv, chunk * self.chunk_blocks) {
-                return;
-            }
+    /// Registers a chunk where less than wanted is ready behind those in use. Whether it did: then
+    /// there may be more to do.
+    pub fn prepare_ahead(&mut self, kv: &dyn KvBlocks) -> bool {
+        let chunk_bytes = (self.chunk_blocks * self.block_bytes).max(1);
+        let end = self.used_chunks + REGISTERED_AHEAD_BYTES / chunk_bytes;
+        let ahead = self.used_chunks..end.min(self.chunks.len());
+        let Some(index) = ahead.into_iter().find(|index| self.chunks[*index].is_new()) else {
+            return false;
+        };
+        if self.is_refused {
+            return false;
         }
+        if index > 0 && self.chunks[index - 1].is_pinned() {
+            // Others wait for the driver while it registers: not for the system's pages, too.
+            populate(&self.chunks[index]);
+        }
+        self.register(kv, index)
     }
 
     /// Registers all memory.

@@ -59,7 +59,8 @@ pub struct KvTiers {
 
 impl KvTiers {
     /// Empty tiers behind a store. Host memory and the file are there in whole afterwards, but
-    /// beyond the first 512 MiB pages and registrations only come with use.
+    /// beyond the first 512 MiB pages and registrations only come ahead of use
+    /// ([`KvTiers::prepare_ahead`]), or with it.
     ///
     /// # Errors
     /// Memory refused, or [`ExecutorError::DiskTier`].
@@ -72,7 +73,7 @@ impl KvTiers {
         let mut bounce = HostTier::new(&*kv, bounce_blocks)?;
         bounce.prepare_all(&*kv)?;
         let mut host = HostTier::new(&*kv, options.host_blocks)?;
-        host.prepare_first(&*kv);
+        while host.prepare_ahead(&*kv) {}
         let disk = (options.disk_blocks > 0).then(|| DiskTier::create(options, block_bytes));
         Ok(Self { host, bounce, disk: disk.transpose()?, kv })
     }
@@ -93,6 +94,12 @@ impl KvTiers {
             results.extend(results_of_run.map(|(&copy, outcome)| CopyResult { copy, outcome }));
             rest = others;
         }
+    }
+
+    /// Registers some host memory, about 16 MiB, where less than 512 MiB is ready behind what is in
+    /// use. Whether it did: then there may be more to do. For moments without orders.
+    pub fn prepare_ahead(&mut self) -> bool {
+        self.host.prepare_ahead(&*self.kv)
     }
 
     /// Whether the disk tier has stopped, because the disk was full or failed or gave back other
