@@ -20,8 +20,11 @@ const ROWS: usize = 256;
 const THREADS: usize = 512;
 /// As many as keep the bus busy (`crossing.cu`).
 const BLOCKS_MAX: usize = 4;
+/// The same where nothing crosses, for each multiprocessor: as many as it has threads for.
+const MOVING_BLOCKS: usize = 4;
 /// Elements that are copied at once.
 const QUAD: usize = 4;
+const QUAD_BYTES: usize = QUAD * size_of::<f32>();
 
 /// Host memory in which rows of f32 cross between GPU and CPU inside a step, each way in memory of
 /// its own. Waits of the GPU end when it is dropped.
@@ -123,6 +126,43 @@ impl Gpu {
         let to = to.of(elements, size_of::<f32>());
         let from = crossing.start + (ROWS + way_bytes(to_cpu)) as u64;
         crossing.launch(self, ("take_back", DONE), (from, to, elements), event)
+    }
+
+    /// Starts the kernel that hands rows over on bytes that stay inside the GPU; at last it sets a
+    /// flag to event `index`. `finished` is a u32, which is 0 between launches.
+    ///
+    /// A copy of the driver's would do the same, but might wait at a copy engine behind those from
+    /// the host.
+    ///
+    /// # Safety
+    /// The GPU can write the flag until it has come past this.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Panics
+    /// When the lengths differ, or are no multiple of 16.
+    pub(crate) unsafe fn move_and_raise(
+        &self,
+        (from, to): (Span<'_>, Span<'_>),
+        (flag, finished): (u64, Span<'_>),
+        (base, index): (Span<'_>, usize),
+    ) -> Result<(), GpuError> {
+        let bytes = from.bytes();
+        assert!(bytes == to.bytes() && bytes.is_multiple_of(QUAD_BYTES), "{from:?} to {to:?}");
+        let quads = bytes / QUAD_BYTES;
+        let arguments = CrossingArgs {
+            from: from.of(bytes, 1),
+            to: to.of(bytes, 1),
+            flags: flag,
+            base: base.of(1, size_of::<u32>()),
+            finished: finished.of(1, size_of::<u32>()),
+            quads: quads as u32,
+            index: index as u32,
+        };
+        let blocks = quads.div_ceil(THREADS).clamp(1, MOVING_BLOCKS * self.multiprocessors());
+        // SAFETY: both spans have as many bytes (checked), and launches follow each other.
+        unsafe { self.launch("hand_over", ([blocks, 1, 1], THREADS, 0), &arguments) }
     }
 }
 

@@ -31,8 +31,8 @@ use crate::gpu::{DeviceMemory, Gpu, GpuError, Span};
 use crate::products::{CHUNK, lower_name};
 use cudarc::driver::DeviceRepr;
 use std::ops::Range;
-use tandem_cpu_kernels::DType;
 use tandem_cpu_kernels::blocks::GROUP;
+use tandem_cpu_kernels::{DType, Layout};
 
 /// Bytes of a file that are on their way at a time.
 const STAGING_BYTES: usize = 32 << 20;
@@ -243,6 +243,9 @@ impl DeviceMatrix {
     pub fn pack(&self, gpu: &Gpu, file: Span<'_>, rows: Range<usize>) -> Result<(), GpuError> {
         let row_bytes = self.dtype.row_bytes(self.cols).expect("whole blocks");
         assert!(rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        if rows.is_empty() {
+            return Ok(());
+        }
         let bytes = rows.len() * row_bytes;
         let Some(plane_bytes) = plane_bytes(self.dtype) else {
             let to = self.memory.span().part(rows.start * row_bytes, bytes);
@@ -284,13 +287,19 @@ impl DeviceMatrix {
         let arguments = PackArgs {
             planes: self.planes_from(rows.start),
             all_rows: (self.rows - rows.start) as u32,
-            ..self.pack_args(packed.of(self.piece_bytes(&rows), 1), 0..rows.len())
+            ..self.pack_args(packed.of(self.piece_bytes(Layout::Rows16, &rows), 1), 0..rows.len())
         };
         let tiles = self.cols.div_ceil(CHUNK * GROUP).div_ceil(ROWS16_CHUNKS);
         let kernel = format!("pack_rows16_{}", lower_name(self.dtype));
         let grid = [rows.len().div_ceil(ROWS16) * tiles, 1, 1];
         // SAFETY: the span has these rows (asserted), and the planes have room for all rows.
         unsafe { gpu.launch(&kernel, (grid, PACK_THREADS, 0), &arguments) }
+    }
+
+    /// Some rows, where rows lie one after the other: those of floats.
+    pub(crate) fn float_rows(&self, rows: Range<usize>) -> Span<'_> {
+        let row_bytes = self.dtype.row_bytes(self.cols).expect("whole blocks");
+        self.memory.span().part(rows.start * row_bytes, rows.len() * row_bytes)
     }
 
     /// The planes from a row on that starts a block of 16: blocks lie one after the other.
@@ -305,11 +314,14 @@ impl DeviceMatrix {
         }
     }
 
-    /// Bytes of rows as they come from the CPU: quantised ones in whole groups of 16.
-    pub(crate) fn piece_bytes(&self, rows: &Range<usize>) -> usize {
+    /// Bytes of rows as they come from the CPU: interleaved ones in whole groups of 16.
+    pub(crate) fn piece_bytes(&self, layout: Layout, rows: &Range<usize>) -> usize {
         let row_bytes = self.dtype.row_bytes(self.cols).expect("whole blocks");
-        let is_grouped = self.dtype.is_quantized();
-        row_bytes * if is_grouped { rows.len().next_multiple_of(ROWS16) } else { rows.len() }
+        row_bytes
+            * match layout {
+                Layout::Rows16 => rows.len().next_multiple_of(ROWS16),
+                Layout::RowMajor => rows.len(),
+            }
     }
 
     fn pack_args(&self, file: u64, rows: Range<usize>) -> PackArgs {

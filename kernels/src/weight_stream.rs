@@ -9,7 +9,7 @@
 use crate::event::{event_number, has_reached};
 use crate::fate::OnGpu;
 use crate::gpu::{DeviceMemory, Gpu, GpuError, Span};
-use crate::pack::DeviceMatrix;
+use crate::pack::{DeviceMatrix, has_planes};
 use crate::pinned::PinnedMemory;
 use crate::registered::pieces;
 use cudarc::driver::{CudaEvent, CudaStream, result, sys};
@@ -17,6 +17,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
+use tandem_cpu_kernels::Layout;
 
 /// Between two looks at flags and copies.
 const LOOK_EVERY: Duration = Duration::from_micros(10);
@@ -36,6 +37,8 @@ pub struct WeightRing {
     /// The GPU's address of that memory.
     host_start: u64,
     memory: DeviceMemory,
+    /// Blocks of a launch that have moved their part of a piece: one u32.
+    moved: DeviceMemory,
     stream: OnGpu<Arc<CudaStream>>,
     /// By slot: behind the last copy to it.
     copied: Vec<OnGpu<CudaEvent>>,
@@ -57,6 +60,7 @@ impl Gpu {
         assert!(slots > 0, "a ring has slots");
         let slot_bytes = slot_bytes.next_multiple_of(SLOT_ALIGNMENT);
         let memory = self.alloc(slots * slot_bytes)?;
+        let moved = self.alloc(size_of::<u32>())?;
         let host = self.alloc_pinned(HOST_BYTES)?;
         let host_start = self.address_of(&host)?;
         let stream = self.stream().context().new_stream();
@@ -71,7 +75,7 @@ impl Gpu {
         let copied = (0..slots).map(event).collect::<Result<_, _>>()?;
         // The ring's stream starts with memory that the other has cleared.
         self.synchronize()?;
-        Ok(WeightRing { host, host_start, memory, stream, copied, slot_bytes })
+        Ok(WeightRing { host, host_start, memory, moved, stream, copied, slot_bytes })
     }
 }
 
@@ -160,33 +164,39 @@ impl WeightRing {
     }
 
     /// Starts kernels that wait until piece `index` of the step has arrived, take it apart into
-    /// some rows of a matrix, and then say that its slot is free. Quantised weights come as
-    /// `Layout::Rows16`, others row by row.
+    /// some rows of a matrix, and then say that its slot is free. They come in the layout in which
+    /// the CPU's kernels read them.
     ///
     /// # Errors
     /// What the driver refuses.
     ///
     /// # Panics
     /// When a slot is smaller than the rows, the matrix is not [made for
-    /// this](DeviceMatrix::changing), or as [`DeviceMatrix::pack_rows16`].
+    /// this](DeviceMatrix::changing), or as [`DeviceMatrix::pack_rows16`] and
+    /// [`DeviceMatrix::pack`].
     pub fn take(
         &self,
         gpu: &Gpu,
-        (matrix, rows): (&DeviceMatrix, Range<usize>),
+        (matrix, layout, rows): (&DeviceMatrix, Layout, Range<usize>),
         (base, index): (Span<'_>, usize),
     ) -> Result<(), GpuError> {
         assert!(matrix.is_changing(), "products would read what was there before");
-        let slot = self.slot(index, matrix.piece_bytes(&rows));
+        let slot = self.slot(index, matrix.piece_bytes(layout, &rows));
+        let (event, consumed) = ((base, index), self.flag(CONSUMED));
         let (arrived, released) = (self.flag(ARRIVED), self.flag(RELEASED));
         // SAFETY: the flags live as long as the ring, and it waits for the GPU when it is dropped.
-        unsafe { gpu.await_event((arrived, released), (base, index)) }?;
-        if matrix.dtype().is_quantized() {
-            matrix.pack_rows16(gpu, slot, rows)?;
-        } else {
-            matrix.pack(gpu, slot, rows)?;
+        unsafe { gpu.await_event((arrived, released), event) }?;
+        match layout {
+            Layout::Rows16 => matrix.pack_rows16(gpu, slot, rows)?,
+            Layout::RowMajor if has_planes(matrix.dtype()) => matrix.pack(gpu, slot, rows)?,
+            Layout::RowMajor => {
+                let moved = (slot, matrix.float_rows(rows));
+                // SAFETY: as above.
+                return unsafe { gpu.move_and_raise(moved, (consumed, self.moved.span()), event) };
+            }
         }
         // SAFETY: as above.
-        unsafe { gpu.raise_event(self.flag(CONSUMED), (base, index)) }
+        unsafe { gpu.raise_event(consumed, event) }
     }
 
     /// Waits until all that was sent has arrived: before the memory it came from is freed.

@@ -4,11 +4,14 @@
 #![allow(clippy::print_stdout, reason = "tests say what they skip, and what they measure")]
 
 mod gpu;
+#[path = "gpu_spill/measured.rs"]
+mod measured;
 
 use gpu::specification::{file_bytes, round};
 use gpu::{EightBitMemory, Random, cases, from_gpu, gpu, on_gpu};
+use std::ops::Range;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tandem_cpu_kernels::{DType, Layout, packed_bytes, repack_row_group};
 use tandem_kernels::{
     Columns, DeviceMatrix, DeviceMemory, Gate, Gated, Gpu, GpuError, Product, Span, Staging,
@@ -64,9 +67,18 @@ fn products(gpu: &Gpu, matrix: &DeviceMatrix, x: &Activations) -> Vec<u32> {
     bits(&from_gpu(gpu, &out, count))
 }
 
+/// Layouts in which the CPU may hold a type, the usual one first.
+fn layouts(dtype: DType) -> &'static [Layout] {
+    if dtype.is_quantized() { &[Layout::Rows16, Layout::RowMajor] } else { &[Layout::RowMajor] }
+}
+
 /// A matrix of a file as the CPU holds it.
-fn as_the_cpu_has(dtype: DType, (rows, cols): (usize, usize), file: &[u8]) -> Vec<u8> {
-    if !dtype.is_quantized() {
+fn as_the_cpu_has(
+    (dtype, layout): (DType, Layout),
+    (rows, cols): (usize, usize),
+    file: &[u8],
+) -> Vec<u8> {
+    if layout == Layout::RowMajor {
         return file.to_vec();
     }
     let row_bytes = dtype.row_bytes(cols).expect("whole blocks");
@@ -79,30 +91,35 @@ fn as_the_cpu_has(dtype: DType, (rows, cols): (usize, usize), file: &[u8]) -> Ve
 }
 
 #[test]
-fn interleaved_rows_are_taken_apart_as_those_of_a_file() {
+fn rows_in_pieces_are_taken_apart_as_those_of_a_file() {
     let Some(gpu) = gpu() else { return };
     let staging = Staging::new(&gpu).expect("staging memory");
     let mut random = Random(1);
-    for dtype in DType::ALL.into_iter().filter(|dtype| dtype.is_quantized()) {
-        let block = dtype.block_elements();
-        for (rows, cols) in
-            cases([(1, block), (16, 3 * block), (37, 768), (300, 2304), (45, 5 * block)], 2)
-        {
+    let all = DType::ALL.into_iter();
+    let all = all.flat_map(|dtype| layouts(dtype).iter().map(move |layout| (dtype, *layout)));
+    for (dtype, layout) in all {
+        let block = dtype.block_elements().max(32);
+        let shapes = [(1, block), (16, 3 * block), (37, 768), (300, 2304), (45, 5 * block)];
+        for (rows, cols) in cases(shapes, 2) {
             let file = file_bytes(dtype, rows, cols, &mut random);
             let wanted = DeviceMatrix::upload(&gpu, &staging, dtype, (rows, cols), &file);
             let wanted = wanted.expect("an upload");
-            let packed = on_gpu(&gpu, &as_the_cpu_has(dtype, (rows, cols), &file));
+            let packed = on_gpu(&gpu, &as_the_cpu_has((dtype, layout), (rows, cols), &file));
             let got = DeviceMatrix::changing(&gpu, dtype, (rows, cols)).expect("memory");
             // In two pieces, of which the second comes first.
             let middle = (rows / 2).next_multiple_of(16).min(rows);
             let bytes = middle * dtype.row_bytes(cols).expect("whole blocks");
             let second = packed.span().part(bytes, packed.bytes() - bytes);
-            got.pack_rows16(&gpu, second, middle..rows).expect("a launch");
-            got.pack_rows16(&gpu, packed.span(), 0..middle).expect("a launch");
+            for (piece, rows) in [(second, middle..rows), (packed.span(), 0..middle)] {
+                match layout {
+                    Layout::Rows16 => got.pack_rows16(&gpu, piece, rows).expect("a launch"),
+                    Layout::RowMajor => got.pack(&gpu, piece, rows).expect("a launch"),
+                }
+            }
             for columns in [1, 12] {
                 let x = Activations::new(&gpu, (columns, cols), &mut random);
                 let same = products(&gpu, &got, &x) == products(&gpu, &wanted, &x);
-                assert!(same, "{dtype} [{rows}, {cols}] × {columns}");
+                assert!(same, "{dtype} {layout:?} [{rows}, {cols}] × {columns}");
             }
         }
     }
@@ -124,7 +141,8 @@ fn a_released_ring_waits_for_no_piece_and_no_slot() {
             ring.release();
         });
         // A piece that never comes, one that nobody takes, and one that has no slot.
-        ring.take(&gpu, (&matrix, 0..shape.0), (base.span(), 2)).expect("launches");
+        let rows = (&matrix, Layout::Rows16, 0..shape.0);
+        ring.take(&gpu, rows, (base.span(), 2)).expect("launches");
         // SAFETY: the ring is waited for below.
         unsafe { ring.send(&gpu, 0, [&bytes[..]; 2], || false).expect("an end") };
         gpu.synchronize().expect("a wait that ends");
@@ -156,10 +174,11 @@ impl Pages {
     }
 }
 
-/// Matrices of one type and shape that follow each other through a ring, other ones in every second
-/// step.
+/// Matrices of one type, layout and shape that follow each other through a ring, other ones in
+/// every second step.
 struct Pieces {
     dtype: DType,
+    layout: Layout,
     shape: (usize, usize),
     /// As the CPU has them, one behind the other.
     host: Pages,
@@ -170,23 +189,33 @@ struct Pieces {
 const PIECES: usize = 5;
 
 impl Pieces {
-    fn new(gpu: &Gpu, dtype: DType, shape: (usize, usize), random: &mut Random) -> Pieces {
+    fn new(
+        gpu: &Gpu,
+        (dtype, layout): (DType, Layout),
+        shape: (usize, usize),
+        random: &mut Random,
+    ) -> Pieces {
         let staging = Staging::new(gpu).expect("staging memory");
         let files: Vec<_> =
             (0..2 * PIECES).map(|_| file_bytes(dtype, shape.0, shape.1, random)).collect();
         let upload = |file: &Vec<u8>| DeviceMatrix::upload(gpu, &staging, dtype, shape, file);
         let resident = files.iter().map(|file| upload(file).expect("an upload")).collect();
-        let bytes = as_the_cpu_has(dtype, shape, &files[0]).len();
+        let on_host = |file: &Vec<u8>| as_the_cpu_has((dtype, layout), shape, file);
+        let bytes = on_host(&files[0]).len();
         let mut host = Pages::new(2 * PIECES * bytes);
         for (file, place) in files.iter().zip(host.bytes_mut().chunks_mut(bytes)) {
-            place.copy_from_slice(&as_the_cpu_has(dtype, shape, file));
+            place.copy_from_slice(&on_host(file));
         }
-        Pieces { dtype, shape, host, resident }
+        Pieces { dtype, layout, shape, host, resident }
     }
 
     fn piece_bytes(&self) -> usize {
-        let layout = if self.dtype.is_quantized() { Layout::Rows16 } else { Layout::RowMajor };
-        packed_bytes(self.dtype, layout, self.shape.0, self.shape.1).expect("a size")
+        packed_bytes(self.dtype, self.layout, self.shape.0, self.shape.1).expect("a size")
+    }
+
+    /// Where one of them comes to, as a ring takes it.
+    fn all_of<'m>(&self, matrix: &'m DeviceMatrix) -> (&'m DeviceMatrix, Layout, Range<usize>) {
+        (matrix, self.layout, 0..self.shape.0)
     }
 
     /// Sends those of a step, each when there is room.
@@ -240,9 +269,12 @@ fn products_of_streamed_weights_are_those_of_resident_ones_in_every_step() {
         (DType::Q6_K, (37, 768)),
         (DType::Q4_K, (1600, 2048)),
         (DType::E4M3_128, (200, 512)),
+        (DType::E4M3_32, (1000, 1056)),
+        (DType::F32, (37, 96)),
         (DType::F16, (51, 256)),
+        (DType::BF16, (4096, 1024)),
     ] {
-        let pieces = Pieces::new(&gpu, dtype, shape, &mut random);
+        let pieces = Pieces::new(&gpu, (dtype, layouts(dtype)[0]), shape, &mut random);
         // SAFETY: the pieces live as long.
         let registered = unsafe { gpu.register(pieces.host.bytes()) }.expect("memory");
         assert_eq!(registered.bytes(), pieces.host.bytes().len());
@@ -254,7 +286,7 @@ fn products_of_streamed_weights_are_those_of_resident_ones_in_every_step() {
                 (0..PIECES).map(|_| on_gpu(&gpu, &vec![f32::NAN; columns * shape.0])).collect();
             let start = || {
                 for (index, out) in outs.iter().enumerate() {
-                    ring.take(&gpu, (&matrix, 0..shape.0), (base.span(), index))?;
+                    ring.take(&gpu, pieces.all_of(&matrix), (base.span(), index))?;
                     gpu.multiply(&[product(&matrix, out.span())], &x.view(&gpu))?;
                 }
                 Ok(())
@@ -278,7 +310,7 @@ fn gated_products_of_streamed_weights_are_those_of_resident_ones() {
     let Some(gpu) = gpu() else { return };
     let (mut random, dtype, shape) = (Random(4), DType::Q4_0, (4096, 1024));
     let base = gpu.alloc(16).expect("memory");
-    let pieces = Pieces::new(&gpu, dtype, shape, &mut random);
+    let pieces = Pieces::new(&gpu, (dtype, Layout::Rows16), shape, &mut random);
     let matrices = [0, 1].map(|_| DeviceMatrix::changing(&gpu, dtype, shape).expect("memory"));
     let counters = gpu.alloc(Gated::counter_bytes(shape.0)).expect("memory");
     for columns in [1, 5] {
@@ -299,10 +331,10 @@ fn gated_products_of_streamed_weights_are_those_of_resident_ones() {
             gpu.multiply_gated(None, &gated, &x.view(&gpu)).map(|_| ())
         };
         let start = || {
-            ring.take(&gpu, (&matrices[0], 0..shape.0), (base.span(), 0))?;
+            ring.take(&gpu, pieces.all_of(&matrices[0]), (base.span(), 0))?;
             for index in 1..PIECES {
                 let matrix = &matrices[index % 2];
-                ring.take(&gpu, (matrix, 0..shape.0), (base.span(), index))?;
+                ring.take(&gpu, pieces.all_of(matrix), (base.span(), index))?;
                 multiply(&matrices[1 - index % 2], &matrices[index % 2])?;
             }
             Ok(())
@@ -313,42 +345,5 @@ fn gated_products_of_streamed_weights_are_those_of_resident_ones() {
             multiply(&pieces.resident[last - 1], &pieces.resident[last]).expect("a product");
             assert!(got == target.bytes(&gpu), "{columns} columns, step {step}");
         });
-    }
-}
-
-#[test]
-fn streaming_is_measured() {
-    let Some(gpu) = gpu() else { return };
-    let shape = (14336, 4096);
-    let marks = [gpu.mark().expect("a mark"), gpu.mark().expect("a mark")];
-    for dtype in DType::ALL.into_iter().filter(|dtype| dtype.is_quantized()) {
-        let bytes = packed_bytes(dtype, Layout::Rows16, shape.0, shape.1).expect("a size");
-        let packed = gpu.alloc(bytes).expect("memory");
-        let matrix = DeviceMatrix::changing(&gpu, dtype, shape).expect("memory");
-        for times in [1, 10] {
-            gpu.mark_again(&marks[0]).expect("a mark");
-            for _ in 0..times {
-                matrix.pack_rows16(&gpu, packed.span(), 0..shape.0).expect("a launch");
-            }
-            gpu.mark_again(&marks[1]).expect("a mark");
-            let us = marks[0].us_until(&marks[1]).expect("a time") / f64::from(times);
-            let gbs = bytes as f64 / us / 1e3;
-            println!("pack_rows16 {dtype}, {times} times: {us:.1} us, {gbs:.0} GB/s read");
-        }
-    }
-    let (slots, bytes) = (4, 64 << 20);
-    let host = Pages::new(slots * bytes);
-    let started = Instant::now();
-    // SAFETY: the memory lives as long.
-    let _registered = unsafe { gpu.register(host.bytes()) }.expect("memory");
-    println!("registering {} bytes: {:?}", slots * bytes, started.elapsed());
-    let ring = gpu.weight_ring(slots, bytes).expect("memory");
-    for base in [0, 1024, 2048] {
-        let started = Instant::now();
-        // SAFETY: the ring is waited for below.
-        unsafe { ring.send(&gpu, base, host.bytes().chunks(bytes), || false).expect("copies") };
-        ring.synchronize(&gpu).expect("copies");
-        let gbs = (slots * bytes) as f64 / started.elapsed().as_secs_f64() / 1e9;
-        println!("send: {gbs:.1} GB/s");
     }
 }

@@ -9,7 +9,7 @@ use super::program::{ExpertShape, MatrixEntry, MatrixId, MatrixUse, Program, Sta
 use super::rotations::Rotations;
 use super::weight_fill::{disjoint, groups_of};
 use super::weight_made::{MadeMatrix, make};
-use super::weight_places::{Matrix, Place, StoredRows, place_matrices};
+use super::weight_places::{Matrix, Part, Place, StoredRows, place_matrices};
 use super::weight_repack::{FileMatrix, read_in_place, repack};
 use super::weight_source::{WeightSource, fill_random};
 use crate::memory::{AlignedBytes, HugePages};
@@ -227,25 +227,26 @@ impl Weights {
         }
     }
 
-    /// All interleaved matrices.
+    /// All matrices but those that stay in a file.
     pub(super) fn arena(&self) -> &[u8] {
         &self.arena
     }
 
-    /// Where the rows of a matrix lie in the arena, if they are interleaved there: rows, and their
+    /// Layout of a matrix of the program, and where its rows lie in the arena: rows, and their
     /// bytes, in ascending order.
-    pub(super) fn arena_parts(&self, id: MatrixId) -> Option<Vec<(Range<usize>, Range<usize>)>> {
+    ///
+    /// # Panics
+    /// When it lies in a file, or has experts of which each lies in several parts.
+    pub(super) fn arena_parts(
+        &self,
+        id: MatrixId,
+    ) -> (Layout, impl Iterator<Item = (Range<usize>, Range<usize>)>) {
         let matrix = self.at(id);
-        match &matrix.place {
-            Place::Arena(parts) if matrix.layout == Layout::Rows16 => match &parts[..] {
-                [whole] => Some(vec![(0..matrix.rows, whole.bytes.clone())]),
-                parts if matrix.experts == 1 => {
-                    Some(parts.iter().map(|part| (part.rows.clone(), part.bytes.clone())).collect())
-                }
-                _ => None,
-            },
-            _ => None,
-        }
+        let Place::Arena(parts) = &matrix.place else { panic!("{id:?} lies in a file") };
+        assert!(matrix.experts == 1 || parts.len() == 1, "{id:?} has experts in several parts");
+        let (is_whole, all) = (parts.len() == 1, matrix.rows);
+        let rows = move |part: &Part| if is_whole { 0..all } else { part.rows.clone() };
+        (matrix.layout, parts.iter().map(move |part| (rows(part), part.bytes.clone())))
     }
 
     /// Fills the place of every matrix in the arena; `progress` hears the bytes that are done.

@@ -3,12 +3,14 @@
 
 use super::stage::{Model, options, plan_tokens, score_next};
 use super::tiny_model::{Family, TinyModel};
-use super::{TOP, bits, exact, on_gpu, random_tokens, stays_near, step};
+use super::{EXACT, HALVES, TOP};
+use super::{bits, distance, exact, on_gpu, random_tokens, stays_near, step};
 use std::cell::LazyCell;
 use std::sync::Arc;
 use tandem::executor::{GpuStage, SpilledLayers, StageOptions, StagePart};
 use tandem::step::StepPlan;
 use tandem::tensor::DType;
+use tandem_cpu_kernels::Isa;
 
 /// Percent of the layers with spilled weights that stream.
 pub const SHARES: [u8; 3] = [0, 50, 100];
@@ -48,7 +50,7 @@ fn spilled_models_of_every_family_stay_near_the_reference() {
 
 #[test]
 fn spilled_weights_of_every_type_stay_near_the_reference() {
-    for dtype in DType::ALL.into_iter().filter(|dtype| dtype.is_quantized()) {
+    for dtype in DType::ALL {
         let model = TinyModel { layers: 3, ..TinyModel::new(Family::Llama).dtype(dtype) };
         let model = Model::from_bytes(&model.gguf().bytes());
         let exact = LazyCell::new(|| exact(&model));
@@ -62,14 +64,40 @@ fn spilled_weights_of_every_type_stay_near_the_reference() {
 }
 
 #[test]
-fn float_weights_that_are_spilled_are_the_cpus() {
-    for dtype in [DType::F32, DType::BF16] {
-        let model = TinyModel { layers: 3, ..TinyModel::new(Family::Qwen2).dtype(dtype) };
-        let model = Model::from_bytes(&model.gguf().bytes());
-        let spilled = layers(&[0, 1, 2], &[0, 2]);
-        let options = spilling(&model, spilled, 50);
-        let Some(mut gpu) = on_gpu(&model, &options) else { return };
-        stays_near(&mut gpu, &exact(&model), &format!("{dtype} spilled"));
+fn floats_are_computed_alike_on_both_sides() {
+    for (family, dtype) in [
+        (Family::Qwen2, DType::F32),
+        (Family::Gemma3, DType::F16),
+        (Family::Qwen3, DType::BF16),
+        (Family::Llama, DType::E4M3_128),
+        (Family::Qwen3Moe, DType::BF16),
+        (Family::Mixtral, DType::E4M3_32),
+    ] {
+        let model = TinyModel::new(family).dtype(dtype);
+        let model = if family.has_experts() { model.with_all_experts() } else { model };
+        let model = Model::from_bytes(&TinyModel { layers: 4, ..model }.gguf().bytes());
+        let tokens = random_tokens(&mut 8, 230, model.spec.vocab_size);
+        let spilled = layers(&[0, 1, 2, 3], &[1, 3]);
+        let Some(mut stage) = on_gpu(&model, &spilling(&model, spilled.clone(), 0)) else { return };
+        let weights = Arc::clone(stage.weights());
+        let shares = SHARES.map(|streamed| {
+            if streamed > 0 {
+                let options = spilling(&model, spilled.clone(), streamed);
+                stage = GpuStage::start(Arc::clone(&weights), &options).unwrap();
+            }
+            let rows = [0..30, 30..31, 31..39, 39..100, 100..220].map(|range| {
+                let mut plan = StepPlan::default();
+                plan_tokens(&mut plan, (0, 0), &tokens, range, score_next(&tokens, TOP));
+                step(&mut stage, &plan)
+            });
+            rows.concat()
+        });
+        let bound = if dtype.block_elements() == 1 { EXACT } else { HALVES };
+        for (share, rows) in SHARES.iter().zip(&shares) {
+            let (mean, most) = distance(rows, &shares[0]);
+            println!("{family:?} {dtype}, {share} %: {mean:.6} nats apart, at most {most:.6}");
+            assert!(mean <= bound, "{family:?} {dtype}, {share} %: {mean}, allowed {bound}");
+        }
     }
 }
 
@@ -85,6 +113,31 @@ fn what_streams_gives_the_bits_of_what_is_resident() {
     for family in [Family::Qwen2, Family::Qwen3, Family::Gemma3] {
         let model = TinyModel { layers: 5, ..TinyModel::new(family).dtype(DType::Q4_0) };
         same_bits(&model, &layers(&[0, 2], &[3, 4]));
+    }
+}
+
+#[test]
+fn floats_that_stream_give_the_bits_of_resident_ones() {
+    let all = [0, 1, 2, 3, 4];
+    for dtype in DType::ALL.into_iter().filter(|dtype| !dtype.is_quantized()) {
+        let model = TinyModel { layers: 5, ..TinyModel::new(Family::Qwen2).dtype(dtype) };
+        same_bits(&model, &layers(&all, &[0, 2, 3]));
+    }
+    for (family, dtype) in [(Family::Qwen3Moe, DType::BF16), (Family::Mixtral, DType::E4M3_128)] {
+        let model = TinyModel { layers: 5, ..TinyModel::new(family).dtype(dtype) };
+        same_bits(&model, &layers(&all, &[1]));
+    }
+}
+
+#[test]
+fn rows_that_the_cpu_does_not_interleave_stream_as_well() {
+    for dtype in [DType::Q4_0, DType::Q5_K, DType::INT4_32] {
+        let model = TinyModel { layers: 4, ..TinyModel::new(Family::Llama).dtype(dtype) };
+        let model = Model::from_bytes(&model.gguf().bytes());
+        let spilling = spilling(&model, layers(&[0, 1, 2, 3], &[0, 1, 2, 3]), 50);
+        let options = StageOptions { isa: Some(Isa::Scalar), ..spilling };
+        let Some(mut gpu) = on_gpu(&model, &options) else { return };
+        stays_near(&mut gpu, &exact(&model), &format!("{dtype} row by row"));
     }
 }
 

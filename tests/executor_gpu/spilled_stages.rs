@@ -97,8 +97,9 @@ fn stages_that_spill_answer_with_the_bits_of_the_whole() {
         // One stage spills nothing, whichever way the model is cut.
         (TinyModel { output: own, ..TinyModel::new(Family::Qwen3) }, layers(&[3], &[])),
         (TinyModel { output: own, ..TinyModel::new(Family::Llama) }, layers(&[0], &[0])),
-        // What the CPU alone can compute.
+        // Rows that lie as in the file.
         (TinyModel::new(Family::Llama).dtype(DType::BF16), layers(&[0, 1, 3], &[2, 3])),
+        (TinyModel::new(Family::Qwen2).dtype(DType::E4M3_128), layers(&all, &[0, 2])),
     ];
     for (model, spilled) in models {
         let name = format!("{:?} {}: {spilled:?}", model.family, model.dtype);

@@ -226,7 +226,8 @@ impl GpuStage {
         for (piece, at) in pieces.iter().zip(first..) {
             let matrix = stream.matrix(piece.matrix).expect("room for what streams");
             let event = (self.base(Part::Pieces), at);
-            stream.ring().take(gpu, (matrix, piece.rows.clone()), event)?;
+            let rows = (matrix, piece.layout, piece.rows.clone());
+            stream.ring().take(gpu, rows, event)?;
         }
         Ok(false)
     }

@@ -15,6 +15,7 @@ use crate::tensor::DType;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
+use tandem_cpu_kernels::Layout;
 use tandem_cpu_kernels::repack::ROWS;
 use tandem_kernels::{Gpu, RegisteredMemory};
 
@@ -23,6 +24,7 @@ pub(super) struct Piece {
     /// In the program of the GPU.
     pub matrix: MatrixId,
     pub dtype: DType,
+    pub layout: Layout,
     pub rows: Range<usize>,
     /// In the arena of the weights.
     bytes: Range<usize>,
@@ -32,7 +34,7 @@ pub(super) struct Piece {
 pub(super) struct Unit {
     /// Of which layer it is, of those with spilled weights.
     layer: usize,
-    /// Its matrices, in the order of the program; none where they can't stream.
+    /// Its matrices, in the order of the program.
     pub pieces: Vec<Piece>,
 }
 
@@ -51,8 +53,6 @@ pub(super) struct SpilledWeights {
     first: SpilledUnit,
     /// By index of the unit, counted over the stage.
     units: Vec<Unit>,
-    /// Whether all pieces of all units are known.
-    has_pieces: bool,
     ring_slots: usize,
     /// What they cost, once that is measured.
     costs: OnceLock<SpillCosts>,
@@ -78,28 +78,20 @@ impl SpilledWeights {
         let request = WeightsRequest { part: part.clone(), ..request.clone() };
         let weights = Arc::new(Weights::load(&request, pool, progress)?);
         let units: Vec<_> = stages.iter().map(|(_, program)| units(program, &weights)).collect();
-        let mut registered = None;
-        if units.iter().any(|(units, has_pieces)| *has_pieces && !units.is_empty()) {
-            // SAFETY: the weights outlive what is registered.
-            registered = unsafe { gpu.register(weights.arena()) }
-                .inspect_err(|error| {
-                    tracing::warn!(%error, "spilled weights can't stream: the CPU computes them");
-                })
-                .ok();
-        }
-        if units.iter().any(|(_, has_pieces)| !has_pieces) {
-            tracing::warn!(
-                "spilled weights of this type are not interleaved: the CPU computes them"
-            );
-        }
+        // SAFETY: the weights outlive what is registered.
+        let registered = unsafe { gpu.register(weights.arena()) };
+        let registered = registered.inspect_err(|error| {
+            tracing::warn!(%error, "spilled weights can't stream: the CPU computes them");
+        });
+        let registered = registered.ok();
         let model = Arc::new(SpilledModel { part, registered, weights });
         let mut first = SpilledUnit { index: 0, layer: 0 };
-        let of_stages = stages.iter().zip(units).map(|((part, _), (units, has_pieces))| {
+        let of_stages = stages.iter().zip(units).map(|((part, _), units)| {
             let PartWeights::Without(SpilledLayers { ring_slots, .. }) = part.weights else {
                 return None;
             };
             let (costs, model) = (OnceLock::new(), Arc::clone(&model));
-            let of_stage = Self { first, units, has_pieces, ring_slots, costs, model };
+            let of_stage = Self { first, units, ring_slots, costs, model };
             first.index += of_stage.units.len();
             first.layer += of_stage.layers();
             Some(of_stage).filter(|of_stage| !of_stage.units.is_empty())
@@ -144,7 +136,7 @@ impl SpilledWeights {
 
     /// Whether the driver can copy from them by itself.
     pub fn can_stream(&self) -> bool {
-        self.has_pieces && self.model.registered.is_some()
+        self.model.registered.is_some()
     }
 
     /// Those of all stages.
@@ -173,42 +165,43 @@ impl SpilledWeights {
     }
 }
 
-/// The spilled units of a program, and whether they have all their pieces.
-fn units(program: &Program, weights: &Weights) -> (Vec<Unit>, bool) {
+/// The spilled units of a program, with their pieces.
+fn units(program: &Program, weights: &Weights) -> Vec<Unit> {
     let units = program.ops.iter().filter_map(|op| match op {
         Op::SpillStart { unit, .. } => Some(Unit { layer: unit.layer, pieces: Vec::new() }),
         _ => None,
     });
     let mut units = units.collect::<Vec<_>>();
-    let has_pieces = add_pieces(&mut units, program, weights).is_some();
-    (units, has_pieces)
-}
-
-/// Gives each unit its pieces; none where some lie in no arena.
-fn add_pieces(units: &mut [Unit], program: &Program, weights: &Weights) -> Option<()> {
     let entries = weights.program().matrices.iter();
     let names: HashMap<_, _> = entries.map(|entry| entry.tensor.name.as_str()).zip(0..).collect();
-    for (id, entry) in (0..).map(MatrixId).zip(&program.matrices) {
+    for (matrix, entry) in (0..).map(MatrixId).zip(&program.matrices) {
         let Some(unit) = entry.spilled else { continue };
         let there = MatrixId(names[entry.tensor.name.as_str()]);
         let dtype = weights.dtype(there);
-        let pieces = weights.arena_parts(there)?.into_iter().flat_map(pieces_of);
-        let piece = |(rows, bytes)| Piece { matrix: id, dtype, rows, bytes };
+        let (layout, parts) = weights.arena_parts(there);
+        let pieces = parts.flat_map(|part| pieces_of(layout, part));
+        let piece = |(rows, bytes)| Piece { matrix, dtype, layout, rows, bytes };
         units[unit.index].pieces.extend(pieces.map(piece));
     }
-    Some(())
+    units
 }
 
 /// Rows that lie side by side, with their bytes, in pieces that stream at once.
 fn pieces_of(
+    layout: Layout,
     (part, bytes): (Range<usize>, Range<usize>),
 ) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
-    let group_bytes = bytes.len() / part.len().div_ceil(ROWS).max(1);
+    // Interleaved rows lie in whole groups.
+    let stored = move |rows: usize| match layout {
+        Layout::Rows16 => rows.next_multiple_of(ROWS),
+        Layout::RowMajor => rows,
+    };
+    let row_bytes = bytes.len() / stored(part.len()).max(1);
     let at_once = piece_rows(part.len(), bytes.len()).max(1);
     part.clone().step_by(at_once).map(move |first| {
         let rows = first..(first + at_once).min(part.end);
         let [start, end] = [rows.start - part.start, rows.end - part.start]
-            .map(|row| bytes.start + row.div_ceil(ROWS) * group_bytes);
+            .map(|rows| bytes.start + stored(rows) * row_bytes);
         (rows, start..end)
     })
 }
@@ -217,23 +210,26 @@ fn pieces_of(
 mod tests {
     use super::*;
     use crate::placement::NodeTeams;
+    use tandem_cpu_kernels::packed_bytes;
 
     #[test]
     fn pieces_of_all_nodes_are_every_row_once_and_in_order() {
-        let group_bytes = 2304 * ROWS;
-        for (rows, nodes) in
-            [(28_672, &[0][..]), (28_672, &[0, 0, 1]), (1000, &[0, 1]), (20, &[3, 4])]
-        {
+        let sizes = [(28_672, &[0][..]), (28_672, &[0, 0, 1]), (1000, &[0, 1]), (20, &[3, 4])];
+        let all = sizes.into_iter().flat_map(|(rows, nodes)| {
+            [Layout::Rows16, Layout::RowMajor].map(|layout| (layout, rows, nodes))
+        });
+        for (layout, rows, nodes) in all {
             let teams = NodeTeams::of_workers(nodes);
+            let bytes_of = |rows: usize| packed_bytes(DType::Q4_0, layout, rows, 4096).unwrap();
             let mut place = 0;
             let (mut next_row, mut next_byte) = (0, 0);
             for team in 0..teams.count() {
                 let part = teams.rows(team, rows);
-                let bytes = place..place + part.len().div_ceil(ROWS) * group_bytes;
+                let bytes = place..place + bytes_of(part.len());
                 place = bytes.end;
-                for (rows, bytes) in pieces_of((part.clone(), bytes)) {
+                for (rows, bytes) in pieces_of(layout, (part.clone(), bytes)) {
                     assert_eq!((rows.start, bytes.start), (next_row, next_byte));
-                    assert_eq!(bytes.len(), rows.len().div_ceil(ROWS) * group_bytes);
+                    assert_eq!(bytes.len(), bytes_of(rows.len()));
                     assert!(bytes.len() <= 17 << 20 && rows.start.is_multiple_of(ROWS));
                     (next_row, next_byte) = (rows.end, bytes.end);
                 }
