@@ -308,13 +308,8 @@ impl<'a> Costs<'a> {
             // Nobody waits for the CPU: what comes and what is computed overlap.
             if here == 0.0 { on_gpu.max(both) } else { on_gpu + both }
         };
-        let can_stream = stage.spill.as_ref().is_some_and(|spill| spill.can_stream(self.spec));
-        let choices = match can_stream {
-            false => 0..=0,
-            true if tokens > CROSSING_TOKENS_MAX => layers..=layers,
-            true => 0..=layers,
-        };
-        let all = choices.map(with_streamed).fold(f64::INFINITY, f64::min);
+        let fewest = if tokens > CROSSING_TOKENS_MAX { layers } else { 0 };
+        let all = (fewest..=layers).map(with_streamed).fold(f64::INFINITY, f64::min);
         StepSeconds { products, spilled: all - products, ..StepSeconds::default() }
     }
 

@@ -129,15 +129,6 @@ impl Unit<'_> {
     pub fn crossed_bytes(&self) -> u64 {
         self.widths.iter().sum::<usize>() as u64 * F32
     }
-
-    /// Whether it can stream to the GPU: only in the interleaved layout, which float weights and
-    /// experts of odd sizes have not.
-    fn can_stream(&self) -> bool {
-        self.matrices.iter().all(|matrix| {
-            let rows = matrix.rows / self.n_experts;
-            matrix.dtype.is_quantized() && (self.n_experts == 1 || rows.is_multiple_of(ROWS))
-        })
-    }
 }
 
 impl Spill {
@@ -158,20 +149,12 @@ impl Spill {
         spec.layers.iter().enumerate().flat_map(|(at, layer)| self.units_of(at, layer))
     }
 
-    /// Whether weights can stream to the GPU: all or none of them.
-    pub(super) fn can_stream(&self, spec: &ModelSpec) -> bool {
-        self.units(spec).all(|unit| unit.can_stream())
-    }
-
     /// Gives the ring some slots and fills in what follows from them and from the layers: bytes on
     /// the GPU, with those of what pieces are taken apart into. Units with matrices of one shape
     /// share that.
     pub(super) fn set_ring(&mut self, spec: &ModelSpec, ring_slots: usize, nodes: &NodeTeams) {
         let units: Vec<Unit<'_>> = self.units(spec).collect();
         self.ring_slots = ring_slots;
-        if !units.iter().all(Unit::can_stream) {
-            return;
-        }
         let mut scratch = HashMap::new();
         for unit in &units {
             let mut used = HashMap::new();
@@ -226,9 +209,7 @@ pub(super) fn crossing_bytes(
     units: &[Unit<'_>],
     (workers, config): (&Workers, &Config),
 ) -> [u64; 2] {
-    let can_stream = units.iter().all(Unit::can_stream);
-    let most = if can_stream { CROSSING_TOKENS_MAX } else { usize::MAX };
-    let tokens = config.scheduler.step_tokens_max.min(most) as u64;
+    let tokens = config.scheduler.step_tokens_max.min(CROSSING_TOKENS_MAX) as u64;
     let widest = |width: &dyn Fn(&Unit<'_>) -> usize| units.iter().map(width).max().unwrap_or(0);
     let to_cpu = widest(&|unit| unit.widths[0]);
     let back = widest(&|unit| unit.rows_back * unit.widths[1]);

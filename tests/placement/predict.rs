@@ -129,6 +129,18 @@ fn a_model_half_in_host_memory_is_as_fast_as_predicted() {
     assert_near(&prompts(&prediction)[1..], &[3689.0], &[15.0]);
 }
 
+/// Its prompts by what the bus brings of its weights.
+#[test]
+fn floats_half_in_host_memory_are_as_fast_as_predicted() {
+    let (hardware, mut config) = (h200(), limited(9 * GIB, 512));
+    config.model.context_tokens = 4352;
+    let (placement, prediction) = predicted("llama-8b:bf16", (&hardware, &config), 14, 16);
+    let spilled = placement.spill.unwrap().layers.len();
+    assert_eq!(spilled, 22);
+    assert_near(&decode(&prediction)[..1], &[14.9], &[15.0]);
+    assert_near(&prompts(&prediction)[..1], &[3483.0], &[10.0]);
+}
+
 #[test]
 fn a_model_on_the_cpu_is_as_fast_as_predicted() {
     for (numbers, macs, one_8_32, prompt) in [

@@ -90,6 +90,8 @@ fn the_smaller_the_limit_the_more_is_spilled_evenly_until_it_is_refused() {
     for (name, least) in [
         ("llama-8b:q4_0", 1 << 30),
         ("llama-8b:q4_k_m", 9 << 27),
+        ("llama-8b:bf16", 2 << 30),
+        ("llama-8b:pure-e4m3_128", 2 << 30),
         ("qwen3-30b-a3b:q4_0", 5 << 28),
         ("llama-70b:q4_0", 2 << 30),
     ] {
@@ -187,6 +189,23 @@ fn no_more_is_spilled_than_must_be() {
     assert!((7 * slot..8 * slot).contains(&spill.ring_bytes), "{} {slot}", spill.ring_bytes);
     // Rows there and back alone.
     assert!(spill.crossing_bytes > 2 * 256 * 4096 * 4);
+}
+
+/// They lie row by row in host memory, as on the GPU, and stream as quantised weights do.
+#[test]
+fn floats_have_a_ring_of_the_same_number_of_layers() {
+    for (name, bytes) in [("bf16", 2.0), ("f32", 4.0), ("pure-e4m3_32", 36.0 / 32.0)] {
+        let spec = shape(&format!("llama-8b:{name}"));
+        let matrix = (14336.0 * 4096.0 * bytes) as u64;
+        let whole = plan(&spec, 0).unwrap().stages[0].weight_bytes;
+        let placement = plan(&spec, whole / 2).unwrap();
+        let spill = placement.spill.as_ref().unwrap();
+        assert_eq!(spill.weight_bytes, spill.layers.len() as u64 * 3 * matrix, "{name}");
+        // Slots for four thirds of a network, and what pieces are taken apart into.
+        assert!((7 * matrix..8 * matrix).contains(&spill.ring_bytes), "{name}: {spill:?}");
+        assert!(spill.crossing_bytes < 256 * 4096 * 4 * 20, "{name}: {spill:?}");
+        assert_not_overcommitted(&placement, whole / 2, 64 * GIB);
+    }
 }
 
 #[test]
