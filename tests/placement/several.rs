@@ -359,6 +359,9 @@ proptest! {
         let bytes = |placement: &Placement| {
             placement.spill.as_ref().map_or(0, |spill| spill.weight_bytes)
         };
-        prop_assert!(bytes(&more) <= bytes(&less), "{:?} after {:?}", more.spill, less.spill);
+        // Where it allows wider steps it may go to their activations instead.
+        let is_wider = more.step_tokens_max > less.step_tokens_max;
+        let is_no_more = bytes(&more) <= bytes(&less);
+        prop_assert!(is_wider || is_no_more, "{:?} after {:?}", more.spill, less.spill);
     }
 }

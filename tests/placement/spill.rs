@@ -352,8 +352,11 @@ proptest! {
         assert_not_overcommitted(&less, limit, host);
         assert_in_order(&less, spec.layers.len());
         let more = of(limit + more).unwrap();
+        // Where it allows wider steps it may go to their activations instead.
+        let is_wider = more.step_tokens_max > less.step_tokens_max;
         let (less, more) = (counts(&less), counts(&more));
-        prop_assert!(more[0] <= less[0] && more[1] <= less[1], "{:?} after {:?}", more, less);
+        let is_no_more = more[0] <= less[0] && more[1] <= less[1];
+        prop_assert!(is_wider || is_no_more, "{:?} after {:?}", more, less);
     }
 }
 
