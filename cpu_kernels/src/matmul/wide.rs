@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! for each R vectors of rows (32 rows with AVX-512), for each 128 columns:
-//!   for each chunk of 512 elements:
+//!   for each chunk of up to 512 elements, all of about one length:
 //!     decode R × 16 groups of 32 into bytes, scales and offsets             (26 KB)
 //!     for each tile of T columns:                 R·T sums in registers
 //!       for each group, for each of 8 words:
@@ -121,7 +121,9 @@ unsafe fn block<L: Lanes, P: Packed, const R: usize>(
     let block_groups = const { P::DTYPE.block_elements() / GROUP };
     let blocks = weights.cols() / P::DTYPE.block_elements();
     let group_bytes = ROWS * blocks * P::DTYPE.block_bytes();
-    let chunk_blocks = CHUNK_GROUPS / block_groups;
+    // Of equal length: each asks for as much as it has of the one that follows.
+    let chunks = blocks.div_ceil(CHUNK_GROUPS / block_groups).max(1);
+    let chunk_blocks = blocks.div_ceil(chunks);
     let block_bytes = const { ROWS * P::DTYPE.block_bytes() };
     let at = |row: usize, block: usize| {
         let first = row / ROWS * group_bytes + block * block_bytes;
