@@ -22,6 +22,8 @@ pub(crate) struct VectorTable {
     pub max: unsafe fn(&[f32]) -> f32,
     pub sum_exp_minus: unsafe fn(&[f32], f32) -> f64,
     pub exp_minus: unsafe fn(&mut [f32], f32) -> f64,
+    pub largest_finite: unsafe fn(&[f32]) -> f32,
+    pub sum_exp_below: unsafe fn(&[f32], f32) -> f64,
 }
 
 /// The specifications.
@@ -37,6 +39,8 @@ pub(crate) const SCALAR: VectorTable = VectorTable {
     max: softmax::scalar::max,
     sum_exp_minus: softmax::scalar::sum_exp_minus,
     exp_minus: softmax::scalar::exp_minus,
+    largest_finite: softmax::weights::scalar::largest_finite,
+    sum_exp_below: softmax::weights::scalar::sum_exp_below,
 };
 
 /// The outermost functions of one instruction set, and their table.
@@ -84,6 +88,9 @@ macro_rules! vector_tables {
             fn max = softmax::simd::max, (row: &[f32]) -> f32;
             fn sum_exp_minus = softmax::simd::sum_exp_minus, (row: &[f32], shift: f32) -> f64;
             fn exp_minus = softmax::simd::exp_minus, (row: &mut [f32], shift: f32) -> f64;
+            fn largest_finite = softmax::weights::simd::largest_finite, (row: &[f32]) -> f32;
+            fn sum_exp_below = softmax::weights::simd::sum_exp_below,
+                (row: &[f32], largest: f32) -> f64;
         }
     )* };
 }

@@ -76,7 +76,15 @@ proptest! {
         let sum: f64 = exps.iter().sum();
         let wanted: Vec<f64> = exps.iter().map(|e| e / sum).collect();
         let first = row.iter().position(|v| *v == max);
+        let specified = Kernels::specification(Isa::Scalar);
+        let below = specified.sum_exp_below(&row, max);
+        // Each term is within 2e-7; lanes of 64 terms are added up in f32.
+        prop_assert!((below / sum - 1.0).abs() < 4e-6, "{below}, not {sum}");
         for kernels in kernels() {
+            prop_assert_eq!(kernels.sum_exp_below(&row, max), specified.sum_exp_below(&row, max));
+            prop_assert_eq!(kernels.largest_finite(&row), specified.largest_finite(&row));
+            let finite = row.iter().all(|v| v.is_finite()).then_some(max);
+            prop_assert_eq!(kernels.largest_finite(&row), finite);
             let log_sum = kernels.log_sum_exp(&row);
             assert_close(kernels.isa(), &[log_sum], &[f64::from(max) + sum.ln()], 2e-7, 2e-7);
             prop_assert_eq!(kernels.argmax(&row), first);
@@ -181,6 +189,7 @@ fn rows_without_probabilities_are_reported_and_left_alone() {
     for kernels in kernels() {
         for row in bad {
             assert!(!kernels.log_sum_exp(row).is_finite(), "{} {row:?}", kernels.isa());
+            assert_eq!(kernels.largest_finite(row), None, "{} {row:?}", kernels.isa());
             let mut copy = row.to_vec();
             assert!(kernels.softmax_in_place(&mut copy).is_err());
             let bits = |row: &[f32]| row.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
