@@ -32,6 +32,6 @@ pub use isa::{Isa, UnsupportedIsa};
 pub use matmul::{Layout, MatrixError, MatrixView, OutputColumns};
 pub use quantize::quantize_row;
 pub use repack::{dequantize_packed_row, layout_for, packed_bytes, repack_row_group};
-pub use roof::TrialProduct;
+pub use roof::{TrialProduct, TrialRows};
 pub use rope::{RopeFrequencies, RopeParams, RopeRow, RopeScaling, RopeStyle};
 pub use softmax::{SUM_BLOCK, exp_nonpositive, sum_of_weights};

@@ -97,7 +97,7 @@ pub fn rows(
             rows.push(row("attention", Some(predicted.attention), attention));
             rows.push(row("workers' meetings", Some(predicted.meetings), waits));
             let others = sum(&|time| time.work_ns) - products - attention;
-            rows.push(row("norms and others", None, others));
+            rows.push(row("norms and others", Some(predicted.norms), others));
         }
         gpu => {
             let spilled =

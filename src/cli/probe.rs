@@ -238,10 +238,18 @@ fn rows(measured: &Measured, workers: usize) -> Vec<Vec<String>> {
     let cpu = &measured.cpu;
     let how = format!("{}, {}", cpu.numbers, threads(workers));
     row("CPU, arithmetic", operations(cpu.per_second), how);
-    for products in &measured.products {
-        let (rate, how) = of_products(products);
-        row(&format!("CPU, products of {}", products.dtype), rate, how);
+    for ProductRates { dtype, macs_per_second } in &measured.products {
+        let (rate, how) = of_products(&TOKENS_MEASURED, macs_per_second);
+        row(&format!("CPU, products of {dtype}"), rate, how);
     }
+    let widths = TOKENS_MEASURED.map(|tokens| tokens.to_string()).join(", ");
+    let unhidden = measured.unhidden.map(|part| format!("{:.0} %", 100.0 * part)).join(", ");
+    let how = format!("of reads and products the shorter, beside the longer; {widths} tokens");
+    row("CPU, not hidden", unhidden, how);
+    let elements = |rate: f64| format!("{:.2} G/s", rate / 1e9);
+    row("CPU, norms", elements(measured.rows.norm), "elements, added and rounded too".to_owned());
+    row("CPU, gates", elements(measured.rows.gate), "elements, rounded too".to_owned());
+    row("CPU, choices", elements(measured.rows.logits), "logits".to_owned());
     let us = |us: f64| format!("{us:.2} µs");
     row("workers, one meeting", us(measured.meeting_us), threads(workers));
     row("a thread that sleeps", us(measured.wake_us), "until it runs".to_owned());
@@ -259,9 +267,9 @@ fn rows(measured: &Measured, workers: usize) -> Vec<Vec<String>> {
 }
 
 /// The rate of the widest step, and those of the others in words.
-fn of_products(products: &ProductRates) -> (String, String) {
-    let rates = TOKENS_MEASURED.into_iter().zip(products.macs_per_second);
-    let mut rates: Vec<_> = rates.map(|(tokens, rate)| (tokens, operations(rate))).collect();
+fn of_products(tokens: &[usize], macs_per_second: &[f64]) -> (String, String) {
+    let rates = tokens.iter().zip(macs_per_second);
+    let mut rates: Vec<_> = rates.map(|(tokens, rate)| (*tokens, operations(*rate))).collect();
     let (most, rate) = rates.pop().unwrap_or_default();
     let others: Vec<_> =
         rates.into_iter().map(|(tokens, rate)| format!("{rate} with {tokens}")).collect();

@@ -14,6 +14,13 @@ pub struct Measured {
     /// Products by block type.
     #[serde(default)]
     pub products: Vec<ProductRates>,
+    /// How much of the shorter of reading weights and multiplying them comes on top of the longer,
+    /// by [`TOKENS_MEASURED`]: 0 where one hides the other, 1 where they follow each other.
+    #[serde(default)]
+    pub unhidden: [f64; TOKENS_MEASURED.len()],
+    /// Work on rows beside products.
+    #[serde(default)]
+    pub rows: RowRates,
     /// All workers at a barrier, spinning, in µs.
     #[serde(default)]
     pub meeting_us: f64,
@@ -48,6 +55,17 @@ pub struct MacRate {
     pub per_second: f64,
 }
 
+/// Work on rows beside products: elements per second of all workers together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RowRates {
+    /// Added to the residual stream, normalised and rounded.
+    pub norm: f64,
+    /// Of a feed-forward network, activated, multiplied and rounded.
+    pub gate: f64,
+    /// Logits that a token is chosen from.
+    pub logits: f64,
+}
+
 /// Tokens of the steps that products are measured for, ascending.
 pub const TOKENS_MEASURED: [usize; 4] = [1, 8, 32, 256];
 
@@ -63,18 +81,62 @@ pub struct ProductRates {
 impl ProductRates {
     /// With so many tokens; between numbers that were measured along a line.
     pub fn with_tokens(&self, tokens: f64) -> f64 {
-        let rates = TOKENS_MEASURED.into_iter().zip(self.macs_per_second);
+        on_lines(self.macs_per_second, tokens)
+    }
+}
+
+impl Measured {
+    /// [`Measured::unhidden`] with so many tokens; between numbers that were measured along a line.
+    pub fn unhidden_with(&self, tokens: f64) -> f64 {
+        on_lines(self.unhidden, tokens)
+    }
+}
+
+/// A figure of so many tokens from those of [`TOKENS_MEASURED`].
+fn on_lines(figures: [f64; TOKENS_MEASURED.len()], tokens: f64) -> f64 {
+    let figures = TOKENS_MEASURED.into_iter().zip(figures);
+    let mut below: Option<(f64, f64)> = None;
+    for (measured, figure) in figures.map(|(measured, figure)| (measured as f64, figure)) {
+        match below {
+            _ if tokens > measured => below = Some((measured, figure)),
+            None => return figure,
+            Some((less, before)) => {
+                return before + (figure - before) * (tokens - less) / (measured - less);
+            }
+        }
+    }
+    below.map_or(0.0, |(_, figure)| figure)
+}
+
+/// Tokens of the steps that a GPU's products are measured for, ascending.
+pub const GPU_TOKENS_MEASURED: [usize; 5] = [1, 8, 32, 64, 512];
+
+/// What a GPU's products reach with weights of a type, which lie in its memory.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct GpuProductRates {
+    /// The type.
+    pub dtype: String,
+    /// Multiply-accumulates per second, by [`GPU_TOKENS_MEASURED`].
+    pub macs_per_second: [f64; GPU_TOKENS_MEASURED.len()],
+}
+
+impl GpuProductRates {
+    /// Seconds that a weight takes with so many tokens: between numbers that were measured along a
+    /// line, with more in proportion.
+    pub fn seconds_per_weight(&self, tokens: f64) -> f64 {
+        let rates = GPU_TOKENS_MEASURED.into_iter().zip(self.macs_per_second);
         let mut below: Option<(f64, f64)> = None;
-        for (measured, rate) in rates.map(|(measured, rate)| (measured as f64, rate)) {
+        for (measured, rate) in rates {
+            let (measured, seconds) = (measured as f64, measured as f64 / rate);
             match below {
-                _ if tokens > measured => below = Some((measured, rate)),
-                None => return rate,
-                Some((less, slower)) => {
-                    return slower + (rate - slower) * (tokens - less) / (measured - less);
+                _ if tokens > measured => below = Some((measured, seconds)),
+                None => return seconds,
+                Some((less, sooner)) => {
+                    return sooner + (seconds - sooner) * (tokens - less) / (measured - less);
                 }
             }
         }
-        below.map_or(0.0, |(_, rate)| rate)
+        below.map_or(0.0, |(most, seconds)| seconds * tokens / most)
     }
 }
 
@@ -96,6 +158,9 @@ pub struct GpuRates {
     pub read_bytes_per_second: f64,
     /// Arithmetic of its tensor cores.
     pub macs: MacRate,
+    /// Products by block type.
+    #[serde(default)]
+    pub products: Vec<GpuProductRates>,
     /// One way at a time, from and to memory that the GPU copies by itself.
     pub pinned: CopyRates,
     /// Both ways at once, each way's own rate.

@@ -8,10 +8,12 @@ mod cgroup;
 mod disk;
 mod gpu;
 mod measured;
+mod overlap;
 mod probe;
 mod probe_cache;
 mod product_rates;
 pub mod roofs;
+mod row_rates;
 mod system_files;
 mod topology;
 
@@ -21,8 +23,8 @@ pub use affinity::{
 pub use disk::disk_read_rate;
 pub use gpu::{Gpu, Gpus, MemoryHolder};
 pub use measured::{
-    BesideReads, CopyRates, DiskRate, GpuRates, MacRate, Measured, ProductRates, ReadRate,
-    TOKENS_MEASURED,
+    BesideReads, CopyRates, DiskRate, GPU_TOKENS_MEASURED, GpuProductRates, GpuRates, MacRate,
+    Measured, ProductRates, ReadRate, RowRates, TOKENS_MEASURED,
 };
 pub use probe::Probe;
 pub use probe_cache::{Fingerprint, load_measured, probe_file, store_measured};

@@ -3,9 +3,9 @@
 
 use super::gpu::Gpus;
 use super::measured::{BesideReads, CopyRates, GpuRates, MacRate, Measured, ReadRate};
-use super::product_rates;
 use super::roofs::{self, Team, read_passes};
 use super::topology::CpuId;
+use super::{overlap, product_rates, row_rates};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 use tandem_cpu_kernels::Kernels;
@@ -47,6 +47,8 @@ impl Probe<'_> {
             per_second: roofs::macs_per_second(&self.team, self.kernels),
         };
         measured.products = product_rates::of_workers(&self.team, self.kernels);
+        measured.unhidden = overlap::unhidden(&self.team, self.kernels, self.memory);
+        measured.rows = row_rates::of_workers(&self.team, self.kernels);
         measured.meeting_us = roofs::meeting_us(&self.team);
         measured.wake_us = roofs::wake_us();
         for gpu in &gpus.devices {
@@ -91,6 +93,7 @@ impl Probe<'_> {
             ordinal,
             read_bytes_per_second: roofs.read_bytes_per_second,
             macs: MacRate { numbers: roofs.numbers.to_owned(), per_second: roofs.macs_per_second },
+            products: Vec::new(),
             pinned: one_way(|way| lanes.pinned(way, COPY_ROUNDS))?,
             both_ways: CopyRates { to_gpu, from_gpu },
             pageable: pageable(&mut lanes, self.copy_bytes)?,

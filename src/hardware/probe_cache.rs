@@ -34,7 +34,13 @@ pub struct Fingerprint {
     pub driver: Option<String>,
     /// Tandem's own.
     pub version: String,
+    /// Which figures are measured.
+    #[serde(default)]
+    pub figures: u32,
 }
+
+/// Counts up with each change of what is measured, or how.
+const FIGURES: u32 = 2;
 
 impl Fingerprint {
     /// That of this machine with so many compute workers, on these processors if they are pinned,
@@ -57,6 +63,7 @@ impl Fingerprint {
             gpus: gpus.iter().map(|gpu| gpu.name.clone()).collect(),
             driver: driver().ok().map(|driver| driver.version().to_string()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            figures: FIGURES,
         }
     }
 }

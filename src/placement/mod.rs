@@ -11,6 +11,8 @@ mod node_memory;
 mod nodes;
 mod predict;
 mod predict_costs;
+mod predict_cpu;
+mod predict_gpu;
 mod predict_work;
 mod room;
 mod several;

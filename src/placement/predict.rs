@@ -2,26 +2,30 @@
 //! decoding and of prompts, and what one GiB more of each GPU's memory would buy.
 //!
 //! ```text
-//! CPU step     = max(weights read / DRAM, operations / (CPU · share)) + meetings of the workers
+//! CPU step     = products + work on rows + meetings and last pieces of the workers
 //!                + max(KV / (DRAM · share), attention's operations / (CPU · its share))
-//! GPU step     = reads + operations / (tensor cores · share) + KV / VRAM
+//!                where products = longer + what is not hidden · shorter of weights read / DRAM and
+//!                operations / rate of their type
+//! GPU step     = products at the rates of their types + layers · rest + rows / VRAM
+//!                + KV / (VRAM · share)
+//! without such rates = reads + operations / (tensor cores · share) + KV / VRAM
 //!                where reads = layers · wait + weights read / (VRAM · share)
-//! GPU prompt   = max(reads, operations / (tensor cores · share))
+//! its prompt   = max(reads, operations / (tensor cores · share))
 //! spilled step = GPU step + min over streamed layers (CPU's beside streams + crossings)
 //!                where all are streamed: max(weights / pinned copies, GPU step or prompt)
 //! several GPUs = sum over GPUs of the step of each one's layers; of a prompt's steps, of which the
 //!                CPU has no part, all but the last take as long as the slowest GPU
 //! ```
-//! Shares and the wait are what kernels reach of their roofs on one kind of machine, told with
-//! their reasons in `predict_costs.rs`. Of experts a step of m tokens reads n·(1 − (1 − k/n)^m), as
-//! many as m independent choices of k of n touch.
+//! Shares and the rest are what kernels reach of their roofs on one kind of machine, told with
+//! their reasons in `predict_cpu.rs` and `predict_gpu.rs`. Of experts a step of m tokens reads
+//! n·(1 − (1 − k/n)^m), as many as m independent choices of k of n touch.
 //!
-//! Against `docs/performance.md`: one stream and prompts of dense models within 15 %, 8 and 32
-//! streams within 20 %, more on the CPU. Not modelled: the arithmetic of attention on a GPU, which
-//! long contexts feel; prompts of small experts on a GPU, a third slower than predicted; kernels of
-//! GPUs before Hopper; weights in floats on the CPU where products were not measured;
-//! `gpu.spill_streamed`; time between GPUs; and KV blocks that lie on other NUMA nodes than their
-//! readers. Between two steps, two threads are woken, one after the other.
+//! Against `docs/performance.md`: dense models on a GPU within 15 %, half in host memory within
+//! 25 %; on the CPU products of many tokens within 12 %, and the rest as far off as memory is from
+//! what it gave to the probe. Not modelled: prompts of small experts on a GPU, a third slower than
+//! predicted; kernels of GPUs before Hopper; weights in floats on the CPU where products were not
+//! measured; `gpu.spill_streamed`; time between GPUs; and KV blocks that lie on other NUMA nodes
+//! than their readers. Between two steps, two threads are woken, one after the other.
 
 use super::predict_costs::{Costs, StepSeconds, Usage};
 use super::{Device, Placement};
@@ -109,7 +113,7 @@ impl Prediction {
         });
         let prompts = PROMPTS.into_iter().filter(|tokens| *tokens <= placement.context_tokens);
         let prompt = prompts.map(|tokens| {
-            let steps = costs.prompt(tokens);
+            let steps = costs.prompts(1, tokens, 0);
             let tokens_per_second = tokens as f64 / steps.total();
             PromptSpeed { tokens, tokens_per_second, steps }
         });
@@ -158,7 +162,7 @@ impl Job {
         let costs = Costs::new(spec, placement, hardware.measured.as_ref()?, usage)?;
         let prompts = match streams * prompt {
             0 => 0.0,
-            tokens => costs.prompt(tokens).total(),
+            _ => costs.prompts(streams, prompt, depth).total(),
         };
         Some(prompts + generated as f64 * costs.decode(streams).total())
     }

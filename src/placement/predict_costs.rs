@@ -1,52 +1,18 @@
 //! Seconds of a step, from the work of its parts and the measured rates of what does it. The
 //! formulas are told in `predict.rs`.
 
+use super::predict_cpu::CpuRates;
+use super::predict_gpu;
 use super::predict_work::{Parts, Work, attention_parts, network_parts, output_parts};
 use super::{CROSSING_TOKENS_MAX, Device, Placement, SharedTimes, Spill, StagePlacement};
-use crate::hardware::{GpuRates, Measured, ProductRates};
+use crate::hardware::{GpuRates, Measured};
 use crate::model::{LayerSpec, ModelSpec};
 use crate::tensor::DType;
 use serde::Serialize;
 use std::ops::Add;
 
-/// Seconds of a layer in which the kernels of a step on a GPU wait for each other: one of 50 µs
-/// reads for 27 at the roof (`docs/performance.md`, "One H200"). It does not grow with the layer: a
-/// Llama of 70B, with layers of three and a half times the bytes, decodes at 80 % of the roof and
-/// one of 8B at 55 %.
-const LAYER_WAIT: f64 = 23e-6;
-/// Share of the memory's rate at which a GPU reads weights beside that, by the tokens of a step:
-/// one; up to eight, which are multiplied in 8 bits; more. As of 3,529 and 7,535 tokens/s with 8
-/// and 32 streams there.
-const VRAM_SHARES: [(usize, f64); 3] = [(1, 1.0), (8, 0.7), (usize::MAX, 0.4)];
-/// The same of experts, whose kernels have less to do each.
-const VRAM_SHARE_EXPERTS: f64 = 0.4;
-/// Share of the tensor cores' rate that steps reach: prompts of 8B 453 of 902 TFLOP/s, attention
-/// and norms included; experts 179 to 245.
-const TENSOR_SHARE: f64 = 0.5;
-const TENSOR_SHARE_EXPERTS: f64 = 0.2;
-/// Tokens from which reading and arithmetic overlap on a GPU: wider products have enough to do.
-const OVERLAP_TOKENS: usize = 129;
-/// Share of the CPU's rate in registers that products reach ("Sixteen cores"): 8-bit ones 1.6 to
-/// 2.0 of 4.1 T multiply-adds/s. Tiles of AMX in bf16 wait for weights to be decoded: 3.0 to 3.3 of
-/// 11.5.
-const CPU_SHARE: f64 = 0.4;
-const CPU_SHARE_TILES: f64 = 0.25;
 /// Layers that a ring holds which did not have to be made smaller.
 const RING_LAYERS: f64 = 4.0 / 3.0;
-/// Share of memory's rate at which streams' attention reads keys and values: half to two thirds
-/// ("Predicted stage by stage").
-const KV_SHARE: f64 = 0.62;
-/// What the probe calls the numbers that tiles multiply.
-const TILE_NUMBERS: &str = "bf16";
-
-/// Share of the CPU's rate in registers at which attention multiplies, which does so in floats:
-/// 80 to 96 of 465 G multiply-adds/s on two threads of Zen 4. Tiles have three times that rate.
-const ATTENTION_SHARE: f64 = 0.18;
-const ATTENTION_SHARE_TILES: f64 = 0.06;
-/// How often workers meet in a layer: in steps of a few tokens, and in wider ones.
-const MEETINGS: [f64; 2] = [5.0, 8.0];
-/// Tokens of the widest step whose rows each worker normalises for itself.
-const NARROW_TOKENS: usize = 16;
 /// Threads that sleep and are woken, one after the other, between two steps.
 const WAKES: f64 = 2.0;
 
@@ -60,7 +26,10 @@ pub struct StepSeconds {
     pub attention: f64,
     /// What spilled weights add: the CPU's part, streams and crossings.
     pub spilled: f64,
-    /// Workers of a CPU that meet, because one reads what another wrote.
+    /// A CPU's norms of the residual stream.
+    pub norms: f64,
+    /// Workers of a CPU that meet, because one reads what another wrote, and that wait for the
+    /// last one's last piece.
     pub meetings: f64,
     /// From a step's end to the next one's start.
     pub between: f64,
@@ -69,8 +38,8 @@ pub struct StepSeconds {
 impl StepSeconds {
     /// Of all together.
     pub fn total(self) -> f64 {
-        let Self { products, attention, spilled, meetings, between } = self;
-        products + attention + spilled + meetings + between
+        let Self { products, attention, spilled, norms, meetings, between } = self;
+        products + attention + spilled + norms + meetings + between
     }
 }
 
@@ -82,6 +51,7 @@ impl Add for StepSeconds {
             products: self.products + other.products,
             attention: self.attention + other.attention,
             spilled: self.spilled + other.spilled,
+            norms: self.norms + other.norms,
             meetings: self.meetings + other.meetings,
             between: self.between + other.between,
         }
@@ -95,23 +65,6 @@ pub(super) struct Usage {
     pub context_tokens: usize,
     /// Of the widest step.
     pub step_tokens_max: usize,
-}
-
-/// What the workers reach.
-#[derive(Clone, Copy)]
-struct CpuRates<'a> {
-    /// Bytes of host memory read per second.
-    read: f64,
-    /// Multiply-accumulates of products per second, where their type was not measured.
-    macs: f64,
-    /// Those of types that were, of all workers of the probe.
-    products: &'a [ProductRates],
-    /// Part of these workers that there are.
-    part: f64,
-    /// Multiply-accumulates of attention per second.
-    attention_macs: f64,
-    /// Seconds of a meeting of all workers.
-    meeting: f64,
 }
 
 /// The work of a stage's layers in a step.
@@ -139,41 +92,6 @@ pub(super) struct Costs<'a> {
     stages: Vec<(&'a StagePlacement, Option<&'a GpuRates>)>,
     /// Seconds from a step's end to the next one's start.
     between: f64,
-}
-
-impl<'a> CpuRates<'a> {
-    /// Of so many threads; between numbers that were measured along a line.
-    fn of(measured: &'a Measured, threads: usize) -> Option<Self> {
-        let last = measured.reads.last()?;
-        let above = measured.reads.iter().position(|read| read.threads >= threads);
-        let read = match above {
-            None => last.bytes_per_second,
-            Some(0) => measured.reads[0].bytes_per_second,
-            Some(above) => {
-                let (low, high) = (&measured.reads[above - 1], &measured.reads[above]);
-                let part = (threads - low.threads) as f64 / (high.threads - low.threads) as f64;
-                low.bytes_per_second + part * (high.bytes_per_second - low.bytes_per_second)
-            }
-        };
-        let is_tiles = measured.cpu.numbers == TILE_NUMBERS;
-        let share = if is_tiles { CPU_SHARE_TILES } else { CPU_SHARE };
-        let part = threads.min(last.threads) as f64 / last.threads as f64;
-        let attention_share = if is_tiles { ATTENTION_SHARE_TILES } else { ATTENTION_SHARE };
-        let all = measured.cpu.per_second * part;
-        let (macs, attention_macs) = (all * share, all * attention_share);
-        let (products, meeting) = (&measured.products[..], measured.meeting_us * 1e-6);
-        Some(Self { read, macs, products, part, attention_macs, meeting })
-    }
-
-    fn seconds_per_mac(&self, dtype: DType, tokens: f64) -> f64 {
-        let products = self.products.iter().find(|products| products.dtype == dtype.name());
-        let measured = products.map(|products| products.with_tokens(tokens) * self.part);
-        1.0 / measured.filter(|rate| *rate > 0.0).unwrap_or(self.macs)
-    }
-
-    fn seconds(&self, work: Work) -> f64 {
-        (work.bytes / self.read).max(work.cpu_seconds)
-    }
 }
 
 impl<'a> Costs<'a> {
@@ -212,52 +130,44 @@ impl<'a> Costs<'a> {
         let attention = self.stages.iter().map(|(stage, gpu)| {
             let bytes = self.spec.layers[stage.layers.clone()].iter().map(bytes).sum::<f64>();
             match gpu {
-                Some(gpu) => bytes / gpu.read_bytes_per_second,
-                None => (bytes / (self.cpu.read * KV_SHARE))
-                    .max(self.attention_seconds(streams, &|window| seen(window) as f64)),
+                Some(gpu) => predict_gpu::kv_seconds(gpu, bytes),
+                None => {
+                    let layers = &self.spec.layers[stage.layers.clone()];
+                    let macs = attention_macs(layers, streams, &|window| seen(window) as f64);
+                    self.cpu.kv_seconds(bytes).max(self.cpu.attention_seconds(macs))
+                }
             }
         });
         StepSeconds { attention: attention.sum(), ..self.step(streams, streams) }
     }
 
-    /// Of a prompt of so many tokens in as few steps as there can be. Stages are at work at once
-    /// then, each at another step, where the CPU has no part in it: for each step but the last the
-    /// slowest one takes its time.
-    pub fn prompt(&self, tokens: usize) -> StepSeconds {
-        let most = self.usage.step_tokens_max;
+    /// Of prompts of so many tokens each, behind `depth` tokens that are known, side by side in as
+    /// few steps as there can be. Stages are at work at once then, each at another step, where the
+    /// CPU has no part in it: for each step but the last the slowest one takes its time.
+    pub fn prompts(&self, count: usize, length: usize, depth: usize) -> StepSeconds {
+        let (most, tokens) = (self.usage.step_tokens_max, count * length);
         let overlaps = self.placement.spill.is_none() || most > CROSSING_TOKENS_MAX;
         let steps = (0..tokens).step_by(most).map(|start| {
             let end = tokens.min(start + most);
-            let is_last = end == tokens;
-            if is_last || !overlaps {
-                return self.step(end - start, usize::from(is_last));
+            // Prompts that end in it.
+            let logits = end / length - start / length;
+            if end == tokens || !overlaps {
+                return self.step(end - start, logits);
             }
-            let stages = self.of_stages(end - start, 0);
+            let stages = self.of_stages(end - start, logits);
             let slowest = stages.max_by(|a, b| a.total().total_cmp(&b.total()));
             StepSeconds { between: self.between, ..slowest.unwrap_or_default() }
         });
         let steps = steps.fold(StepSeconds::default(), Add::add);
-        // A token at p sees p others, or those of the window.
-        let seen = |window: Option<usize>| match window {
-            Some(window) if window < tokens => {
-                window as f64 * (1.0 - window as f64 / (2.0 * tokens as f64))
+        let seen = |window: Option<usize>| mean_seen((depth, length), window);
+        let attention = self.stages.iter().map(|(stage, gpu)| {
+            let macs = attention_macs(&self.spec.layers[stage.layers.clone()], tokens, &seen);
+            match gpu {
+                Some(gpu) => predict_gpu::attention_seconds(gpu, macs),
+                None => self.cpu.attention_seconds(macs),
             }
-            _ => tokens as f64 / 2.0,
-        };
-        let is_cpu = *self.placement.device() == Device::Cpu;
-        let attention = if is_cpu { self.attention_seconds(tokens, &seen) } else { 0.0 };
-        StepSeconds { attention, ..steps }
-    }
-
-    /// Of the arithmetic of attention on the CPU, where each token sees as many others as `seen` of
-    /// a layer's window.
-    fn attention_seconds(&self, tokens: usize, seen: &dyn Fn(Option<usize>) -> f64) -> f64 {
-        let macs = self.spec.layers.iter().map(|layer| {
-            let attention = &layer.attention;
-            let width = (attention.n_heads * attention.head_dim) as f64;
-            2.0 * width * seen(attention.window) * tokens as f64
         });
-        macs.sum::<f64>() / self.cpu.attention_macs
+        StepSeconds { attention: attention.sum(), ..steps }
     }
 
     /// Of a step without its keys and values; `logits` of its tokens get logits. Its stages follow
@@ -282,28 +192,24 @@ impl<'a> Costs<'a> {
         tokens: usize,
         logits: usize,
     ) -> StepSeconds {
-        let Spilled { mut resident, mean, layers, bytes, crossing } = self.spilled(stage, tokens);
-        resident += output_parts(self.spec, logits, &|dtype, tokens| {
-            self.cpu.seconds_per_mac(dtype, tokens)
-        });
-        let n_layers = stage.layers.len();
+        let Spilled { mut resident, mean, layers, bytes, crossing } =
+            self.spilled((stage, gpu), tokens);
+        resident += output_parts(self.spec, logits, &self.seconds_per_weight(gpu));
+        let model = (self.spec, &self.spec.layers[stage.layers.clone()]);
         let Some(gpu) = gpu else {
-            let products = self.cpu.seconds(resident.all());
-            let at_layer = MEETINGS[usize::from(tokens > NARROW_TOKENS)];
-            let meetings = at_layer * n_layers as f64 * self.cpu.meeting;
-            return StepSeconds { products, meetings, ..StepSeconds::default() };
+            return self.cpu.layers(model, resident.all(), (tokens, logits));
         };
-        let products = gpu_seconds(gpu, (tokens, n_layers), resident);
+        let products = predict_gpu::seconds(gpu, model, tokens, resident);
         if layers == 0 {
             return StepSeconds { products, ..StepSeconds::default() };
         }
-        let times = self.shared_times(gpu, (mean.all(), bytes));
+        let times = self.shared_times(gpu, (mean.all(), bytes), tokens);
         let crossing = crossing[0] * gpu.crossing_us * 1e-6 + crossing[1] / gpu.pinned.to_gpu;
         let with_streamed = |streamed: usize| {
             let here = (layers - streamed) as f64;
             let mut on_gpu = resident;
             on_gpu += mean * streamed as f64;
-            let on_gpu = gpu_seconds(gpu, (tokens, n_layers), on_gpu);
+            let on_gpu = predict_gpu::seconds(gpu, model, tokens, on_gpu);
             let both = times.seconds(here, streamed as f64) + here * crossing;
             // Nobody waits for the CPU: what comes and what is computed overlap.
             if here == 0.0 { on_gpu.max(both) } else { on_gpu + both }
@@ -313,12 +219,24 @@ impl<'a> Costs<'a> {
         StepSeconds { products, spilled: all - products, ..StepSeconds::default() }
     }
 
+    /// Of the CPU, and of a GPU if that runs the stage.
+    fn seconds_per_weight(&self, gpu: Option<&GpuRates>) -> impl Fn(DType, f64) -> [f64; 2] {
+        move |dtype, tokens| {
+            let on_gpu = gpu.map_or(0.0, |gpu| predict_gpu::seconds_per_weight(gpu, dtype, tokens));
+            [self.cpu.seconds_per_weight(dtype, tokens), on_gpu]
+        }
+    }
+
     /// Divides the work of a stage's layers.
-    fn spilled(&self, stage: &StagePlacement, tokens: usize) -> Spilled {
+    fn spilled(
+        &self,
+        (stage, gpu): (&StagePlacement, Option<&GpuRates>),
+        tokens: usize,
+    ) -> Spilled {
         let nothing = Spill::default();
         let spill = stage.spill.as_ref().unwrap_or(&nothing);
         let mut all = Spilled::default();
-        let seconds = |dtype, tokens| self.cpu.seconds_per_mac(dtype, tokens);
+        let seconds = self.seconds_per_weight(gpu);
         for at in stage.layers.clone() {
             let layer = &self.spec.layers[at];
             let of = |layers: &[usize]| layers.contains(&at);
@@ -344,12 +262,17 @@ impl<'a> Costs<'a> {
     }
 
     /// Of a layer of this work, whose weights have so many bytes. A stream carries all experts.
-    fn shared_times(&self, gpu: &GpuRates, (work, bytes): (Work, f64)) -> SharedTimes {
-        let beside = CpuRates { read: gpu.beside_reads.reads.min(self.cpu.read), ..self.cpu };
+    fn shared_times(
+        &self,
+        gpu: &GpuRates,
+        (work, bytes): (Work, f64),
+        tokens: usize,
+    ) -> SharedTimes {
+        let beside = self.cpu.reading_at_most(gpu.beside_reads.reads);
         let to_gpu_beside = gpu.beside_reads.to_gpu.min(gpu.pinned.to_gpu);
         SharedTimes {
-            cpu: self.cpu.seconds(work),
-            cpu_beside: beside.seconds(work),
+            cpu: self.cpu.seconds((work.bytes, work.cpu_seconds), tokens),
+            cpu_beside: beside.seconds((work.bytes, work.cpu_seconds), tokens),
             stream: bytes / gpu.pinned.to_gpu,
             stream_beside: bytes / to_gpu_beside,
             ahead: RING_LAYERS,
@@ -357,19 +280,24 @@ impl<'a> Costs<'a> {
     }
 }
 
-/// Seconds of what a GPU computes in a step of some tokens, which go through some layers.
-fn gpu_seconds(gpu: &GpuRates, (tokens, layers): (usize, usize), parts: Parts) -> f64 {
-    let share = VRAM_SHARES.iter().find(|(most, _)| tokens <= *most).map_or(1.0, |s| s.1);
-    let Parts { dense, experts } = parts;
-    let (vram, macs) = (gpu.read_bytes_per_second, gpu.macs.per_second);
-    let wait = LAYER_WAIT * layers as f64;
-    let reads = wait + dense.bytes / (vram * share);
-    let arithmetic = dense.macs / (macs * TENSOR_SHARE);
-    let dense = match tokens {
-        OVERLAP_TOKENS.. => reads.max(arithmetic),
-        _ => reads + arithmetic,
-    };
-    dense
-        + experts.bytes / (vram * VRAM_SHARE_EXPERTS)
-        + experts.macs / (macs * TENSOR_SHARE_EXPERTS)
+/// How many others each token of a prompt of `length` tokens behind `depth` others sees, in the
+/// mean: one at p sees p, or those of the window.
+fn mean_seen((depth, length): (usize, usize), window: Option<usize>) -> f64 {
+    let (first, end) = (depth as f64, (depth + length) as f64);
+    let window = window.map_or(end, |window| window as f64);
+    // Up to the window each sees one more than the one before it.
+    let full = window.clamp(first, end);
+    let growing = (full - first) * (full + first) / 2.0;
+    (growing + (end - full) * window) / length.max(1) as f64
+}
+
+/// Of attention's products, where each of some tokens sees as many others as `seen` of a layer's
+/// window.
+fn attention_macs(layers: &[LayerSpec], tokens: usize, seen: &dyn Fn(Option<usize>) -> f64) -> f64 {
+    let macs = layers.iter().map(|layer| {
+        let attention = &layer.attention;
+        let width = (attention.n_heads * attention.head_dim) as f64;
+        2.0 * width * seen(attention.window) * tokens as f64
+    });
+    macs.sum()
 }

@@ -15,11 +15,15 @@ pub(super) struct Work {
     pub macs: f64,
     /// Seconds that the CPU's workers take for them where memory is no limit.
     pub cpu_seconds: f64,
+    /// Seconds that a GPU takes for them with weights in its memory.
+    pub gpu_seconds: f64,
+    /// Bytes and the CPU's seconds of the smallest piece that a worker takes of each product.
+    pub pieces: [f64; 2],
 }
 
-/// Seconds of the CPU's workers for a multiply-accumulate with a weight of a type, in a product
-/// with so many tokens.
-pub(super) type SecondsPerMac<'a> = &'a dyn Fn(DType, f64) -> f64;
+/// Seconds for a weight of a type in a product with so many tokens: of the CPU's workers where
+/// memory is no limit, and of a GPU.
+pub(super) type SecondsPerWeight<'a> = &'a dyn Fn(DType, f64) -> [f64; 2];
 
 impl Add for Work {
     type Output = Self;
@@ -29,6 +33,8 @@ impl Add for Work {
             bytes: self.bytes + other.bytes,
             macs: self.macs + other.macs,
             cpu_seconds: self.cpu_seconds + other.cpu_seconds,
+            gpu_seconds: self.gpu_seconds + other.gpu_seconds,
+            pieces: [0, 1].map(|at| self.pieces[at] + other.pieces[at]),
         }
     }
 }
@@ -41,6 +47,8 @@ impl Mul<f64> for Work {
             bytes: self.bytes * times,
             macs: self.macs * times,
             cpu_seconds: self.cpu_seconds * times,
+            gpu_seconds: self.gpu_seconds * times,
+            pieces: self.pieces.map(|piece| piece * times),
         }
     }
 }
@@ -53,13 +61,31 @@ impl Sum for Work {
 
 /// Elements of a token up to which the CPU's queries, keys and values read two rows of 8 bits
 /// (`executor/program/lowering.rs`).
-const TWO_ROWS_DIM_MAX: usize = 1024;
+pub(super) const TWO_ROWS_DIM_MAX: usize = 1024;
+
+/// What a worker takes of a product at least (`executor/cpu/products.rs`): rows of a narrow step
+/// and of others, or bytes of weights for every so many tokens.
+const PIECE_ROWS: [usize; 2] = [16, 32];
+const NARROW_TOKENS: usize = 4;
+const PIECE_BYTES: usize = 32 << 10;
+const PIECE_TOKENS: usize = 8;
+
+/// The part of a matrix that the smallest such piece is.
+fn smallest_piece(tensor: &TensorRef, tokens: usize) -> f64 {
+    let unit = PIECE_ROWS[usize::from(tokens > NARROW_TOKENS)];
+    let unit_bytes = unit * tensor.bytes() as usize / tensor.rows.max(1);
+    let units = PIECE_BYTES / (unit_bytes * tokens.div_ceil(PIECE_TOKENS)).max(1);
+    (units.max(1) * unit).min(tensor.rows) as f64 / tensor.rows.max(1) as f64
+}
 
 /// A tensor that all of `tokens` tokens meet.
-fn met(tensor: &TensorRef, tokens: usize, seconds: SecondsPerMac<'_>) -> Work {
-    let macs = tensor.elements() as f64 * tokens as f64;
-    let cpu_seconds = macs * seconds(tensor.dtype, tokens as f64);
-    Work { bytes: tensor.bytes() as f64, macs, cpu_seconds }
+fn met(tensor: &TensorRef, tokens: usize, seconds: SecondsPerWeight<'_>) -> Work {
+    let (weights, bytes) = (tensor.elements() as f64, tensor.bytes() as f64);
+    let [cpu_seconds, gpu_seconds] =
+        seconds(tensor.dtype, tokens as f64).map(|seconds| seconds * weights);
+    let piece = smallest_piece(tensor, tokens);
+    let pieces = [bytes, cpu_seconds].map(|all| piece * all);
+    Work { bytes, macs: weights * tokens as f64, cpu_seconds, gpu_seconds, pieces }
 }
 
 /// Of parts that a GPU does at different shares of its roofs.
@@ -95,7 +121,7 @@ impl Parts {
 
 /// Of a layer's network. Of n experts of which each token goes through k, m tokens read
 /// n·(1 − (1 − k/n)^m).
-pub(super) fn network_parts(ffn: &FfnSpec, tokens: usize, seconds: SecondsPerMac<'_>) -> Parts {
+pub(super) fn network_parts(ffn: &FfnSpec, tokens: usize, seconds: SecondsPerWeight<'_>) -> Parts {
     match ffn {
         FfnSpec::Dense(ffn) => {
             let matrices = [&ffn.gate, &ffn.up, &ffn.down].map(|linear| &linear.weight);
@@ -109,9 +135,11 @@ pub(super) fn network_parts(ffn: &FfnSpec, tokens: usize, seconds: SecondsPerMac
             // Those of an expert that has some.
             let columns = of_each / touched.max(f64::MIN_POSITIVE);
             let matrices = [&experts.gate, &experts.up, &experts.down].into_iter().map(|matrix| {
-                let macs = matrix.elements() as f64 * of_each;
-                let cpu_seconds = macs * seconds(matrix.dtype, columns);
-                Work { bytes: matrix.bytes() as f64 * touched, macs, cpu_seconds }
+                let weights = matrix.elements() as f64;
+                let [cpu_seconds, gpu_seconds] =
+                    seconds(matrix.dtype, columns).map(|seconds| seconds * weights * touched);
+                let (bytes, macs) = (matrix.bytes() as f64 * touched, weights * of_each);
+                Work { bytes, macs, cpu_seconds, gpu_seconds, ..Work::default() }
             });
             let router = met(&experts.router, tokens, seconds);
             Parts { experts: matrices.sum::<Work>() + router, ..Parts::default() }
@@ -123,18 +151,26 @@ pub(super) fn network_parts(ffn: &FfnSpec, tokens: usize, seconds: SecondsPerMac
 pub(super) fn attention_parts(
     spec: &AttentionSpec,
     tokens: usize,
-    seconds: SecondsPerMac<'_>,
+    seconds: SecondsPerWeight<'_>,
 ) -> Parts {
     let of = |linear: &LinearSpec| met(&linear.weight, tokens, seconds);
-    let mut heads: Work = [&spec.query, &spec.key, &spec.value].into_iter().map(of).sum();
+    let query = of(&spec.query);
+    let mut heads = query + of(&spec.key) + of(&spec.value);
+    // They are one product.
+    heads.pieces = query.pieces;
     if spec.query.weight.cols <= TWO_ROWS_DIM_MAX {
-        heads.cpu_seconds *= 2.0;
+        let twice = |linear: &LinearSpec| met(&linear.weight, 2 * tokens, seconds).cpu_seconds;
+        heads.cpu_seconds = [&spec.query, &spec.key, &spec.value].into_iter().map(twice).sum();
     }
     Parts { dense: heads + of(&spec.output), ..Parts::default() }
 }
 
 /// Of the output for the `logits` tokens that get logits.
-pub(super) fn output_parts(spec: &ModelSpec, logits: usize, seconds: SecondsPerMac<'_>) -> Parts {
+pub(super) fn output_parts(
+    spec: &ModelSpec,
+    logits: usize,
+    seconds: SecondsPerWeight<'_>,
+) -> Parts {
     let dense = match logits {
         0 => Work::default(),
         _ => met(&spec.output, logits, seconds),

@@ -3,8 +3,9 @@
 use std::fs;
 use std::time::Duration;
 use tandem::hardware::{
-    CopyRates, Fingerprint, HardwareProfile, MacRate, Measured, Probe, ProductRates, ReadRate,
-    TOKENS_MEASURED, choose_cpus, disk_read_rate, load_measured, probe_file, roofs, store_measured,
+    CopyRates, Fingerprint, GPU_TOKENS_MEASURED, GpuProductRates, HardwareProfile, MacRate,
+    Measured, Probe, ProductRates, ReadRate, TOKENS_MEASURED, choose_cpus, disk_read_rate,
+    load_measured, probe_file, roofs, store_measured,
 };
 use tandem::tensor::DType;
 use tandem_cpu_kernels::{Isa, Kernels};
@@ -61,6 +62,18 @@ fn rates_of_products_lie_between_those_that_were_measured() {
 }
 
 #[test]
+fn times_of_a_gpus_products_lie_between_those_that_were_measured() {
+    let macs_per_second = [1.0, 4.0, 8.0, 8.0, 64.0];
+    let rates = GpuProductRates { dtype: "Q4_0".into(), macs_per_second };
+    let seconds = GPU_TOKENS_MEASURED.map(|tokens| rates.seconds_per_weight(tokens as f64));
+    assert_eq!(seconds, [1.0, 2.0, 4.0, 8.0, 8.0]);
+    // One token takes no less; beyond the last number each takes as long as there.
+    for (tokens, wanted) in [(0.5, 1.0), (20.0, 3.0), (48.0, 6.0), (288.0, 8.0), (1024.0, 16.0)] {
+        assert!((rates.seconds_per_weight(tokens) - wanted).abs() < 1e-12, "{tokens}");
+    }
+}
+
+#[test]
 fn what_was_measured_is_kept_until_the_machine_is_another() {
     let here = Fingerprint::of(&HardwareProfile::detect(), (2, &[]), Isa::Scalar);
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -74,7 +87,7 @@ fn what_was_measured_is_kept_until_the_machine_is_another() {
     };
     store_measured(&file, &here, &measured).expect("a folder of ours");
     assert_eq!(load_measured(&file, &here), Some(measured));
-    let changes: [fn(&mut Fingerprint); 9] = [
+    let changes: [fn(&mut Fingerprint); 10] = [
         |other| other.cpu.push('2'),
         |other| other.processors.push(4096),
         |other| other.cpu_quota_thousandths = Some(1),
@@ -84,6 +97,7 @@ fn what_was_measured_is_kept_until_the_machine_is_another() {
         |other| other.memory_total_bytes += 1,
         |other| other.gpus.push("Fake 8".into()),
         |other| other.version.push('1'),
+        |other| other.figures -= 1,
     ];
     for change in changes {
         let mut other = here.clone();

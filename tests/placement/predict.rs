@@ -6,10 +6,11 @@ use crate::tiny_model::Family;
 use proptest::prelude::*;
 use tandem::config::Config;
 use tandem::hardware::{
-    BesideReads, CopyRates, GpuRates, HardwareProfile, MacRate, Measured, ProductRates, ReadRate,
+    BesideReads, CopyRates, GpuProductRates, GpuRates, HardwareProfile, MacRate, Measured,
+    ProductRates, ReadRate, RowRates,
 };
 use tandem::model::{ModelSpec, SyntheticModel};
-use tandem::placement::{Device, Placement, Prediction};
+use tandem::placement::{Device, Job, Placement, Prediction};
 use tandem::units::ByteSize;
 
 const GIB: u64 = 1 << 30;
@@ -26,6 +27,7 @@ fn measured(numbers: &str, macs_per_second: f64) -> Measured {
             ordinal: 0,
             read_bytes_per_second: 4668e9,
             macs: MacRate { numbers: "f16".into(), per_second: 451e12 },
+            products: Vec::new(),
             pinned: both(55.4),
             both_ways: both(50.0),
             pageable: both(18.6),
@@ -106,6 +108,79 @@ fn a_model_on_the_gpu_is_as_fast_as_predicted() {
     assert_near(&decode(&large)[..1], &[92.8], &[5.0]);
 }
 
+/// What `tandem probe` measured of another H200's products, in T multiply-accumulates per second.
+fn with_products() -> HardwareProfile {
+    let rates = [
+        ("Q4_0", [5.53, 35.90, 77.84, 132.46, 322.90]),
+        ("Q8_0", [3.09, 22.88, 63.21, 112.46, 315.25]),
+        ("Q4_K", [4.55, 28.72, 67.59, 117.96, 292.52]),
+        ("Q6_K", [3.81, 24.61, 57.85, 98.72, 291.49]),
+    ];
+    let mut hardware = h200();
+    let gpu = &mut hardware.measured.as_mut().unwrap().gpus[0];
+    (gpu.read_bytes_per_second, gpu.macs.per_second) = (4557e9, 445e12);
+    gpu.products = rates
+        .map(|(dtype, rates): (&str, [f64; 5])| GpuProductRates {
+            dtype: dtype.into(),
+            macs_per_second: rates.map(|rate| rate * 1e12),
+        })
+        .into();
+    hardware
+}
+
+#[test]
+fn types_on_the_gpu_are_as_fast_as_their_products_let_them_be() {
+    for (name, one_8_32, of_512_2048) in [
+        ("llama-8b:q4_0", [555.0, 2955.0, 5842.0], [31_791.0, 29_437.0]),
+        ("llama-8b:q8_0", [380.0, 2173.0, 5117.0], [28_922.0, 26_627.0]),
+        ("llama-8b:q4_k_m", [493.0, 2482.0, 5287.0], [27_693.0, 25_908.0]),
+    ] {
+        let (hardware, config) = (with_products(), limited(0, 512));
+        let (_, prediction) = predicted(name, (&hardware, &config), 16, 512);
+        assert_near(&decode(&prediction), &one_8_32, &[15.0; 3]);
+        assert_near(&prompts(&prediction), &of_512_2048, &[15.0; 2]);
+    }
+}
+
+#[test]
+fn several_prompts_attend_less_than_one_as_long() {
+    let (spec, hardware, config) = (shape("llama-1b:q4_0"), h200(), config("off"));
+    let placement = Placement::plan(&spec, &hardware, &config).unwrap();
+    let seconds = |streams: usize, prompt: usize, depth: usize| {
+        let job = Job { streams, prompt, generated: 0, depth };
+        job.seconds(&spec, &placement, &hardware).unwrap()
+    };
+    let [one, eight, behind] = [seconds(1, 4096, 0), seconds(8, 512, 0), seconds(8, 512, 3584)];
+    assert!(eight < one && one < behind, "{eight}, {one}, {behind}");
+    // Half of a prompt is what its tokens see in the mean.
+    let macs = 16.0 * 2.0 * 2048.0 * 4096.0 * (2048.0 - 256.0);
+    let fewer = macs / (8.27e12 / 2.0 * 0.18 * placement.workers.threads as f64 / 16.0);
+    assert!(((one - eight) / fewer - 1.0).abs() < 0.02, "{} for {fewer}", one - eight);
+}
+
+#[test]
+fn all_that_was_measured_of_the_cpu_takes_its_time() {
+    let config = config("off");
+    let step = |change: &dyn Fn(&mut Measured)| {
+        let mut rates = measured("int8", 8.27e12 / 2.0);
+        change(&mut rates);
+        let hardware = HardwareProfile { measured: Some(rates), ..h200() };
+        predicted("llama-1b:q4_0", (&hardware, &config), 16, 512).1.decode[1].step
+    };
+    let plain = step(&|_| ());
+    assert_eq!((plain.meetings, plain.norms), (0.0, 0.0));
+    let products = [ProductRates { dtype: "Q4_0".into(), macs_per_second: [1e12; 4] }].to_vec();
+    assert!(step(&|rates| rates.products = products.clone()).meetings > 0.0);
+    let rows = RowRates { norm: 1e9, gate: 2e9, logits: 4e9 };
+    let with_rows = step(&|rates| rates.rows = rows);
+    // 16 workers, 16 layers, two norms.
+    let norms = (16 * 16 * 2 * 8 * 2048) as f64 / 1e9;
+    assert!((with_rows.norms / norms - 1.0).abs() < 1e-9, "{with_rows:?}");
+    let more = (16 * 8 * 8192) as f64 / 2e9 + (8 * 128_256) as f64 / 4e9;
+    assert!(((with_rows.products - plain.products) / more - 1.0).abs() < 1e-9, "{with_rows:?}");
+    assert!(step(&|rates| rates.unhidden = [1.0; 4]).products > plain.products);
+}
+
 #[test]
 fn a_model_half_in_host_memory_is_as_fast_as_predicted() {
     let (hardware, mut config) = (h200(), limited(2950 * MIB, 512));
@@ -169,17 +244,16 @@ fn products_take_what_was_measured_of_their_types() {
         let config = config("off");
         predicted("llama-8b:q8_0", (&hardware, &config), threads, 16).1
     };
-    let [slow, fast] = [1e11, 2e11].map(|rate| speed("Q8_0", rate, 16));
-    assert_near(
-        &decode(&fast),
-        &decode(&slow).iter().map(|speed| 2.0 * speed).collect::<Vec<_>>(),
-        &[0.1; 3],
-    );
+    let products = |prediction: Prediction| -> Vec<f64> {
+        prediction.decode.iter().map(|at| at.streams as f64 / at.step.products).collect()
+    };
+    let [slow, fast] = [1e11, 2e11].map(|rate| products(speed("Q8_0", rate, 16)));
+    assert_near(&fast, &slow.iter().map(|speed| 2.0 * speed).collect::<Vec<_>>(), &[0.1; 3]);
     // Four times the rate with eight tokens, and again twice that with 32.
-    let [one, eight, many] = decode(&slow)[..] else { panic!("{slow:?}") };
+    let [one, eight, many] = slow[..] else { panic!("{slow:?}") };
     assert_near(&[eight, many], &[4.0 * one, 8.0 * one], &[0.1; 2]);
-    let half = decode(&slow).iter().map(|speed| speed / 2.0).collect::<Vec<_>>();
-    assert_near(&decode(&speed("Q8_0", 1e11, 8)), &half, &[0.1; 3]);
+    let half = slow.iter().map(|speed| speed / 2.0).collect::<Vec<_>>();
+    assert_near(&products(speed("Q8_0", 1e11, 8)), &half, &[0.1; 3]);
     // What was not measured is as fast as the arithmetic lets it be.
     assert_eq!(speed("Q4_0", 1e11, 16).decode, speed("Q4_0", 2e11, 16).decode);
 }

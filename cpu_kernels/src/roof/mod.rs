@@ -1,16 +1,18 @@
 //! Owns the two loops whose speed is a processor's roof, multiply-accumulates in registers and
 //! reads of memory, with the same instructions that the matmul kernels use, and products of made-up
-//! weights, which show what these kernels reach. It must not know
-//! clocks, threads or what a rate is for. Whoever measures a machine calls it, once per thread.
+//! weights and work on made-up rows, which show what these kernels reach. It must not know clocks,
+//! threads or what a rate is for. Whoever measures a machine calls it, once per thread.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 mod product;
+mod rows;
 pub(crate) mod scalar;
 
 pub use product::TrialProduct;
+pub use rows::TrialRows;
 
 use crate::dispatch::Kernels;
 

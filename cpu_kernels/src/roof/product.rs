@@ -63,9 +63,20 @@ impl TrialProduct {
     /// # Panics
     /// With more tokens than there are.
     pub fn multiply(&mut self, columns: usize) -> u64 {
-        let (rows, first) = (self.rows, self.weights.as_ptr().align_offset(LINE_BYTES));
-        let bytes = rows * self.dtype.row_bytes(COLS).expect("whole blocks of any type");
-        let weights = &self.weights[first..][..bytes];
+        let (start, bytes) = (self.weights.as_ptr().align_offset(LINE_BYTES), self.bytes());
+        // Taken out for as long as all of `self` is in use.
+        let weights = std::mem::take(&mut self.weights);
+        let macs = self.multiply_piece(&weights[start..][..bytes], columns);
+        self.weights = weights;
+        macs
+    }
+
+    /// The same with weights that lie elsewhere, as [`TrialProduct::weights`] are.
+    ///
+    /// # Panics
+    /// With more tokens than there are, or another number of bytes.
+    pub fn multiply_piece(&mut self, weights: &[u8], columns: usize) -> u64 {
+        let rows = self.rows;
         let view = MatrixView::new(self.dtype, self.layout, rows, COLS, weights);
         // SAFETY: nothing fills the activations while their view is in use.
         let target = unsafe { self.rounded.writer(self.columns_max, COLS) };
@@ -77,6 +88,15 @@ impl TrialProduct {
         self.kernels.matmul(&view, &all.slice(0..columns), 0..rows, out);
         std::hint::black_box(&self.out);
         (rows * COLS * columns) as u64
+    }
+
+    /// The weights, in whole groups of 16 rows.
+    pub fn weights(&self) -> &[u8] {
+        &self.weights[self.weights.as_ptr().align_offset(LINE_BYTES)..][..self.bytes()]
+    }
+
+    fn bytes(&self) -> usize {
+        self.rows * self.dtype.row_bytes(COLS).expect("whole blocks of any type")
     }
 }
 
@@ -117,6 +137,12 @@ mod tests {
                     assert_eq!(product.multiply(columns), (columns * ROWS * COLS) as u64);
                     let made = product.out.iter().filter(|value| value.is_finite()).count();
                     assert_eq!(made, columns * ROWS, "{isa} {dtype}");
+                    let (wanted, elsewhere) = (product.out.clone(), product.weights().to_vec());
+                    product.out.fill(f32::NAN);
+                    product.multiply_piece(&elsewhere, columns);
+                    let same = |a: &f32, b: &f32| a.to_bits() == b.to_bits();
+                    let all = product.out.iter().zip(&wanted);
+                    assert!(all.take(made).all(|(a, b)| same(a, b)), "{isa} {dtype}");
                 }
             }
         }
