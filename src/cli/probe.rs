@@ -10,8 +10,9 @@ use std::time::Duration;
 use tandem::actors::compute_isa;
 use tandem::config::{Config, CpuConfig};
 use tandem::hardware::{
-    CoreKind, Fingerprint, Gpu, GpuRates, HardwareProfile, Measured, NumaNode, Probe, ProductRates,
-    TOKENS_MEASURED, Topology, disk_read_rate, load_measured, probe_file, roofs, store_measured,
+    CoreKind, Fingerprint, GPU_TOKENS_MEASURED, Gpu, GpuProductRates, GpuRates, HardwareProfile,
+    Measured, NumaNode, Probe, ProductRates, TOKENS_MEASURED, Topology, disk_read_rate,
+    load_measured, probe_file, roofs, store_measured,
 };
 use tandem::memory::{AlignedBytes, HugePages};
 use tandem::placement::Workers;
@@ -256,6 +257,10 @@ fn rows(measured: &Measured, workers: usize) -> Vec<Vec<String>> {
     for gpu in &measured.gpus {
         for (what, rate, how) in of_gpu(gpu) {
             row(&format!("GPU {}, {what}", gpu.ordinal), rate, how.into());
+        }
+        for GpuProductRates { dtype, macs_per_second } in &gpu.products {
+            let (rate, how) = of_products(&GPU_TOKENS_MEASURED, macs_per_second);
+            row(&format!("GPU {}, products of {dtype}", gpu.ordinal), rate, how);
         }
     }
     if let Some(disk) = &measured.disk {

@@ -7,6 +7,7 @@ mod affinity;
 mod cgroup;
 mod disk;
 mod gpu;
+mod gpu_products;
 mod measured;
 mod overlap;
 mod probe;

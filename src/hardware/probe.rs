@@ -5,7 +5,7 @@ use super::gpu::Gpus;
 use super::measured::{BesideReads, CopyRates, GpuRates, MacRate, Measured, ReadRate};
 use super::roofs::{self, Team, read_passes};
 use super::topology::CpuId;
-use super::{overlap, product_rates, row_rates};
+use super::{gpu_products, overlap, product_rates, row_rates};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 use tandem_cpu_kernels::Kernels;
@@ -86,6 +86,7 @@ impl Probe<'_> {
     fn gpu(&mut self, ordinal: usize) -> Result<GpuRates, GpuError> {
         let gpu = Gpu::open(&driver()?, ordinal)?;
         let roofs = roofs::of_open(&gpu)?;
+        let products = gpu_products::of_gpu(&gpu)?;
         let crossing_us = crossing_us(&gpu)?;
         let mut lanes = gpu.copy_lanes(self.copy_bytes)?;
         let (to_gpu, from_gpu) = best(|| lanes.pinned_both_ways(COPY_ROUNDS))?;
@@ -93,7 +94,7 @@ impl Probe<'_> {
             ordinal,
             read_bytes_per_second: roofs.read_bytes_per_second,
             macs: MacRate { numbers: roofs.numbers.to_owned(), per_second: roofs.macs_per_second },
-            products: Vec::new(),
+            products,
             pinned: one_way(|way| lanes.pinned(way, COPY_ROUNDS))?,
             both_ways: CopyRates { to_gpu, from_gpu },
             pageable: pageable(&mut lanes, self.copy_bytes)?,

@@ -47,6 +47,8 @@ fn a_probe_measures_every_part_of_this_machine() {
         assert!(is_rate(gpu.beside_reads.to_gpu) && is_rate(gpu.beside_reads.reads));
         assert!(is_rate(gpu.read_bytes_per_second) && is_rate(gpu.macs.per_second));
         assert!(is_rate(gpu.crossing_us));
+        let rates = gpu.products.iter().flat_map(|products| products.macs_per_second);
+        assert!(rates.into_iter().all(is_rate) && gpu.products.len() == measured.products.len());
     }
 }
 
