@@ -22,28 +22,39 @@ use tandem_cpu_kernels::{
     ActivationBuffer, ActivationForm, Activations, ActivationsMut, OutputColumns,
 };
 
-/// f32 memory, allocated once.
+/// f32 memory, allocated once, on a cache-line boundary: a group of 16 rows of a product is a line,
+/// and a vector across two lines costs double.
 pub(super) struct Memory {
-    values: Vec<f32>,
+    allocated: Vec<f32>,
+    /// Where the boundary is.
+    start: usize,
+    elements: usize,
 }
 
 impl Memory {
     pub fn new(elements: usize) -> Self {
-        Self { values: vec![0.0; elements] }
+        const LINE: usize = 64 / size_of::<f32>();
+        let allocated = vec![0.0; elements + LINE];
+        let start = allocated.as_ptr().align_offset(64).min(LINE);
+        Self { allocated, start, elements }
     }
 
     pub fn bytes(&self) -> usize {
-        self.values.len() * size_of::<f32>()
+        self.elements * size_of::<f32>()
+    }
+
+    fn values(&mut self) -> &mut [f32] {
+        &mut self.allocated[self.start..][..self.elements]
     }
 
     /// All of it, zero as long as no view was written to.
     pub fn as_bytes_mut(&mut self) -> &mut [u8] {
-        bytemuck::cast_slice_mut(&mut self.values)
+        bytemuck::cast_slice_mut(self.values())
     }
 
     /// A view as `[rows, width]` f32, row-major.
     pub fn rows(&mut self, rows: usize, width: usize) -> Rows<'_> {
-        Rows::new(&mut self.values, rows, width)
+        Rows::new(self.values(), rows, width)
     }
 }
 
