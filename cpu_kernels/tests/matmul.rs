@@ -242,6 +242,31 @@ fn a_part_of_a_fused_output_is_written_at_its_offset() {
 }
 
 #[test]
+fn rows_cut_from_a_matrix_have_the_bits_that_they_have_in_it() {
+    let mut random = Random(5);
+    let (rows, columns, cols) = (70, 40, 256);
+    let weights = quantized_weights(DType::Q4_K, rows, cols, &mut random);
+    let x = random.floats(columns * cols);
+    for isa in Isa::available() {
+        let kernels = Kernels::for_isa(isa).expect("available");
+        for &layout in weights.layouts() {
+            let view = weights.view(layout);
+            let all = multiply(kernels, &view, &x, std::slice::from_ref(&(0..rows)));
+            for part in [0..70, 16..16, 32..64, 48..70] {
+                let cut = view.cut(part.clone());
+                assert_eq!(cut.rows(), part.len());
+                let own = multiply(kernels, &cut, &x, std::slice::from_ref(&(0..part.len())));
+                for column in 0..columns {
+                    let wanted = &all[column * rows..][part.clone()];
+                    let got = &own[column * part.len()..][..part.len()];
+                    assert_eq!(bits(got), bits(wanted), "{isa} {layout:?} {part:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn a_wide_prefill_has_the_bits_of_single_columns() {
     let mut random = Random(2);
     let (rows, cols, columns) = (33, 256, 515);

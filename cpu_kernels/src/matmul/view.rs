@@ -1,8 +1,9 @@
 //! What a matmul reads and writes: a weight matrix in one of two layouts, and output columns.
 
 use crate::blocks::DType;
-use crate::repack::packed_bytes;
+use crate::repack::{ROWS, packed_bytes};
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// How the blocks of a matrix lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -87,6 +88,23 @@ impl<'a> MatrixView<'a> {
             }
             Some(_) => Ok(MatrixView { dtype, layout, rows, cols, bytes }),
         }
+    }
+
+    /// The view of some rows, which become rows `0 ..`.
+    ///
+    /// # Panics
+    /// When there are no such rows, or interleaved ones begin inside a group of 16.
+    pub fn cut(&self, rows: Range<usize>) -> MatrixView<'a> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        let end = match self.layout {
+            Layout::RowMajor => rows.end,
+            Layout::Rows16 => {
+                assert!(rows.start.is_multiple_of(ROWS), "rows {rows:?} of groups of {ROWS}");
+                rows.end.next_multiple_of(ROWS)
+            }
+        };
+        let bytes = &self.bytes[rows.start * self.row_bytes()..end * self.row_bytes()];
+        MatrixView { rows: rows.len(), bytes, ..*self }
     }
 
     /// Type of the weights.
