@@ -261,6 +261,9 @@ pub(super) struct StepBuffers<'a> {
     pub addend: Rows<'a>,
     /// `[1, n_experts]`, a worker's own: a token's router logits while they are used up.
     pub expert_logits: Rows<'a>,
+    /// `[2 · n_tokens, …]`, a worker's own: products of some hidden rows with gate, and below them
+    /// with up, in wide steps on tiles; else 0 rows.
+    pub gated: Rows<'a>,
     /// As wide as `heads`, a worker's own: copies of a tile's heads.
     pub rotated: Rows<'a>,
 }
@@ -339,6 +342,7 @@ impl Buffers {
             has_own_rows: false,
             addend: Rows::none(),
             expert_logits: Rows::none(),
+            gated: Rows::none(),
             rotated: Rows::none(),
         }
     }

@@ -3,9 +3,18 @@
 //! does the same arithmetic, and nobody waits for them. The rest is scratch of single rows.
 
 use super::buffers::{Memory, QuantizedMemory, StepBuffers};
-use super::program::ProgramDims;
+use super::passes::StepPasses;
+use super::program::{Buffer, Op, ProgramDims};
+use super::weights::Weights;
 use std::sync::Mutex;
 use tandem_cpu_kernels::ActivationForm;
+
+/// Hidden rows whose products with gate and up a worker keeps at a time: as many as kernels on
+/// tiles take at once.
+pub(super) const GATED_ROWS: usize = 256;
+/// Elements from token to token there: an odd number of cache lines, so that one row of many tokens
+/// does not fall into few sets of a cache.
+const GATED_WIDTH: usize = GATED_ROWS + 16;
 
 /// How much a worker computes for itself.
 #[derive(Clone, Copy, Debug)]
@@ -14,6 +23,39 @@ pub(super) struct OwnRows {
     pub tokens: usize,
     /// Tokens of the longest tile whose heads it rotates.
     pub rotated_tokens: usize,
+    /// Tokens of the widest step whose products with gate and up it keeps.
+    pub gated_tokens: usize,
+}
+
+impl OwnRows {
+    /// For so many workers, steps of up to so many tokens, and query tiles of so many.
+    pub fn new(
+        weights: &Weights,
+        passes: StepPasses,
+        (workers, tokens, query_tile): (usize, usize, usize),
+    ) -> Self {
+        let embedding_dim = weights.program().dims.embedding;
+        Self {
+            tokens: passes.own_rows_max(workers, embedding_dim, tokens),
+            rotated_tokens: passes.rotated_tokens_max(workers, query_tile),
+            gated_tokens: if keeps_gated_rows(weights) { tokens } else { 0 },
+        }
+    }
+}
+
+/// Whether workers keep what gate and up give in wide steps: kernels are on tiles, and nobody reads
+/// hidden rows in f32.
+fn keeps_gated_rows(weights: &Weights) -> bool {
+    let reads_floats = |op: &Op| match op {
+        Op::Project { input: Buffer::Hidden, parts, .. } => {
+            parts.iter().any(|part| !weights.dtype(part.matrix).is_quantized())
+        }
+        _ => false,
+    };
+    let ops = &weights.program().ops;
+    weights.kernels().activation_form() == ActivationForm::Bf16
+        && ops.iter().any(|op| matches!(op, Op::Gate { .. }))
+        && !ops.iter().any(reads_floats)
 }
 
 /// What one worker computes for itself.
@@ -24,6 +66,7 @@ pub(super) struct OwnBuffers {
     selected: QuantizedMemory,
     addend: Memory,
     expert_logits: Memory,
+    gated: Memory,
     rotated: Memory,
     dims: ProgramDims,
     rows: OwnRows,
@@ -49,6 +92,7 @@ impl OwnBuffers {
             selected: QuantizedMemory::new(form, selected, dims.embedding),
             addend: Memory::new(dims.embedding),
             expert_logits: Memory::new(dims.experts),
+            gated: Memory::new(2 * rows.gated_tokens * GATED_WIDTH),
             rotated: Memory::new(rows.rotated_tokens * dims.heads),
             dims,
             rows,
@@ -57,8 +101,14 @@ impl OwnBuffers {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        let plain =
-            [&self.residual, &self.routes, &self.addend, &self.expert_logits, &self.rotated];
+        let plain = [
+            &self.residual,
+            &self.routes,
+            &self.addend,
+            &self.expert_logits,
+            &self.gated,
+            &self.rotated,
+        ];
         plain.iter().map(|memory| memory.bytes()).sum::<usize>()
             + self.normed.bytes()
             + self.selected.bytes()
@@ -72,6 +122,7 @@ impl OwnBuffers {
         let shared = StepBuffers {
             addend: self.addend.rows(1, dims.embedding),
             expert_logits: self.expert_logits.rows(1, dims.experts),
+            gated: self.gated.rows(2 * tokens.min(self.rows.gated_tokens), GATED_WIDTH),
             rotated: self.rotated.rows(self.rows.rotated_tokens, dims.heads),
             ..shared
         };

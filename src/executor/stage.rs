@@ -157,10 +157,7 @@ impl Stage {
         let batch = Batch::new(tokens, options.kv.device_blocks, splits);
         let head_dim = program.kv_layers.iter().map(|shape| shape.head_dim).max().unwrap_or(1);
         let scratch = (0..threads).map(|_| Mutex::new(AttentionScratch::new(head_dim))).collect();
-        let own = OwnRows {
-            tokens: options.passes.own_rows_max(threads, program.dims.embedding, tokens),
-            rotated_tokens: options.passes.rotated_tokens_max(threads, limits.query_tile),
-        };
+        let own = OwnRows::new(&weights, options.passes, (threads, tokens, limits.query_tile));
         let sampled_rows = if program.dims.vocab > 0 { tokens } else { 0 };
         Ok(Self {
             limits,
