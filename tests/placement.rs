@@ -10,6 +10,8 @@ mod gpu;
 mod nodes;
 #[path = "placement/predict.rs"]
 mod predict;
+#[path = "placement/predict_cpu.rs"]
+mod predict_cpu;
 #[path = "placement/several.rs"]
 mod several;
 #[path = "placement/spill.rs"]

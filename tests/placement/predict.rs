@@ -6,8 +6,7 @@ use crate::tiny_model::Family;
 use proptest::prelude::*;
 use tandem::config::Config;
 use tandem::hardware::{
-    BesideReads, CopyRates, GpuProductRates, GpuRates, HardwareProfile, MacRate, Measured,
-    ProductRates, ReadRate, RowRates,
+    BesideReads, CopyRates, GpuProductRates, GpuRates, HardwareProfile, MacRate, Measured, ReadRate,
 };
 use tandem::model::{ModelSpec, SyntheticModel};
 use tandem::placement::{Device, Job, Placement, Prediction};
@@ -17,7 +16,7 @@ const GIB: u64 = 1 << 30;
 pub const MIB: u64 = 1 << 20;
 
 /// One H200 with 16 processors.
-fn measured(numbers: &str, macs_per_second: f64) -> Measured {
+pub fn measured(numbers: &str, macs_per_second: f64) -> Measured {
     let read = |threads, rate: f64| ReadRate { threads, bytes_per_second: rate * 1e9 };
     let both = |rate: f64| CopyRates { to_gpu: rate * 1e9, from_gpu: rate * 1e9 };
     Measured {
@@ -48,7 +47,7 @@ pub fn shape(name: &str) -> ModelSpec {
 }
 
 /// With as many workers, and a context that is as long as those of `tandem bench` are in the mean.
-fn predicted(
+pub fn predicted(
     name: &str,
     (hardware, config): (&HardwareProfile, &Config),
     threads: usize,
@@ -73,7 +72,7 @@ pub fn limited(limit: u64, step_tokens_max: usize) -> Config {
 }
 
 /// Each within so many percent of what was measured.
-fn assert_near(predicted: &[f64], measured: &[f64], percent: &[f64]) {
+pub fn assert_near(predicted: &[f64], measured: &[f64], percent: &[f64]) {
     assert_eq!(predicted.len(), measured.len());
     for (index, (predicted, measured)) in predicted.iter().zip(measured).enumerate() {
         let off = (predicted / measured - 1.0) * 100.0;
@@ -159,29 +158,6 @@ fn several_prompts_attend_less_than_one_as_long() {
 }
 
 #[test]
-fn all_that_was_measured_of_the_cpu_takes_its_time() {
-    let config = config("off");
-    let step = |change: &dyn Fn(&mut Measured)| {
-        let mut rates = measured("int8", 8.27e12 / 2.0);
-        change(&mut rates);
-        let hardware = HardwareProfile { measured: Some(rates), ..h200() };
-        predicted("llama-1b:q4_0", (&hardware, &config), 16, 512).1.decode[1].step
-    };
-    let plain = step(&|_| ());
-    assert_eq!((plain.meetings, plain.norms), (0.0, 0.0));
-    let products = [ProductRates { dtype: "Q4_0".into(), macs_per_second: [1e12; 4] }].to_vec();
-    assert!(step(&|rates| rates.products = products.clone()).meetings > 0.0);
-    let rows = RowRates { norm: 1e9, gate: 2e9, logits: 4e9 };
-    let with_rows = step(&|rates| rates.rows = rows);
-    // 16 workers, 16 layers, two norms.
-    let norms = (16 * 16 * 2 * 8 * 2048) as f64 / 1e9;
-    assert!((with_rows.norms / norms - 1.0).abs() < 1e-9, "{with_rows:?}");
-    let more = (16 * 8 * 8192) as f64 / 2e9 + (8 * 128_256) as f64 / 4e9;
-    assert!(((with_rows.products - plain.products) / more - 1.0).abs() < 1e-9, "{with_rows:?}");
-    assert!(step(&|rates| rates.unhidden = [1.0; 4]).products > plain.products);
-}
-
-#[test]
 fn a_model_half_in_host_memory_is_as_fast_as_predicted() {
     let (hardware, mut config) = (h200(), limited(2950 * MIB, 512));
     config.model.context_tokens = 1024;
@@ -229,33 +205,6 @@ fn a_model_on_the_cpu_is_as_fast_as_predicted() {
         assert_near(&decode(&prediction), &one_8_32, &[15.0, 35.0, 35.0]);
         assert_near(&prompts(&prediction)[..1], &[prompt], &[15.0]);
     }
-}
-
-/// Where memory is no limit, a step takes what its products take, each at the rate of its type.
-#[test]
-fn products_take_what_was_measured_of_their_types() {
-    let mut rates = measured("int8", 1e18);
-    rates.reads.iter_mut().for_each(|read| read.bytes_per_second = 1e18);
-    let speed = |dtype: &str, macs_per_second: f64, threads: usize| {
-        let macs_per_second = [1.0, 4.0, 8.0, 8.0].map(|times| times * macs_per_second);
-        let products = vec![ProductRates { dtype: dtype.into(), macs_per_second }];
-        let rates = Measured { products, ..rates.clone() };
-        let hardware = HardwareProfile { measured: Some(rates), ..h200() };
-        let config = config("off");
-        predicted("llama-8b:q8_0", (&hardware, &config), threads, 16).1
-    };
-    let products = |prediction: Prediction| -> Vec<f64> {
-        prediction.decode.iter().map(|at| at.streams as f64 / at.step.products).collect()
-    };
-    let [slow, fast] = [1e11, 2e11].map(|rate| products(speed("Q8_0", rate, 16)));
-    assert_near(&fast, &slow.iter().map(|speed| 2.0 * speed).collect::<Vec<_>>(), &[0.1; 3]);
-    // Four times the rate with eight tokens, and again twice that with 32.
-    let [one, eight, many] = slow[..] else { panic!("{slow:?}") };
-    assert_near(&[eight, many], &[4.0 * one, 8.0 * one], &[0.1; 2]);
-    let half = slow.iter().map(|speed| speed / 2.0).collect::<Vec<_>>();
-    assert_near(&products(speed("Q8_0", 1e11, 8)), &half, &[0.1; 3]);
-    // What was not measured is as fast as the arithmetic lets it be.
-    assert_eq!(speed("Q4_0", 1e11, 16).decode, speed("Q4_0", 2e11, 16).decode);
 }
 
 #[test]
