@@ -194,6 +194,18 @@ impl ModelSpec {
     }
 }
 
+/// Widest residual stream whose queries, keys and values are computed from 16 bits.
+const SIXTEEN_BITS_DIM_MAX: usize = 1024;
+
+impl AttentionSpec {
+    /// Whether queries, keys and values are computed from activations in 16 bits where other
+    /// products have 8: in a narrow model their errors are much of all (`executor/program`), and
+    /// their time is little.
+    pub fn wants_sixteen_bits(&self) -> bool {
+        self.query.weight.cols <= SIXTEEN_BITS_DIM_MAX
+    }
+}
+
 impl LayerSpec {
     /// Bytes of keys and values that one token leaves behind in it.
     pub fn kv_bytes_per_token(&self, dtype: KvDType) -> u64 {

@@ -1,7 +1,7 @@
 //! Seconds of what the CPU's workers do in a step. The formulas are told in `predict.rs`.
 
 use super::predict_costs::StepSeconds;
-use super::predict_work::{TWO_ROWS_DIM_MAX, Work};
+use super::predict_work::Work;
 use crate::hardware::{Measured, ProductRates, RowRates};
 use crate::model::{LayerSpec, ModelSpec};
 use crate::tensor::DType;
@@ -154,7 +154,7 @@ impl<'a> CpuRates<'a> {
 
 /// How often a layer normalises or rounds a row of the residual stream.
 fn norms(layer: &LayerSpec) -> usize {
-    let rounded_twice = usize::from(layer.attention.query.weight.cols <= TWO_ROWS_DIM_MAX);
+    let rounded_twice = usize::from(layer.attention.wants_sixteen_bits());
     let after = [&layer.attention_post_norm, &layer.ffn_post_norm];
     2 + rounded_twice + after.into_iter().flatten().count()
 }

@@ -59,10 +59,6 @@ impl Sum for Work {
     }
 }
 
-/// Elements of a token up to which the CPU's queries, keys and values read two rows of 8 bits
-/// (`executor/program/lowering.rs`).
-pub(super) const TWO_ROWS_DIM_MAX: usize = 1024;
-
 /// What a worker takes of a product at least (`executor/cpu/products.rs`): rows of a narrow step
 /// and of others, or bytes of weights for every so many tokens.
 const PIECE_ROWS: [usize; 2] = [16, 32];
@@ -158,7 +154,8 @@ pub(super) fn attention_parts(
     let mut heads = query + of(&spec.key) + of(&spec.value);
     // They are one product.
     heads.pieces = query.pieces;
-    if spec.query.weight.cols <= TWO_ROWS_DIM_MAX {
+    if spec.wants_sixteen_bits() {
+        // As two rows of 8.
         let twice = |linear: &LinearSpec| met(&linear.weight, 2 * tokens, seconds).cpu_seconds;
         heads.cpu_seconds = [&spec.query, &spec.key, &spec.value].into_iter().map(twice).sum();
     }

@@ -24,9 +24,6 @@ use crate::model::{
 };
 use std::collections::HashMap;
 
-/// Widest residual stream whose queries, keys and values read 16-bit activations.
-const SIXTEEN_BITS_DIM_MAX: usize = 1024;
-
 impl Program {
     /// The program of `part` of a model.
     ///
@@ -72,6 +69,11 @@ impl Program {
     pub fn matrix(&self, id: MatrixId) -> &MatrixEntry {
         &self.matrices[id.0 as usize]
     }
+}
+
+/// What queries, keys and values are computed from.
+fn heads_precision(spec: &AttentionSpec) -> Precision {
+    if spec.wants_sixteen_bits() { Precision::Sixteen } else { Precision::Eight }
 }
 
 fn head_shape(spec: &AttentionSpec) -> HeadShape {
@@ -182,7 +184,8 @@ impl Lowering {
     fn layer(&mut self, layer: &LayerSpec, sides: Sides, pending: Pending) -> Pending {
         let units_before = self.n_units;
         let norm = self.norm(&layer.attention_norm);
-        self.program.ops.push(Op::Norm { pending, norm, precision: self.heads_precision() });
+        let precision = heads_precision(&layer.attention);
+        self.program.ops.push(Op::Norm { pending, norm, precision });
         self.attention(&layer.attention, sides.attention);
         let pending = self.pending(layer.attention_post_norm.as_ref());
         let norm = self.norm(&layer.ffn_norm);
@@ -241,7 +244,7 @@ impl Lowering {
 
     /// Queries, keys and values.
     fn heads(&mut self, spec: &AttentionSpec, side: Side) {
-        let precision = self.heads_precision();
+        let precision = heads_precision(spec);
         self.unit(side, ([Normed, Heads], precision), |lowering| {
             let parts = [&spec.query, &spec.key, &spec.value].map(|linear| lowering.linear(linear));
             lowering.project([Normed, Heads], parts.to_vec(), precision);
@@ -258,12 +261,6 @@ impl Lowering {
 
     fn project(&mut self, [input, output]: [Buffer; 2], parts: Vec<Linear>, precision: Precision) {
         self.program.ops.push(Op::Project { input, output, parts, precision });
-    }
-
-    /// What queries, keys and values are computed from.
-    fn heads_precision(&self) -> Precision {
-        let narrow = self.program.dims.embedding <= SIXTEEN_BITS_DIM_MAX;
-        if narrow { Precision::Sixteen } else { Precision::Eight }
     }
 
     fn attention(&mut self, spec: &AttentionSpec, side: Side) {
