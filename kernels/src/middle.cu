@@ -15,10 +15,9 @@
 // | 64 columns | 15.4 | 17.0 | 48.2 | 41.6 |
 // | 128 columns | 25.9 | 26.3 | 75.6 | 59.8 |
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#include "cluster.cuh"
 #include "ring.cuh"
 #include "wgmma.cuh"
-
-constexpr uint32_t CLUSTER_MAX = 8;
 
 template <class T, int COLUMNS_> struct MiddleShape {
     static constexpr int WARPGROUPS = 2, ROWS = 64 * WARPGROUPS, THREADS = 128 * WARPGROUPS;
@@ -33,20 +32,6 @@ template <class T, int COLUMNS_> struct MiddleShape {
     static constexpr int DEPTH = LANE_BYTES<T> < 16 ? 8 : 112 / LANE_BYTES<T>;
     static constexpr int WEIGHTS = TILES * TILE + 128;
 };
-
-// Until all threads of the cluster are here, and what they wrote can be seen.
-__device__ __forceinline__ void meet_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// What lies at this address in the shared memory of block `rank` of the cluster.
-__device__ __forceinline__ float4 load_from(uint32_t rank, uint32_t address) {
-    uint32_t there;
-    float4 v;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(there));
-    return v;
-}
 
 // What a warp multiplies: chunks first .. first + count of two rows of each lane.
 template <class T, class Shape> struct MiddleWork {
