@@ -9,6 +9,7 @@
 #include "expert_tiles.cu"
 #include "experts.cu"
 #include "flash.cu"
+#include "float_tiles.cu"
 #include "floats.cu"
 #include "middle.cu"
 #include "narrow.cu"

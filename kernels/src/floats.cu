@@ -15,14 +15,6 @@ constexpr int FLOAT_WARPS = 4;
 // Elements that a warp multiplies at a time, eight of each lane.
 constexpr uint32_t FLOAT_STEP = 256;
 
-struct FloatArgs {
-    const uint8_t* weights; // [rows][cols]
-    const float* x;         // [columns][cols]
-    const float* bias;
-    float* out; // [columns][stride]
-    uint32_t rows, cols, columns, stride;
-};
-
 // Rows of a warp: what it reads of its columns, from the first-level cache, serves all of them.
 template <int COLUMNS> constexpr int FLOAT_ROWS = COLUMNS == 1 ? 1 : COLUMNS / 2;
 

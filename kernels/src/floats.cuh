@@ -2,6 +2,14 @@
 #pragma once
 #include "tensor_cores.cuh"
 
+struct FloatArgs {
+    const uint8_t* weights; // [rows][cols]
+    const float* x;         // [columns][cols]
+    const float* bias;
+    float* out; // [columns][stride]
+    uint32_t rows, cols, columns, stride;
+};
+
 // Elements in a row: 8 or 4 of memory as f32, or the words of 4 times a unit as f16, even ones and then odd ones.
 struct F32 {
     static constexpr int BYTES = 4;

@@ -17,6 +17,9 @@ use std::sync::{Arc, Mutex};
 /// The compiled kernels of all architectures (`build.rs`).
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
 
+/// A kernel of every architecture.
+pub(crate) const ANY_KERNEL: &str = "take_back";
+
 /// What went wrong on a GPU.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum GpuError {
@@ -94,6 +97,7 @@ pub struct Gpu {
     multiprocessors: usize,
     shared_bytes: usize,
     has_wgmma: bool,
+    compiled_for: usize,
     fate: Arc<Fate>,
 }
 
@@ -154,13 +158,31 @@ impl Gpu {
         let shared_bytes =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let has_wgmma = context.compute_capability().map_err(failed("what it has"))? == (9, 0);
+        use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PTX_VERSION as PTX_VERSION;
+        let any = module.load_function(ANY_KERNEL).map_err(failed("finding a kernel"))?;
+        let compiled_for = any.get_attribute(PTX_VERSION).map_err(failed("what a kernel has"))?;
+        let compiled_for = compiled_for as usize;
         let functions = Mutex::default();
-        Ok(Gpu { stream, module, functions, multiprocessors, shared_bytes, has_wgmma, fate })
+        Ok(Gpu {
+            stream,
+            module,
+            functions,
+            multiprocessors,
+            shared_bytes,
+            has_wgmma,
+            compiled_for,
+            fate,
+        })
     }
 
     /// Whether its kernels use wgmma: those of compute capability 9.0.
     pub(crate) fn has_wgmma(&self) -> bool {
         self.has_wgmma
+    }
+
+    /// `__CUDA_ARCH__`, over ten, of the kernels that the driver has taken.
+    pub(crate) fn compiled_for(&self) -> usize {
+        self.compiled_for
     }
 
     /// Shared memory that a block may have, with what its kernel always has.

@@ -1,6 +1,6 @@
 //! How kernels are found and started.
 
-use crate::gpu::{Gpu, GpuError};
+use crate::gpu::{ANY_KERNEL, Gpu, GpuError};
 use crate::pack::DeviceMatrix;
 use cudarc::driver::{CudaFunction, DeviceRepr, sys};
 use std::sync::PoisonError;
@@ -116,7 +116,7 @@ impl Gpu {
     /// What the driver refuses.
     pub fn load_kernels(&self) -> Result<(), GpuError> {
         self.bound()?;
-        let (any, _) = self.function("take_back")?;
+        let (any, _) = self.function(ANY_KERNEL)?;
         let (mut module, mut count) = (std::ptr::null_mut(), 0);
         // SAFETY: the function is loaded, so its module is; both results are written.
         unsafe {

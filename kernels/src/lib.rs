@@ -22,6 +22,8 @@ mod event;
 mod experts;
 mod fate;
 mod flash;
+mod float_tiles;
+mod floats;
 mod gpu;
 mod graph;
 mod holders;

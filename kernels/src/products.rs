@@ -2,10 +2,10 @@
 //!
 //! With few tokens reading the weights takes longest (`stream.cu`, `narrow.cu`): quantised weights
 //! meet activations in 8 bits with a scale per 32 elements, as on the CPU. The integer sums are
-//! the same, and only the order in which groups are added up differs; floats meet floats
-//! (`floats.cu`, `e4m3_stream.cu`, `e4m3.cu`). With more than [`Gpu::narrow_max`] tokens decoding
-//! weights, and then arithmetic, takes longest: weights and activations meet as f16, with sums in
-//! f32 (`middle.cu`, `wide.cu`).
+//! the same, and only the order in which groups are added up differs; floats meet floats, or what
+//! is nearly as exact (`floats.cu`, `float_tiles.cu`, `e4m3_stream.cu`, `e4m3.cu`). With more than
+//! [`Gpu::narrow_max`] tokens decoding weights, and then arithmetic, takes longest: weights and
+//! activations meet as f16, with sums in f32 (`middle.cu`, `wide.cu`).
 //!
 //! A token's product has the same bits in any batch of up to [`Gpu::same_sums_max`] tokens, of more
 //! up to 128 (elsewhere than on Hopper of more up to 32, and of 33 to 128), and of more than that.
@@ -14,8 +14,8 @@
 //! byte `16 t + 8 g + 4 h + e` of a pair of groups of 32 is element `16 h + 4 t + e` of group g;
 //! the order as f16 is told in `halves.cuh`.
 
+use crate::floats::FLOATS_MAX;
 use crate::gpu::{Gpu, GpuError, Span};
-use crate::launch::Manner;
 use crate::pack::{DeviceMatrix, Planes, has_planes};
 use cudarc::driver::DeviceRepr;
 use tandem_cpu_kernels::DType;
@@ -23,11 +23,6 @@ use tandem_cpu_kernels::blocks::GROUP;
 
 /// Groups that rows and columns are filled up to multiples of.
 pub(crate) const CHUNK: usize = 4;
-/// Most tokens whose activations float weights meet as f32.
-const FLOATS_MAX: usize = 128;
-const FLOAT_WARPS: usize = 4;
-/// Columns that a warp has together, and its rows.
-const FLOAT_SHAPES: [(usize, usize); 3] = [(1, 1), (4, 2), (8, 4)];
 /// Matrices that one launch can multiply.
 pub(crate) const PARTS: usize = 3;
 /// Bytes of a group's scale and sums.
@@ -100,19 +95,6 @@ pub(crate) struct Part {
     unused: u32,
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct FloatArgs {
-    weights: u64,
-    x: u64,
-    bias: u64,
-    out: u64,
-    rows: u32,
-    cols: u32,
-    columns: u32,
-    stride: u32,
-}
-
 impl Part {
     /// The rows of all experts, of each of which a column has `rows` products at `out`.
     pub(crate) fn of_experts(matrix: &DeviceMatrix, out: u64, rows: usize) -> Part {
@@ -125,9 +107,6 @@ impl Part {
         }
     }
 }
-
-// SAFETY: plain numbers in the order of `FloatArgs` in floats.cu.
-unsafe impl DeviceRepr for FloatArgs {}
 
 /// What products in 8 bits take.
 #[repr(C)]
@@ -236,38 +215,20 @@ impl Gpu {
                     self.multiply_e4m3(run, x)?;
                 }
             } else {
-                run.iter().try_for_each(|product| self.multiply_floats(product, x))?;
+                for product in run {
+                    if !self.multiply_float_tiles(product, x)? {
+                        self.multiply_floats(product, x)?;
+                    }
+                }
             }
         }
         Ok(())
-    }
-
-    fn multiply_floats(&self, product: &Product<'_>, x: &Columns<'_>) -> Result<(), GpuError> {
-        let (bias, out) = product.pointers(x);
-        let (rows, cols) = (product.matrix.rows(), product.matrix.cols());
-        let arguments = FloatArgs {
-            weights: product.matrix.span().pointer,
-            x: x.floats(),
-            bias,
-            out,
-            rows: rows as u32,
-            cols: cols as u32,
-            columns: x.columns as u32,
-            stride: product.stride as u32,
-        };
-        let wider = FLOAT_SHAPES.into_iter().find(|(columns, _)| *columns >= x.columns);
-        let (columns, warp_rows) = wider.unwrap_or(FLOAT_SHAPES[FLOAT_SHAPES.len() - 1]);
-        let kernel = format!("matvec_{}_{columns}", lower_name(product.matrix.dtype()));
-        let grid = [rows.div_ceil(FLOAT_WARPS * warp_rows), x.columns.div_ceil(columns), 1];
-        let manner = Manner::of_product([product.matrix]);
-        // SAFETY: all spans were checked against the shapes.
-        unsafe { self.launch_as(&kernel, (grid, 32 * FLOAT_WARPS, 0), manner, &arguments) }
     }
 }
 
 impl Product<'_> {
     /// Of the bias, or null, and of the output.
-    fn pointers(&self, x: &Columns<'_>) -> (u64, u64) {
+    pub(crate) fn pointers(&self, x: &Columns<'_>) -> (u64, u64) {
         let (rows, f32s) = (self.matrix.rows(), size_of::<f32>());
         assert_eq!(self.matrix.cols(), x.cols, "elements of a row and of a token");
         assert!(self.stride >= rows, "products of {rows} rows, {} apart", self.stride);

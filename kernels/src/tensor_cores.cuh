@@ -56,13 +56,24 @@ __device__ __forceinline__ void multiply_halves(float d[4], const uint32_t a[4],
 #endif
 }
 
+// The same of bf16.
+__device__ __forceinline__ void multiply_bfloats(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
 // Four 8×8 matrices of f16: lane i points to row i % 8 of matrix i / 8, and gets elements 2t and 2t + 1 of
 // row g of each, where it is lane 4g + t.
-__device__ __forceinline__ void load_matrices_at(uint32_t words[4], const void* row) {
+__device__ __forceinline__ void load_matrices_at(uint32_t words[4], uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(shared_address(row)));
+                 : "r"(row));
 }
+
+__device__ __forceinline__ void load_matrices_at(uint32_t words[4], const void* row) { load_matrices_at(words, shared_address(row)); }
 
 // The same of their transposes: elements g of rows 2t and 2t + 1.
 __device__ __forceinline__ void load_transposed_at(uint32_t words[4], const void* row) {
