@@ -37,6 +37,7 @@ use tandem::placement::Placement;
 use tandem::request::RequestError;
 use tandem::tensor::KvDType;
 use tandem::units::ByteSize;
+use tandem_cpu_kernels::Isa;
 use tiny_model::{Family, TinyModel};
 
 fn checkpoint(family: Family) -> Checkpoint {
@@ -165,7 +166,7 @@ fn takes_what_was_planned(family: Family, dtype: KvDType) {
             nodes: Default::default(),
             spin_us: 0,
         },
-        isa: None,
+        isa: Some(Isa::for_workers(placement.workers.threads)),
         huge_pages: false,
         kv: KvOptions {
             block_tokens: placement.block_tokens,

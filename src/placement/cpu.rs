@@ -5,6 +5,7 @@ use crate::config::Config;
 use crate::hardware::HardwareProfile;
 use crate::model::{AttentionSpec, LayerSpec, ModelSpec};
 use crate::request::RequestError;
+use tandem_cpu_kernels::Isa;
 
 /// Rows of logits that exist at once in an executor.
 const LOGITS_ROWS: u64 = 64;
@@ -17,6 +18,8 @@ const EXPERT_TILE: u64 = 128;
 const REPEATED_ELEMENTS: u64 = 2 << 10;
 /// Tokens of a sequence whose heads each worker of an executor may rotate for itself.
 const ROTATED_TOKENS: u64 = 16;
+/// Elements of a token that a worker keeps of gate, and of up (`executor/own_buffers.rs`).
+const GATED_WIDTH: u64 = 256 + 16;
 
 /// What host memory has for a model.
 pub(super) fn room(
@@ -46,7 +49,10 @@ pub(super) const HOST: &str = "host memory";
 
 /// Bytes of what workers keep for themselves in steps of up to `tokens` tokens.
 pub(super) fn worker_bytes(spec: &ModelSpec, workers: &Workers, tokens: u64) -> u64 {
-    own_bytes(spec, workers.threads, tokens) + expert_scratch_bytes(spec, workers.threads)
+    let threads = workers.threads;
+    own_bytes(spec, threads, tokens)
+        + gated_bytes(spec, threads, tokens)
+        + expert_scratch_bytes(spec, threads)
 }
 
 /// Widths of buffers, the largest of all layers.
@@ -126,6 +132,16 @@ fn own_bytes(spec: &ModelSpec, threads: usize, tokens: u64) -> u64 {
     let row = 4 * embedding + 3 * (4 * embedding + 2 * embedding);
     let heads = spec.layers.iter().map(|layer| heads_width(&layer.attention)).max().unwrap_or(0);
     threads * (rows * row + ROTATED_TOKENS * 4 * heads as u64)
+}
+
+/// Bytes in which each worker keeps rows of gate and up in wide steps, where their kernels are on
+/// tiles (`executor/own_buffers.rs`).
+fn gated_bytes(spec: &ModelSpec, threads: usize, tokens: u64) -> u64 {
+    let is_dense = Widths::of(spec).hidden > 0;
+    match is_dense && Isa::for_workers(threads) == Isa::Amx {
+        true => threads as u64 * 2 * tokens * 4 * GATED_WIDTH,
+        false => 0,
+    }
 }
 
 /// Bytes in which workers gather tokens of an expert and keep products on their way.
