@@ -147,27 +147,30 @@ impl<'a> Costs<'a> {
     pub fn prompts(&self, count: usize, length: usize, depth: usize) -> StepSeconds {
         let (most, tokens) = (self.usage.step_tokens_max, count * length);
         let overlaps = self.placement.spill.is_none() || most > CROSSING_TOKENS_MAX;
-        let steps = (0..tokens).step_by(most).map(|start| {
-            let end = tokens.min(start + most);
-            // Prompts that end in it.
-            let logits = end / length - start / length;
-            if end == tokens || !overlaps {
-                return self.step(end - start, logits);
-            }
-            let stages = self.of_stages(end - start, logits);
-            let slowest = stages.max_by(|a, b| a.total().total_cmp(&b.total()));
-            StepSeconds { between: self.between, ..slowest.unwrap_or_default() }
-        });
-        let steps = steps.fold(StepSeconds::default(), Add::add);
         let seen = |window: Option<usize>| mean_seen((depth, length), window);
-        let attention = self.stages.iter().map(|(stage, gpu)| {
+        let attention = |(stage, gpu): &(&StagePlacement, Option<&GpuRates>)| {
             let macs = attention_macs(&self.spec.layers[stage.layers.clone()], tokens, &seen);
             match gpu {
                 Some(gpu) => predict_gpu::attention_seconds(gpu, macs),
                 None => self.cpu.attention_seconds(macs),
             }
+        };
+        let attention: Vec<f64> = self.stages.iter().map(attention).collect();
+        let steps = (0..tokens).step_by(most).map(|start| {
+            let end = tokens.min(start + most);
+            // Prompts that end in it.
+            let logits = end / length - start / length;
+            let share = (end - start) as f64 / tokens as f64;
+            let stages = self.of_stages(end - start, logits).zip(&attention);
+            let stages = stages.map(|(stage, all)| StepSeconds { attention: share * all, ..stage });
+            let step = if end == tokens || !overlaps {
+                stages.fold(StepSeconds::default(), Add::add)
+            } else {
+                stages.max_by(|a, b| a.total().total_cmp(&b.total())).unwrap_or_default()
+            };
+            StepSeconds { between: self.between, ..step }
         });
-        StepSeconds { attention: attention.sum(), ..steps }
+        steps.fold(StepSeconds::default(), Add::add)
     }
 
     /// Of a step without its keys and values; `logits` of its tokens get logits. Its stages follow
