@@ -271,13 +271,17 @@ async fn crowd(context: &str, arm: impl FnOnce(&Faults), set: impl FnOnce(&HashS
 
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_that_go_through_lower_tiers_lose_nothing() {
-    let rig = crowd("no fault", |_| {}, |_| {}).await;
+    let to_prepare = |stages: &HashStages| stages.to_prepare.store(1000, Ordering::SeqCst);
+    let rig = crowd("no fault", |_| {}, to_prepare).await;
     let counted = |way: usize| rig.stages.copies[way].load(Ordering::SeqCst);
     assert!(counted(0) > 0 && counted(1) > 0, "nothing was swapped");
     rig::eventually("all copies are told", || {
         let metrics = rig.engine.stats().metrics;
         let told = [metrics.blocks_swapped_out, metrics.blocks_swapped_in];
         told == [counted(0), counted(1)] && metrics.blocks_moved_to_disk == counted(2)
+    });
+    rig::eventually("all is ready ahead of use", || {
+        rig.stages.to_prepare.load(Ordering::SeqCst) == 0
     });
     let stats = rig.engine.stats();
     assert_eq!((stats.metrics.block_copies_failed, stats.blocks.copies_under_way), (0, 0));

@@ -11,7 +11,7 @@ use crate::step::{BlockCopy, CopyResult, Tier};
 use crate::telemetry::CopyTrace;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -63,6 +63,8 @@ pub(super) struct SwapLane {
     pub(super) results: (Sender<SwapResult>, Receiver<SwapResult>),
     workshop: Mutex<Workshop>,
     epoch: AtomicU64,
+    /// Threads that are about to begin an epoch: memory is not made ready before them.
+    beginning: AtomicUsize,
 }
 
 impl Default for SwapLane {
@@ -72,6 +74,7 @@ impl Default for SwapLane {
             results: bounded(2 * ORDERS_MAX),
             workshop: Mutex::default(),
             epoch: AtomicU64::new(1),
+            beginning: AtomicUsize::new(0),
         }
     }
 }
@@ -87,9 +90,12 @@ impl SwapLane {
         self.epoch.load(SeqCst)
     }
 
-    /// Begins an epoch, when the copies that are being performed have ended.
+    /// Begins an epoch, when the copies that are being performed, or a piece of memory that is
+    /// being made ready, have ended.
     fn begin_epoch(&self) -> MutexGuard<'_, Workshop> {
+        self.beginning.fetch_add(1, SeqCst);
         let workshop = self.lock();
+        self.beginning.fetch_sub(1, SeqCst);
         self.epoch.fetch_add(1, SeqCst);
         // A full lane wakes the loop as well.
         let _ = self.results.0.try_send(SwapResult::Lost);
@@ -143,8 +149,12 @@ impl SwapLane {
         Ok(true)
     }
 
-    /// Makes some memory of the lower tiers ready, and whether there may be more to do.
+    /// Makes some memory of the lower tiers ready, and whether there may be more to do. Nothing if
+    /// an epoch is about to begin: the lock alone might go to this thread again and again.
     pub(super) fn prepare_ahead(&self) -> bool {
+        if self.beginning.load(SeqCst) > 0 {
+            return false;
+        }
         self.lock().mover.as_mut().is_some_and(|mover| mover.prepare_ahead())
     }
 

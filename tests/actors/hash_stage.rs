@@ -91,6 +91,8 @@ pub struct HashStages {
     pub copy_time: Mutex<Duration>,
     /// Every so manieth copy fails; 0 means that none does.
     pub copies_failing: AtomicU64,
+    /// Pieces of the lower tiers that are still to be made ready ahead.
+    pub to_prepare: AtomicU64,
     /// Copies that the disk has room for; 0 means that it never stops.
     pub disk_writes_max: AtomicU64,
     /// What the next step fails with.
@@ -174,6 +176,11 @@ impl BlockMover for HashTiers {
 
     fn disk_stopped(&self) -> bool {
         self.disk_is_full(&self.store.lock().unwrap())
+    }
+
+    fn prepare_ahead(&mut self) -> bool {
+        let left = &self.stages.to_prepare;
+        left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok()
     }
 }
 

@@ -1,10 +1,9 @@
 //! KV blocks in host memory. A block's bytes of all layers lie side by side, `[block] { block_bytes
-//! }`, in chunks that are registered with a GPU's driver as they come into use: where it refuses
+//! }`, in chunks that are registered with a GPU's driver ahead of use, or with it: where it refuses
 //! one, those before stay registered, and the blocks of others cross registered memory.
 
 use super::blocks::{HostMemory, KvBlocks};
 use crate::executor::ExecutorError;
-use crate::memory::populate;
 
 /// Bytes of a chunk, about. While the driver registers one, other threads' calls may have to wait.
 const CHUNK_BYTES: usize = 16 << 20;
@@ -81,18 +80,9 @@ impl HostTier {
     pub fn prepare_ahead(&mut self, kv: &dyn KvBlocks) -> bool {
         let chunk_bytes = (self.chunk_blocks * self.block_bytes).max(1);
         let end = self.used_chunks + REGISTERED_AHEAD_BYTES / chunk_bytes;
-        let ahead = self.used_chunks..end.min(self.chunks.len());
-        let Some(index) = ahead.into_iter().find(|index| self.chunks[*index].is_new()) else {
-            return false;
-        };
-        if self.is_refused {
-            return false;
-        }
-        if index > 0 && self.chunks[index - 1].is_pinned() {
-            // Others wait for the driver while it registers: not for the system's pages, too.
-            populate(&self.chunks[index]);
-        }
-        self.register(kv, index)
+        let mut ahead = 0..end.min(self.chunks.len());
+        let next = ahead.find(|index| self.chunks[*index].is_new());
+        next.is_some_and(|index| !self.is_refused && self.register(kv, index))
     }
 
     /// Registers all memory.
