@@ -14,6 +14,10 @@ const CLUSTERS_SINCE: usize = 90;
 const ROWS: usize = 128;
 const CHUNK: usize = 128;
 const THREADS: usize = 256;
+/// Warps of a block that share rows, each with a part of a chunk, and bytes of what one of them has
+/// for a column.
+const WAYS: usize = 4;
+const SUMS_BYTES: usize = (ROWS + 4) * size_of::<f32>();
 /// Most blocks of a cluster, and fewest chunks of one.
 const CLUSTER_MAX: usize = 8;
 const CLUSTER_CHUNKS_MIN: usize = 4;
@@ -51,17 +55,18 @@ impl FloatTile {
             DType::BF16 => 3,
             _ => return None,
         };
-        let fitting = COLUMNS.into_iter().filter_map(|tile| {
+        let of = |tile: usize| {
             // Two chunks of activations, split, with a value of each column.
             let split = 2 * tile * (parts * CHUNK * size_of::<u16>() + size_of::<f32>());
             let depth = shared_bytes.checked_sub(split)? / SLOT_BYTES;
             let depth = depth.min(*DEPTHS.end());
             let shared_bytes = split + depth * SLOT_BYTES;
-            (depth >= *DEPTHS.start()).then_some(FloatTile { columns: tile, depth, shared_bytes })
-        });
-        let fitting: Vec<_> = fitting.collect();
-        let narrowest = fitting.iter().rev().find(|tile| tile.columns >= columns);
-        narrowest.or(fitting.first()).copied()
+            // In the end the sums of all ways lie there.
+            let fits = depth >= *DEPTHS.start() && shared_bytes >= WAYS * tile * SUMS_BYTES;
+            fits.then_some(FloatTile { columns: tile, depth, shared_bytes })
+        };
+        let enough = COLUMNS.into_iter().rev().filter(|tile| *tile >= columns).find_map(of);
+        enough.or_else(|| COLUMNS.into_iter().find_map(of))
     }
 }
 
@@ -121,5 +126,7 @@ mod tests {
             }
         }
         assert!(FloatTile::of(DType::F32, 16, MOST).is_none());
+        // Weights and activations of 64 columns would have room, but not all sums.
+        assert_eq!(FloatTile::of(DType::F16, 64, 132 << 10).expect("a tile").columns, 32);
     }
 }
