@@ -30,19 +30,22 @@ struct Rows {
     out: DeviceMemory,
 }
 
-/// Multiply-accumulates per second for each type.
+/// Multiply-accumulates per second for each type of which a matrix has room.
 ///
 /// # Errors
 /// No memory, or what the driver refuses.
 pub(super) fn of_gpu(gpu: &Gpu) -> Result<Vec<GpuProductRates>, GpuError> {
     let rows = Rows::new(gpu)?;
-    DType::ALL.into_iter().map(|dtype| of_type(gpu, dtype, &rows)).collect()
+    DType::ALL.into_iter().filter_map(|dtype| of_type(gpu, dtype, &rows).transpose()).collect()
 }
 
-fn of_type(gpu: &Gpu, dtype: DType, rows: &Rows) -> Result<GpuProductRates, GpuError> {
+fn of_type(gpu: &Gpu, dtype: DType, rows: &Rows) -> Result<Option<GpuProductRates>, GpuError> {
     let (free, _) = gpu.memory()?;
     let bytes = DeviceMatrix::bytes_of(dtype, ROWS, COLS);
-    let count = (WEIGHT_BYTES.min(free / MEMORY_DIVISOR) / bytes).max(1);
+    let count = WEIGHT_BYTES.min(free / MEMORY_DIVISOR) / bytes;
+    if count == 0 {
+        return Ok(None);
+    }
     let matrices = (0..count).map(|_| DeviceMatrix::empty(gpu, dtype, (ROWS, COLS)));
     let matrices = matrices.collect::<Result<Vec<_>, _>>()?;
     fill(gpu, dtype, &matrices)?;
@@ -58,7 +61,7 @@ fn of_type(gpu: &Gpu, dtype: DType, rows: &Rows) -> Result<GpuProductRates, GpuE
         let macs = (count * ROWS * COLS * tokens) as f64;
         *rate = macs / best_seconds(gpu, pass)?;
     }
-    Ok(GpuProductRates { dtype: dtype.to_string(), macs_per_second })
+    Ok(Some(GpuProductRates { dtype: dtype.to_string(), macs_per_second }))
 }
 
 /// Of several runs of what `pass` starts.

@@ -40,7 +40,7 @@ pub struct Fingerprint {
 }
 
 /// Counts up with each change of what is measured, or how.
-const FIGURES: u32 = 2;
+const FIGURES: u32 = 3;
 
 impl Fingerprint {
     /// That of this machine with so many compute workers, on these processors if they are pinned,
