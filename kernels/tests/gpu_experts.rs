@@ -236,7 +236,7 @@ fn every_type_has_the_products_of_the_specification_for_any_spread_of_tokens() {
     let mut random = Random(3);
     for dtype in DType::ALL.into_iter().filter(|dtype| DeviceMatrix::supports_experts(*dtype, 16)) {
         let shapes = [((3, 2), 144, 512), ((20, 3), 16, 96), ((2, 1), 16, 4352)];
-        for (counts, rows, cols) in cases(shapes, 2) {
+        for (counts, rows, cols) in cases(shapes, 3) {
             if dtype.row_bytes(cols).is_none() {
                 continue;
             }
@@ -306,10 +306,10 @@ fn a_pair_has_the_same_bits_whatever_else_is_in_a_step_of_its_form() {
         (DType::E4M3_32, 4352),
     ];
     let steps = [(8, 1), (8, 3), (12 * many, many), (540, 135), (486, 162)];
-    for (dtype, cols) in cases(matrices, 3) {
+    for (dtype, cols) in cases(matrices, 6) {
         let world = World::new(&gpu, counts, (dtype, 48, cols), &mut random);
         for ((tokens, part), spread) in
-            cases(steps.into_iter().flat_map(|n| SPREADS.map(|s| (n, s))), 3)
+            cases(steps.into_iter().flat_map(|n| SPREADS.map(|s| (n, s))), 6)
         {
             let logits = logits(spread, tokens, counts.0, &mut random);
             let x = random.floats(tokens * cols);

@@ -43,7 +43,7 @@ fn clusters_of_blocks_have_the_products_of_f32_at_the_shapes_of_models() {
     let shapes =
         [(4096, 4096), (28672, 4096), (4096, 14336), (1024, 4096), (6000, 2880), (2048, 4224)];
     let shapes: Vec<_> = cases(shapes, 5).collect();
-    let widths: Vec<_> = cases([9, 16, 17, 32, 40, 64, 65, 100, 128], 3).collect();
+    let widths: Vec<_> = cases([9, 16, 17, 32, 40, 64, 65, 100, 128], 4).collect();
     agree_with_eight_columns(&gpu, &shapes, &widths);
 }
 

@@ -127,7 +127,7 @@ fn norms_on_the_way_have_the_bits_of_norms() {
     let mut random = Random(11);
     for dtype in [DType::Q4_0, DType::Q6_K, DType::Q4_K, DType::Q8_0, DType::INT4_64] {
         // One, two and four fours of a thread of the norm; odd numbers of chunks.
-        for cols in cases([256, 640, 2048, 3584, 4096, 5120, 8192, 12288], 4) {
+        for cols in cases([640, 256, 2048, 3584, 4096, 5120, 8192, 12288], 8) {
             if dtype.row_bytes(cols).is_none() {
                 continue;
             }

@@ -96,7 +96,7 @@ fn a_column_has_the_same_bits_in_any_batch_up_to_a_width_and_in_any_above() {
 fn have_the_same_bits(gpu: &Gpu, (rows, cols): (usize, usize), columns_max: usize) {
     let staging = Staging::new(gpu).expect("staging memory");
     let mut random = Random(2);
-    for dtype in cases(DType::ALL, 3) {
+    for dtype in cases(DType::ALL, 6) {
         let same_sums_max = if dtype == DType::F32 { 128 } else { gpu.same_sums_max() };
         let file = file_bytes(dtype, rows, cols, &mut random);
         let matrix = DeviceMatrix::upload(gpu, &staging, dtype, (rows, cols), &file);
