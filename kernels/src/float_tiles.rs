@@ -1,4 +1,5 @@
-//! Products of F16 and BF16 weights with 9 to 128 tokens on tensor cores (`float_tiles.cu`).
+//! Products of F16 and BF16 weights with 9 to 128 tokens on tensor cores (`float_tiles.cu`). Where
+//! an activation is infinite they may be NaN: its parts are differences.
 
 use crate::floats::{FLOATS_MAX, FloatArgs};
 use crate::gpu::{Gpu, GpuError};
