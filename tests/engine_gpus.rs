@@ -5,6 +5,8 @@
 
 #[path = "actors/rig.rs"]
 mod rig;
+#[path = "support/turn.rs"]
+mod turn;
 
 use rig::tiny_model::{Family, TinyModel};
 use rig::{config, read, tiny_model_file};
@@ -29,6 +31,7 @@ fn greedy(prompt: &str, tokens: usize) -> Request {
 
 /// An engine on those GPUs, if there are two.
 async fn engine(device: &str, faults: Faults) -> Option<Engine> {
+    turn::take_turn();
     if Gpus::detect().devices.len() < 2 {
         assert!(std::env::var_os("TANDEM_REQUIRE_GPUS").is_none(), "two GPUs are required");
         println!("skipped: two GPUs");
@@ -81,6 +84,7 @@ async fn stages_on_two_gpus_that_die_are_replaced_together() {
 
 /// A model and a limit under which each of two GPUs has to spill some of its layers.
 fn spilling() -> Option<(PathBuf, Config, TempDir)> {
+    turn::take_turn();
     let hardware = HardwareProfile::detect();
     if hardware.gpus.devices.len() < 2 {
         assert!(std::env::var_os("TANDEM_REQUIRE_GPUS").is_none(), "two GPUs are required");

@@ -31,6 +31,8 @@ mod swapped;
 mod tiers;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
+#[path = "support/turn.rs"]
+mod turn;
 
 use hf_folder::{Folder, Format};
 use reference::{Reference, distance_from};
@@ -69,6 +71,7 @@ fn with(dtype: KvDType, mut options: StageOptions) -> StageOptions {
 
 /// The model on the first GPU, if there is one; all of it, or what `options.part` says.
 fn on_gpu(model: &Model, options: &StageOptions) -> Option<GpuStage> {
+    turn::take_turn();
     let whole = StagePart::whole(model.spec.layers.len());
     let request = WeightsRequest {
         source: model.checkpoint.clone().into(),

@@ -162,6 +162,7 @@ fn a_scored_token_that_is_not_listed_has_its_log_probability() {
 /// Rows like those of a large model on a GPU, if there is one.
 #[test]
 fn tokens_drawn_from_large_rows_are_those_of_the_sampler() {
+    super::turn::take_turn();
     let opened = driver().map_err(tandem_kernels::GpuError::from);
     let gpu = match opened.and_then(|driver| Gpu::open(&driver, 0)) {
         Ok(gpu) => gpu,

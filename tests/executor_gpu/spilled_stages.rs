@@ -38,6 +38,7 @@ fn parts(model: &Model, cuts: &[usize], spilled: &SpilledLayers) -> Vec<StagePar
 }
 
 fn weights(model: &Model, (on, cuts): Cut<'_>, spilled: &SpilledLayers) -> Vec<Arc<GpuWeights>> {
+    super::turn::take_turn();
     let options = with_share(0);
     let request = WeightsRequest {
         source: model.checkpoint.clone().into(),

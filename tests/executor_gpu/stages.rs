@@ -4,6 +4,7 @@
 
 use super::stage::{Model, options, plan_tokens, score_next};
 use super::tiny_model::{Family, Output, TinyModel};
+use super::turn::take_turn;
 use super::{TOP, bits, on_gpu, random_tokens};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +19,7 @@ use tandem_kernels::{GpuError, PeerCopies, driver};
 
 /// GPUs of the stages: twice the first, and the first two.
 pub fn ordinals() -> Vec<[usize; 2]> {
+    take_turn();
     let count = driver().and_then(|driver| driver.device_count()).unwrap_or(0);
     let required = std::env::var("TANDEM_REQUIRE_GPUS").ok().and_then(|count| count.parse().ok());
     assert!(count >= required.unwrap_or(0), "{count} GPUs, {required:?} are required");

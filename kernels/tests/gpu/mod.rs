@@ -3,6 +3,8 @@
 
 pub mod kept;
 pub mod specification;
+#[path = "../../../tests/support/turn.rs"]
+mod turn;
 pub mod world;
 
 use std::process::Command;
@@ -13,6 +15,7 @@ use tandem_kernels::{DeviceMemory, EightBits, Gpu, driver};
 /// The first GPU, or a message why the test is skipped. Where `TANDEM_REQUIRE_GPU` is set there
 /// must be one.
 pub fn gpu() -> Option<Gpu> {
+    turn::take_turn();
     let opened =
         driver().map_err(tandem_kernels::GpuError::from).and_then(|driver| Gpu::open(&driver, 0));
     match opened {
