@@ -33,10 +33,28 @@ const TENSOR_SHARE_EXPERTS: f64 = 0.2;
 /// Tokens from which reading and arithmetic overlap on a GPU: wider products have enough to do.
 const OVERLAP_TOKENS: usize = 129;
 
-/// Of a weight of a type in a product with so many tokens; nothing where no product was measured.
+/// Of a weight of a type in a product with so many tokens: by the roofs where others were measured
+/// and this type was not, and nothing where none was.
 pub(super) fn seconds_per_weight(gpu: &GpuRates, dtype: DType, tokens: f64) -> f64 {
+    if gpu.products.is_empty() {
+        return 0.0;
+    }
     let products = gpu.products.iter().find(|products| products.dtype == dtype.name());
-    products.map_or(0.0, |products| products.seconds_per_weight(tokens))
+    products.map(|products| products.seconds_per_weight(tokens)).unwrap_or_else(|| {
+        let bytes = dtype.block_bytes() as f64 / dtype.block_elements() as f64;
+        by_roofs(gpu, 0.0, (bytes, tokens), tokens as usize)
+    })
+}
+
+/// Of waiting, then reading so many bytes of weights, and of so many multiply-accumulates.
+fn by_roofs(gpu: &GpuRates, wait: f64, (bytes, macs): (f64, f64), tokens: usize) -> f64 {
+    let share = VRAM_SHARES.iter().find(|(most, _)| tokens <= *most).map_or(1.0, |s| s.1);
+    let reads = wait + bytes / (gpu.read_bytes_per_second * share);
+    let arithmetic = macs / (gpu.macs.per_second * TENSOR_SHARE);
+    match tokens {
+        OVERLAP_TOKENS.. => reads.max(arithmetic),
+        _ => reads + arithmetic,
+    }
 }
 
 /// Of keys and values of so many bytes that streams attend to.
@@ -61,14 +79,8 @@ pub(super) fn seconds(
     let Parts { dense, experts } = parts;
     let (vram, macs) = (gpu.read_bytes_per_second, gpu.macs.per_second);
     let dense = if gpu.products.is_empty() {
-        let share = VRAM_SHARES.iter().find(|(most, _)| tokens <= *most).map_or(1.0, |s| s.1);
         let wait = LAYER_WAIT * layers.len() as f64;
-        let reads = wait + dense.bytes / (vram * share);
-        let arithmetic = dense.macs / (macs * TENSOR_SHARE);
-        match tokens {
-            OVERLAP_TOKENS.. => reads.max(arithmetic),
-            _ => reads + arithmetic,
-        }
+        by_roofs(gpu, wait, (dense.bytes, dense.macs), tokens)
     } else {
         dense.gpu_seconds + beside_products(gpu, (spec, layers), tokens)
     };

@@ -142,6 +142,20 @@ fn types_on_the_gpu_are_as_fast_as_their_products_let_them_be() {
 }
 
 #[test]
+fn a_type_that_was_not_measured_takes_its_time() {
+    let config = limited(0, 512);
+    let of = |hardware: &HardwareProfile| {
+        let (_, prediction) = predicted("llama-8b:q4_0", (hardware, &config), 16, 512);
+        [decode(&prediction), prompts(&prediction)].concat()
+    };
+    let (all, mut some) = (with_products(), with_products());
+    some.measured.as_mut().unwrap().gpus[0].products.retain(|product| product.dtype != "Q4_0");
+    for (with, without) in of(&all).into_iter().zip(of(&some)) {
+        assert!((0.5..2.0).contains(&(without / with)), "{without} for {with}");
+    }
+}
+
+#[test]
 fn several_prompts_attend_less_than_one_as_long() {
     let (spec, hardware, config) = (shape("llama-1b:q4_0"), h200(), config("off"));
     let placement = Placement::plan(&spec, &hardware, &config).unwrap();
