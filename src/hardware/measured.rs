@@ -81,20 +81,20 @@ pub struct ProductRates {
 impl ProductRates {
     /// With so many tokens; between numbers that were measured along a line.
     pub fn with_tokens(&self, tokens: f64) -> f64 {
-        on_lines(self.macs_per_second, tokens)
+        on_lines(TOKENS_MEASURED.into_iter().zip(self.macs_per_second), tokens)
     }
 }
 
 impl Measured {
     /// [`Measured::unhidden`] with so many tokens; between numbers that were measured along a line.
     pub fn unhidden_with(&self, tokens: f64) -> f64 {
-        on_lines(self.unhidden, tokens)
+        on_lines(TOKENS_MEASURED.into_iter().zip(self.unhidden), tokens)
     }
 }
 
-/// A figure of so many tokens from those of [`TOKENS_MEASURED`].
-fn on_lines(figures: [f64; TOKENS_MEASURED.len()], tokens: f64) -> f64 {
-    let figures = TOKENS_MEASURED.into_iter().zip(figures);
+/// A figure of so many tokens from those that were measured, with ascending numbers of them; the
+/// first or the last one beyond these.
+fn on_lines(figures: impl Iterator<Item = (usize, f64)>, tokens: f64) -> f64 {
     let mut below: Option<(f64, f64)> = None;
     for (measured, figure) in figures.map(|(measured, figure)| (measured as f64, figure)) {
         match below {
@@ -125,18 +125,9 @@ impl GpuProductRates {
     /// line, with more in proportion.
     pub fn seconds_per_weight(&self, tokens: f64) -> f64 {
         let rates = GPU_TOKENS_MEASURED.into_iter().zip(self.macs_per_second);
-        let mut below: Option<(f64, f64)> = None;
-        for (measured, rate) in rates {
-            let (measured, seconds) = (measured as f64, measured as f64 / rate);
-            match below {
-                _ if tokens > measured => below = Some((measured, seconds)),
-                None => return seconds,
-                Some((less, sooner)) => {
-                    return sooner + (seconds - sooner) * (tokens - less) / (measured - less);
-                }
-            }
-        }
-        below.map_or(0.0, |(most, seconds)| seconds * tokens / most)
+        let seconds = on_lines(rates.map(|(tokens, rate)| (tokens, tokens as f64 / rate)), tokens);
+        let most = GPU_TOKENS_MEASURED[GPU_TOKENS_MEASURED.len() - 1] as f64;
+        seconds * (tokens / most).max(1.0)
     }
 }
 
