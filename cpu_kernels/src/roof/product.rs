@@ -112,7 +112,7 @@ fn made_up_rows(dtype: DType, layout: Layout) -> Vec<u8> {
 }
 
 /// Numbers in ±1.
-fn made_up(count: usize) -> Vec<f32> {
+pub(super) fn made_up(count: usize) -> Vec<f32> {
     (0..count).map(|at| ((at * 7919) % 2003) as f32 / 1001.5 - 1.0).collect()
 }
 

@@ -1,5 +1,6 @@
 //! Work on made-up rows beside products, for measures of what it takes.
 
+use super::product::made_up;
 use crate::activations::ActivationBuffer;
 use crate::dispatch::Kernels;
 use std::ops::Range;
@@ -31,9 +32,6 @@ pub struct TrialRows {
 impl TrialRows {
     /// Rows in the caches of whoever makes them.
     pub fn new(kernels: &'static Kernels) -> Self {
-        let made_up = |count: usize| -> Vec<f32> {
-            (0..count).map(|at| ((at * 7919) % 2003) as f32 / 1001.5 - 1.0).collect()
-        };
         Self {
             kernels,
             values: made_up(ROWS * COLS),
