@@ -128,9 +128,7 @@ pub trait BlockMover: Send {
 
     /// Makes a little more of the lower tiers ready for use, while there is nothing to copy.
     /// Whether there may be more to do.
-    fn prepare_ahead(&mut self) -> bool {
-        false
-    }
+    fn prepare_ahead(&mut self) -> bool;
 }
 
 /// Makes stages over the same weights: the first one and, after each failure, the next. Called on
