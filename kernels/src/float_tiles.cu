@@ -1,4 +1,4 @@
-// Products of F16 and BF16 weights with more columns of f32 activations than floats.cu is for, on tensor cores:
+// Products of F16 and BF16 weights with more columns of f32 activations than one, on tensor cores:
 // out[column][row] = Σ weight[row][k] · x[column][k] (+ bias[row]), nearly as exact as f32.
 //
 // Activations are split. With F16 weights a chunk of a column, times a power of two that brings its largest near
@@ -10,21 +10,22 @@
 // one of four ways, and streams its weights through a ring in shared memory that no other warp reads.
 //
 //   for each chunk of the block:
-//     the activations of the next one are asked for
-//     for each 8 columns: 64 rows · 32 elements, all parts, are added up
-//     the activations of the next one are split, once for all rows, and all threads meet
+//     the activations of the next one, which have come, are split, and those of the one after it asked for
+//     for each 8 columns: 64 rows · 32 elements, all parts, are added up (half of the warps do this first)
+//     all threads meet
 //   the ways' sums are added up in their order, then those of the blocks of a cluster, which divide what lies along rows
 //
 // How many blocks these are follows from the matrix alone: a column's bits do not depend on which others are there,
 // or on how many. Grid: blocks of a cluster, columns / COLUMNS, rows / 128.
 //
-// µs on an H200, weights from memory (2026-11-30), F16 and BF16:
+// µs on an H200, weights from memory (2026-11-30), F16 and BF16; beside them what floats.cu takes:
 //
-// | rows × cols | 4096 × 4096 | 28672 × 4096 | 4096 × 14336 |
-// | 16 columns | 24.7, 24.9 | 78.8, 78.4 | 66.1, 66.5 |
-// | 32 columns | 31.5, 34.3 | 105, 114 | 88.0, 99.3 |
-// | 64 columns | 50.9, 55.8 | 165, 187 | 148, 168 |
-// | 128 columns | 74.8, 82.5 | 323, 367 | 220, 250 |
+// | rows × cols | 1024 × 4096 | 4096 × 4096 | 28672 × 4096 | 4096 × 14336 |
+// | 2 columns | 6.0, 5.8 (13) | 12.7, 12.3 (20) | 64.0, 69.7 (80) | 38.1, 39.3 (47) |
+// | 8 columns | 6.2, 6.0 (21) | 12.8, 12.6 (23) | 63.7, 64.2 (125) | 36.4, 37.6 (78) |
+// | 16 columns | 8.0, 8.9 | 16.3, 16.2 | 66.2, 67.2 | 45.3, 47.8 |
+// | 64 columns | 14.4, 15.8 | 46.8, 51.3 | 148, 172 | 132, 151 |
+// | 128 columns | 28.5, 31.1 | 69.2, 76.5 | 286, 334 | 195, 224 |
 #include "cluster.cuh"
 #include "e4m3.cuh"
 #include "floats.cuh"
@@ -77,8 +78,10 @@ template <class Parts_, uint32_t COLUMNS_> struct FloatTile {
     static constexpr uint32_t PLANE = COLUMNS * FLOAT_CHUNK * 2, SPLIT = Parts::PARTS * PLANE + COLUMNS * sizeof(float);
     // A slot of the ring: a way's part of eight rows, of all rows of a warp, and for all warps.
     static constexpr uint32_t COPY = 8 * WAY_ELEMENTS * 2, WARP_SLOT = 2 * WARP_TILES * COPY, SLOT = THREADS / 32 * WARP_SLOT;
-    // Threads that split a column, and pieces of eight elements that each has.
-    static constexpr uint32_t SPLITTING = THREADS / COLUMNS, PIECES = FLOAT_CHUNK / 8 / SPLITTING;
+    // Pieces of eight elements that a thread splits, threads that split a column, and all columns.
+    static constexpr uint32_t PIECES = COLUMNS <= 16 ? 1 : COLUMNS / 16, SPLITTING = FLOAT_CHUNK / 8 / PIECES, SPLITTERS = COLUMNS * SPLITTING;
+    // Of a multiprocessor: one waits for activations while the other multiplies.
+    static constexpr uint32_t BLOCKS = COLUMNS <= 16 ? 2 : 1;
     // Floats from a column to the next, where no two lanes share a bank.
     static constexpr uint32_t STRIDE = FLOAT_TILE_ROWS + 4;
 };
@@ -314,31 +317,40 @@ template <class Tile> __device__ __forceinline__ void float_tiles(const FloatTil
     const uint32_t columns = min(Tile::COLUMNS, walk.args.columns - walk.first_column), tiles = (columns + 7) / 8;
     FloatColumns<Tile> coming{walk};
     float acc[Tile::TILES][WARP_TILES][4] = {};
-    if (walk.count > 0) {
+    const bool splits = threadIdx.x < Tile::SPLITTERS;
+    if (splits && walk.count > 0) {
         coming.load(0);
         coming.split(float_shared);
     }
+    if (splits && walk.count > 1) coming.load(1);
     __syncthreads();
+    // Of two warps that share a part of the multiprocessor one splits while the other multiplies.
+    const bool is_early = threadIdx.x < Tile::THREADS / 2;
     for (uint32_t index = 0; index < walk.count; index++) {
-        const bool is_last = index + 1 == walk.count;
-        if (!is_last) coming.load(index + 1);
+        const auto split_next = [&] {
+            if (!splits) return;
+            if (index + 1 < walk.count) coming.split(float_shared + (index + 1) % 2 * Tile::SPLIT);
+            if (index + 2 < walk.count) coming.load(index + 2);
+        };
+        if (is_early) split_next();
         uint32_t w[WARP_TILES][2][4];
         ring.wait(all.depth);
         ring.take(w);
         ring.ask();
         add_tiles<Tile>(acc, w, shared_address(float_shared) + index % 2 * Tile::SPLIT, tiles);
-        if (!is_last) coming.split(float_shared + (index + 1) % 2 * Tile::SPLIT);
+        if (!is_early) split_next();
         __syncthreads();
     }
     add_ways<Tile>(walk, reinterpret_cast<float*>(float_shared), acc, columns);
 }
 
 #define FLOAT_TILE(name, Parts, columns)                                                            \
-    extern "C" __global__ void __launch_bounds__(FloatTile<Parts, columns>::THREADS, 1)             \
+    extern "C" __global__ void __launch_bounds__(FloatTile<Parts, columns>::THREADS, FloatTile<Parts, columns>::BLOCKS) \
         float_tiles_##name##_##columns(const __grid_constant__ FloatTileArgs args) {                \
         float_tiles<FloatTile<Parts, columns>>(args);                                               \
     }
 #define FLOAT_TILES(name, Parts)  \
+    FLOAT_TILE(name, Parts, 8)    \
     FLOAT_TILE(name, Parts, 16)   \
     FLOAT_TILE(name, Parts, 32)   \
     FLOAT_TILE(name, Parts, 64)

@@ -1,4 +1,4 @@
-//! Products of F16 and BF16 weights with 9 to 128 tokens on tensor cores (`float_tiles.cu`). Where
+//! Products of F16 and BF16 weights with 2 to 128 tokens on tensor cores (`float_tiles.cu`). Where
 //! an activation is infinite they may be NaN: its parts are differences.
 
 use crate::floats::{FLOATS_MAX, FloatArgs};
@@ -8,6 +8,8 @@ use crate::products::{Columns, Product, lower_name};
 use cudarc::driver::DeviceRepr;
 use tandem_cpu_kernels::DType;
 
+/// Fewest tokens for which they are faster than `floats.cu`.
+const FLOAT_TILES_MIN: usize = 2;
 /// First `__CUDA_ARCH__`, over ten, that has these kernels, and that has clusters of blocks.
 const TILES_SINCE: usize = 80;
 const CLUSTERS_SINCE: usize = 90;
@@ -23,7 +25,11 @@ const SUMS_BYTES: usize = (ROWS + 4) * size_of::<f32>();
 const CLUSTER_MAX: usize = 8;
 const CLUSTER_CHUNKS_MIN: usize = 4;
 /// Columns of a block, widest first.
-const COLUMNS: [usize; 3] = [64, 32, 16];
+const COLUMNS: [usize; 4] = [64, 32, 16, 8];
+/// Most columns of a block of which two share a multiprocessor's memory.
+const SHARING: usize = 16;
+/// What the driver keeps of a block's shared memory.
+const KEPT_BYTES: usize = 1 << 10;
 /// Bytes of a chunk of weights on its way to a block, and how many of these there may be.
 const SLOT_BYTES: usize = ROWS * CHUNK * size_of::<u16>();
 const DEPTHS: std::ops::RangeInclusive<usize> = 2..=6;
@@ -59,8 +65,10 @@ impl FloatTile {
         let of = |tile: usize| {
             // Two chunks of activations, split, with a value of each column.
             let split = 2 * tile * (parts * CHUNK * size_of::<u16>() + size_of::<f32>());
-            let depth = shared_bytes.checked_sub(split)? / SLOT_BYTES;
-            let depth = depth.min(*DEPTHS.end());
+            let fitting = |bytes: usize| Some(bytes.checked_sub(split)? / SLOT_BYTES);
+            let half = (shared_bytes - KEPT_BYTES) / 2;
+            let shared = fitting(half).filter(|depth| tile <= SHARING && DEPTHS.contains(depth));
+            let depth = shared.or(fitting(shared_bytes))?.min(*DEPTHS.end());
             let shared_bytes = split + depth * SLOT_BYTES;
             // In the end the sums of all ways lie there.
             let fits = depth >= *DEPTHS.start() && shared_bytes >= WAYS * tile * SUMS_BYTES;
@@ -72,29 +80,35 @@ impl FloatTile {
 }
 
 impl Gpu {
-    /// Multiplies if there are more columns than `floats.cu` is for, and a kernel and room.
+    /// Blocks that divide what lies along rows: as many as make nearly all multiprocessors work,
+    /// whatever the number of columns. Two blocks of few columns share one.
+    fn float_cluster(&self, blocks: usize, chunks: usize) -> usize {
+        let most = if self.compiled_for() >= CLUSTERS_SINCE { CLUSTER_MAX } else { 1 };
+        let mut cluster = 1;
+        while 2 * cluster <= most
+            && 8 * cluster * blocks < 7 * self.multiprocessors()
+            && chunks >= 2 * cluster * CLUSTER_CHUNKS_MIN
+        {
+            cluster *= 2;
+        }
+        cluster
+    }
+
+    /// Multiplies if there are as many columns as these kernels are for, and a kernel and room.
     pub(crate) fn multiply_float_tiles(
         &self,
         product: &Product<'_>,
         x: &Columns<'_>,
     ) -> Result<bool, GpuError> {
         let (matrix, dtype) = (product.matrix, product.matrix.dtype());
-        let is_between = (self.same_sums_max() + 1..=FLOATS_MAX).contains(&x.columns);
+        let is_between = (FLOAT_TILES_MIN..=FLOATS_MAX).contains(&x.columns);
         let Some(tile) = FloatTile::of(dtype, x.columns, self.shared_bytes())
             .filter(|_| is_between && self.compiled_for() >= TILES_SINCE)
         else {
             return Ok(false);
         };
-        // As many as there is room for at a time, whatever the number of columns.
-        let (blocks, chunks) = (matrix.rows().div_ceil(ROWS), matrix.cols().div_ceil(CHUNK));
-        let most = if self.compiled_for() >= CLUSTERS_SINCE { CLUSTER_MAX } else { 1 };
-        let mut cluster = 1;
-        while 2 * cluster <= most
-            && 2 * cluster * blocks <= self.multiprocessors()
-            && chunks >= 2 * cluster * CLUSTER_CHUNKS_MIN
-        {
-            cluster *= 2;
-        }
+        let blocks = matrix.rows().div_ceil(ROWS);
+        let cluster = self.float_cluster(blocks, matrix.cols().div_ceil(CHUNK));
         let arguments = FloatTileArgs { of: FloatArgs::new(product, x), depth: tile.depth as u64 };
         let kernel = format!("float_tiles_{}_{}", lower_name(dtype), tile.columns);
         let grid = [cluster, x.columns.div_ceil(tile.columns), blocks];
@@ -117,7 +131,9 @@ mod tests {
     #[test]
     fn blocks_have_as_many_columns_as_their_shared_memory_holds() {
         for dtype in [DType::F16, DType::BF16] {
-            for (columns, wanted) in [(9, 16), (16, 16), (17, 32), (33, 64), (64, 64), (128, 64)] {
+            for (columns, wanted) in
+                [(2, 8), (8, 8), (9, 16), (16, 16), (17, 32), (33, 64), (64, 64), (128, 64)]
+            {
                 for (shared_bytes, most) in [(MOST, 64), (LESS, 64), (LEAST, 16)] {
                     let tile = FloatTile::of(dtype, columns, shared_bytes).expect("a tile");
                     let least = if dtype == DType::F16 && most == 16 { 32 } else { most };

@@ -8,7 +8,8 @@
 //! activations meet as f16, with sums in f32 (`middle.cu`, `wide.cu`).
 //!
 //! A token's product has the same bits in any batch of up to [`Gpu::same_sums_max`] tokens, of more
-//! up to 128 (elsewhere than on Hopper of more up to 32, and of 33 to 128), and of more than that.
+//! up to 128 (elsewhere than on Hopper of more up to 32, and of 33 to 128), and of more than that;
+//! F16 and BF16 weights have them alone, in any batch of 2 to 128, and of more.
 //!
 //! Activations have their elements in orders that tensor cores take without a shuffle. In 8 bits
 //! byte `16 t + 8 g + 4 h + e` of a pair of groups of 32 is element `16 h + 4 t + e` of group g;

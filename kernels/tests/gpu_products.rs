@@ -98,6 +98,7 @@ fn have_the_same_bits(gpu: &Gpu, (rows, cols): (usize, usize), columns_max: usiz
     let mut random = Random(2);
     for dtype in cases(DType::ALL, 6) {
         let same_sums_max = if dtype == DType::F32 { 128 } else { gpu.same_sums_max() };
+        let has_tiles = matches!(dtype, DType::F16 | DType::BF16);
         let file = file_bytes(dtype, rows, cols, &mut random);
         let matrix = DeviceMatrix::upload(gpu, &staging, dtype, (rows, cols), &file);
         let matrix = matrix.expect("an upload");
@@ -111,7 +112,8 @@ fn have_the_same_bits(gpu: &Gpu, (rows, cols): (usize, usize), columns_max: usiz
             (120, 40, false),
             (450, 150, true),
         ] {
-            if most > columns_max {
+            // A single token's activations meet such weights as they are.
+            if most > columns_max || has_tiles && part == 1 {
                 continue;
             }
             let x = random.floats(most * cols);
