@@ -15,6 +15,8 @@ mod hf_layers;
 mod kv;
 #[path = "support/reference.rs"]
 mod reference;
+#[path = "executor_gpu/runs.rs"]
+mod runs;
 #[path = "executor_gpu/sampling.rs"]
 mod sampling;
 #[path = "executor_gpu/spilled.rs"]

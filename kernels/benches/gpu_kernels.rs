@@ -75,27 +75,40 @@ fn main() -> Outcome<()> {
     }
     if wants("attention") {
         println!(
-            "| heads, KV heads, elements | KV | tokens | context | us | GB/s of KV | TFLOP/s |"
+            "| heads, KV heads, elements | KV | way | tokens | context | us | GB/s of KV | TFLOP/s |"
         );
-        println!("|---|---|---|---|---|---|---|");
+        println!("|---|---|---|---|---|---|---|---|");
         let heads = HeadCounts { n_heads: 32, n_kv_heads: 8, head_dim: 128 };
-        for (sequences, tokens, context) in [
-            (1, 1, 100),
-            (1, 1, 1000),
-            (1, 1, 8000),
-            (32, 1, 1000),
-            (128, 1, 100),
-            (1, 512, 512),
-            (1, 2048, 2048),
-            (4, 512, 512),
-        ] {
+        let alone = [(1, 1, 100), (1, 1, 1000), (1, 1, 8000), (32, 1, 1000), (128, 1, 100)];
+        let together = [(1, 512, 512), (1, 2048, 2048), (4, 512, 512)];
+        let either = [16, 32, 64, 128]
+            .into_iter()
+            .flat_map(|tokens| [256, 1000, 4000, 32000].map(|context| (1, tokens, context)));
+        let cases = alone.into_iter().map(|case| (case, Way::Alone));
+        let cases = cases.chain(together.into_iter().map(|case| (case, Way::Together)));
+        let cases = cases.chain(
+            either
+                .flat_map(|case| [Way::Alone, Way::Together, Way::Divided].map(|way| (case, way))),
+        );
+        for (case, way) in cases {
             for name in list("--kv", "f16") {
                 let dtype = name.parse().unwrap_or_else(|error| panic!("{error}"));
-                attention(&gpu, (heads, dtype), (sequences, tokens, context))?;
+                attention(&gpu, (heads, dtype), case, way)?;
             }
         }
     }
     Ok(())
+}
+
+/// How tokens of a sequence attend.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Way {
+    /// Each for itself.
+    Alone,
+    /// In tiles, on tensor cores.
+    Together,
+    /// The same, where several blocks divide a tile's positions.
+    Divided,
 }
 
 fn type_of(name: &String) -> DType {
@@ -269,6 +282,7 @@ fn attention(
     gpu: &Gpu,
     (heads, dtype): (HeadCounts, KvDType),
     (sequences, tokens, context): (usize, usize, usize),
+    way: Way,
 ) -> Outcome<()> {
     const LAYERS: usize = 32;
     let block_tokens = 32;
@@ -313,12 +327,13 @@ fn attention(
         layers.iter().try_for_each(|(keys, values)| {
             let (keys, values): (Span<'_>, Span<'_>) = (keys.span(), values.span());
             let store = KvSpans { keys, values, blocks, block_tokens, dtype };
-            if tokens > 1 {
-                let runs = Runs { lengths: &runs, on_gpu: on_gpu.span() };
-                gpu.attend_runs(&pass, heads, (&table, &store), &runs)
-            } else {
-                gpu.attend(&pass, heads, (&table, &store), None)
-            }
+            let blocks = match way {
+                Way::Alone => return gpu.attend(&pass, heads, (&table, &store), None),
+                Way::Together => 1,
+                Way::Divided => gpu.run_blocks_max(),
+            };
+            let runs = Runs { lengths: &runs, on_gpu: on_gpu.span(), blocks };
+            gpu.attend_runs(&pass, heads, (&table, &store), &runs)
         })
     })?;
     let kv = (2 * sequences * context * heads.n_kv_heads * dtype.head_bytes(heads.head_dim)) as f64;
@@ -326,7 +341,7 @@ fn attention(
     let flops = 4.0 * seen * (heads.n_heads * heads.head_dim) as f64;
     let HeadCounts { n_heads, n_kv_heads, head_dim } = heads;
     println!(
-        "| {n_heads}, {n_kv_heads}, {head_dim} | {dtype} | {sequences} x {tokens} | {context} | \
+        "| {n_heads}, {n_kv_heads}, {head_dim} | {dtype} | {way:?} | {sequences} x {tokens} | {context} | \
          {us:.1} | {:.0} | {:.0} |",
         kv / us / 1e3,
         flops / us / 1e6

@@ -8,11 +8,13 @@
 //   O += P · V
 //
 // Queries, keys, values and P are f16, sums f32. Positions are taken from multiples of KEYS on, so a
-// token's bits do not depend on which tokens it shares a tile with.
+// token's bits do not depend on which tokens it shares a tile with. Where there are few tiles the blocks of a cluster
+// take KEYS of them in turn, by their position, and add up their sums in the order of the blocks.
 //
 // Queries and values have rows of 2 · DIM bytes in shared memory, whose 16-byte piece p lies at p ^ row % 8;
 // keys lie as in the store, [DIM / 8][KEYS][8]: no two of the eight pieces that ldmatrix takes share a bank.
 #include "attention.cuh"
+#include "cluster.cuh"
 #include "launch.cuh"
 #include "tensor_cores.cuh"
 
@@ -20,7 +22,7 @@ struct FlashArgs {
     AttendArgs attend;
     const uint2* runs; // first token and number of tokens of each sequence
     uint32_t tile_tokens; // tokens of a tile: as many as have all their heads in its rows
-    uint32_t unused;
+    uint32_t blocks; // of a cluster, which divide a tile's positions
 };
 
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -36,7 +38,7 @@ struct FlashTile {
         for (uint32_t tiles; tile >= (tiles = (run->y + args.tile_tokens - 1) / args.tile_tokens); run++) tile -= tiles;
         first_token = run->x + tile * args.tile_tokens;
         tokens = min(args.tile_tokens, run->y - tile * args.tile_tokens);
-        kv_head = blockIdx.x;
+        kv_head = blockIdx.x / args.blocks;
         group = args.attend.n_heads / args.attend.store.n_kv_heads;
     }
 };
@@ -231,6 +233,54 @@ __device__ __forceinline__ void weigh(const AttendArgs& args, uint32_t first_key
     }
 }
 
+// A row's sums in shared memory, [ROWS][DIM] f32, in pieces of four: no two of eight rows share a bank.
+template <int DIM> __device__ __forceinline__ float* sums_at(float* sums, uint32_t row, uint32_t piece) { return sums + row * DIM + (piece ^ row % 8) * 4; }
+
+// Adds up the sums of the cluster's blocks, each of which stores a part of the rows. All of their shared memory is free.
+template <int DIM, int ROWS>
+__device__ __forceinline__ void merge_blocks(const FlashArgs& args, const FlashTile& tile, float4* kept, float* sums, const FlashRows& rows, const float o[DIM / 8][4]) {
+    const AttendArgs& attend = args.attend;
+    const uint32_t lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16, dim = attend.store.head_dim;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const uint32_t row = first_row + lane / 4 + 8 * r;
+        if (lane % 4 == 0) kept[row] = make_float4(rows.max[r], rows.weight[r], 0, 0);
+#pragma unroll
+        for (int d = 0; d < DIM / 8; d++) {
+            *reinterpret_cast<float2*>(sums_at<DIM>(sums, row, 2 * d + lane % 4 / 2) + lane % 2 * 2) = make_float2(o[d][2 * r], o[d][2 * r + 1]);
+        }
+    }
+    meet_cluster();
+    const uint32_t each = ROWS / args.blocks;
+    for (uint32_t index = threadIdx.x; index < each * (DIM / 4); index += blockDim.x) {
+        const uint32_t row = blockIdx.x % args.blocks * each + index / (DIM / 4), piece = index % (DIM / 4), token = row / tile.group;
+        if (token >= tile.tokens || 4 * piece >= dim) continue;
+        float4 of[CLUSTER_MAX], own[CLUSTER_MAX];
+        float max = -INFINITY, weight = 0;
+#pragma unroll
+        for (uint32_t rank = 0; rank < CLUSTER_MAX; rank++) {
+            if (rank >= args.blocks) break;
+            own[rank] = load_from(rank, shared_address(kept + row));
+            of[rank] = load_from(rank, shared_address(sums_at<DIM>(sums, row, piece)));
+            max = fmaxf(max, own[rank].x);
+        }
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (uint32_t rank = 0; rank < CLUSTER_MAX; rank++) {
+            if (rank >= args.blocks) break;
+            // A block whose positions the row does not see has nothing.
+            const float shrink = exp2f(own[rank].x - (max == -INFINITY ? 0.0f : max));
+            weight += shrink * own[rank].y;
+            sum.x += shrink * of[rank].x, sum.y += shrink * of[rank].y, sum.z += shrink * of[rank].z, sum.w += shrink * of[rank].w;
+        }
+        const size_t head = static_cast<size_t>(tile.first_token + token) * attend.n_heads + tile.kv_head * tile.group + row % tile.group;
+        *reinterpret_cast<float4*>(attend.out + head * dim + 4 * piece) = make_float4(sum.x / weight, sum.y / weight, sum.z / weight, sum.w / weight);
+    }
+    // Others read this block's.
+    __syncwarp();
+    meet_cluster();
+}
+
 template <typename Type, int DIM, int WARPS, int KEYS> __device__ __forceinline__ void flash(const FlashArgs& args) {
     constexpr int ROWS = 16 * WARPS, TILE = KEYS * DIM * 2;
     extern __shared__ __align__(128) uint8_t flash_shared[];
@@ -241,8 +291,10 @@ template <typename Type, int DIM, int WARPS, int KEYS> __device__ __forceinline_
     const uint32_t lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16, dim = attend.store.head_dim;
     const uint32_t base = attend.tokens.positions[tile.first_token], end = base + tile.tokens;
     const uint32_t* table = attend.tokens.blocks + attend.tokens.tables[tile.first_token];
-    const uint32_t first = seen_from(base, attend.window) / KEYS * KEYS;
-    start_keys<Type, DIM, KEYS>(attend, table, tile.kv_head, {keys, values, first, end});
+    const uint32_t first_step = seen_from(base, attend.window) / KEYS;
+    const uint32_t turn = (args.blocks + blockIdx.x % args.blocks - first_step % args.blocks) % args.blocks;
+    const uint32_t first = (first_step + turn) * KEYS, next_keys = args.blocks * KEYS;
+    if (first < end) start_keys<Type, DIM, KEYS>(attend, table, tile.kv_head, {keys, values, first, end});
     commit_copies();
     load_queries<DIM, ROWS>(args, tile, queries);
     // Keys beyond a head's elements meet queries of zeros: they must be numbers.
@@ -262,9 +314,9 @@ template <typename Type, int DIM, int WARPS, int KEYS> __device__ __forceinline_
     const bool has_rows = lowest < end;
     float o[DIM / 8][4] = {};
     uint32_t stage = 0;
-    for (uint32_t at = first; at < end; at += KEYS, stage ^= 1) {
+    for (uint32_t at = first; at < end; at += next_keys, stage ^= 1) {
         const KeyTile now = {keys + stage * TILE, values + stage * TILE, at, end};
-        const KeyTile next = {keys + (stage ^ 1) * TILE, values + (stage ^ 1) * TILE, at + KEYS, end};
+        const KeyTile next = {keys + (stage ^ 1) * TILE, values + (stage ^ 1) * TILE, at + next_keys, end};
         if (next.first < end) start_keys<Type, DIM, KEYS>(attend, table, tile.kv_head, next);
         commit_copies();
         wait_for_copies<1>();
@@ -280,9 +332,13 @@ template <typename Type, int DIM, int WARPS, int KEYS> __device__ __forceinline_
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float weight = rows.weight[r];
-        weight += __shfl_xor_sync(~0u, weight, 1);
-        weight += __shfl_xor_sync(~0u, weight, 2);
+        rows.weight[r] += __shfl_xor_sync(~0u, rows.weight[r], 1);
+        rows.weight[r] += __shfl_xor_sync(~0u, rows.weight[r], 2);
+    }
+    if (args.blocks > 1) return merge_blocks<DIM, ROWS>(args, tile, reinterpret_cast<float4*>(queries), reinterpret_cast<float*>(keys), rows, o);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float weight = rows.weight[r];
         const uint32_t row = first_row + lane / 4 + 8 * r, token = row / tile.group;
         if (token >= tile.tokens) continue;
         const size_t head = static_cast<size_t>(tile.first_token + token) * attend.n_heads + tile.kv_head * tile.group + row % tile.group;

@@ -4,12 +4,17 @@
 
 use crate::attention::{Attend, AttendArgs, HeadCounts, KvSpans, TokenTables};
 use crate::gpu::{Gpu, GpuError, Span};
+use crate::launch::Manner;
 use cudarc::driver::DeviceRepr;
 
 /// Rows of a warp.
 const WARP_ROWS: usize = 16;
 /// Warps of a block and keys of a step, as in flash.cu: the larger where it fits.
 const TILES: [(usize, usize); 2] = [(8, 64), (4, 32)];
+
+/// First `__CUDA_ARCH__`, over ten, that has clusters of blocks, and most blocks of one.
+const CLUSTERS_SINCE: usize = 90;
+const CLUSTER_MAX: usize = 8;
 
 /// Sequences whose tokens follow each other in a step.
 #[derive(Clone, Copy, Debug)]
@@ -18,6 +23,10 @@ pub struct Runs<'a> {
     pub lengths: &'a [[u32; 2]],
     /// The same on the GPU.
     pub on_gpu: Span<'a>,
+    /// Blocks that divide the positions that a tile of tokens sees, up to
+    /// [`Gpu::run_blocks_max`], which is for few tokens and many positions. A token's bits depend
+    /// on it.
+    pub blocks: usize,
 }
 
 #[repr(C)]
@@ -26,7 +35,7 @@ struct FlashArgs {
     attend: AttendArgs,
     runs: u64,
     tile_tokens: u32,
-    unused: u32,
+    blocks: u32,
 }
 
 // SAFETY: plain numbers in the order of `FlashArgs` in flash.cu.
@@ -59,14 +68,19 @@ impl Gpu {
         heads.is_supported() && self.flash_tile(heads).is_some()
     }
 
+    /// Most blocks that can divide the positions of a tile of tokens.
+    pub fn run_blocks_max(&self) -> usize {
+        if self.compiled_for() >= CLUSTERS_SINCE { CLUSTER_MAX } else { 1 }
+    }
+
     /// What [`Gpu::attend`] does, for all tokens of some sequences.
     ///
     /// # Errors
     /// What the driver refuses.
     ///
     /// # Panics
-    /// When a span is too short, a run is of tokens that the step does not have, or
-    /// [`Gpu::has_flash`] says no. That the runs on the GPU are the same, positions of a run ascend
+    /// When a span is too short, a run is of tokens that the step does not have, blocks are not a
+    /// power of two up to [`Gpu::run_blocks_max`], or [`Gpu::has_flash`] says no. That the runs on the GPU are the same, positions of a run ascend
     /// by one, and block tables name blocks of the store, is the caller's promise.
     pub fn attend_runs(
         &self,
@@ -77,6 +91,9 @@ impl Gpu {
     ) -> Result<(), GpuError> {
         let tile = self.flash_tile(heads).expect("heads that the kernels support");
         let tile_tokens = WARP_ROWS * tile.warps / (heads.n_heads / heads.n_kv_heads);
+        let blocks = runs.blocks;
+        let can_divide = blocks.is_power_of_two() && blocks <= self.run_blocks_max();
+        assert!(can_divide, "{blocks} blocks, at most {}", self.run_blocks_max());
         let mut tiles = 0;
         for [first, count] in runs.lengths.iter().map(|run| run.map(|n| n as usize)) {
             assert!(count > 0 && first + count <= tokens.tokens, "{count} tokens from {first}");
@@ -84,13 +101,15 @@ impl Gpu {
         }
         let arguments = FlashArgs {
             attend: pass.arguments(heads, 0, (tokens, store)),
-            runs: runs.on_gpu.of(runs.lengths.len(), size_of::<[u32; 2]>()),
+            runs: runs.on_gpu.unaligned(runs.lengths.len(), size_of::<[u32; 2]>()),
             tile_tokens: tile_tokens as u32,
-            unused: 0,
+            blocks: blocks as u32,
         };
         let kernel = format!("flash_{}_{}_{}", store.dtype, tile.width, tile.warps);
-        let grid = [heads.n_kv_heads, tiles, 1];
+        let grid = [heads.n_kv_heads * blocks, tiles, 1];
+        let shape = (grid, 32 * tile.warps, tile.bytes);
+        let manner = Manner::of_product([]).in_clusters(blocks);
         // SAFETY: all spans were checked against the shapes, and the runs against the tokens.
-        unsafe { self.launch(&kernel, (grid, 32 * tile.warps, tile.bytes), &arguments) }
+        unsafe { self.launch_as(&kernel, shape, manner, &arguments) }
     }
 }

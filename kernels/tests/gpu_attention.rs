@@ -63,20 +63,28 @@ fn attention_of_runs_matches_a_naive_f64_softmax() {
         assert!(gpu.has_flash(shape.heads), "{shape:?}");
         // The last 10 tokens of the second sequence, the fourth from an odd one on, the last whole.
         let runs = [[33, 10], [44 + 37, 663], [744, 129]];
-        let (got, wanted) =
-            (world.runs_on_gpu(&gpu, &runs), world.naive_of(0, |x| f16::from_f64(x).to_f64()));
+        let wanted = world.naive_of(0, |x| f16::from_f64(x).to_f64());
         let width = shape.heads.n_heads * shape.heads.head_dim;
-        for (token, (got, wanted)) in got.chunks(width).zip(wanted.chunks(width)).enumerate() {
-            let is_asked =
-                runs.iter().any(|[first, n]| (*first..first + n).contains(&(token as u32)));
-            if !is_asked {
-                assert!(got.iter().all(|x| x.is_nan()), "{shape:?}: token {token} was written");
-                continue;
+        for blocks in blocks_of(&gpu) {
+            let got = world.runs_on_gpu(&gpu, &runs, blocks);
+            for (token, (got, wanted)) in got.chunks(width).zip(wanted.chunks(width)).enumerate() {
+                let is_asked =
+                    runs.iter().any(|[first, n]| (*first..first + n).contains(&(token as u32)));
+                let what = format!("{shape:?}, {blocks} blocks, token {token}");
+                if !is_asked {
+                    assert!(got.iter().all(|x| x.is_nan()), "{what} was written");
+                    continue;
+                }
+                let (off, largest) = distance(got, wanted);
+                assert!(off <= HALF * largest.max(1.0), "{what}: {off} off");
             }
-            let (off, largest) = distance(got, wanted);
-            assert!(off <= HALF * largest.max(1.0), "{shape:?}, token {token}: {off} off");
         }
     }
+}
+
+/// Blocks that may divide the positions of a tile of tokens.
+fn blocks_of(gpu: &Gpu) -> impl Iterator<Item = usize> {
+    [1, 2, gpu.run_blocks_max()].into_iter().filter(|n| *n <= gpu.run_blocks_max())
 }
 
 #[test]
@@ -89,10 +97,12 @@ fn a_token_has_the_same_bits_in_any_run() {
         let bits = |values: Vec<f32>, token: usize| -> Vec<u32> {
             values[token * width..][..width].iter().map(|v| v.to_bits()).collect()
         };
-        let all = bits(world.runs_on_gpu(&gpu, &[[0, 700], [700, 30]]), 650);
-        for first in [650, 649, 601, 333] {
-            let run = bits(world.runs_on_gpu(&gpu, &[[first, 660 - first]]), 650);
-            assert_eq!(all, run, "{shape:?} from {first}");
+        for blocks in blocks_of(&gpu) {
+            let all = bits(world.runs_on_gpu(&gpu, &[[0, 700], [700, 30]], blocks), 650);
+            for first in [650, 649, 601, 333] {
+                let run = bits(world.runs_on_gpu(&gpu, &[[first, 660 - first]], blocks), 650);
+                assert_eq!(all, run, "{shape:?}, {blocks} blocks, from {first}");
+            }
         }
     }
 }
@@ -104,15 +114,18 @@ fn a_value_that_is_no_number_reaches_those_who_see_it() {
     for shape in shapes() {
         let mut world = World::new(shape, &[300], &mut random);
         let runs = [[20, 280]];
-        let wanted = world.runs_on_gpu(&gpu, &runs);
+        let blocks = gpu.run_blocks_max();
+        let all = |world: &World| [1, blocks].map(|n| world.runs_on_gpu(&gpu, &runs, n)).concat();
+        let wanted = all(&world);
         let (no_number, window) = (150, shape.window.unwrap_or(usize::MAX));
         for kv_head in 0..shape.heads.n_kv_heads {
             let at = world.value_at(no_number, kv_head);
             world.heads[at][3] = f32::NAN;
         }
-        let got = world.runs_on_gpu(&gpu, &runs);
+        let got = all(&world);
         let (width, dim) = (shape.heads.n_heads * shape.heads.head_dim, shape.heads.head_dim);
-        for (token, (got, wanted)) in got.chunks(width).zip(wanted.chunks(width)).enumerate() {
+        let tokens = got.chunks(width).zip(wanted.chunks(width)).enumerate();
+        for (token, (got, wanted)) in tokens.map(|(row, both)| (row % 300, both)) {
             if token >= no_number && token - no_number < window {
                 assert!(got.iter().skip(3).step_by(dim).all(|x| x.is_nan()), "{shape:?}, {token}");
             } else {

@@ -75,7 +75,9 @@ pub struct GpuStage {
     kv: Arc<GpuKv>,
     buffers: GpuBuffers,
     samplers: RowSamplers,
-    has_flash: bool,
+    /// Most blocks that can divide the positions of many tokens of a sequence, where there is a
+    /// kernel for these.
+    run_blocks: Option<usize>,
     /// Whether the residual stream of the step that is launched is at its second place.
     has_moved: Cell<bool>,
     /// Whether that of a single token ends there: the same in each step.
@@ -127,7 +129,7 @@ impl GpuStage {
         Ok(Self {
             limits,
             batch: Batch::new(tokens, options.kv.device_blocks, Vec::new()),
-            has_flash: attend::has_flash(weights.gpu(), program),
+            run_blocks: attend::run_blocks(weights.gpu(), program),
             has_moved: Cell::new(false),
             ends_moved: Cell::new(false),
             last: last_ops(&program.ops),

@@ -179,13 +179,14 @@ impl World {
         })
     }
 
-    /// The same for runs of tokens on tensor cores; others stay NaN.
-    pub fn runs_on_gpu(&self, gpu: &Gpu, runs: &[[u32; 2]]) -> Vec<f32> {
+    /// The same for runs of tokens on tensor cores, whose positions some blocks divide; others stay
+    /// NaN.
+    pub fn runs_on_gpu(&self, gpu: &Gpu, runs: &[[u32; 2]], blocks: usize) -> Vec<f32> {
         self.with_store(gpu, |pass, heads, (tokens, store)| {
             let count = tokens.tokens * heads.n_heads * heads.head_dim;
             let out = on_gpu(gpu, &vec![f32::NAN; count]);
             let lengths = on_gpu(gpu, runs);
-            let runs = Runs { lengths: runs, on_gpu: lengths.span() };
+            let runs = Runs { lengths: runs, on_gpu: lengths.span(), blocks };
             let pass = Attend { out: out.span(), ..*pass };
             gpu.attend_runs(&pass, heads, (tokens, store), &runs).expect("an attention");
             from_gpu(gpu, &out, count)

@@ -11,10 +11,18 @@ use crate::step::StepPlan;
 use tandem_kernels::{Attend, Gpu, RotateHeads, RoundRows, Runs};
 
 const U32: usize = size_of::<u32>();
-/// Most tokens of a step of which each attends for itself.
-const SINGLE_TOKENS_MAX: usize = 128;
-/// Fewest tokens of a sequence that fill enough of a tile.
+const RUN_BYTES: usize = size_of::<[u32; 2]>();
+/// Most tokens of a step that is narrow: most of its tokens attend for themselves.
+const NARROW_TOKENS_MAX: usize = 128;
+/// Fewest tokens of a sequence that fill enough of a tile; in a narrow step whose tiles one block
+/// has, and fewest positions there.
 const RUN_TOKENS_MIN: usize = 16;
+const LONE_RUN_TOKENS_MIN: usize = 64;
+const NARROW_POSITIONS_MIN: usize = 512;
+/// Most tokens of a sequence whose tiles leave room for clusters of the most blocks, and the blocks
+/// for more.
+const SHORT_RUN_TOKENS_MAX: usize = 64;
+const LONG_RUN_BLOCKS: usize = 4;
 
 /// One attention.
 pub(super) struct Attention {
@@ -25,28 +33,48 @@ pub(super) struct Attention {
     pub softcap: Option<f32>,
 }
 
-/// Whether all attentions of a program can run on tensor cores.
-pub(super) fn has_flash(gpu: &Gpu, program: &Program) -> bool {
-    program.ops.iter().all(|op| match op {
+/// Most blocks that can divide the positions of a tile on tensor cores; none where not all
+/// attentions of a program can run there.
+pub(super) fn run_blocks(gpu: &Gpu, program: &Program) -> Option<usize> {
+    let has_flash = program.ops.iter().all(|op| match op {
         Op::Attend { shape, .. } => gpu.has_flash(counts(*shape)),
         _ => true,
-    })
+    });
+    has_flash.then(|| gpu.run_blocks_max())
 }
 
 impl HostBuffers {
-    /// Divides a wide step into sequences with many tokens and single tokens; a narrow one has
-    /// single tokens alone.
-    pub(super) fn find_runs(&mut self, plan: &StepPlan, has_flash: bool) {
+    /// Divides a step into sequences with many tokens, in a narrow one those that see many
+    /// positions, and single tokens. Where there is a kernel for the former, some `blocks` can
+    /// divide a tile's positions.
+    pub(super) fn find_runs(&mut self, plan: &StepPlan, blocks: Option<usize>) {
         self.runs.clear();
         self.single.clear();
         self.is_each_alone = plan.sequences.iter().all(|sequence| sequence.tokens.len() == 1);
-        let is_wide = plan.tokens.len() > SINGLE_TOKENS_MAX;
-        for tokens in plan.sequences.iter().map(|sequence| sequence.tokens.clone()) {
-            if is_wide && has_flash && tokens.len() >= RUN_TOKENS_MIN {
+        let is_narrow = plan.tokens.len() <= NARROW_TOKENS_MAX;
+        self.run_blocks = blocks.filter(|_| is_narrow).unwrap_or(1);
+        let (tokens_min, positions_min) = match (is_narrow, self.run_blocks) {
+            (false, _) => (RUN_TOKENS_MIN, 0),
+            (true, 1) => (LONE_RUN_TOKENS_MIN, NARROW_POSITIONS_MIN),
+            (true, _) => (RUN_TOKENS_MIN, NARROW_POSITIONS_MIN),
+        };
+        for sequence in &plan.sequences {
+            let tokens = sequence.tokens.clone();
+            let positions = sequence.position_start + tokens.len();
+            if blocks.is_some() && tokens.len() >= tokens_min && positions >= positions_min {
                 self.runs.push([tokens.start as u32, tokens.len() as u32]);
             } else {
                 self.single.extend(tokens.map(|token| token as u32));
             }
+        }
+    }
+
+    /// Blocks that divide the positions of a sequence's tiles: by its own tokens alone, so that a
+    /// token's bits do not depend on other sequences.
+    fn blocks_of(&self, [_, tokens]: &[u32; 2]) -> usize {
+        match *tokens as usize {
+            ..=SHORT_RUN_TOKENS_MAX => self.run_blocks,
+            _ => self.run_blocks.min(LONG_RUN_BLOCKS),
         }
     }
 }
@@ -77,8 +105,14 @@ impl GpuStage {
             positions_max: shape.positions_max,
         };
         if !host.runs.is_empty() {
-            let runs = Runs { lengths: &host.runs, on_gpu: self.buffers.inputs.span(Part::Runs) };
-            gpu.attend_runs(&pass, heads, (&tokens, &store), &runs)?;
+            let on_gpu = self.buffers.inputs.span(Part::Runs);
+            let mut first = 0;
+            for lengths in host.runs.chunk_by(|a, b| host.blocks_of(a) == host.blocks_of(b)) {
+                let on_gpu = on_gpu.part(first * RUN_BYTES, lengths.len() * RUN_BYTES);
+                let runs = Runs { lengths, on_gpu, blocks: host.blocks_of(&lengths[0]) };
+                gpu.attend_runs(&pass, heads, (&tokens, &store), &runs)?;
+                first += lengths.len();
+            }
         }
         let count = host.single.len();
         let at_once = self.buffers.attended_at_once(heads, shape.positions_max).min(count);

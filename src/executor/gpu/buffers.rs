@@ -55,6 +55,8 @@ pub(super) struct GpuBuffers {
 /// What the host knows of a step; reused from step to step.
 pub(super) struct HostBuffers {
     pub runs: Vec<[u32; 2]>,
+    /// Most blocks that divide the positions of a tile of these.
+    pub run_blocks: usize,
     pub single: Vec<u32>,
     /// Whether each token is its sequence's only one.
     pub is_each_alone: bool,
@@ -184,6 +186,7 @@ impl GpuBuffers {
             looked_up,
             host: HostBuffers {
                 runs: Vec::new(),
+                run_blocks: 1,
                 single: Vec::new(),
                 is_each_alone: false,
                 sampling: HostSampling::new(gpu, dims.vocab)?,

@@ -169,7 +169,7 @@ impl GpuStage {
     /// Brings tokens, positions, block tables, angles and wanted rows to the GPU.
     fn prepare(&mut self, plan: &StepPlan, streamed: usize) -> Result<(), ExecutorError> {
         let (gpu, rotations) = (self.weights.gpu(), self.weights.rotations());
-        self.buffers.host.find_runs(plan, self.has_flash);
+        self.buffers.host.find_runs(plan, self.run_blocks);
         let (host, inputs) = (&mut self.buffers.host, &mut self.buffers.inputs);
         let questions = match &self.last {
             Some(_) => host.sampling.plan(plan, self.buffers.logits.cols),
