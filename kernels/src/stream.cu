@@ -14,6 +14,9 @@
 // Sums have the order of those in narrow.cu, and the same bits. Of a gated product each half has the tiles of one
 // matrix. The activated sums of one are multiplied with those of the other, and groups of 32 of these rounded to
 // 8 bits for the product that follows. Grid: a block per multiprocessor.
+//
+// µs on an H200, Q4_0, weights from memory (2026-11-30), one column and eight: 28672 × 4096 17.7 (88 % of a copy's
+// GB/s) and 20.4, 4096 × 14336 9.7 and 13.2, 4096 × 4096 4.6 and 5.4.
 #include "rounding.cuh"
 #include "single.cuh"
 #include "stream_norm.cuh"
