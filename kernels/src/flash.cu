@@ -236,11 +236,13 @@ __device__ __forceinline__ void weigh(const AttendArgs& args, uint32_t first_key
 // A row's sums in shared memory, [ROWS][DIM] f32, in pieces of four: no two of eight rows share a bank.
 template <int DIM> __device__ __forceinline__ float* sums_at(float* sums, uint32_t row, uint32_t piece) { return sums + row * DIM + (piece ^ row % 8) * 4; }
 
-// Adds up the sums of the cluster's blocks, each of which stores a part of the rows. All of their shared memory is free.
+// Adds up the sums of the cluster's blocks, each of which stores a part of the rows, through all of their shared memory.
 template <int DIM, int ROWS>
 __device__ __forceinline__ void merge_blocks(const FlashArgs& args, const FlashTile& tile, float4* kept, float* sums, const FlashRows& rows, const float o[DIM / 8][4]) {
     const AttendArgs& attend = args.attend;
     const uint32_t lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16, dim = attend.store.head_dim;
+    // A block without positions comes here while others of its threads still fill that memory.
+    __syncthreads();
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const uint32_t row = first_row + lane / 4 + 8 * r;
