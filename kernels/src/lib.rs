@@ -48,7 +48,7 @@ pub use attention::{Attend, HeadCounts, KvSpans, TokenTables};
 pub use block_planes::{BlockCopies, BlockPlanes};
 pub use copies::{CopyLanes, CopyWay};
 pub use crossing::{Crossing, CrossingHost};
-pub use device::{ComputeCapability, DeviceFacts};
+pub use device::{ComputeCapability, DeviceFacts, UnusableDevice};
 pub use draw::{Asked, ListBounds, RowAnswer, RowDraws, RowList, RowQuestion};
 pub use driver::{CudaVersion, Driver, DriverError, driver};
 pub use embed::EmbedRows;

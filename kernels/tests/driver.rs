@@ -1,5 +1,8 @@
 //! The door to the driver, on machines with and without a GPU.
 
+use std::io::ErrorKind;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use tandem_kernels::{CudaVersion, DriverError, driver};
 
@@ -8,12 +11,20 @@ use tandem_kernels::{CudaVersion, DriverError, driver};
 fn the_door_gives_a_typed_answer_on_any_machine() {
     match driver() {
         Ok(driver) => {
-            let devices = driver.devices().expect("facts of an initialised driver's devices");
-            assert_eq!(devices.len(), driver.device_count().expect("a count"));
-            for (ordinal, device) in devices.iter().enumerate() {
+            for ordinal in 0..driver.device_count().expect("a count") {
+                let device = driver.device(ordinal);
                 println!("{device:?}");
-                assert_eq!(device.ordinal, ordinal);
-                assert!(!device.name.is_empty());
+                let name = driver.device_name(ordinal).expect("a name");
+                assert!(!name.is_empty());
+                let device = match device {
+                    Ok(device) => device,
+                    // One that others have filled is no fault of the door's.
+                    Err(unusable) => {
+                        assert_eq!((unusable.ordinal, unusable.name), (ordinal, name));
+                        continue;
+                    }
+                };
+                assert_eq!((device.ordinal, &device.name), (ordinal, &name));
                 assert!(device.memory_free_bytes <= device.memory_total_bytes);
                 assert!(device.compute_capability.major >= 5);
                 assert!(device.multiprocessors > 0);
@@ -66,19 +77,38 @@ const CHILD: &str = "child_prints_what_the_door_says";
 /// The child of the tests below; on its own it only prints.
 #[test]
 fn child_prints_what_the_door_says() {
-    let names = driver().and_then(|driver| driver.devices());
-    println!("answer: {names:?}");
+    let devices = driver().and_then(|driver| {
+        let count = driver.device_count()?;
+        Ok((0..count).map(|ordinal| driver.device(ordinal)).collect::<Vec<_>>())
+    });
+    println!("answer: {devices:?}");
 }
 
-/// What the door says in a process that finds the fake driver; `None` where it was not built.
+/// A folder with the fake driver under the names of both libraries; `None` where it was not built.
 #[allow(clippy::print_stdout, reason = "a test that is skipped says so")]
-fn answer_of_fake(settings: &[(&str, &str)]) -> Option<String> {
+fn fake_libraries() -> Option<PathBuf> {
     let child = std::env::current_exe().expect("this test's program");
-    let folder = child.parent()?.parent()?.join("examples");
-    if !folder.join("libcuda.so").exists() {
+    let profile = child.parent()?.parent()?;
+    let built = profile.join("examples/libcuda.so");
+    if !built.exists() {
         println!("skipped: the fake driver is built by a full `cargo test` only");
         return None;
     }
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(profile.file_name()?);
+    std::fs::create_dir_all(&folder).expect("a folder of ours");
+    for name in ["libcuda.so", "libnvidia-ml.so.1"] {
+        // Tests and runs of them share the folder.
+        if let Err(error) = symlink(&built, folder.join(name)) {
+            assert_eq!(error.kind(), ErrorKind::AlreadyExists, "{name}");
+        }
+    }
+    Some(folder)
+}
+
+/// What the door says in a process that finds the fake driver; `None` where there is none.
+fn answer_of_fake(settings: &[(&str, &str)]) -> Option<String> {
+    let folder = fake_libraries()?;
+    let child = std::env::current_exe().expect("this test's program");
     let output = Command::new(child)
         .args([CHILD, "--exact", "--nocapture"])
         .env("LD_LIBRARY_PATH", folder)
@@ -95,7 +125,7 @@ fn answer_of_fake(settings: &[(&str, &str)]) -> Option<String> {
 fn a_working_driver_tells_its_devices() {
     let Some(said) = answer_of_fake(&[]) else { return };
     for part in [
-        r#"ordinal: 1, name: "Fake 1", pci_address: "0000:00:00.0""#,
+        r#"ordinal: 1, name: "Fake 1", pci_address: "0000:01:00.0""#,
         "memory_total_bytes: 85899345920",
         "memory_free_bytes: 64424509440",
         "ComputeCapability { major: 9, minor: 0 }, multiprocessors: 132",
@@ -115,5 +145,21 @@ fn every_way_of_not_working_has_its_answer() {
     ] {
         let Some(said) = answer_of_fake(&[(name, value)]) else { return };
         assert!(said.starts_with(wanted), "{name}={value}: {said}");
+    }
+}
+
+#[test]
+fn a_full_gpu_leaves_the_others_and_tells_who_fills_it() {
+    // No context of this process is open when the holders are asked.
+    let holders = "holders: [MemoryHolder { pid: 4242, bytes: Some(6442450944) }]";
+    for (full, other) in [("0", "1"), ("1", "0")] {
+        let Some(said) = answer_of_fake(&[("FAKE_CUDA_FULL", full)]) else { return };
+        let usable = format!("Ok(DeviceFacts {{ ordinal: {other}, name: \"Fake {other}\"");
+        let unusable = format!(
+            "Err(UnusableDevice {{ ordinal: {full}, name: \"Fake {full}\", \
+             reason: QueryFailed {{ ordinal: {full}, question: \"context\", "
+        );
+        assert!(said.contains(&usable) && said.contains(&unusable), "{said}");
+        assert_eq!(said.matches(holders).count(), 2, "{said}");
     }
 }

@@ -87,7 +87,7 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
     let template = ChatTemplate::from_metadata(checkpoint.metadata(), &tokenizer, limits)
         .map_err(RequestError::from)?;
     let warnings = [tokenizer.warnings(), template.warnings()].concat();
-    let mut hardware = HardwareProfile::detect();
+    let mut hardware = HardwareProfile::detect_for(&config.gpu.choice()?);
     // Asked for first, since it names a bad knob as such.
     hardware.measured = known_rates(&hardware, config, source.probe_folder.as_deref())?;
     let placement = Placement::plan(&spec, &hardware, config)?;

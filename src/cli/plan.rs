@@ -41,7 +41,7 @@ pub async fn run(
     let (spec, hardware) = {
         let checkpoint = Checkpoint::open(options.file).map_err(RequestError::from)?;
         let spec = ModelSpec::from_checkpoint(&checkpoint).map_err(RequestError::from)?;
-        let mut hardware = HardwareProfile::detect();
+        let mut hardware = HardwareProfile::detect_for(&config.gpu.choice()?);
         hardware.measured = known_rates(&hardware, config, folder)?;
         (spec, hardware)
     };
@@ -68,15 +68,12 @@ pub async fn run(
     }
     print_placement(&placement, spec.architecture, output)?;
     let gpus = &hardware.gpus;
-    let is_without = gpus.devices.is_empty() && !gpus.is_broken;
-    if config.gpu.device == "off" || is_without {
-        output.line(&match (&gpus.absence, gpus.devices.len()) {
-            (Some(absence), _) => format!("no GPU is used: {absence}"),
-            (None, 1) => "there is a GPU; gpu.device = \"auto\" uses it".to_owned(),
-            (None, gpus) => {
-                format!("there are {gpus} GPUs; gpu.device = \"auto\" uses as few as hold a model")
-            }
-        })?;
+    match &gpus.absence {
+        Some(absence) if !gpus.is_broken => output.line(&format!("no GPU is used: {absence}"))?,
+        _ if gpus.is_unasked => {
+            output.line("gpu.device is off: \"auto\" uses as few GPUs as hold a model")?;
+        }
+        _ => {}
     }
     for note in &placement.notes {
         output.line(&format!("note: {note}"))?;

@@ -6,6 +6,7 @@
 mod cpu;
 mod explain;
 mod gpu;
+mod gpu_absence;
 mod kv_dtype;
 mod node_memory;
 mod nodes;
