@@ -25,6 +25,7 @@ mod flash;
 mod float_tiles;
 mod floats;
 mod gpu;
+mod gpu_error;
 mod graph;
 mod holders;
 mod launch;

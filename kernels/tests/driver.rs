@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use tandem_kernels::{CudaVersion, DriverError, driver};
+use tandem_kernels::{CudaVersion, DriverError, Gpu, GpuError, driver};
 
 /// Runs everywhere: the answer depends on the machine, that there is a typed one does not.
 #[test]
@@ -84,6 +84,25 @@ fn child_prints_what_the_door_says() {
     println!("answer: {devices:?}");
 }
 
+const OPENING_CHILD: &str = "child_opens_a_gpu";
+
+/// The child of tests below, which opens a GPU, loads its kernels and asks for memory.
+#[test]
+fn child_opens_a_gpu() {
+    let opened = || {
+        let gpu = Gpu::open(&driver()?, 0)?;
+        gpu.load_kernels()?;
+        let memory = gpu.alloc(12_345)?;
+        let page = vec![0u8; 1 << 16];
+        // SAFETY: the memory outlives what is registered of it.
+        let registered = unsafe { gpu.register(&page)? };
+        Ok::<_, GpuError>((memory.bytes(), registered.bytes()))
+    };
+    if std::env::var_os("FAKE_CUDA_FAILS").is_some() {
+        println!("answer: {:?}", opened());
+    }
+}
+
 /// A folder with the fake driver under the names of both libraries; `None` where it was not built.
 #[allow(clippy::print_stdout, reason = "a test that is skipped says so")]
 fn fake_libraries() -> Option<PathBuf> {
@@ -107,10 +126,15 @@ fn fake_libraries() -> Option<PathBuf> {
 
 /// What the door says in a process that finds the fake driver; `None` where there is none.
 fn answer_of_fake(settings: &[(&str, &str)]) -> Option<String> {
+    answer_of(CHILD, settings)
+}
+
+/// The same of one of the children.
+fn answer_of(test: &str, settings: &[(&str, &str)]) -> Option<String> {
     let folder = fake_libraries()?;
     let child = std::env::current_exe().expect("this test's program");
     let output = Command::new(child)
-        .args([CHILD, "--exact", "--nocapture"])
+        .args([test, "--exact", "--nocapture"])
         .env("LD_LIBRARY_PATH", folder)
         .envs(settings.iter().copied())
         .output()
@@ -161,5 +185,39 @@ fn a_full_gpu_leaves_the_others_and_tells_who_fills_it() {
         );
         assert!(said.contains(&usable) && said.contains(&unusable), "{said}");
         assert_eq!(said.matches(holders).count(), 2, "{said}");
+    }
+}
+
+#[test]
+fn too_little_memory_is_told_as_such_wherever_it_comes_to_light() {
+    let lacks = |what: &str, need: &str, free: &str| {
+        let figures = format!("need_bytes: {need}, free_bytes: {free}");
+        format!("Err(OutOfMemory {{ ordinal: 0, what: {what:?}, {figures} }})")
+    };
+    let free = "Some(64424509440)";
+    for (function, wanted) in [
+        ("none", "Ok((12345, 65536))".to_owned()),
+        ("cuDevicePrimaryCtxRetain", lacks("opening a context", "None", "None")),
+        ("cuStreamCreate", lacks("making a stream", "None", free)),
+        ("cuModuleLoadData", lacks("loading the kernels", "None", free)),
+        ("cuModuleGetFunction", lacks("finding a kernel", "None", free)),
+        ("cuFuncLoad", lacks("loading its kernels", "None", free)),
+        ("cuMemAlloc_v2", lacks("allocating memory", "Some(12345)", free)),
+        ("cuMemHostRegister_v2", "Err(HostOutOfMemory { ordinal: 0, need_bytes: ".to_owned()),
+    ] {
+        let Some(said) = answer_of(OPENING_CHILD, &[("FAKE_CUDA_FAILS", function)]) else { return };
+        assert!(said.starts_with(&wanted), "{function}: {said}");
+    }
+}
+
+#[test]
+fn a_gpu_that_lacks_nothing_but_kernels_is_unsupported() {
+    // `CUDA_ERROR_NO_BINARY_FOR_GPU`, and a fault that ends the context.
+    for (code, wanted) in
+        [("209", "Err(Unsupported { ordinal: 0, name: \"Fake 0\""), ("700", "Err(Lost {")]
+    {
+        let settings = [("FAKE_CUDA_FAILS", "cuModuleLoadData"), ("FAKE_CUDA_CODE", code)];
+        let Some(said) = answer_of(OPENING_CHILD, &settings) else { return };
+        assert!(said.starts_with(wanted), "{code}: {said}");
     }
 }

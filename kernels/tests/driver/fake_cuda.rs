@@ -1,6 +1,7 @@
 //! A stand-in for libcuda and for the management library, as a shared library of its own, so that
 //! the door can be tested on machines without a GPU. `FAKE_CUDA_INIT`, `FAKE_CUDA_VERSION` and
-//! `FAKE_CUDA_DEVICES` choose its answers, `FAKE_CUDA_FULL` is the GPU on which nothing is free.
+//! `FAKE_CUDA_DEVICES` choose its answers, `FAKE_CUDA_FULL` is the GPU on which nothing is free,
+//! `FAKE_CUDA_FAILS` the function that fails with `FAKE_CUDA_CODE`, by default for want of memory.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -26,6 +27,17 @@ fn setting(name: &str, default: i32) -> i32 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
+/// What a function fails with, if it is the one.
+fn failure(function: &str) -> Option<i32> {
+    let is_it = std::env::var("FAKE_CUDA_FAILS").is_ok_and(|name| name == function);
+    is_it.then(|| setting("FAKE_CUDA_CODE", OUT_OF_MEMORY))
+}
+
+/// A handle that nobody looks behind.
+fn handle() -> *mut c_void {
+    std::ptr::dangling_mut::<u64>().cast()
+}
+
 /// Writes through a pointer of the caller; success.
 ///
 /// # Safety
@@ -42,6 +54,9 @@ macro_rules! answers {
         /// As the real function of this name.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $type),*) -> i32 {
+            if let Some(code) = failure(stringify!($name)) {
+                return code;
+            }
             // SAFETY: the promise of the real function.
             #[allow(unused_unsafe)]
             unsafe { $body }
@@ -67,7 +82,7 @@ answers! {
             return OUT_OF_MEMORY;
         }
         CONTEXTS[device as usize].fetch_add(1, SeqCst);
-        answer(context, std::ptr::dangling_mut::<u64>().cast())
+        answer(context, handle())
     }
     fn cuDevicePrimaryCtxRelease_v2(device: c_int) {
         CONTEXTS[device as usize].fetch_sub(1, SeqCst);
@@ -78,6 +93,39 @@ answers! {
     fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) {
         answer(free, 60 << 30) + answer(total, 80 << 30)
     }
+    fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) { answer(stream, handle()) }
+    fn cuStreamSynchronize(_stream: *mut c_void) { 0 }
+    fn cuStreamDestroy_v2(_stream: *mut c_void) { 0 }
+    fn cuModuleLoadData(module: *mut *mut c_void, _image: *const c_void) {
+        answer(module, handle())
+    }
+    fn cuModuleUnload(_module: *mut c_void) { 0 }
+    fn cuModuleGetFunction(
+        function: *mut *mut c_void, _module: *mut c_void, _name: *const c_char
+    ) {
+        answer(function, handle())
+    }
+    fn cuModuleGetFunctionCount(count: *mut c_uint, _module: *mut c_void) { answer(count, 3) }
+    fn cuModuleEnumerateFunctions(
+        functions: *mut *mut c_void, count: c_uint, _module: *mut c_void
+    ) {
+        (0..count as usize).for_each(|at| functions.add(at).write(handle()));
+        0
+    }
+    fn cuFuncGetModule(module: *mut *mut c_void, _function: *mut c_void) {
+        answer(module, handle())
+    }
+    fn cuFuncGetAttribute(value: *mut c_int, _attribute: c_int, _function: *mut c_void) {
+        answer(value, 90)
+    }
+    fn cuFuncSetAttribute(_function: *mut c_void, _attribute: c_int, _value: c_int) { 0 }
+    fn cuFuncLoad(_function: *mut c_void) { 0 }
+    fn cuMemAlloc_v2(pointer: *mut u64, _bytes: usize) { answer(pointer, 4096) }
+    fn cuMemFree_v2(_pointer: u64) { 0 }
+    fn cuMemsetD8Async(_at: u64, _value: u8, _bytes: usize, _stream: *mut c_void) { 0 }
+    fn cuMemHostRegister_v2(_at: *mut c_void, _bytes: usize, _flags: c_uint) { 0 }
+    fn cuMemHostUnregister(_at: *mut c_void) { 0 }
+    fn cuCtxSynchronize() { 0 }
     fn cuGetErrorString(_code: i32, text: *mut *const c_char) { answer(text, c"a fake".as_ptr()) }
     fn cuGetErrorName(_code: i32, text: *mut *const c_char) { answer(text, c"FAKE".as_ptr()) }
     fn nvmlInit_v2() { 0 }
@@ -96,7 +144,8 @@ answers! {
         let listed = [HOLDER, ours];
         let listed = &listed[..if (*contexts).load(SeqCst) > 0 { 2 } else { 1 }];
         for (at, (pid, used_bytes)) in listed.iter().enumerate() {
-            infos.add(at).write(ProcessInfo { pid: *pid, used_bytes: *used_bytes, instances: [0; 2] });
+            let info = ProcessInfo { pid: *pid, used_bytes: *used_bytes, instances: [0; 2] };
+            infos.add(at).write(info);
         }
         answer(count, listed.len() as c_uint)
     }
