@@ -67,15 +67,10 @@ pub async fn run(
         return Ok(());
     }
     print_placement(&placement, spec.architecture, output)?;
-    let gpus = &hardware.gpus;
-    match &gpus.absence {
-        Some(absence) if !gpus.is_broken => output.line(&format!("no GPU is used: {absence}"))?,
-        _ if gpus.is_unasked => {
-            output.line("gpu.device is off: \"auto\" uses as few GPUs as hold a model")?;
-        }
-        _ => {}
-    }
-    for note in &placement.notes {
+    output.line(&format!("runs on {}", placement.runs_on()))?;
+    let is_told =
+        |note: &&String| placement.why_cpu.as_ref().is_some_and(|why| note.ends_with(why));
+    for note in placement.notes.iter().filter(|note| !is_told(note)) {
         output.line(&format!("note: {note}"))?;
     }
     match prediction {

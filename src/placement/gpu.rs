@@ -28,14 +28,22 @@ const MEASURE_BYTES: u64 = 26 << 10;
 /// Memory through which weights travel.
 const STAGING_BYTES: u64 = 32 << 20;
 
-/// The GPUs that a model may be placed on: sets of which the first that holds it is taken. None
-/// where no GPU is used; `notes` say why, where one was wanted and there is one, or might be.
+/// What a model may be placed on.
+pub(super) enum Candidates<'h> {
+    /// Sets of GPUs, of which the first that holds it is taken.
+    Gpus(Vec<Vec<&'h Gpu>>),
+    /// The CPU, for this reason.
+    Cpu(String),
+}
+
+/// What a model may be placed on. `notes` say why that is no GPU where one was wanted and there is
+/// one, or might be.
 pub(super) fn choose<'h>(
     spec: &ModelSpec,
     hardware: &'h HardwareProfile,
     config: &Config,
     notes: &mut Vec<String>,
-) -> Result<Vec<Vec<&'h Gpu>>, RequestError> {
+) -> Result<Candidates<'h>, RequestError> {
     let choice = config.gpu.choice().map_err(|error| {
         let ConfigError { field, got, allowed } = error;
         RequestError::InvalidParams { field, got, allowed }
@@ -44,7 +52,7 @@ pub(super) fn choose<'h>(
     let of_index = |index: &usize| devices.iter().find(|gpu| gpu.ordinal == *index);
     let refused = gpu_absence::refused(&hardware.gpus);
     let asked = match &choice {
-        GpuChoice::Off => return Ok(Vec::new()),
+        GpuChoice::Off => return Ok(Candidates::Cpu("gpu.device is off".into())),
         GpuChoice::All if refused.is_some() => None,
         GpuChoice::Auto | GpuChoice::All => Some(devices.iter().collect::<Vec<_>>()),
         GpuChoice::These(indices) => indices.iter().map(of_index).collect(),
@@ -56,15 +64,15 @@ pub(super) fn choose<'h>(
     match (found, choice) {
         (Ok(gpus), GpuChoice::Auto) => {
             notes.extend(refused.map(|reason| format!("not all GPUs are used: {reason}")));
-            Ok(fewest_first(gpus, spec.layers.len()))
+            Ok(Candidates::Gpus(fewest_first(gpus, spec.layers.len())))
         }
-        (Ok(gpus), _) => Ok(vec![gpus]),
+        (Ok(gpus), _) => Ok(Candidates::Gpus(vec![gpus])),
         (Err(reason), GpuChoice::Auto) => {
-            // A machine without a GPU needs no word about it at every start.
+            // A machine without a GPU is not to be warned of that at every start.
             if hardware.gpus.is_broken || refused.is_some() || !devices.is_empty() {
                 notes.push(format!("no GPU is used: {reason}"));
             }
-            Ok(Vec::new())
+            Ok(Candidates::Cpu(reason))
         }
         (Err(reason), _) => Err(RequestError::InvalidParams {
             field: "gpu.device".into(),

@@ -58,6 +58,7 @@ fn off_leaves_a_gpu_alone() {
     let off = Placement::plan(&spec, &with(vec![gpu(0, FREE)]), &config("off")).unwrap();
     assert_eq!(off.device(), &Device::Cpu);
     assert!(off.notes.is_empty(), "{:?}", off.notes);
+    assert_eq!(off.runs_on(), "the CPU: gpu.device is off");
     assert_eq!(off, Placement::plan(&spec, &without(), &config("off")).unwrap());
 }
 
@@ -113,14 +114,22 @@ fn an_index_takes_that_gpu() {
 }
 
 #[test]
-fn auto_without_a_gpu_takes_the_cpu_and_says_why_where_there_might_be_one() {
+fn auto_without_a_gpu_takes_the_cpu_and_says_why_aloud_where_there_might_be_one() {
     let mut broken = without();
     broken.gpus.is_broken = true;
     let notes = vec!["no GPU is used: no driver".to_owned()];
-    for (hardware, notes) in [(without(), vec![]), (with(Vec::new()), vec![]), (broken, notes)] {
+    for (hardware, why, notes) in [
+        (without(), "no driver", vec![]),
+        (with(Vec::new()), "the driver shows none", vec![]),
+        (broken, "no driver", notes),
+    ] {
         let placement = Placement::plan(&spec(), &hardware, &config("auto")).unwrap();
         assert_eq!((placement.device(), &placement.notes), (&Device::Cpu, &notes));
+        assert_eq!(placement.why_cpu.as_deref(), Some(why));
+        assert_eq!(placement.runs_on(), format!("the CPU: {why}"));
     }
+    let placement = Placement::plan(&spec(), &with(vec![gpu(1, FREE)]), &config("auto")).unwrap();
+    assert_eq!((placement.why_cpu.as_deref(), placement.runs_on().as_str()), (None, "GPU 1"));
 }
 
 #[test]
