@@ -10,6 +10,8 @@ mod turn;
 
 use rig::tiny_model::{Family, TinyModel};
 use rig::{config, prompt, read, request};
+use std::fs::OpenOptions;
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -105,6 +107,35 @@ fn fill(gpu: &Gpu, taken: &Mutex<Vec<DeviceMemory>>) {
         }
     }
     gpu.synchronize().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_written_to_while_it_is_loaded_is_refused() {
+    turn::take_turn();
+    let folder = tempfile::tempdir().unwrap();
+    // On the CPU, which needs no GPU to say so, and on the GPU.
+    for device in ["off", "0"] {
+        let path = model(&folder);
+        let mut config = with([2_000, 0, 0]);
+        config.gpu.device = device.into();
+        let (written, mut is_written) = (path.clone(), false);
+        let builder = Engine::builder().model(&path).config(config).on_progress(move |_| {
+            if !std::mem::replace(&mut is_written, true) {
+                let mut file = OpenOptions::new().append(true).open(&written).unwrap();
+                file.write_all(b"more").unwrap();
+            }
+        });
+        match builder.build().await.map(|_| ()) {
+            Err(EngineError::Model(RequestError::ModelInvalid { file, message, .. })) => {
+                let said = "was written to since it was opened";
+                assert_eq!((file, message.as_str()), (path, said), "{device}");
+            }
+            Err(error) if std::env::var_os("TANDEM_REQUIRE_GPU").is_none() && device == "0" => {
+                println!("skipped: {error}");
+            }
+            other => panic!("{device}: {other:?}"),
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
