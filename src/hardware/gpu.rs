@@ -1,5 +1,6 @@
 //! The GPUs of the machine, through the guarded door of the kernels crate.
 
+use super::gpu_holders::{MemoryHolder, others};
 use super::system_files::SystemFiles;
 use crate::config::GpuChoice;
 use serde::Serialize;
@@ -28,17 +29,6 @@ pub struct Gpu {
     pub multiprocessors: u32,
     /// Other processes that hold memory of it, those with most first, where the driver tells.
     pub holders: Vec<MemoryHolder>,
-}
-
-/// A process that holds memory of a GPU.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct MemoryHolder {
-    /// Its number.
-    pub pid: u32,
-    /// What the system calls it; empty where it does not tell.
-    pub name: String,
-    /// Bytes, if the driver tells.
-    pub bytes: Option<u64>,
 }
 
 /// A GPU that the driver shows and that was not opened, or can't be.
@@ -145,7 +135,7 @@ impl From<DeviceFacts> for Gpu {
             memory_free_bytes: facts.memory_free_bytes,
             compute_capability: facts.compute_capability.to_string(),
             multiprocessors: facts.multiprocessors,
-            holders: others(&facts.holders),
+            holders: others(&facts.holders, Path::new("/"), std::process::id()),
         }
     }
 }
@@ -155,20 +145,8 @@ impl From<UnusableDevice> for ClosedGpu {
         ClosedGpu {
             ordinal: unusable.ordinal,
             refusal: Some(unusable.reason.to_string()),
-            holders: others(&unusable.holders),
+            holders: others(&unusable.holders, Path::new("/"), std::process::id()),
             name: unusable.name,
         }
     }
-}
-
-/// All but this process, with their names.
-fn others(holders: &[tandem_kernels::MemoryHolder]) -> Vec<MemoryHolder> {
-    let files = SystemFiles::new(Path::new("/"));
-    let others = holders.iter().filter(|holder| holder.pid != std::process::id());
-    let named = others.map(|holder| MemoryHolder {
-        pid: holder.pid,
-        name: files.text(&format!("proc/{}/comm", holder.pid)).unwrap_or_default(),
-        bytes: holder.bytes,
-    });
-    named.collect()
 }

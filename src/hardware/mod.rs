@@ -7,6 +7,7 @@ mod affinity;
 mod cgroup;
 mod disk;
 mod gpu;
+mod gpu_holders;
 mod gpu_products;
 mod measured;
 mod overlap;
@@ -22,7 +23,8 @@ pub use affinity::{
     PinError, choose_cpus, keep_current_thread_on, pin_current_thread, spread_cpus,
 };
 pub use disk::disk_read_rate;
-pub use gpu::{ClosedGpu, Gpu, Gpus, MemoryHolder};
+pub use gpu::{ClosedGpu, Gpu, Gpus};
+pub use gpu_holders::MemoryHolder;
 pub use measured::{
     BesideReads, CopyRates, DiskRate, GPU_TOKENS_MEASURED, GpuProductRates, GpuRates, MacRate,
     Measured, ProductRates, ReadRate, RowRates, TOKENS_MEASURED,
