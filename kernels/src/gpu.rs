@@ -178,10 +178,11 @@ impl Gpu {
         Ok(DeviceMemory { slice: OnGpu::new(slice, self) })
     }
 
-    /// Copies numbers to the start of a span. The numbers were read when this returns.
+    /// Copies numbers to the start of a span. The numbers were read when this returns: pinned ones
+    /// are waited for.
     ///
     /// # Errors
-    /// What the driver refuses.
+    /// What the driver refuses, or, of pinned numbers, what any kernel before has failed with.
     ///
     /// # Panics
     /// When they do not fit.
@@ -191,10 +192,13 @@ impl Gpu {
             return Ok(());
         }
         self.bound()?;
-        // SAFETY: the span holds as many bytes (asserted). Pageable memory is staged before the
-        // call returns; the copy is ordered by the stream.
+        // SAFETY: the span holds as many bytes (asserted); the copy is ordered by the stream, and
+        // over with `from` when this returns.
         unsafe { result::memcpy_htod_async(to.pointer, from, self.stream.cu_stream()) }
-            .map_err(|error| self.failed("copying to it", error))
+            .map_err(|error| self.failed("copying to it", error))?;
+        // The driver has staged pageable memory by now. Pinned memory the GPU reads by itself, when
+        // it comes to that.
+        if self.knows(from.as_ptr().addr()) { self.synchronize() } else { Ok(()) }
     }
 
     /// Copies numbers from the start of a span and waits for them.
@@ -268,13 +272,23 @@ impl Drop for Gpu {
 }
 
 /// Numbers that have the same bytes here and on the GPU.
-pub trait Plain: Copy {}
-impl Plain for u8 {}
-impl Plain for i8 {}
-impl Plain for u16 {}
-impl Plain for u32 {}
-impl Plain for f32 {}
-impl Plain for [u32; 2] {}
+///
+/// # Safety
+/// All bytes of a value are initialised, and any bytes are a value: what lies on a GPU becomes
+/// values as it is.
+pub unsafe trait Plain: Copy {}
+// SAFETY: an integer has no bytes that mean nothing, and takes any.
+unsafe impl Plain for u8 {}
+// SAFETY: as above.
+unsafe impl Plain for i8 {}
+// SAFETY: as above.
+unsafe impl Plain for u16 {}
+// SAFETY: as above.
+unsafe impl Plain for u32 {}
+// SAFETY: as above, some of them being no numbers.
+unsafe impl Plain for f32 {}
+// SAFETY: two integers with nothing between them.
+unsafe impl Plain for [u32; 2] {}
 
 impl DeviceMemory {
     /// All of it.

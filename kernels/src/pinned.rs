@@ -55,6 +55,17 @@ impl Gpu {
         is_full.unwrap_or_else(|| self.failed(what, error))
     }
 
+    /// Whether host memory is pinned or registered, so that the GPU copies from it by itself.
+    pub(crate) fn knows(&self, address: usize) -> bool {
+        let mut kind = 0u32;
+        let which = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
+        // SAFETY: the answer is 32 bits; any address may be asked about.
+        let told =
+            unsafe { sys::cuPointerGetAttribute((&raw mut kind).cast(), which, address as u64) };
+        // Of all other memory the driver says that it does not know it.
+        told == sys::CUresult::CUDA_SUCCESS && kind == sys::CUmemorytype::CU_MEMORYTYPE_HOST as u32
+    }
+
     /// Where kernels find pinned memory.
     ///
     /// # Errors
