@@ -45,3 +45,26 @@ fn the_service_says_once_it_is_ready_and_when_asked_what_it_runs_on() {
     let row = shown.lines().find(|line| line.starts_with("runs on")).expect("a row");
     assert!(row.ends_with(" the CPU: gpu.device is off"), "{row}");
 }
+
+#[test]
+fn plan_takes_its_model_with_or_without_the_flag_that_other_commands_have() {
+    let home = tempfile::tempdir().unwrap();
+    TinyModel::new(Family::Llama).write(&home.path().join("tiny.gguf"));
+    let plan = |arguments: &[&str]| {
+        let output = tandem(&[&["plan"], arguments].concat(), home.path()).output().unwrap();
+        let text = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+        (output.status.code(), text)
+    };
+    for arguments in [&["tiny.gguf"][..], &["-m", "tiny.gguf"], &["--model", "tiny.gguf"]] {
+        let (code, [told, message]) = plan(arguments);
+        assert_eq!((code, message.as_str()), (Some(0), ""), "{arguments:?}");
+        assert!(told.lines().any(|line| line == WHY), "{arguments:?}: {told}");
+    }
+    for (arguments, wanted) in [
+        (&[][..], "no model: name a GGUF file"),
+        (&["tiny.gguf", "-m", "tiny.gguf"], "cannot be used with"),
+    ] {
+        let (code, [_, message]) = plan(arguments);
+        assert!(code == Some(2) && message.contains(wanted), "{code:?}: {message}");
+    }
+}
