@@ -172,8 +172,7 @@ async fn memory_that_is_taken_after_the_plan_is_told_with_figures_and_without_re
         assert_eq!(engine.status().state, EngineState::Dead);
         engine.shutdown(Duration::ZERO).await;
         taken.lock().unwrap().clear();
-        // The driver has it back when it has come past the order.
-        gpu.synchronize().unwrap();
+        gpu.give_back_freed().unwrap();
     }
     let engine = Engine::builder().model(&path).config(with([2_000, 0, 0])).build().await.unwrap();
     assert_eq!(answers(&engine).await.len(), CLIENTS as usize);

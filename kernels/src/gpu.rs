@@ -178,6 +178,18 @@ impl Gpu {
         Ok(DeviceMemory { slice: OnGpu::new(slice, self) })
     }
 
+    /// Waits for all that was started, and has the driver take back what was freed. Until then it
+    /// keeps that for the next allocations of this process: kernels and others can't have it.
+    ///
+    /// # Errors
+    /// As of [`Gpu::synchronize`].
+    pub fn give_back_freed(&self) -> Result<(), GpuError> {
+        // Looking, as this does, is no synchronisation to the driver, the one after it is. It finds
+        // nothing to wait for.
+        self.synchronize()?;
+        self.stream.synchronize().map_err(|error| self.failed("waiting for it", error))
+    }
+
     /// Copies numbers to the start of a span. The numbers were read when this returns: pinned ones
     /// are waited for.
     ///

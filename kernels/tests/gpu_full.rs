@@ -27,8 +27,7 @@ impl Taken {
     /// Gives it back.
     fn release(self, gpu: &Gpu) {
         drop(self);
-        // The driver has it back when it has come past the order.
-        gpu.synchronize().expect("freed memory");
+        gpu.give_back_freed().expect("freed memory");
     }
 }
 
@@ -133,8 +132,19 @@ fn a_kernel_that_a_full_gpu_cannot_load_is_lacking_memory_and_nothing_worse() {
         assert!(is_full, "{error}");
     }
     taken.release(&gpu);
+}
+
+#[test]
+fn what_was_freed_is_there_for_kernels_and_for_others() {
+    let Some(gpu) = gpu() else { return };
+    let device = || driver().expect("it is open").device(0).expect("free memory");
+    let before = device().memory_free_bytes;
+    // Nobody has waited for what is freed here when the kernels are loaded.
+    drop(fill(&gpu));
     gpu.load_kernels().expect("kernels");
-    work.run(&gpu).expect("the same when there is room again");
+    fill(&gpu).release(&gpu);
+    let lost = before.saturating_sub(device().memory_free_bytes);
+    assert!(lost < 1 << 30, "{lost} of {before} bytes were not given back");
 }
 
 const CHILD: &str = "child_finds_a_full_gpu";

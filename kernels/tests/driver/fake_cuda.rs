@@ -94,6 +94,7 @@ answers! {
         answer(free, 60 << 30) + answer(total, 80 << 30)
     }
     fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) { answer(stream, handle()) }
+    fn cuStreamQuery(_stream: *mut c_void) { 0 }
     fn cuStreamSynchronize(_stream: *mut c_void) { 0 }
     fn cuStreamDestroy_v2(_stream: *mut c_void) { 0 }
     fn cuModuleLoadData(module: *mut *mut c_void, _image: *const c_void) {
