@@ -4,17 +4,23 @@
 //!
 //! `TANDEM_KERNELS` says what to do: nothing (take the committed file; compile where it is stale
 //! and a compiler is there), `compile` (and replace the committed file), `check` (compile and fail
-//! where the committed file differs). The compiler is NVCC, or nvcc of CUDA_HOME, or of PATH.
-//! `scripts/kernels` installs one.
+//! where the committed file differs). The compiler is NVCC, or nvcc of CUDA_HOME, or of PATH, the
+//! first of them that is of the release that the kernels are written for. `scripts/kernels`
+//! installs one.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
 const FLAGS: &str = "nvcc-flags.txt";
+/// Another release makes other code of the same sources, or none: of those before not all
+/// architectures are known.
+const RELEASE: &str = "13.0";
 
 fn main() {
-    println!("cargo::rerun-if-env-changed=TANDEM_KERNELS");
+    for variable in ["TANDEM_KERNELS", "NVCC", "CUDA_HOME"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
     println!("cargo::rerun-if-changed={FLAGS}");
     println!("cargo::rerun-if-changed=prebuilt");
     let mut sources: Vec<PathBuf> = fs::read_dir("src")
@@ -72,17 +78,46 @@ impl Fnv {
 fn compile(out: &Path) {
     let flags = fs::read_to_string(FLAGS).expect("the flags of nvcc");
     let home = env::var_os("CUDA_HOME").map(|home| PathBuf::from(home).join("bin/nvcc"));
-    let nvcc = env::var_os("NVCC").map(PathBuf::from).or(home).unwrap_or_else(|| "nvcc".into());
+    let named = env::var_os("NVCC").map(PathBuf::from);
+    let candidates: Vec<_> = named.into_iter().chain(home).chain(["nvcc".into()]).collect();
+    let nvcc = find_nvcc(&candidates).unwrap_or_else(|others| {
+        panic!(
+            "the kernels are to be compiled, since those that are committed are older than their \
+             sources or TANDEM_KERNELS asks for it, and there is no nvcc of release {RELEASE}: \
+             {others}. scripts/kernels installs one and renews the kernels"
+        )
+    });
     let mut command = Command::new(&nvcc);
     command.args(flags.split_whitespace()).args(["--threads", "2", "-o"]).arg(out);
     command.arg("all.cu").current_dir("src");
     match command.status() {
         Ok(status) if status.success() => {}
         Ok(status) => panic!("{} failed: {status}", nvcc.display()),
-        Err(error) => panic!(
-            "the committed kernels are older than their sources, and {} can't be run: {error}. \
-             scripts/kernels installs a compiler and renews them",
-            nvcc.display()
-        ),
+        Err(error) => panic!("{} can't be run: {error}", nvcc.display()),
     }
+}
+
+/// The first of some compilers that is of the wanted release.
+///
+/// # Errors
+/// What each of them is instead.
+pub fn find_nvcc(candidates: &[PathBuf]) -> Result<PathBuf, String> {
+    let mut others = Vec::new();
+    for nvcc in candidates {
+        let shown = nvcc.display();
+        match Command::new(nvcc).arg("--version").output() {
+            Err(error) => others.push(format!("{shown} can't be run ({error})")),
+            Ok(output) => match release(&String::from_utf8_lossy(&output.stdout)) {
+                Some(release) if release == RELEASE => return Ok(nvcc.clone()),
+                Some(release) => others.push(format!("{shown} is of release {release}")),
+                None => others.push(format!("{shown} does not tell its release")),
+            },
+        }
+    }
+    Err(others.join(", "))
+}
+
+/// The release in what nvcc says of its version, as in `release 13.0, V13.0.88`.
+fn release(version: &str) -> Option<&str> {
+    Some(version.split_once("release ")?.1.split_once(',')?.0.trim())
 }

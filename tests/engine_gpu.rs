@@ -5,14 +5,21 @@
 
 #[path = "actors/rig.rs"]
 mod rig;
+#[path = "support/turn.rs"]
+mod turn;
 
 use rig::tiny_model::{Family, TinyModel};
 use rig::{config, prompt, read, request};
+use std::fs::OpenOptions;
+use std::io::Write;
 use std::path::PathBuf;
-use std::sync::Arc;
-use tandem::actors::{Engine, FaultPoint, Faults};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tandem::actors::{Engine, EngineError, EngineState, FaultPoint, Faults};
 use tandem::config::Config;
+use tandem::request::RequestError;
 use tandem::units::{ByteSize, TokenId};
+use tandem_kernels::{DeviceMemory, Gpu, GpuError, driver};
 
 const CLIENTS: u32 = 24;
 const TOKENS: usize = 60;
@@ -52,6 +59,7 @@ async fn answers(engine: &Engine) -> Vec<Vec<TokenId>> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn answers_through_all_tiers_of_a_gpu_are_those_of_a_roomy_engine() {
+    turn::take_turn();
     let folder = tempfile::tempdir().unwrap();
     let path = model(&folder);
     let roomy = Engine::builder().model(&path).config(with([2_000, 0, 0])).build().await;
@@ -86,4 +94,86 @@ async fn answers_through_all_tiers_of_a_gpu_are_those_of_a_roomy_engine() {
         assert_eq!(struck, u64::from(fault.is_some()), "{fault:?}: {restarts:?}");
         println!("{fault:?}: {:?}, {:?}", stats.blocks, metrics.swap_time);
     }
+}
+
+/// Takes all free memory of a GPU, as another process might.
+fn fill(gpu: &Gpu, taken: &Mutex<Vec<DeviceMemory>>) {
+    let mut bytes = gpu.memory().unwrap().0;
+    while bytes >= 256 {
+        match gpu.alloc(bytes) {
+            Ok(memory) => taken.lock().unwrap().push(memory),
+            Err(GpuError::OutOfMemory { .. }) => bytes /= 2,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    gpu.synchronize().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_written_to_while_it_is_loaded_is_refused() {
+    turn::take_turn();
+    let folder = tempfile::tempdir().unwrap();
+    // On the CPU, which needs no GPU to say so, and on the GPU.
+    for device in ["off", "0"] {
+        let path = model(&folder);
+        let mut config = with([2_000, 0, 0]);
+        config.gpu.device = device.into();
+        let (written, mut is_written) = (path.clone(), false);
+        let builder = Engine::builder().model(&path).config(config).on_progress(move |_| {
+            if !std::mem::replace(&mut is_written, true) {
+                let mut file = OpenOptions::new().append(true).open(&written).unwrap();
+                file.write_all(b"more").unwrap();
+            }
+        });
+        match builder.build().await.map(|_| ()) {
+            Err(EngineError::Model(RequestError::ModelInvalid { file, message, .. })) => {
+                let said = "was written to since it was opened";
+                assert_eq!((file, message.as_str()), (path, said), "{device}");
+            }
+            Err(error) if std::env::var_os("TANDEM_REQUIRE_GPU").is_none() && device == "0" => {
+                println!("skipped: {error}");
+            }
+            other => panic!("{device}: {other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_is_taken_after_the_plan_is_told_with_figures_and_without_restarts() {
+    turn::take_turn();
+    let gpu = driver().map_err(GpuError::from).and_then(|driver| Gpu::open(&driver, 0));
+    let gpu = match gpu {
+        Err(error) if std::env::var_os("TANDEM_REQUIRE_GPU").is_none() => {
+            println!("skipped: {error}");
+            return;
+        }
+        opened => Arc::new(opened.unwrap()),
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = model(&folder);
+    for weights_are_there in [false, true] {
+        let taken = Arc::new(Mutex::new(Vec::new()));
+        let (taker, taken_there) = (Arc::clone(&gpu), Arc::clone(&taken));
+        let builder = Engine::builder().model(&path).config(with([2_000, 0, 0]));
+        let builder = builder.on_progress(move |progress| {
+            if (progress.done_bytes == progress.total_bytes) == weights_are_there {
+                fill(&taker, &taken_there);
+            }
+        });
+        let engine = builder.start().unwrap();
+        let Err(EngineError::Model(error)) = engine.ready().await else { panic!("an engine") };
+        println!("weights are there: {weights_are_there}: {error}");
+        let RequestError::InsufficientMemory { device, need, free, suggest } = &error else {
+            panic!("{error}");
+        };
+        assert!(device.starts_with("GPU 0 (") && need > free, "{error}");
+        assert!(suggest.contains("another process may have taken it"), "{suggest}");
+        assert_eq!(engine.status().restarts.executor, 0);
+        assert_eq!(engine.status().state, EngineState::Dead);
+        engine.shutdown(Duration::ZERO).await;
+        taken.lock().unwrap().clear();
+        gpu.give_back_freed().unwrap();
+    }
+    let engine = Engine::builder().model(&path).config(with([2_000, 0, 0])).build().await.unwrap();
+    assert_eq!(answers(&engine).await.len(), CLIENTS as usize);
 }

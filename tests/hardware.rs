@@ -8,8 +8,9 @@ mod probe;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use tandem::config::GpuChoice;
 use tandem::hardware::{
-    CacheKind, CoreKind, CpuId, HardwareProfile, PinError, Topology, choose_cpus,
+    CacheKind, CoreKind, CpuId, Gpus, HardwareProfile, PinError, Topology, choose_cpus,
     pin_current_thread, roofs,
 };
 use tempfile::TempDir;
@@ -243,7 +244,10 @@ fn this_machine_has_a_profile() {
     assert!(topology.usable_cpus().count() >= seen.min(topology.cpus.len()));
     assert!(profile.memory_total_bytes >= profile.memory_available_bytes);
     assert!(profile.memory_available_bytes > 0);
-    assert_eq!(profile.gpus.devices.is_empty(), profile.gpus.absence.is_some());
+    let gpus = &profile.gpus;
+    let is_without = gpus.devices.is_empty() && gpus.closed.is_empty();
+    assert_eq!(is_without, gpus.absence.is_some());
+    assert!(gpus.closed.iter().all(|gpu| gpu.refusal.is_some()), "all were asked for");
     let plain = Topology::read(Path::new("/"));
     let numbers = |topology: &Topology| -> Vec<_> {
         topology.usable_cpus().map(|cpu| (cpu.id, cpu.package, cpu.numa_node)).collect()
@@ -251,6 +255,17 @@ fn this_machine_has_a_profile() {
     assert_eq!(numbers(topology), numbers(&plain), "hwloc, if built in, agrees with /sys");
     assert_eq!(topology.core_count(), plain.core_count());
     assert_eq!(topology.cache_bytes(3), plain.cache_bytes(3));
+}
+
+#[test]
+fn gpus_that_are_not_wanted_are_left_alone() {
+    let off = HardwareProfile::detect_for(&GpuChoice::Off).gpus;
+    assert_eq!(off, Gpus { is_unasked: true, ..Gpus::default() });
+    let all = Gpus::detect();
+    let none = Gpus::detect_for(&GpuChoice::These(vec![usize::MAX]));
+    assert!(none.devices.is_empty());
+    assert!(none.closed.iter().all(|gpu| gpu.refusal.is_none()), "{none:?}");
+    assert_eq!((none.names(), none.absence), (all.names(), all.absence));
 }
 
 #[test]

@@ -4,6 +4,8 @@
 
 #[path = "placement/cuts.rs"]
 mod cuts;
+#[path = "placement/full.rs"]
+mod full;
 #[path = "placement/gpu.rs"]
 mod gpu;
 #[path = "placement/nodes.rs"]

@@ -252,6 +252,8 @@ fn figures_model_and_plan_are_the_engines() {
     assert_eq!(client.result(1)["plan"]["context_tokens"], info.context_tokens);
     client.ask(1, "generate", greedy_params("x", 4));
     client.events();
+    client.ask(1, "status", json!({}));
+    assert_eq!(client.result(1)["engine"]["runs_on"], "the CPU: gpu.device is off");
     client.ask(1, "stats.get", json!({}));
     let stats = client.result(1);
     assert_eq!(stats["engine"]["metrics"]["completion_tokens"], 4);

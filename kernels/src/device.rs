@@ -2,7 +2,7 @@
 
 use crate::driver::DriverError;
 use crate::holders::{MemoryHolder, memory_holders};
-use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
+use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute};
 use cudarc::driver::{CudaContext, result};
 use std::ffi::CString;
 use std::fmt;
@@ -43,45 +43,112 @@ pub struct DeviceFacts {
     pub holders: Vec<MemoryHolder>,
 }
 
+/// A GPU that this process can't use now: its memory is full, another process has it to itself, or
+/// it does not answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}")]
+pub struct UnusableDevice {
+    /// Index in the driver's order.
+    pub ordinal: usize,
+    /// Product name; empty where the driver does not tell.
+    pub name: String,
+    /// What was asked, and what the driver said.
+    pub reason: DriverError,
+    /// Who holds memory of it, those with most first.
+    pub holders: Vec<MemoryHolder>,
+}
+
 /// Memory in use from which on it is asked who holds it: more than this process's own context.
-const HELD_BYTES_MIN: usize = 1 << 30;
+const HELD_BYTES_MIN: u64 = 1 << 30;
+
+/// A device that the driver shows. It is asked without a context, but for its free memory.
+struct Device {
+    ordinal: usize,
+    handle: sys::CUdevice,
+}
+
+impl Device {
+    fn find(ordinal: usize) -> Result<Device, DriverError> {
+        let index = i32::try_from(ordinal).unwrap_or(i32::MAX);
+        let handle = result::device::get(index).map_err(refuse(ordinal, "handle"))?;
+        Ok(Device { ordinal, handle })
+    }
+
+    fn name(&self) -> Result<String, DriverError> {
+        result::device::get_name(self.handle).map_err(refuse(self.ordinal, "name"))
+    }
+
+    fn number(&self, attribute: Attribute) -> Result<u32, DriverError> {
+        // SAFETY: the handle is one of the driver's devices.
+        let value = unsafe { result::device::get_attribute(self.handle, attribute) };
+        let value = value.map_err(refuse(self.ordinal, "attributes"))?;
+        Ok(u32::try_from(value).unwrap_or(0))
+    }
+
+    /// `(domain, bus, slot)`
+    fn place(&self) -> Result<[u32; 3], DriverError> {
+        Ok([
+            self.number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?,
+            self.number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?,
+            self.number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?,
+        ])
+    }
+
+    /// `(free, total)` bytes of memory, read in a context that ends with the question: this process
+    /// is then no holder of memory by it.
+    fn memory(&self) -> Result<(u64, u64), DriverError> {
+        let context = CudaContext::new(self.ordinal).map_err(refuse(self.ordinal, "context"))?;
+        let (free, total) = context.mem_get_info().map_err(refuse(self.ordinal, "memory"))?;
+        Ok((free as u64, total as u64))
+    }
+
+    fn facts(&self) -> Result<DeviceFacts, DriverError> {
+        let [domain, bus, slot] = self.place()?;
+        let (memory_free_bytes, memory_total_bytes) = self.memory()?;
+        let is_held = memory_total_bytes.saturating_sub(memory_free_bytes) >= HELD_BYTES_MIN;
+        Ok(DeviceFacts {
+            ordinal: self.ordinal,
+            name: self.name()?,
+            pci_address: format!("{domain:04x}:{bus:02x}:{slot:02x}.0"),
+            memory_total_bytes,
+            memory_free_bytes,
+            compute_capability: ComputeCapability {
+                major: self.number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                minor: self.number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            },
+            multiprocessors: self.number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            holders: if is_held { self.holders() } else { Vec::new() },
+        })
+    }
+
+    fn holders(&self) -> Vec<MemoryHolder> {
+        let Ok([domain, bus, slot]) = self.place() else { return Vec::new() };
+        let address = CString::new(format!("{domain:08x}:{bus:02x}:{slot:02x}.0"));
+        address.map(|address| memory_holders(&address)).unwrap_or_default()
+    }
+}
+
+fn refuse(ordinal: usize, question: &'static str) -> impl Fn(result::DriverError) -> DriverError {
+    move |error| {
+        let reason = error.to_string();
+        DriverError::QueryFailed { ordinal, question, reason }
+    }
+}
+
+/// Asks device `ordinal` for its name alone, which needs no memory there. Only a `Driver` may call
+/// this.
+pub(crate) fn name(ordinal: usize) -> Result<String, DriverError> {
+    Device::find(ordinal)?.name()
+}
 
 /// Asks device `ordinal` for its facts. Only a `Driver` may call this.
-pub(crate) fn facts(ordinal: usize) -> Result<DeviceFacts, DriverError> {
-    let refuse = |question: &'static str| {
-        move |error: result::DriverError| DriverError::QueryFailed {
-            ordinal,
-            question,
-            reason: error.to_string(),
-        }
-    };
-    let context = CudaContext::new(ordinal).map_err(refuse("context"))?;
-    let number = |attribute: Attribute| {
-        let value = context.attribute(attribute).map_err(refuse("attributes"))?;
-        Ok::<u32, DriverError>(u32::try_from(value).unwrap_or(0))
-    };
-    let (free, total) = context.mem_get_info().map_err(refuse("memory"))?;
-    let domain = number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?;
-    let bus = number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?;
-    let slot = number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?;
-    let holders = match total.saturating_sub(free) {
-        HELD_BYTES_MIN.. => {
-            let address = CString::new(format!("{domain:08x}:{bus:02x}:{slot:02x}.0"));
-            address.map(|address| memory_holders(&address)).unwrap_or_default()
-        }
-        _ => Vec::new(),
-    };
-    Ok(DeviceFacts {
+pub(crate) fn facts(ordinal: usize) -> Result<DeviceFacts, UnusableDevice> {
+    let found = Device::find(ordinal);
+    let told = found.as_ref().map_err(Clone::clone).and_then(Device::facts);
+    told.map_err(|reason| UnusableDevice {
         ordinal,
-        holders,
-        pci_address: format!("{domain:04x}:{bus:02x}:{slot:02x}.0"),
-        name: context.name().map_err(refuse("name"))?,
-        memory_total_bytes: total as u64,
-        memory_free_bytes: free as u64,
-        compute_capability: ComputeCapability {
-            major: number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-            minor: number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-        },
-        multiprocessors: number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        name: found.as_ref().ok().and_then(|device| device.name().ok()).unwrap_or_default(),
+        reason,
+        holders: found.map(|device| device.holders()).unwrap_or_default(),
     })
 }

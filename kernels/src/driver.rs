@@ -1,6 +1,6 @@
 //! The guarded door: is the library there, does it initialise, is it recent enough.
 
-use crate::device::{self, DeviceFacts};
+use crate::device::{self, DeviceFacts, UnusableDevice};
 use cudarc::driver::{result, sys};
 use std::fmt;
 
@@ -143,15 +143,24 @@ impl Driver {
         usize::try_from(count).map_err(|_| refuse(format!("{count} devices")))
     }
 
-    /// Facts of every GPU, in the driver's order.
-    ///
-    /// Free memory can only be read inside a context: where the process has none yet, one is made
-    /// for the question and released after it (0.3 s and half a GiB per GPU meanwhile).
+    /// A GPU's product name. Nothing is opened for it.
     ///
     /// # Errors
-    /// [`DriverError::QueryFailed`] for the first question that a GPU does not answer.
-    pub fn devices(&self) -> Result<Vec<DeviceFacts>, DriverError> {
-        (0..self.device_count()?).map(device::facts).collect()
+    /// [`DriverError::QueryFailed`] where there is no such GPU, or it does not answer.
+    pub fn device_name(&self, ordinal: usize) -> Result<String, DriverError> {
+        device::name(ordinal)
+    }
+
+    /// Facts of one GPU.
+    ///
+    /// Free memory can only be read inside a context: where the process has none yet, one is made
+    /// for the question and released after it (0.3 s and half a GiB meanwhile).
+    ///
+    /// # Errors
+    /// The first question that it does not answer, with who holds its memory. Other GPUs may be
+    /// well.
+    pub fn device(&self, ordinal: usize) -> Result<DeviceFacts, UnusableDevice> {
+        device::facts(ordinal)
     }
 }
 

@@ -162,7 +162,8 @@ impl Gpu {
 
     /// What a refused call means. After the failures that end a context the GPU is gone.
     pub(crate) fn failed(&self, what: &'static str, error: DriverError) -> GpuError {
-        let failure = failure(self.ordinal(), what, error);
+        let free = || Some(self.stream().context().mem_get_info().ok()?.0);
+        let failure = failure(self.ordinal(), what, error, free);
         if matches!(failure, GpuError::Lost { .. }) { self.ended(failure) } else { failure }
     }
 
@@ -173,9 +174,17 @@ impl Gpu {
     }
 }
 
-/// A refusal of the driver as an error.
-pub(crate) fn failure(ordinal: usize, what: &'static str, error: DriverError) -> GpuError {
-    if ends_context(error.0) {
+/// A refusal of the driver as an error; `free` asks for the bytes that are free where it lacks
+/// memory.
+pub(crate) fn failure(
+    ordinal: usize,
+    what: &'static str,
+    error: DriverError,
+    free: impl FnOnce() -> Option<usize>,
+) -> GpuError {
+    if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+        GpuError::OutOfMemory { ordinal, what, need_bytes: None, free_bytes: free() }
+    } else if ends_context(error.0) {
         GpuError::Lost { ordinal, what, class: format!("{:?}", error.0) }
     } else {
         GpuError::Failed { ordinal, what, reason: error.to_string() }
@@ -216,11 +225,14 @@ mod tests {
     #[test]
     fn a_fault_that_ends_the_context_is_told_from_one_that_does_not() {
         use sys::CUresult as Code;
-        let of = |code| failure(1, "waiting for it", DriverError(code));
+        let of = |code| failure(1, "waiting for it", DriverError(code), || Some(5));
         let lost = of(Code::CUDA_ERROR_ILLEGAL_ADDRESS);
         let said = "GPU 1 is lost, waiting for it: CUDA_ERROR_ILLEGAL_ADDRESS";
         assert!(lost.to_string().starts_with(said), "{lost}");
         assert!(ends_context(Code::CUDA_ERROR_ECC_UNCORRECTABLE));
+        let full = of(Code::CUDA_ERROR_OUT_OF_MEMORY);
+        let said = "GPU 1 has too little memory, waiting for it; 5 bytes are free";
+        assert_eq!(full.to_string(), said);
         for code in [
             Code::CUDA_ERROR_OUT_OF_MEMORY,
             Code::CUDA_ERROR_INVALID_VALUE,

@@ -4,7 +4,7 @@
 //! say so. Memory is addressed by [`Span`]s, which launchers check against the shapes they are
 //! given: a kernel never gets less memory than it touches.
 
-use crate::driver::{Driver, DriverError};
+use crate::driver::Driver;
 use crate::fate::{Fate, OnGpu, failure};
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, result, sys,
@@ -14,80 +14,13 @@ use std::collections::HashMap;
 use std::marker::PhantomData;
 use std::sync::{Arc, Mutex};
 
+pub use crate::gpu_error::GpuError;
+
 /// The compiled kernels of all architectures (`build.rs`).
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
 
 /// A kernel of every architecture.
 pub(crate) const ANY_KERNEL: &str = "take_back";
-
-/// What went wrong on a GPU.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum GpuError {
-    /// There is no usable GPU.
-    #[error(transparent)]
-    Driver(#[from] DriverError),
-    /// The GPU's memory does not hold it.
-    #[error("GPU {ordinal} has no memory for {need_bytes} bytes; {free_bytes} are free")]
-    OutOfMemory {
-        /// Which GPU.
-        ordinal: usize,
-        /// Bytes asked for.
-        need_bytes: usize,
-        /// Bytes that the driver calls free.
-        free_bytes: usize,
-    },
-    /// The system has no memory that it can lock for the GPU to copy from and to.
-    #[error("the system has no {need_bytes} bytes of memory to lock for GPU {ordinal}")]
-    HostOutOfMemory {
-        /// Which GPU.
-        ordinal: usize,
-        /// Bytes asked for.
-        need_bytes: usize,
-    },
-    /// The GPU is older than the compiled kernels.
-    #[error(
-        "GPU {ordinal} ({name}, compute capability {capability}) can't run our kernels: {reason}"
-    )]
-    Unsupported {
-        /// Which GPU.
-        ordinal: usize,
-        /// Product name.
-        name: String,
-        /// Generation.
-        capability: String,
-        /// What the driver said.
-        reason: String,
-    },
-    /// The GPU, or what ran on it, failed so that nothing of this process works there any more.
-    #[error("GPU {ordinal} is lost, {what}: {class}; only a new process can use it again")]
-    Lost {
-        /// Which GPU.
-        ordinal: usize,
-        /// What was tried when the failure came to light.
-        what: &'static str,
-        /// The driver's name of the failure, such as `CUDA_ERROR_ILLEGAL_ADDRESS`.
-        class: String,
-    },
-    /// The GPU did not finish its work in the time that it may take. Nothing is asked of it any
-    /// more: most calls would wait with it.
-    #[error("GPU {ordinal} has not finished its work within {wait_max_ms} ms")]
-    Hung {
-        /// Which GPU.
-        ordinal: usize,
-        /// Milliseconds that a wait may take.
-        wait_max_ms: u64,
-    },
-    /// A call into the driver failed.
-    #[error("{what} on GPU {ordinal}: {reason}")]
-    Failed {
-        /// Which GPU.
-        ordinal: usize,
-        /// What was tried.
-        what: &'static str,
-        /// What the driver said.
-        reason: String,
-    },
-}
 
 /// An open GPU.
 pub struct Gpu {
@@ -135,18 +68,23 @@ impl Gpu {
     }
 
     fn with_fate(ordinal: usize, fate: Arc<Fate>) -> Result<Gpu, GpuError> {
-        let failed = |what| move |error| failure(ordinal, what, error);
-        let context = CudaContext::new(ordinal).map_err(failed("opening a context"))?;
+        let context = CudaContext::new(ordinal)
+            .map_err(|error| failure(ordinal, "opening a context", error, || None))?;
+        let free = || Some(context.mem_get_info().ok()?.0);
+        let failed = |what| move |error| failure(ordinal, what, error, free);
         // SAFETY: this crate uses one stream, whose order is all the synchronisation there is.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(failed("making a stream"))?;
         let module = context.load_module(Ptx::from_binary(FATBIN.to_vec())).map_err(|error| {
-            let capability = context.compute_capability().unwrap_or_default();
-            GpuError::Unsupported {
-                ordinal,
-                name: context.name().unwrap_or_default(),
-                capability: format!("{}.{}", capability.0, capability.1),
-                reason: error.to_string(),
+            match failure(ordinal, "loading the kernels", error, free) {
+                GpuError::Failed { reason, .. } => {
+                    let capability = context.compute_capability().unwrap_or_default();
+                    let name = context.name().unwrap_or_default();
+                    let capability = format!("{}.{}", capability.0, capability.1);
+                    GpuError::Unsupported { ordinal, name, capability, reason }
+                }
+                // It lacks memory, or is lost: nothing that another GPU's kernels would cure.
+                other => other,
             }
         })?;
         use sys::CUdevice_attribute as Attribute;
@@ -229,21 +167,34 @@ impl Gpu {
     /// [`GpuError::OutOfMemory`] when there is no room.
     pub fn alloc(&self, bytes: usize) -> Result<DeviceMemory, GpuError> {
         self.bound()?;
-        match self.stream.alloc_zeros::<u8>(bytes.max(1)) {
-            Ok(slice) => Ok(DeviceMemory { slice: OnGpu::new(slice, self) }),
-            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                let free_bytes = self.memory().map_or(0, |(free, _)| free);
-                let ordinal = self.ordinal();
-                Err(GpuError::OutOfMemory { ordinal, need_bytes: bytes, free_bytes })
+        let slice = self.stream.alloc_zeros::<u8>(bytes.max(1)).map_err(|error| {
+            match self.failed("allocating memory", error) {
+                GpuError::OutOfMemory { ordinal, what, free_bytes, .. } => {
+                    GpuError::OutOfMemory { ordinal, what, need_bytes: Some(bytes), free_bytes }
+                }
+                other => other,
             }
-            Err(error) => Err(self.failed("allocating memory", error)),
-        }
+        })?;
+        Ok(DeviceMemory { slice: OnGpu::new(slice, self) })
     }
 
-    /// Copies numbers to the start of a span. The numbers were read when this returns.
+    /// Waits for all that was started, and has the driver take back what was freed. Until then it
+    /// keeps that for the next allocations of this process: kernels and others can't have it.
     ///
     /// # Errors
-    /// What the driver refuses.
+    /// As of [`Gpu::synchronize`].
+    pub fn give_back_freed(&self) -> Result<(), GpuError> {
+        // Looking, as this does, is no synchronisation to the driver, the one after it is. It finds
+        // nothing to wait for.
+        self.synchronize()?;
+        self.stream.synchronize().map_err(|error| self.failed("waiting for it", error))
+    }
+
+    /// Copies numbers to the start of a span. The numbers were read when this returns: pinned ones
+    /// are waited for.
+    ///
+    /// # Errors
+    /// What the driver refuses, or, of pinned numbers, what any kernel before has failed with.
     ///
     /// # Panics
     /// When they do not fit.
@@ -253,10 +204,13 @@ impl Gpu {
             return Ok(());
         }
         self.bound()?;
-        // SAFETY: the span holds as many bytes (asserted). Pageable memory is staged before the
-        // call returns; the copy is ordered by the stream.
+        // SAFETY: the span holds as many bytes (asserted); the copy is ordered by the stream, and
+        // over with `from` when this returns.
         unsafe { result::memcpy_htod_async(to.pointer, from, self.stream.cu_stream()) }
-            .map_err(|error| self.failed("copying to it", error))
+            .map_err(|error| self.failed("copying to it", error))?;
+        // The driver has staged pageable memory by now. Pinned memory the GPU reads by itself, when
+        // it comes to that.
+        if self.knows(from.as_ptr().addr()) { self.synchronize() } else { Ok(()) }
     }
 
     /// Copies numbers from the start of a span and waits for them.
@@ -330,13 +284,23 @@ impl Drop for Gpu {
 }
 
 /// Numbers that have the same bytes here and on the GPU.
-pub trait Plain: Copy {}
-impl Plain for u8 {}
-impl Plain for i8 {}
-impl Plain for u16 {}
-impl Plain for u32 {}
-impl Plain for f32 {}
-impl Plain for [u32; 2] {}
+///
+/// # Safety
+/// All bytes of a value are initialised, and any bytes are a value: what lies on a GPU becomes
+/// values as it is.
+pub unsafe trait Plain: Copy {}
+// SAFETY: an integer has no bytes that mean nothing, and takes any.
+unsafe impl Plain for u8 {}
+// SAFETY: as above.
+unsafe impl Plain for i8 {}
+// SAFETY: as above.
+unsafe impl Plain for u16 {}
+// SAFETY: as above.
+unsafe impl Plain for u32 {}
+// SAFETY: as above, some of them being no numbers.
+unsafe impl Plain for f32 {}
+// SAFETY: two integers with nothing between them.
+unsafe impl Plain for [u32; 2] {}
 
 impl DeviceMemory {
     /// All of it.

@@ -115,7 +115,9 @@ impl Gpu {
     /// # Errors
     /// What the driver refuses.
     pub fn load_kernels(&self) -> Result<(), GpuError> {
-        self.bound()?;
+        // What was freed may be theirs. It comes first: a kernel that could not be loaded once
+        // fails when it is started, even where the driver has loaded it later.
+        self.give_back_freed()?;
         let (any, _) = self.function(ANY_KERNEL)?;
         let (mut module, mut count) = (std::ptr::null_mut(), 0);
         // SAFETY: the function is loaded, so its module is; both results are written.

@@ -40,7 +40,7 @@ impl Mark {
     /// What any kernel before has failed with.
     pub fn us_until(&self, later: &Mark) -> Result<f64, GpuError> {
         let ms = self.event.elapsed_ms(&later.event);
-        let ms = ms.map_err(|error| failure(self.ordinal, "measuring its work", error))?;
+        let ms = ms.map_err(|error| failure(self.ordinal, "measuring its work", error, || None))?;
         Ok(f64::from(ms) * 1000.0)
     }
 }

@@ -31,10 +31,8 @@ impl Gpu {
         self.bound()?;
         let bytes = bytes.max(1);
         // SAFETY: the context is this thread's; the memory is initialised below.
-        let start = unsafe { result::malloc_host(bytes, 0) }.map_err(|error| {
-            let is_full = lacks_memory(self.ordinal(), bytes, error);
-            is_full.unwrap_or_else(|| self.failed("locking host memory", error))
-        })?;
+        let start = unsafe { result::malloc_host(bytes, 0) }
+            .map_err(|error| self.not_locked("locking host memory", bytes, error))?;
         let start = NonNull::new(start.cast::<u8>()).ok_or_else(|| GpuError::Failed {
             ordinal: self.ordinal(),
             what: "locking host memory",
@@ -44,6 +42,28 @@ impl Gpu {
         unsafe { start.write_bytes(0, bytes) };
         let context = Arc::clone(self.stream().context());
         Ok(PinnedMemory { start, bytes, context, fate: Arc::clone(self.fate()) })
+    }
+
+    /// What a refusal to lock so many bytes of host memory means: it is the system that lacks them.
+    pub(crate) fn not_locked(
+        &self,
+        what: &'static str,
+        bytes: usize,
+        error: DriverError,
+    ) -> GpuError {
+        let is_full = lacks_memory(self.ordinal(), bytes, error);
+        is_full.unwrap_or_else(|| self.failed(what, error))
+    }
+
+    /// Whether host memory is pinned or registered, so that the GPU copies from it by itself.
+    pub(crate) fn knows(&self, address: usize) -> bool {
+        let mut kind = 0u32;
+        let which = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
+        // SAFETY: the answer is 32 bits; any address may be asked about.
+        let told =
+            unsafe { sys::cuPointerGetAttribute((&raw mut kind).cast(), which, address as u64) };
+        // Of all other memory the driver says that it does not know it.
+        told == sys::CUresult::CUDA_SUCCESS && kind == sys::CUmemorytype::CU_MEMORYTYPE_HOST as u32
     }
 
     /// Where kernels find pinned memory.

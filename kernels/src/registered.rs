@@ -31,8 +31,8 @@ impl Gpu {
     /// The memory stays mapped while the value lives.
     ///
     /// # Errors
-    /// [`GpuError::Failed`] with the driver's word when it refuses a piece; then none is
-    /// registered.
+    /// [`GpuError::HostOutOfMemory`], or [`GpuError::Failed`] with the driver's word, when it
+    /// refuses a piece; then none is registered.
     pub unsafe fn register(&self, bytes: &[u8]) -> Result<RegisteredMemory, GpuError> {
         // SAFETY: as the caller promises.
         unsafe { self.register_pieces(bytes, pieces(pages(bytes))) }
@@ -69,7 +69,7 @@ impl Gpu {
             // SAFETY: the pages are mapped, as the caller promises for as long as it takes.
             unsafe { sys::cuMemHostRegister_v2(at, piece.len(), FOR_ALL_GPUS) }
                 .result()
-                .map_err(|error| self.failed("registering host memory", error))?;
+                .map_err(|error| self.not_locked("registering host memory", piece.len(), error))?;
             registered.pieces.push(piece.start);
         }
         Ok(registered)

@@ -57,7 +57,7 @@ fn planes_that_are_further_apart_than_one_copy_reaches_are_copied_one_by_one() {
     match gpu.block_planes(2, (blocks, block_bytes)) {
         Ok(memory) => keeps(&gpu, &memory, [blocks - 1, 0, 1], &mut Random(8)),
         Err(GpuError::OutOfMemory { free_bytes, .. }) => {
-            println!("skipped: {free_bytes} bytes are free");
+            println!("skipped: {free_bytes:?} bytes are free");
         }
         Err(error) => panic!("{error}"),
     }

@@ -1,10 +1,11 @@
 //! The executor actor: it answers for one thread that owns the stage and runs the plans that the
 //! engine loop hands over. A thread that dies takes the KV with it, never the weights.
 
+use super::FaultPoint;
 use super::shared::Shared;
-use super::stage::StageFault;
+use super::stage_fault::StageFault;
 use super::threads::{StopOnDrop, StopSignal, stop_signal};
-use super::{EngineError, FaultPoint};
+use crate::placement::Phase;
 use crate::step::{StepOutput, StepPlan};
 use crossbeam_channel::{Receiver, Sender, bounded, select_biased};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -86,14 +87,17 @@ impl Drop for StageLife<'_> {
 }
 
 /// The thread's life. A GPU that is gone for this process ends the engine: no other stage could be
-/// made, and the weights lie there.
+/// made, and the weights lie there. So does too little memory for a stage.
 fn live(shared: &Shared, stop: &StopSignal) -> Result<(), String> {
     // Gone is told after the engine's end: then no request takes it for a crash of its own.
     let _life = StageLife(shared);
     run_stage(shared, stop).map_err(|fault| {
-        if let Some(error) = fault.end(shared.restarts.executor.get()) {
-            shared.die(EngineError::Gpu(error));
-        }
+        let loaded = shared.loaded.get();
+        let end = loaded.and_then(|loaded| {
+            let restarts = shared.restarts.executor.get();
+            fault.end(restarts, Phase::Starting, (&loaded.placement, &shared.config))
+        });
+        end.into_iter().for_each(|error| shared.die(error));
         fault.to_string()
     })
 }

@@ -3,11 +3,13 @@
 use super::builder::OnProgress;
 use super::root::Source;
 use super::shared::Shared;
-use super::stage::{CpuStages, GpuStages, StageFactory, StageFault, StepRunner};
+use super::stage::{CpuStages, GpuStages, StageFactory, StepRunner};
+use super::stage_fault::StageFault;
 use super::{EngineError, LoadProgress, ModelInfo};
 use crate::config::{Config, ConfigError};
 use crate::executor::{
-    KvOptions, PoolOptions, SpilledLayers, StageOptions, StagePart, StepPasses, TierOptions,
+    ExecutorError, KvOptions, PoolOptions, SpilledLayers, StageOptions, StagePart, StepPasses,
+    TierOptions,
 };
 use crate::formats::{Checkpoint, FormatError};
 use crate::hardware::{
@@ -16,7 +18,7 @@ use crate::hardware::{
 };
 use crate::kv::TierBlocks;
 use crate::model::ModelSpec;
-use crate::placement::{Device, Placement, Prediction, StagePlacement, Workers};
+use crate::placement::{Device, Phase, Placement, Prediction, StagePlacement, Workers};
 use crate::request::RequestError;
 use crate::scheduler::{KvStore, SchedulerOptions, TierRates};
 use crate::tokenizer::{ChatTemplate, TemplateConfig, Tokenizer};
@@ -87,7 +89,7 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
     let template = ChatTemplate::from_metadata(checkpoint.metadata(), &tokenizer, limits)
         .map_err(RequestError::from)?;
     let warnings = [tokenizer.warnings(), template.warnings()].concat();
-    let mut hardware = HardwareProfile::detect();
+    let mut hardware = HardwareProfile::detect_for(&config.gpu.choice()?);
     // Asked for first, since it names a bad knob as such.
     hardware.measured = known_rates(&hardware, config, source.probe_folder.as_deref())?;
     let placement = Placement::plan(&spec, &hardware, config)?;
@@ -113,7 +115,8 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
             let model = (checkpoint, Arc::clone(&spec));
             let tiers = tier_options(config, &placement)?;
             let parts = parts_of(&spec, &placement);
-            load_weights(shared, model, (parts, options, tiers), source.on_progress)?
+            load_weights(shared, model, (parts, options, tiers), source.on_progress)
+                .map_err(|error| unloaded(error, &placement, config))?
         }
     };
     Ok(Loaded {
@@ -183,7 +186,7 @@ fn load_weights(
     model: (Arc<Checkpoint>, Arc<ModelSpec>),
     (parts, options, tiers): (Vec<(Device, StagePart)>, StageOptions, TierOptions),
     mut on_progress: Option<OnProgress>,
-) -> Result<Arc<dyn StageFactory>, EngineError> {
+) -> Result<Arc<dyn StageFactory>, ExecutorError> {
     let mut report = |progress: crate::executor::LoadProgress| {
         let progress = LoadProgress {
             done_bytes: progress.done_bytes as u64,
@@ -196,20 +199,21 @@ fn load_weights(
     };
     let on_gpus = on_gpus(&parts);
     let options = (options, tiers);
-    let loaded: Result<Arc<dyn StageFactory>, _> = if on_gpus.is_empty() {
-        CpuStages::load(model, options, &mut report)
-            .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>)
-    } else {
-        GpuStages::load((&on_gpus, &shared.config.gpu), model, options, &mut report)
-            .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>)
-    };
-    loaded.map_err(|error| match error {
-        crate::executor::ExecutorError::Format(error) => refuse(error),
-        other => match StageFault::from(&other).end(0) {
-            Some(end) => EngineError::Gpu(end),
-            None => EngineError::Model(RequestError::Internal { message: other.to_string() }),
-        },
-    })
+    if on_gpus.is_empty() {
+        let stages = CpuStages::load(model, options, &mut report)?;
+        return Ok(Arc::new(stages));
+    }
+    let on = (&on_gpus[..], &shared.config.gpu);
+    Ok(Arc::new(GpuStages::load(on, model, options, &mut report)?))
+}
+
+/// What the engine ends with when weights could not be loaded.
+fn unloaded(error: ExecutorError, placement: &Placement, config: &Config) -> EngineError {
+    if let ExecutorError::Format(error) = error {
+        return refuse(error);
+    }
+    let end = StageFault::from(&error).end(0, Phase::Loading, (placement, config));
+    end.unwrap_or_else(|| EngineError::Model(RequestError::Internal { message: error.to_string() }))
 }
 
 fn model_info(

@@ -20,6 +20,7 @@ mod root;
 mod scheduler;
 mod shared;
 mod stage;
+mod stage_fault;
 mod status;
 mod stream;
 mod supervisor;
@@ -38,7 +39,8 @@ pub use generation::{Answer, Canceller, Generation};
 pub use load::{compute_isa, known_rates, on_gpus, parts_of, stage_options};
 #[doc(hidden)]
 pub use op_clock::StepOps;
-pub use stage::{BlockMover, StageFactory, StageFault, StepRunner, TierSource};
+pub use stage::{BlockMover, StageFactory, StepRunner, TierSource};
+pub use stage_fault::StageFault;
 pub use status::{
     BlockCounts, EngineState, LoadProgress, ModelInfo, RestartCounts, SequenceCounts,
     StatsSnapshot, Status,

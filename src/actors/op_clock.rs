@@ -1,7 +1,8 @@
 //! How long each op takes in the steps of a running engine, while somebody wants to know: the
 //! executor's thread counts, whoever asked takes.
 
-use super::stage::{StageFault, StepRunner};
+use super::stage::StepRunner;
+use super::stage_fault::StageFault;
 use crate::executor::OpTime;
 use crate::step::{StepOutput, StepPlan};
 use std::collections::BTreeMap;

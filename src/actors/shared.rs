@@ -286,6 +286,7 @@ impl Shared {
         };
         Status {
             state,
+            runs_on: self.loaded.get().map(|loaded| loaded.placement.runs_on()),
             reason,
             load: LoadProgress {
                 done_bytes: self.load_done_bytes.load(Relaxed),

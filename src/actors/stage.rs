@@ -1,6 +1,7 @@
 //! What the executor actor asks of a stage. The engine's own stages are `executor::Stage`; tests
 //! bring stages whose tokens are a hash of the tokens so far.
 
+use super::stage_fault::StageFault;
 use crate::config::GpuConfig;
 use crate::executor::{
     CpuPool, ExecutorError, GpuPipeline, GpuStage, GpuWeights, KvBlocks, KvTiers, LoadProgress,
@@ -8,78 +9,10 @@ use crate::executor::{
 };
 use crate::formats::Checkpoint;
 use crate::model::ModelSpec;
-use crate::request::RequestError;
 use crate::step::{BlockCopy, CopyResult, StepOutput, StepPlan};
 use std::sync::Arc;
 use std::time::Duration;
-use tandem_kernels::{GpuError, PeerCopies};
-
-/// Why a stage can't be made or go on.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum StageFault {
-    /// This stage and its KV are not to be used again; another one over the same weights may do.
-    #[error("{0}")]
-    Stage(String),
-    /// The GPU is gone for this process, and so is every stage on it.
-    #[error("{device} was lost ({class})")]
-    GpuLost {
-        /// Which GPU.
-        device: String,
-        /// The driver's name of the failure.
-        class: String,
-    },
-    /// The GPU has not finished a step within its time, and is not used any more.
-    #[error("{device} does not answer ({class})")]
-    GpuHung {
-        /// Which GPU.
-        device: String,
-        /// How long it was waited for.
-        class: String,
-    },
-}
-
-impl StageFault {
-    /// In the words of a request, where no other stage can be made in this process.
-    pub(super) fn end(&self, restarts: u64) -> Option<RequestError> {
-        let restarts = u32::try_from(restarts).unwrap_or(u32::MAX);
-        match self.clone() {
-            Self::Stage(_) => None,
-            Self::GpuLost { device, class } => {
-                Some(RequestError::GpuLost { device, class, restarts })
-            }
-            Self::GpuHung { device, class } => {
-                Some(RequestError::GpuHung { device, class, restarts })
-            }
-        }
-    }
-}
-
-impl From<&ExecutorError> for StageFault {
-    fn from(error: &ExecutorError) -> Self {
-        match error {
-            ExecutorError::Gpu(GpuError::Lost { ordinal, class, .. }) => {
-                Self::GpuLost { device: format!("GPU {ordinal}"), class: class.clone() }
-            }
-            ExecutorError::Gpu(GpuError::Hung { ordinal, wait_max_ms }) => Self::GpuHung {
-                device: format!("GPU {ordinal}"),
-                class: format!("a step took more than gpu.step_timeout_ms = {wait_max_ms}"),
-            },
-            other => Self::Stage(other.to_string()),
-        }
-    }
-}
-
-impl From<String> for StageFault {
-    fn from(reason: String) -> Self {
-        Self::Stage(reason)
-    }
-}
-
-impl From<&str> for StageFault {
-    fn from(reason: &str) -> Self {
-        Self::Stage(reason.to_owned())
-    }
-}
+use tandem_kernels::PeerCopies;
 
 /// Runs steps, one at a time, on one thread.
 pub trait StepRunner {
@@ -213,7 +146,7 @@ impl<S: Steps + 'static> Tiered<S> {
 
 impl<S: Steps> StepRunner for Tiered<S> {
     fn run(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), StageFault> {
-        self.stage.run(plan, output).map_err(|error| StageFault::from(&error))
+        self.stage.run(plan, output).map_err(|error| StageFault::of_step(&error))
     }
 
     fn tiers(&self) -> Arc<dyn TierSource> {
@@ -221,7 +154,7 @@ impl<S: Steps> StepRunner for Tiered<S> {
     }
 
     fn start_op_times(&mut self) -> Result<(), StageFault> {
-        self.stage.start_op_times().map_err(|error| StageFault::from(&error))
+        self.stage.start_op_times().map_err(|error| StageFault::of_step(&error))
     }
 
     fn take_op_times(&mut self) -> Vec<OpTime> {

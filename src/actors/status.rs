@@ -61,6 +61,8 @@ pub struct Status {
     pub requests_live: u64,
     /// Milliseconds since `build`.
     pub uptime_ms: u64,
+    /// What runs the model: its GPUs, or the CPU and why. `None` until that is decided.
+    pub runs_on: Option<String>,
     /// Why a dead engine is dead.
     pub reason: Option<String>,
 }

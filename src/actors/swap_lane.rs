@@ -6,7 +6,8 @@
 //! epochs are not performed. An epoch begins under the lock that copies are performed under: when
 //! it has begun, none of an earlier one touches a block.
 
-use super::stage::{BlockMover, StageFault, TierSource};
+use super::stage::{BlockMover, TierSource};
+use super::stage_fault::StageFault;
 use crate::step::{BlockCopy, CopyResult, Tier};
 use crate::telemetry::CopyTrace;
 use crossbeam_channel::{Receiver, Sender, bounded};

@@ -157,8 +157,9 @@ pub enum Command {
     },
     /// Show what would lie where, how many bytes, and which context fits
     Plan {
-        /// Model file
-        file: PathBuf,
+        /// Model: a GGUF file or a Hugging Face folder; or give it as --model
+        #[arg(conflicts_with = "model")]
+        file: Option<PathBuf>,
         /// Load the model, run what is predicted, and show both
         #[arg(long)]
         measured: bool,

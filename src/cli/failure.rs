@@ -3,10 +3,12 @@
 use super::bench::BenchError;
 use tandem::actors::EngineError;
 use tandem::config::ConfigError;
+use tandem::executor::ExecutorError;
 use tandem::request::{ErrorKind, RequestError};
 use tandem::server::EndpointError;
 use tandem::server::client::ClientError;
 use tandem::telemetry::LoggingError;
+use tandem_kernels::GpuError;
 
 /// Wrong usage; clap's own code.
 pub const USAGE: u8 = 2;
@@ -88,6 +90,12 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
         if let Some(error) = cause.downcast_ref::<RequestError>() {
             return of_request(error);
         }
+        if let Some(ExecutorError::Gpu(
+            GpuError::OutOfMemory { .. } | GpuError::HostOutOfMemory { .. },
+        )) = cause.downcast_ref()
+        {
+            return TEMPORARY;
+        }
         if let Some(error) = cause.downcast_ref::<ServiceError>() {
             return of_kind(&error.kind, error.retryable);
         }
@@ -146,5 +154,7 @@ mod tests {
         let wrapped = Err::<(), _>(error).context("loading").unwrap_err();
         assert_eq!(exit_code(&wrapped), DATA);
         assert_eq!(exit_code(&anyhow::anyhow!("anything else")), 1);
+        let full = GpuError::HostOutOfMemory { ordinal: 0, need_bytes: 5 };
+        assert_eq!(exit_code(&ExecutorError::from(full).into()), TEMPORARY);
     }
 }

@@ -100,6 +100,10 @@ async fn act(command: Command, settings: Settings, output: Output) -> Result<()>
             inspect::run(file, options, output)
         }
         Command::Plan { file, measured, .. } => {
+            if file.is_none() {
+                connection::require_model(&settings.config)?;
+            }
+            let file = file.as_deref().unwrap_or(&settings.config.model.path);
             let options = plan::PlanOptions { file, measured: *measured };
             plan::run(options, &settings.config, cache_folder().as_deref(), output).await
         }

@@ -41,7 +41,7 @@ pub async fn run(
     let (spec, hardware) = {
         let checkpoint = Checkpoint::open(options.file).map_err(RequestError::from)?;
         let spec = ModelSpec::from_checkpoint(&checkpoint).map_err(RequestError::from)?;
-        let mut hardware = HardwareProfile::detect();
+        let mut hardware = HardwareProfile::detect_for(&config.gpu.choice()?);
         hardware.measured = known_rates(&hardware, config, folder)?;
         (spec, hardware)
     };
@@ -67,18 +67,10 @@ pub async fn run(
         return Ok(());
     }
     print_placement(&placement, spec.architecture, output)?;
-    let gpus = &hardware.gpus;
-    let is_without = gpus.devices.is_empty() && !gpus.is_broken;
-    if config.gpu.device == "off" || is_without {
-        output.line(&match (&gpus.absence, gpus.devices.len()) {
-            (Some(absence), _) => format!("no GPU is used: {absence}"),
-            (None, 1) => "there is a GPU; gpu.device = \"auto\" uses it".to_owned(),
-            (None, gpus) => {
-                format!("there are {gpus} GPUs; gpu.device = \"auto\" uses as few as hold a model")
-            }
-        })?;
-    }
-    for note in &placement.notes {
+    output.line(&format!("runs on {}", placement.runs_on()))?;
+    let is_told =
+        |note: &&String| placement.why_cpu.as_ref().is_some_and(|why| note.ends_with(why));
+    for note in placement.notes.iter().filter(|note| !is_told(note)) {
         output.line(&format!("note: {note}"))?;
     }
     match prediction {

@@ -10,9 +10,9 @@ use std::time::Duration;
 use tandem::actors::compute_isa;
 use tandem::config::{Config, CpuConfig};
 use tandem::hardware::{
-    CoreKind, Fingerprint, GPU_TOKENS_MEASURED, Gpu, GpuProductRates, GpuRates, HardwareProfile,
-    Measured, NumaNode, Probe, ProductRates, TOKENS_MEASURED, Topology, disk_read_rate,
-    load_measured, probe_file, roofs, store_measured,
+    ClosedGpu, CoreKind, Fingerprint, GPU_TOKENS_MEASURED, Gpu, GpuProductRates, GpuRates,
+    HardwareProfile, Measured, NumaNode, Probe, ProductRates, TOKENS_MEASURED, Topology,
+    disk_read_rate, load_measured, probe_file, roofs, store_measured,
 };
 use tandem::memory::{AlignedBytes, HugePages};
 use tandem::placement::Workers;
@@ -168,6 +168,7 @@ fn machine(hardware: &HardwareProfile) -> Vec<String> {
         lines.extend(topology.numa_nodes.iter().map(|node| of_node(node, topology)));
     }
     lines.extend(hardware.gpus.devices.iter().map(of_device));
+    lines.extend(hardware.gpus.closed.iter().map(of_closed));
     lines.extend(hardware.gpus.absence.iter().map(|absence| format!("no GPU: {absence}")));
     lines
 }
@@ -183,6 +184,11 @@ fn of_device(gpu: &Gpu) -> String {
         gpu.multiprocessors,
         node.unwrap_or_default()
     )
+}
+
+fn of_closed(gpu: &ClosedGpu) -> String {
+    let reason = gpu.refusal.as_ref().map(|reason| format!(": can't be used, {reason}"));
+    format!("GPU {}: {}{}", gpu.ordinal, gpu.name, reason.unwrap_or_default())
 }
 
 fn of_node(node: &NumaNode, topology: &Topology) -> String {

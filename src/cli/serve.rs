@@ -56,7 +56,9 @@ pub async fn run(config: Config, listen: Listen, systemd: Systemd, output: Outpu
         let ready = waiting.ready().await;
         if ready.is_ok() {
             let name = waiting.model_info().map(|info| info.name).unwrap_or_default();
-            let _ = output.notice(&format!("{name} is ready at {}", socket.display()));
+            let runs_on = waiting.status().runs_on.unwrap_or_default();
+            let socket = socket.display();
+            let _ = output.notice(&format!("{name} is ready at {socket}, runs on {runs_on}"));
         }
     });
     let ending = server::serve(endpoint, Arc::new(engine.clone()), options, stop).await?;

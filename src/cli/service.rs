@@ -62,7 +62,10 @@ fn summary(status: &Value, stats: &Value, plan: &Value) -> Vec<Vec<String>> {
     let restarts = engine["status"]["restarts"].as_object();
     let restarts: u64 = restarts.into_iter().flatten().filter_map(|(_, n)| n.as_u64()).sum();
     let seconds = status["uptime_ms"].as_u64().unwrap_or(0) / 1000;
-    let mut rows = vec![
+    let runs_on = status["engine"]["runs_on"].as_str();
+    let mut rows: Vec<_> =
+        runs_on.map(|device| ("runs on", device.to_owned())).into_iter().collect();
+    rows.extend([
         ("state", format!("{}, for {seconds} s", plain(&status["state"]))),
         ("process", format!("{}, {}", status["pid"], plain(&status["server"]))),
         (
@@ -93,7 +96,7 @@ fn summary(status: &Value, stats: &Value, plan: &Value) -> Vec<Vec<String>> {
             ),
         ),
         ("restarts", restarts.to_string()),
-    ];
+    ]);
     for (what, tier) in [("KV in host memory", "host"), ("KV on disk", "disk")] {
         let count = |state: &str| blocks[format!("{tier}_{state}")].as_u64().unwrap_or(0);
         if count("total") > 0 {

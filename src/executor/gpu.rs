@@ -117,6 +117,9 @@ impl GpuStage {
         options: &StageOptions,
         spill: Option<(Arc<SpillThread>, usize)>,
     ) -> Result<Self, ExecutorError> {
+        // Before any memory of the stage: the driver would load a kernel where it is first started,
+        // in the middle of a step, and may have no memory for it then.
+        weights.gpu().load_kernels()?;
         let (program, tokens) = (weights.program(), options.step_tokens_max);
         let store = (options.kv.device_blocks, options.kv.block_tokens);
         let limits = PlanLimits {
@@ -240,10 +243,14 @@ fn refused(
         suggest: "try again when fewer or shorter requests run".into(),
     };
     match error {
-        // Memory is asked for before anything of the step is started there.
-        ExecutorError::Gpu(GpuError::OutOfMemory { ordinal, need_bytes, free_bytes }) => {
-            Ok(lacks(format!("GPU {ordinal}"), need_bytes, free_bytes as u64))
-        }
+        // Memory is asked for before anything of the step is started there. What the driver lacks
+        // by itself may have come to light in the middle of it.
+        ExecutorError::Gpu(GpuError::OutOfMemory {
+            ordinal,
+            need_bytes: Some(need),
+            free_bytes,
+            ..
+        }) => Ok(lacks(format!("GPU {ordinal}"), need, free_bytes.unwrap_or(0) as u64)),
         ExecutorError::Gpu(GpuError::HostOutOfMemory { need_bytes, .. }) => {
             let (_, free) = HardwareProfile::read_memory(Path::new("/"));
             Ok(lacks("host memory".into(), need_bytes, free))
@@ -275,9 +282,15 @@ mod tests {
     #[test]
     fn too_little_memory_refuses_a_step_and_leaves_the_stage_alone() {
         let need_bytes = 1 << 30;
+        let full = |need_bytes| GpuError::OutOfMemory {
+            ordinal: 2,
+            what: "allocating memory",
+            need_bytes,
+            free_bytes: Some(5),
+        };
         let mut failure = None;
         for (error, device) in [
-            (GpuError::OutOfMemory { ordinal: 2, need_bytes, free_bytes: 5 }, "GPU 2"),
+            (full(Some(need_bytes)), "GPU 2"),
             (GpuError::HostOutOfMemory { ordinal: 2, need_bytes }, "host memory"),
         ] {
             let refusal = refused(error.into(), &mut failure).expect("a refusal of the step");
@@ -288,6 +301,9 @@ mod tests {
             assert_eq!(failure, None, "the stage goes on");
         }
         let hung = GpuError::Hung { ordinal: 2, wait_max_ms: 7 };
-        assert!(refused(hung.into(), &mut failure).is_err() && failure.is_some());
+        for error in [full(None), hung] {
+            let mut failure = None;
+            assert!(refused(error.into(), &mut failure).is_err() && failure.is_some());
+        }
     }
 }

@@ -34,6 +34,16 @@ impl From<Arc<Checkpoint>> for WeightSource {
 }
 
 impl WeightSource {
+    /// Refuses files that are not as they were when they were opened: to be called before and after
+    /// weights are read.
+    ///
+    /// # Errors
+    /// The first file that was written to or cut shorter.
+    pub(super) fn check_unchanged(&self) -> Result<(), ExecutorError> {
+        let Self::Checkpoint(checkpoint) = self else { return Ok(()) };
+        Ok(checkpoint.check_unchanged()?)
+    }
+
     /// Has the system read these tensors, and nothing else, ahead of those who want them.
     pub(super) fn will_read<'t>(
         &self,

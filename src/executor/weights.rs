@@ -70,6 +70,7 @@ impl Weights {
         let kernels = Kernels::for_isa(request.isa.unwrap_or_else(Isa::detect))?;
         let program = Program::lower(&request.spec, &request.part)?;
         let source = request.source.clone();
+        source.check_unchanged()?;
         let (matrices, regions) = place_matrices(&source, &program, kernels.isa(), pool.nodes())?;
         let read_ahead = program.matrices.iter().map(|entry| &entry.tensor);
         source.will_read(read_ahead.chain(&program.vectors))?;
@@ -301,8 +302,7 @@ impl Weights {
             read_in_place(pool, bytes, &mut |done| progress(read + done))?;
             read += bytes.len();
         }
-        checkpoint.check_unchanged()?;
-        Ok(())
+        self.source.check_unchanged()
     }
 }
 

@@ -59,6 +59,11 @@ impl Probe<'_> {
                 }
             }
         }
+        let refused =
+            gpus.closed.iter().filter_map(|gpu| Some((gpu.ordinal, gpu.refusal.as_ref()?)));
+        measured.notes.extend(
+            refused.map(|(ordinal, reason)| format!("GPU {ordinal} was not measured: {reason}")),
+        );
         measured.seconds = started.elapsed().as_secs_f64();
         measured
     }

@@ -1,7 +1,7 @@
 //! Keeps what was measured of a machine in a file, and knows when it holds no longer.
 
 use super::measured::Measured;
-use super::{CpuId, Gpu, HardwareProfile};
+use super::{CpuId, HardwareProfile};
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io::Result;
@@ -28,9 +28,9 @@ pub struct Fingerprint {
     pub isa: String,
     /// Host memory that this process may use.
     pub memory_total_bytes: u64,
-    /// Names of the GPUs.
-    pub gpus: Vec<String>,
-    /// The CUDA version of the driver.
+    /// Names of the GPUs; none where nobody has asked for them.
+    pub gpus: Option<Vec<String>>,
+    /// The CUDA version of the driver, where somebody has asked.
     pub driver: Option<String>,
     /// Tandem's own.
     pub version: String,
@@ -46,7 +46,7 @@ impl Fingerprint {
     /// That of this machine with so many compute workers, on these processors if they are pinned,
     /// that run the kernels of `isa`.
     pub fn of(hardware: &HardwareProfile, (workers, cpus): (usize, &[CpuId]), isa: Isa) -> Self {
-        let gpus: &[Gpu] = &hardware.gpus.devices;
+        let gpus = hardware.gpus.names();
         let quota = hardware.topology.cpu_quota;
         Self {
             cpu: HardwareProfile::cpu_name().unwrap_or_default(),
@@ -60,11 +60,20 @@ impl Fingerprint {
             },
             isa: isa.to_string(),
             memory_total_bytes: hardware.memory_total_bytes,
-            gpus: gpus.iter().map(|gpu| gpu.name.clone()).collect(),
-            driver: driver().ok().map(|driver| driver.version().to_string()),
+            driver: gpus.as_ref().and_then(|_| Some(driver().ok()?.version().to_string())),
+            gpus,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             figures: FIGURES,
         }
+    }
+
+    /// Whether what was measured of `kept` is right here. Where no GPU is wanted, none counts.
+    fn holds(&self, kept: &Fingerprint) -> bool {
+        let mut kept = kept.clone();
+        if self.gpus.is_none() {
+            (kept.gpus, kept.driver) = (None, None);
+        }
+        *self == kept
     }
 }
 
@@ -86,7 +95,7 @@ pub fn probe_file(folder: &Path) -> PathBuf {
 /// no longer.
 pub fn load_measured(file: &Path, fingerprint: &Fingerprint) -> Option<Measured> {
     let kept: Kept = serde_json::from_slice(&fs::read(file).ok()?).ok()?;
-    (kept.fingerprint == *fingerprint).then_some(kept.measured)
+    fingerprint.holds(&kept.fingerprint).then_some(kept.measured)
 }
 
 /// Keeps it, in one go: a reader sees the old file or the new one.

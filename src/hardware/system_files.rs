@@ -26,6 +26,11 @@ impl SystemFiles {
         (!text.is_empty()).then(|| text.to_owned())
     }
 
+    /// Where a symbolic link points; `None` when there is none, or it can't be read.
+    pub fn link(&self, path: &str) -> Option<PathBuf> {
+        fs::read_link(self.root.join(path)).ok()
+    }
+
     /// A file that holds one number.
     pub fn number<T: FromStr>(&self, path: &str) -> Option<T> {
         self.text(path)?.parse().ok()

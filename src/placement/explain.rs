@@ -55,6 +55,20 @@ impl Placement {
         rows
     }
 
+    /// What runs the model, in words: `GPU 0`, or `the CPU` and why.
+    pub fn runs_on(&self) -> String {
+        let gpus = self.stages.iter().filter_map(|stage| match stage.device {
+            Device::Gpu(ordinal) => Some(ordinal.to_string()),
+            Device::Cpu => None,
+        });
+        match (&gpus.collect::<Vec<_>>()[..], &self.why_cpu) {
+            ([], Some(why)) => format!("the CPU: {why}"),
+            ([], None) => "the CPU".to_owned(),
+            ([gpu], _) => format!("GPU {gpu}"),
+            (gpus, _) => format!("GPUs {}", gpus.join(", ")),
+        }
+    }
+
     fn of_stage(&self, stage: &StagePlacement) -> Vec<ExplainRow> {
         let device = stage.device.to_string();
         let layers = format!("layers {}–{}", stage.layers.start, stage.layers.end - 1);

@@ -1,10 +1,11 @@
 //! Whether a model is run on a GPU, and what it takes there.
 
 use super::cpu::heads_width;
+use super::gpu_absence;
 use super::room::margin_bytes;
 use super::{Device, Room};
 use crate::config::{Config, ConfigError, GpuChoice};
-use crate::hardware::{Gpu, HardwareProfile, MemoryHolder};
+use crate::hardware::{Gpu, HardwareProfile};
 use crate::model::{ExpertsSpec, ModelSpec, TensorRef};
 use crate::request::RequestError;
 use crate::units::ByteSize;
@@ -27,38 +28,51 @@ const MEASURE_BYTES: u64 = 26 << 10;
 /// Memory through which weights travel.
 const STAGING_BYTES: u64 = 32 << 20;
 
-/// The GPUs that a model may be placed on: sets of which the first that holds it is taken. None
-/// where no GPU is used; `notes` say why, where one was wanted and there is one, or might be.
+/// What a model may be placed on.
+pub(super) enum Candidates<'h> {
+    /// Sets of GPUs, of which the first that holds it is taken.
+    Gpus(Vec<Vec<&'h Gpu>>),
+    /// The CPU, for this reason.
+    Cpu(String),
+}
+
+/// What a model may be placed on. `notes` say why that is no GPU where one was wanted and there is
+/// one, or might be.
 pub(super) fn choose<'h>(
     spec: &ModelSpec,
     hardware: &'h HardwareProfile,
     config: &Config,
     notes: &mut Vec<String>,
-) -> Result<Vec<Vec<&'h Gpu>>, RequestError> {
+) -> Result<Candidates<'h>, RequestError> {
     let choice = config.gpu.choice().map_err(|error| {
         let ConfigError { field, got, allowed } = error;
         RequestError::InvalidParams { field, got, allowed }
     })?;
     let devices = &hardware.gpus.devices;
     let of_index = |index: &usize| devices.iter().find(|gpu| gpu.ordinal == *index);
+    let refused = gpu_absence::refused(&hardware.gpus);
     let asked = match &choice {
-        GpuChoice::Off => return Ok(Vec::new()),
+        GpuChoice::Off => return Ok(Candidates::Cpu("gpu.device is off".into())),
+        GpuChoice::All if refused.is_some() => None,
         GpuChoice::Auto | GpuChoice::All => Some(devices.iter().collect::<Vec<_>>()),
         GpuChoice::These(indices) => indices.iter().map(of_index).collect(),
     };
     let found = match asked {
         Some(gpus) if !gpus.is_empty() => usable(spec, gpus, &choice),
-        _ => Err(absence(hardware)),
+        _ => Err(gpu_absence::reason(&hardware.gpus)),
     };
     match (found, choice) {
-        (Ok(gpus), GpuChoice::Auto) => Ok(fewest_first(gpus, spec.layers.len())),
-        (Ok(gpus), _) => Ok(vec![gpus]),
+        (Ok(gpus), GpuChoice::Auto) => {
+            notes.extend(refused.map(|reason| format!("not all GPUs are used: {reason}")));
+            Ok(Candidates::Gpus(fewest_first(gpus, spec.layers.len())))
+        }
+        (Ok(gpus), _) => Ok(Candidates::Gpus(vec![gpus])),
         (Err(reason), GpuChoice::Auto) => {
-            // A machine without a GPU needs no word about it at every start.
-            if hardware.gpus.is_broken || !devices.is_empty() {
+            // A machine without a GPU is not to be warned of that at every start.
+            if hardware.gpus.is_broken || refused.is_some() || !devices.is_empty() {
                 notes.push(format!("no GPU is used: {reason}"));
             }
-            Ok(Vec::new())
+            Ok(Candidates::Cpu(reason))
         }
         (Err(reason), _) => Err(RequestError::InvalidParams {
             field: "gpu.device".into(),
@@ -105,16 +119,6 @@ fn fewest_first(gpus: Vec<&Gpu>, layers: usize) -> Vec<Vec<&Gpu>> {
     gpus.into_iter().map(|gpu| vec![gpu]).chain(several).collect()
 }
 
-/// Why a GPU is not there.
-fn absence(hardware: &HardwareProfile) -> String {
-    let here: Vec<_> = hardware.gpus.devices.iter().map(|gpu| gpu.ordinal.to_string()).collect();
-    match &hardware.gpus.absence {
-        Some(absence) => absence.clone(),
-        None if here.is_empty() => "the driver shows none".into(),
-        None => format!("the driver shows {}", here.join(", ")),
-    }
-}
-
 /// What a GPU has for some layers of a model; `notes` say where that is less than was allowed.
 pub(super) fn room(
     spec: &ModelSpec,
@@ -144,7 +148,7 @@ pub(super) fn room(
         suggest: format!(
             "use {raise}a smaller or more quantised model, a shorter context, or the CPU \
              (gpu.device = \"off\"){}",
-            held(gpu)
+            gpu_absence::held(&gpu.holders)
         ),
         spill: None,
     }
@@ -162,20 +166,6 @@ fn available_bytes(gpu: &Gpu, config: &Config) -> u64 {
 pub(super) fn usable_bytes(gpu: &Gpu, config: &Config) -> u64 {
     let available = available_bytes(gpu, config);
     available - margin_bytes(available)
-}
-
-/// Who else holds memory of a GPU, as the end of a sentence.
-fn held(gpu: &Gpu) -> String {
-    let holder = |MemoryHolder { pid, name, bytes }: &MemoryHolder| {
-        let name = if name.is_empty() { String::new() } else { format!("{} ", name.trim()) };
-        let bytes = bytes.map_or(String::new(), |bytes| format!(", {}", ByteSize(bytes)));
-        format!("{name}(process {pid}{bytes})")
-    };
-    let holders: Vec<_> = gpu.holders.iter().take(HOLDERS_MAX).map(holder).collect();
-    match holders.is_empty() {
-        true => String::new(),
-        false => format!("; its memory is also held by {}", holders.join(", ")),
-    }
 }
 
 /// Bytes of weights that a GPU holds with some layers: matrices as its kernels have them, vectors
@@ -196,9 +186,6 @@ pub(super) fn weight_bytes(spec: &ModelSpec, layers: &Range<usize>) -> u64 {
     }
     bytes as u64
 }
-
-/// Processes that a refusal names.
-const HOLDERS_MAX: usize = 3;
 
 /// Whether no kernels were compiled for a GPU.
 fn too_old(gpu: &Gpu) -> Option<String> {

@@ -6,6 +6,7 @@
 mod cpu;
 mod explain;
 mod gpu;
+mod gpu_absence;
 mod kv_dtype;
 mod node_memory;
 mod nodes;
@@ -17,6 +18,7 @@ mod predict_work;
 mod room;
 mod several;
 mod share;
+mod shortage;
 mod spill;
 mod spill_choice;
 mod spill_cuts;
@@ -30,6 +32,7 @@ pub use nodes::{NODE_ROWS, NodeTeams};
 pub use predict::{DecodeSpeed, Job, Prediction, PromptSpeed};
 pub use predict_costs::StepSeconds;
 pub use share::SharedTimes;
+pub use shortage::{Phase, Shortage};
 pub use spill::{CROSSING_TOKENS_MAX, Spill};
 pub use spill_units::piece_rows;
 pub use workers::Workers;
@@ -40,6 +43,7 @@ use crate::model::ModelSpec;
 use crate::request::RequestError;
 use crate::tensor::KvDType;
 use crate::units::ByteSize;
+use gpu::Candidates;
 use room::{Room, margin_bytes, spilled_context};
 use serde::Serialize;
 use std::fmt;
@@ -146,6 +150,8 @@ pub struct Placement {
     pub memory_available_bytes: u64,
     /// Of that, what is left to others.
     pub margin_bytes: u64,
+    /// Why the CPU runs the model; `None` where a GPU does.
+    pub why_cpu: Option<String>,
     /// Everything that is not as asked or as the model was trained, in words.
     pub notes: Vec<String>,
 }
@@ -177,20 +183,26 @@ impl Placement {
             RequestError::InvalidParams { field, got, allowed }
         })?;
         let mut notes = Vec::new();
-        let candidates = gpu::choose(spec, hardware, config, &mut notes)?;
-        if !candidates.is_empty() {
-            let on = (&workers, &candidates[..]);
-            let is_auto = config.gpu.choice() == Ok(GpuChoice::Auto);
-            match Self::on_gpus(spec, (hardware, config), on, notes.clone()) {
-                Err(error) if is_auto => notes.push(format!("no GPU is used: {error}")),
-                Ok(placed) if is_auto && placed.spill.is_some() => {
-                    let on_cpu = Self::on_cpu(spec, (hardware, config), &workers, notes);
-                    return Ok(placed.or_faster(on_cpu.ok(), spec, (hardware, config)));
+        let why_cpu = match gpu::choose(spec, hardware, config, &mut notes)? {
+            Candidates::Cpu(why) => why,
+            Candidates::Gpus(candidates) => {
+                let on = (&workers, &candidates[..]);
+                let is_auto = config.gpu.choice() == Ok(GpuChoice::Auto);
+                match Self::on_gpus(spec, (hardware, config), on, notes.clone()) {
+                    Err(error) if is_auto => {
+                        notes.push(format!("no GPU is used: {error}"));
+                        error.to_string()
+                    }
+                    Ok(placed) if is_auto && placed.spill.is_some() => {
+                        let on_cpu = Self::on_cpu(spec, (hardware, config), &workers, notes);
+                        return Ok(placed.or_faster(on_cpu.ok(), spec, (hardware, config)));
+                    }
+                    placed => return placed,
                 }
-                placed => return placed,
             }
-        }
-        Self::on_cpu(spec, (hardware, config), &workers, notes)
+        };
+        let placed = Self::on_cpu(spec, (hardware, config), &workers, notes)?;
+        Ok(Self { why_cpu: Some(why_cpu), ..placed })
     }
 
     fn on_cpu(
@@ -282,6 +294,7 @@ impl Placement {
             memory_free_bytes: sum(&|on| on.free),
             memory_available_bytes: sum(&|on| on.available),
             margin_bytes: sum(&|on| margin_bytes(on.available)),
+            why_cpu: None,
             notes,
         })
     }

@@ -127,7 +127,7 @@ impl NodeTeams {
         let team = self.team_of(worker);
         let (workers, rows) = (self.workers(team, all), self.rows(team, rows));
         let units = rows.len().div_ceil(unit);
-        rows.start / unit + units * (worker - workers.start) / workers.len()
+        rows.start.div_ceil(unit) + units * (worker - workers.start) / workers.len()
     }
 
     /// How many of `bytes` lie on a node, by its position in [`NodeTeams::nodes`].

@@ -95,13 +95,12 @@ impl Placement {
         let seconds = |placement: &Self| job.seconds(spec, placement, hardware);
         match (seconds(&self), seconds(&other)) {
             (Some(on_gpu), Some(on_cpu)) if on_cpu < on_gpu => {
-                other.notes.insert(
-                    0,
-                    format!(
-                        "no GPU is used: with what must be spilled of the model a request is \
-                         predicted to take {on_gpu:.1} s, on the CPU alone {on_cpu:.1} s"
-                    ),
+                let why = format!(
+                    "with what must be spilled of the model a request is predicted to take \
+                     {on_gpu:.1} s, on the CPU alone {on_cpu:.1} s"
                 );
+                other.notes.insert(0, format!("no GPU is used: {why}"));
+                other.why_cpu = Some(why);
                 other
             }
             _ => self,

@@ -1,11 +1,14 @@
 //! What a GPU's failures do to requests: one that is gone ends them all with an error that may be
 //! tried again, and the engine; a step for which there is no memory fails its own requests.
 
-use crate::rig::hash_stage::continuation;
+use crate::rig::hash_stage::{HashStages, SharedStages, continuation};
+use crate::rig::tiny_model_file;
 use crate::rig::{Read, Rig, config, eventually, first_tokens, prompt, read, request};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tandem::actors::{EngineError, EngineState, FaultPoint, StageFault};
+use tandem::actors::{Engine, EngineError, EngineState, FaultPoint, StageFault};
+use tandem::placement::Shortage;
 use tandem::request::{ErrorKind, Event, RequestError};
 
 fn error(read: Read) -> RequestError {
@@ -53,6 +56,40 @@ async fn a_lost_gpu_ends_all_streams_and_the_engine() {
 async fn a_hung_gpu_ends_all_streams_and_the_engine() {
     let fault = StageFault::GpuHung { device: "GPU 3".into(), class: "a word".into() };
     fails(fault, ErrorKind::GpuHung).await;
+}
+
+/// A GPU that has 3 of 5 bytes.
+fn out_of_memory() -> StageFault {
+    StageFault::OutOfMemory(Shortage { gpu: Some(99), need_bytes: Some(5), free_bytes: Some(3) })
+}
+
+fn lacks_memory(error: &RequestError) {
+    let RequestError::InsufficientMemory { device, need, free, suggest } = error else {
+        panic!("{error}")
+    };
+    assert_eq!((device.as_str(), *need, *free), ("GPU 99", 5, 3));
+    assert!(suggest.contains("another process may have taken it"), "{suggest}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn too_little_memory_for_the_first_stage_is_told_at_once() {
+    let stages = Arc::new(HashStages::default());
+    *stages.start_fault.lock().unwrap() = Some(out_of_memory());
+    let builder = Engine::builder().model(tiny_model_file()).config(config());
+    let built = builder.stages(Arc::new(SharedStages(Arc::clone(&stages)))).build().await;
+    let Err(EngineError::Model(error)) = built.map(|_| ()) else { panic!("an engine") };
+    lacks_memory(&error);
+    assert_eq!(stages.starts.load(Ordering::SeqCst), 1, "no other try");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn too_little_memory_for_the_next_stage_ends_requests_and_the_engine() {
+    let rig = Rig::with(config(), |faults| faults.arm(FaultPoint::ExecutorBeforeRun, 3)).await;
+    *rig.stages.start_fault.lock().unwrap() = Some(out_of_memory());
+    lacks_memory(&error(read(rig.engine.generate(request(&prompt(1, 9), 1900))).await));
+    assert!(matches!(rig.engine.ended().await, EngineError::Model(_)));
+    assert_eq!(rig.engine.status().restarts.executor, 1);
+    assert_eq!(rig.stages.starts.load(Ordering::SeqCst), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]

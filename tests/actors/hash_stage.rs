@@ -95,6 +95,8 @@ pub struct HashStages {
     pub to_prepare: AtomicU64,
     /// Copies that the disk has room for; 0 means that it never stops.
     pub disk_writes_max: AtomicU64,
+    /// What the next start fails with.
+    pub start_fault: Mutex<Option<StageFault>>,
     /// What the next step fails with.
     pub fault: Mutex<Option<StageFault>>,
     /// What the next step is refused with.
@@ -111,6 +113,9 @@ impl StageFactory for SharedStages {
             // Long enough for requests to arrive meanwhile.
             std::thread::sleep(std::time::Duration::from_millis(20));
             return Err("no memory for another stage".into());
+        }
+        if let Some(fault) = self.0.start_fault.lock().unwrap().take() {
+            return Err(fault);
         }
         Ok(Box::new(HashStage { stages: Arc::clone(&self.0), store: Arc::default() }))
     }

@@ -100,7 +100,7 @@ fn gpus_know_their_node_where_the_system_does() {
     ]);
     let addresses = ["0000:3b:00.0", "0000:5e:00.0", "0001:3b:00.0"];
     let devices = addresses.iter().enumerate().map(|(at, address)| gpu(at, address)).collect();
-    let mut gpus = Gpus { devices, absence: None, is_broken: false };
+    let mut gpus = Gpus { devices, ..Gpus::default() };
     gpus.find_nodes(root.path());
     let nodes: Vec<_> = gpus.devices.iter().map(|gpu| gpu.numa_node).collect();
     assert_eq!(nodes, [Some(1), None, None]);

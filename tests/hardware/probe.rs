@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::time::Duration;
+use tandem::config::GpuChoice;
 use tandem::hardware::{
     CopyRates, Fingerprint, GPU_TOKENS_MEASURED, GpuProductRates, HardwareProfile, MacRate,
     Measured, Probe, ProductRates, ReadRate, TOKENS_MEASURED, choose_cpus, disk_read_rate,
@@ -88,7 +89,14 @@ fn what_was_measured_is_kept_until_the_machine_is_another() {
         ..Measured::default()
     };
     store_measured(&file, &here, &measured).expect("a folder of ours");
-    assert_eq!(load_measured(&file, &here), Some(measured));
+    assert_eq!(load_measured(&file, &here), Some(measured.clone()));
+    // Where no GPU is wanted, whatever was measured of them is of no account.
+    let off = HardwareProfile::detect_for(&GpuChoice::Off);
+    let without = Fingerprint::of(&off, (2, &[]), Isa::Scalar);
+    assert_eq!((&without.gpus, &without.driver), (&None, &None));
+    let memory_total_bytes = here.memory_total_bytes;
+    let without = Fingerprint { memory_total_bytes, ..without };
+    assert_eq!(load_measured(&file, &without), Some(measured));
     let changes: [fn(&mut Fingerprint); 10] = [
         |other| other.cpu.push('2'),
         |other| other.processors.push(4096),
@@ -97,7 +105,7 @@ fn what_was_measured_is_kept_until_the_machine_is_another() {
         |other| other.worker_processors.push(1),
         |other| other.isa = "avx2".into(),
         |other| other.memory_total_bytes += 1,
-        |other| other.gpus.push("Fake 8".into()),
+        |other| other.gpus = Some(vec!["Fake 8".into()]),
         |other| other.version.push('1'),
         |other| other.figures -= 1,
     ];

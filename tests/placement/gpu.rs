@@ -13,7 +13,7 @@ use tandem::request::RequestError;
 use tandem::tensor::{DType, KvDType};
 use tandem::units::ByteSize;
 
-const FREE: u64 = 8 << 30;
+pub const FREE: u64 = 8 << 30;
 
 pub fn gpu(ordinal: usize, memory_free_bytes: u64) -> Gpu {
     Gpu {
@@ -30,15 +30,12 @@ pub fn gpu(ordinal: usize, memory_free_bytes: u64) -> Gpu {
 }
 
 pub fn with(devices: Vec<Gpu>) -> HardwareProfile {
-    HardwareProfile { gpus: Gpus { devices, absence: None, is_broken: false }, ..machine(64 << 30) }
+    HardwareProfile { gpus: Gpus { devices, ..Gpus::default() }, ..machine(64 << 30) }
 }
 
 fn without() -> HardwareProfile {
     let absence = Some("no driver".into());
-    HardwareProfile {
-        gpus: Gpus { devices: Vec::new(), absence, is_broken: false },
-        ..machine(64 << 30)
-    }
+    HardwareProfile { gpus: Gpus { absence, ..Gpus::default() }, ..machine(64 << 30) }
 }
 
 pub fn config(device: &str) -> Config {
@@ -48,7 +45,7 @@ pub fn config(device: &str) -> Config {
 }
 
 /// The field, what came and what is allowed.
-fn refusal(placed: Result<Placement, RequestError>) -> (String, String, String) {
+pub fn refusal(placed: Result<Placement, RequestError>) -> (String, String, String) {
     match placed {
         Err(RequestError::InvalidParams { field, got, allowed }) => (field, got, allowed),
         other => panic!("{other:?}"),
@@ -61,6 +58,7 @@ fn off_leaves_a_gpu_alone() {
     let off = Placement::plan(&spec, &with(vec![gpu(0, FREE)]), &config("off")).unwrap();
     assert_eq!(off.device(), &Device::Cpu);
     assert!(off.notes.is_empty(), "{:?}", off.notes);
+    assert_eq!(off.runs_on(), "the CPU: gpu.device is off");
     assert_eq!(off, Placement::plan(&spec, &without(), &config("off")).unwrap());
 }
 
@@ -116,14 +114,22 @@ fn an_index_takes_that_gpu() {
 }
 
 #[test]
-fn auto_without_a_gpu_takes_the_cpu_and_says_why_where_there_might_be_one() {
+fn auto_without_a_gpu_takes_the_cpu_and_says_why_aloud_where_there_might_be_one() {
     let mut broken = without();
     broken.gpus.is_broken = true;
     let notes = vec!["no GPU is used: no driver".to_owned()];
-    for (hardware, notes) in [(without(), vec![]), (with(Vec::new()), vec![]), (broken, notes)] {
+    for (hardware, why, notes) in [
+        (without(), "no driver", vec![]),
+        (with(Vec::new()), "the driver shows none", vec![]),
+        (broken, "no driver", notes),
+    ] {
         let placement = Placement::plan(&spec(), &hardware, &config("auto")).unwrap();
         assert_eq!((placement.device(), &placement.notes), (&Device::Cpu, &notes));
+        assert_eq!(placement.why_cpu.as_deref(), Some(why));
+        assert_eq!(placement.runs_on(), format!("the CPU: {why}"));
     }
+    let placement = Placement::plan(&spec(), &with(vec![gpu(1, FREE)]), &config("auto")).unwrap();
+    assert_eq!((placement.why_cpu.as_deref(), placement.runs_on().as_str()), (None, "GPU 1"));
 }
 
 #[test]

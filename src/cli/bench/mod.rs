@@ -138,7 +138,7 @@ impl<'a> Bench<'a> {
         let kv_dtype = config.kv.dtype;
         let mut size =
             RigSize { block_tokens, kv_dtype, stream_blocks, streams, step_tokens_max, vocab };
-        let mut hardware = HardwareProfile::detect();
+        let mut hardware = HardwareProfile::detect_for(&config.gpu.choice()?);
         hardware.measured = known_rates(&hardware, config, folder)?;
         let placement = size.place(&subject.spec, &hardware, config)?;
         let mut thread_counts = arguments.thread_counts();

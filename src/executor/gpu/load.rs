@@ -55,6 +55,7 @@ fn load_all(
     mut pool: Option<&mut CpuPool>,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Vec<GpuWeights>, ExecutorError> {
+    request.source.check_unchanged()?;
     let spilled = StagePart::spilled_of(parts.iter().map(|(_, part)| part));
     let resident = parts.iter().map(|(_, part)| resident_bytes(request, part));
     let resident = resident.collect::<Result<Vec<_>, _>>()?;
@@ -91,6 +92,7 @@ fn load_all(
         let of_stages = SpilledWeights::load(gpu, request, &stages, (pool, &mut report))?;
         loaded.iter_mut().zip(of_stages).for_each(|(weights, spilled)| weights.spilled = spilled);
     }
+    request.source.check_unchanged()?;
     Ok(loaded)
 }
 
