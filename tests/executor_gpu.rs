@@ -71,6 +71,12 @@ fn with(dtype: KvDType, mut options: StageOptions) -> StageOptions {
 
 /// The model on the first GPU, if there is one; all of it, or what `options.part` says.
 fn on_gpu(model: &Model, options: &StageOptions) -> Option<GpuStage> {
+    let weights = load(model, options)?;
+    Some(GpuStage::start(Arc::new(weights), options).unwrap())
+}
+
+/// Its weights.
+fn load(model: &Model, options: &StageOptions) -> Option<GpuWeights> {
     turn::take_turn();
     let whole = StagePart::whole(model.spec.layers.len());
     let request = WeightsRequest {
@@ -84,7 +90,7 @@ fn on_gpu(model: &Model, options: &StageOptions) -> Option<GpuStage> {
     match GpuWeights::load(0, &request, Some(&mut pool), &mut |_| {}) {
         Ok(weights) => {
             weights.limit_waits(Duration::from_secs(10));
-            Some(GpuStage::start(Arc::new(weights), options).unwrap())
+            Some(weights)
         }
         Err(ExecutorError::Gpu(error)) if std::env::var_os("TANDEM_REQUIRE_GPU").is_none() => {
             println!("skipped: {error}");
