@@ -31,6 +31,8 @@ mod swapped;
 mod tiers;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
+#[path = "executor_gpu/together.rs"]
+mod together;
 #[path = "support/turn.rs"]
 mod turn;
 
@@ -78,6 +80,11 @@ fn on_gpu(model: &Model, options: &StageOptions) -> Option<GpuStage> {
 /// Its weights.
 fn load(model: &Model, options: &StageOptions) -> Option<GpuWeights> {
     turn::take_turn();
+    load_now(model, options)
+}
+
+/// The same without a turn, for a test that has one.
+fn load_now(model: &Model, options: &StageOptions) -> Option<GpuWeights> {
     let whole = StagePart::whole(model.spec.layers.len());
     let request = WeightsRequest {
         source: model.checkpoint.clone().into(),

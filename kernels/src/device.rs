@@ -2,6 +2,7 @@
 
 use crate::driver::DriverError;
 use crate::holders::{MemoryHolder, memory_holders};
+use crate::turns::Taker;
 use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
 use cudarc::driver::{CudaContext, result};
 use std::ffi::CString;
@@ -55,6 +56,7 @@ pub(crate) fn facts(ordinal: usize) -> Result<DeviceFacts, DriverError> {
             reason: error.to_string(),
         }
     };
+    let _turn = Taker::new().call();
     let context = CudaContext::new(ordinal).map_err(refuse("context"))?;
     let number = |attribute: Attribute| {
         let value = context.attribute(attribute).map_err(refuse("attributes"))?;

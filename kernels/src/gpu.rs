@@ -6,6 +6,7 @@
 
 use crate::driver::{Driver, DriverError};
 use crate::fate::{Fate, OnGpu, failure};
+use crate::turns::Turn;
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, result, sys,
 };
@@ -99,6 +100,8 @@ pub struct Gpu {
     has_wgmma: bool,
     compiled_for: usize,
     fate: Arc<Fate>,
+    /// While it is dropped, until all of the above is.
+    last_turn: Option<Turn<'static>>,
 }
 
 /// Memory of a GPU; freed when dropped.
@@ -136,6 +139,7 @@ impl Gpu {
 
     fn with_fate(ordinal: usize, fate: Arc<Fate>) -> Result<Gpu, GpuError> {
         let failed = |what| move |error| failure(ordinal, what, error);
+        let _turn = fate.taker().call();
         let context = CudaContext::new(ordinal).map_err(failed("opening a context"))?;
         // SAFETY: this crate uses one stream, whose order is all the synchronisation there is.
         unsafe { context.disable_event_tracking() };
@@ -172,6 +176,7 @@ impl Gpu {
             has_wgmma,
             compiled_for,
             fate,
+            last_turn: None,
         })
     }
 
@@ -229,6 +234,7 @@ impl Gpu {
     /// [`GpuError::OutOfMemory`] when there is no room.
     pub fn alloc(&self, bytes: usize) -> Result<DeviceMemory, GpuError> {
         self.bound()?;
+        let _turn = self.turn();
         match self.stream.alloc_zeros::<u8>(bytes.max(1)) {
             Ok(slice) => Ok(DeviceMemory { slice: OnGpu::new(slice, self) }),
             Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
@@ -325,6 +331,8 @@ impl Drop for Gpu {
         if self.fate.check().is_err() {
             // The module and the context would wait for the GPU, or crash, when they are dropped.
             std::mem::forget((Arc::clone(&self.module), Arc::clone(&self.stream)));
+        } else {
+            self.last_turn = Some(self.turn());
         }
     }
 }

@@ -26,6 +26,7 @@ impl Gpu {
         let stream = self.stream();
         stream.begin_capture(mode).map_err(|error| self.failed("recording", error))?;
         let launched = launch();
+        let _turn = self.turn();
         let ended = stream.end_capture(sys::CUgraphInstantiate_flags(0));
         use sys::CUresult as Code;
         let none = [Code::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, Code::CUDA_ERROR_OUT_OF_MEMORY];
@@ -39,6 +40,8 @@ impl Gpu {
             what: "recording",
             reason: "nothing was recorded".into(),
         })?;
+        // Now, and not when it is first started, which is nobody's turn.
+        graph.upload().map_err(|error| self.failed("recording", error))?;
         Ok(Some(LaunchGraph { graph: OnGpu::new(graph, self) }))
     }
 

@@ -17,7 +17,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tandem_kernels::{DeviceMatrix, Span};
+use tandem_kernels::{DeviceMatrix, Span, StreamTurn};
 
 /// Steps' numbers lie so far apart: more than a step has events, if its rows cross at once. A step
 /// of a terabyte has as many pieces of weights.
@@ -50,6 +50,8 @@ pub(super) struct GpuSpill {
     shares: Shares,
     pub(super) costs: SpillCosts,
     under_way: Cell<UnderWay>,
+    /// While weights are sent.
+    turn: Cell<Option<StreamTurn>>,
     /// Percent that were asked for.
     asked: Option<u8>,
     /// Tokens whose rows cross at once, and of the widest step that is shared with the CPU where
@@ -76,6 +78,7 @@ impl GpuSpill {
             shares: Shares::new(from.layers()),
             costs: SpillCosts::default(),
             under_way: Cell::default(),
+            turn: Cell::default(),
             asked: options.spill_streamed,
             tokens_max: thread.tokens_max(lane),
             thread,
@@ -132,13 +135,18 @@ impl GpuSpill {
         self.shares.of(streamed)[unit.layer]
     }
 
-    /// Has the CPU begin, and the weights of the other layers start. The inputs of the step are on
-    /// their way, and the step before [is finished](Self::finish).
+    /// Has the CPU begin, and the weights of the other layers start, when no other model of this
+    /// process is in the way. The inputs of the step are on their way, and the step before [is
+    /// finished](Self::finish).
     ///
     /// # Errors
     /// What the driver refuses.
     pub fn begin(&self, tokens: usize, streamed: usize) -> Result<(), ExecutorError> {
         let is_here = self.shares.of(streamed);
+        let stream = self.stream.as_ref().filter(|_| streamed > 0);
+        if stream.is_some() {
+            self.turn.set(Some(self.weights.gpu().stream_turn()?));
+        }
         let mut under_way = UnderWay::default();
         if is_here.contains(&true) {
             let (base, is_here) = (self.bases.crossing, Arc::clone(is_here));
@@ -147,7 +155,7 @@ impl GpuSpill {
             under_way.is_computing = true;
             self.under_way.set(under_way);
         }
-        if let Some(stream) = self.stream.as_ref().filter(|_| streamed > 0) {
+        if let Some(stream) = stream {
             let is_here = Arc::clone(is_here);
             stream.orders().begin(SendOrder { base: self.bases.ring, is_here })?;
             under_way.is_sending = true;
@@ -173,7 +181,14 @@ impl GpuSpill {
             Some(stream) if is_sending => stream.orders().finish(),
             _ => Ok(()),
         };
+        // The GPU comes to the step's end by itself.
+        self.turn.take();
         computed.and(sent)
+    }
+
+    /// Whether another model of this process waits for this one's weights.
+    pub fn is_in_the_way(&self) -> bool {
+        self.weights.gpu().is_in_the_way()
     }
 
     /// Waits for the CPU, which waits for the GPU: one that was lost will not come.
