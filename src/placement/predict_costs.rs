@@ -9,6 +9,7 @@ use crate::hardware::{GpuRates, Measured};
 use crate::model::{LayerSpec, ModelSpec};
 use crate::tensor::DType;
 use serde::Serialize;
+use std::collections::HashMap;
 use std::ops::Add;
 
 /// Layers that a ring holds which did not have to be made smaller.
@@ -156,13 +157,19 @@ impl<'a> Costs<'a> {
             }
         };
         let attention: Vec<f64> = self.stages.iter().map(attention).collect();
+        // Most steps are alike.
+        let mut known = HashMap::<_, Vec<_>>::new();
         let steps = (0..tokens).step_by(most).map(|start| {
             let end = tokens.min(start + most);
             // Prompts that end in it.
             let logits = end / length - start / length;
             let share = (end - start) as f64 / tokens as f64;
-            let stages = self.of_stages(end - start, logits).zip(&attention);
-            let stages = stages.map(|(stage, all)| StepSeconds { attention: share * all, ..stage });
+            let step = (end - start, logits);
+            let stages =
+                known.entry(step).or_insert_with(|| self.of_stages(step.0, logits).collect());
+            let stages = stages.iter().zip(&attention);
+            let stages =
+                stages.map(|(stage, all)| StepSeconds { attention: share * all, ..*stage });
             let step = if end == tokens || !overlaps {
                 stages.fold(StepSeconds::default(), Add::add)
             } else {
