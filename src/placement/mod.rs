@@ -42,6 +42,8 @@ use crate::tensor::KvDType;
 use crate::units::ByteSize;
 use room::{Room, margin_bytes, spilled_context};
 use serde::Serialize;
+use spill_ways::Ways;
+use std::cell::OnceCell;
 use std::fmt;
 use std::ops::Range;
 
@@ -166,11 +168,11 @@ impl Placement {
         width::plan(spec, hardware, config).map(|placed| placed.by_node(hardware))
     }
 
-    /// The same with the configured width of steps.
-    fn of_width(
-        spec: &ModelSpec,
-        hardware: &HardwareProfile,
-        config: &Config,
+    /// The same with the configured width of steps. Ways to spill are those of all widths.
+    fn of_width<'a>(
+        spec: &'a ModelSpec,
+        (hardware, config): (&HardwareProfile, &Config),
+        ways: &OnceCell<Ways<'a>>,
     ) -> Result<Self, RequestError> {
         let workers = Workers::choose(&hardware.topology, &config.cpu).map_err(|error| {
             let ConfigError { field, got, allowed } = error;
@@ -179,7 +181,7 @@ impl Placement {
         let mut notes = Vec::new();
         let candidates = gpu::choose(spec, hardware, config, &mut notes)?;
         if !candidates.is_empty() {
-            let on = (&workers, &candidates[..]);
+            let on = (&workers, &candidates[..], ways);
             let is_auto = config.gpu.choice() == Ok(GpuChoice::Auto);
             match Self::on_gpus(spec, (hardware, config), on, notes.clone()) {
                 Err(error) if is_auto => notes.push(format!("no GPU is used: {error}")),
@@ -206,10 +208,10 @@ impl Placement {
     /// Places a model on the first of some sets of GPUs that holds the whole with a context of use.
     /// Where none does, the one has it that spills least, or the whole with the context that is
     /// left.
-    fn on_gpus(
-        spec: &ModelSpec,
+    fn on_gpus<'a>(
+        spec: &'a ModelSpec,
         (hardware, config): (&HardwareProfile, &Config),
-        (workers, candidates): (&Workers, &[Vec<&Gpu>]),
+        (workers, candidates, ways): (&Workers, &[Vec<&Gpu>], &OnceCell<Ways<'a>>),
         notes: Vec<String>,
     ) -> Result<Self, RequestError> {
         let asked = config.model.context_tokens;
@@ -231,7 +233,8 @@ impl Placement {
         }
         let numa_node = candidates.iter().flatten().find_map(|gpu| gpu.numa_node);
         let workers = workers.beside_gpu(&config.cpu, numa_node);
-        let spilled = Self::spilling(spec, (hardware, config), (&workers, candidates), &notes);
+        let on = (&workers, candidates, ways);
+        let spilled = Self::spilling(spec, (hardware, config), on, &notes);
         match (whole, spilled) {
             // A longer context is worth some networks, not those of a GPU that is left alone.
             (Ok(whole), Some(Ok(spilled)))
