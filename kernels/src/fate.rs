@@ -53,7 +53,8 @@ impl Fate {
     }
 }
 
-/// Something whose drop calls the driver, which may wait for the GPU: it is forgotten where the GPU has failed for good.
+/// Something whose drop calls the driver, which may wait for the GPU: it is forgotten where the GPU
+/// has failed for good.
 pub(crate) struct OnGpu<T> {
     value: ManuallyDrop<T>,
     fate: Arc<Fate>,

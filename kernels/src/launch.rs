@@ -109,8 +109,8 @@ impl Gpu {
     }
 
     /// Loads all kernels now. Otherwise each is loaded where it is first started, for which the
-    /// driver may wait for all that runs: where something that runs waits for what is started after it, this comes
-    /// first.
+    /// driver may wait for all that runs: where something that runs waits for what is started after
+    /// it, this comes first.
     ///
     /// # Errors
     /// What the driver refuses.

@@ -74,7 +74,8 @@ impl Gpu {
 impl WeightRing {
     /// Copies the pieces of a step to the GPU in their order, each as its slot becomes free, and
     /// says of each that it has arrived: for a thread of its own, after the step before has been
-    /// waited for, in the step's [turn](Gpu::stream_turn). Ends early where `gives_up` says so, or the ring is released.
+    /// waited for, in the step's [turn](Gpu::stream_turn). Ends early where `gives_up` says so, or
+    /// the ring is released.
     ///
     /// All waiting is the host's. Where the ring's stream waits for a flag, or writes one, the
     /// driver may put that behind, or before, work of the other stream that waits for it: it knows
