@@ -3,6 +3,7 @@
 //! model, machine and configuration give the same placement, and nothing is allocated here. The
 //! engine calls it before it loads anything, `tandem plan` to explain.
 
+mod claims;
 mod cpu;
 mod explain;
 mod gpu;
@@ -25,6 +26,7 @@ mod spill_ways;
 mod width;
 mod workers;
 
+pub use claims::{claimed_units, dealt_rows, tiled_units};
 pub use explain::ExplainRow;
 pub use nodes::{NODE_ROWS, NodeTeams};
 pub use predict::{DecodeSpeed, Job, Prediction, PromptSpeed};
