@@ -213,19 +213,21 @@ impl<'a> Costs<'a> {
         if layers == 0 {
             return StepSeconds { products, ..StepSeconds::default() };
         }
+        let apart = predict_gpu::apart_seconds(gpu, layers, tokens);
         let times = self.shared_times(gpu, (mean.all(), bytes), tokens);
         let crossing = crossing[0] * gpu.crossing_us * 1e-6 + crossing[1] / gpu.pinned.to_gpu;
         let with_streamed = |streamed: usize| {
             let here = (layers - streamed) as f64;
             let mut on_gpu = resident;
             on_gpu += mean * streamed as f64;
-            let on_gpu = predict_gpu::seconds(gpu, model, tokens, on_gpu);
+            let on_gpu = predict_gpu::seconds(gpu, model, tokens, on_gpu) + apart;
             let both = times.seconds(here, streamed as f64) + here * crossing;
             // Nobody waits for the CPU: what comes and what is computed overlap.
             if here == 0.0 { on_gpu.max(both) } else { on_gpu + both }
         };
         let fewest = if tokens > CROSSING_TOKENS_MAX { layers } else { 0 };
         let all = (fewest..=layers).map(with_streamed).fold(f64::INFINITY, f64::min);
+        let products = products + apart;
         StepSeconds { products, spilled: all - products, ..StepSeconds::default() }
     }
 
