@@ -25,8 +25,8 @@ use tandem_cpu_kernels::{
 
 /// f32 memory, allocated once, on a cache-line boundary: a group of 16 rows of a product is a line,
 /// and a vector across two lines costs double. There are dozens for each worker, some of a hundred
-/// bytes: as [`AlignedBytes`](crate::memory::AlignedBytes) each would have pages of its own, and all
-/// would start at the same place of a page.
+/// bytes: as [`AlignedBytes`](crate::memory::AlignedBytes) each would have pages of its own, and
+/// all would start at the same place of a page.
 pub(super) struct Memory {
     allocated: Vec<f32>,
     /// Where the boundary is.

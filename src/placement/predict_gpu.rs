@@ -14,8 +14,8 @@ const LAYER_WAIT: f64 = 23e-6;
 /// are parts of the products, and with more.
 const LAYER_REST: [f64; 2] = [10e-6, 22e-6];
 /// Seconds more of a layer with spilled weights in a step of one token: its norms are kernels of
-/// their own, and none of its kernels starts while the CPU is at work. A layer whose network the CPU
-/// computes takes 45 µs for the rest, with one token and with eight.
+/// their own, and none of its kernels starts while the CPU is at work. A layer whose network the
+/// CPU computes takes 45 µs for the rest, with one token and with eight.
 const LAYER_APART: f64 = 22e-6;
 /// How often rows as long as the residual stream and the network's are read or written in f32
 /// between products, at the memory's rate: a token of a layer of 8B takes 0.27 µs.

@@ -62,10 +62,10 @@ impl<'a> Candidate<'a> {
 }
 
 impl Placement {
-    /// Places a model on one of some sets of GPUs; none where spilling helps nowhere. Of the sets it
-    /// is that beside which the fewest bytes have to be spilled, and of equals with the longest
-    /// context. Where the machine was measured, sets and cuts of the layers are taken with which
-    /// the expected requests are predicted to end sooner, with no shorter a context; of equals those
+    /// Places a model on one of some sets of GPUs; none where spilling helps nowhere. It is the set
+    /// beside which the fewest bytes have to be spilled, and of equals with the longest context.
+    /// Where the machine was measured, a set and a cut of the layers are taken with which the
+    /// expected requests are predicted to end sooner, with no shorter a context; of equals those
     /// that spill the fewest bytes.
     pub(super) fn spilling<'a>(
         spec: &'a ModelSpec,
