@@ -17,7 +17,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tandem_kernels::{DeviceMatrix, Span, StreamTurn};
+use tandem_kernels::{DeviceMatrix, Span};
 
 /// Steps' numbers lie so far apart: more than a step has events, if its rows cross at once. A step
 /// of a terabyte has as many pieces of weights.
@@ -50,8 +50,6 @@ pub(super) struct GpuSpill {
     shares: Shares,
     pub(super) costs: SpillCosts,
     under_way: Cell<UnderWay>,
-    /// While weights are sent.
-    turn: Cell<Option<StreamTurn>>,
     /// Percent that were asked for.
     asked: Option<u8>,
     /// Tokens whose rows cross at once, and of the widest step that is shared with the CPU where
@@ -78,7 +76,6 @@ impl GpuSpill {
             shares: Shares::new(from.layers()),
             costs: SpillCosts::default(),
             under_way: Cell::default(),
-            turn: Cell::default(),
             asked: options.spill_streamed,
             tokens_max: thread.tokens_max(lane),
             thread,
@@ -144,9 +141,7 @@ impl GpuSpill {
     pub fn begin(&self, tokens: usize, streamed: usize) -> Result<(), ExecutorError> {
         let is_here = self.shares.of(streamed);
         let stream = self.stream.as_ref().filter(|_| streamed > 0);
-        if stream.is_some() {
-            self.turn.set(Some(self.weights.gpu().stream_turn()?));
-        }
+        let turn = stream.map(|_| self.weights.gpu().stream_turn()).transpose()?;
         let mut under_way = UnderWay::default();
         if is_here.contains(&true) {
             let (base, is_here) = (self.bases.crossing, Arc::clone(is_here));
@@ -155,9 +150,9 @@ impl GpuSpill {
             under_way.is_computing = true;
             self.under_way.set(under_way);
         }
-        if let Some(stream) = stream {
+        if let (Some(stream), Some(turn)) = (stream, turn) {
             let is_here = Arc::clone(is_here);
-            stream.orders().begin(SendOrder { base: self.bases.ring, is_here })?;
+            stream.orders().begin(SendOrder { base: self.bases.ring, is_here, turn })?;
             under_way.is_sending = true;
             self.under_way.set(under_way);
         }
@@ -181,8 +176,6 @@ impl GpuSpill {
             Some(stream) if is_sending => stream.orders().finish(),
             _ => Ok(()),
         };
-        // The GPU comes to the step's end by itself.
-        self.turn.take();
         computed.and(sent)
     }
 
