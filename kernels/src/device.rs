@@ -56,7 +56,7 @@ pub(crate) fn facts(ordinal: usize) -> Result<DeviceFacts, DriverError> {
             reason: error.to_string(),
         }
     };
-    let _turn = Taker::new().call();
+    let _turn = Taker::new().turn();
     let context = CudaContext::new(ordinal).map_err(refuse("context"))?;
     let number = |attribute: Attribute| {
         let value = context.attribute(attribute).map_err(refuse("attributes"))?;

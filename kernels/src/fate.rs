@@ -39,7 +39,7 @@ impl Default for Fate {
 }
 
 impl Fate {
-    /// Whose turns calls are that may wait for the GPU.
+    /// Whose turn a call is that may wait for the GPU.
     pub(crate) fn taker(&self) -> Taker {
         self.taker
     }
@@ -77,7 +77,7 @@ impl<T> Deref for OnGpu<T> {
 impl<T> Drop for OnGpu<T> {
     fn drop(&mut self) {
         if self.fate.check().is_ok() {
-            let _turn = self.fate.taker().call();
+            let _turn = self.fate.taker().turn();
             // SAFETY: it is dropped here alone, once, and not used afterwards.
             unsafe { ManuallyDrop::drop(&mut self.value) };
         }
@@ -87,7 +87,7 @@ impl<T> Drop for OnGpu<T> {
 impl Gpu {
     /// Waits for the turn of a call that may wait for the GPU, until it is dropped.
     pub(crate) fn turn(&self) -> Turn<'static> {
-        self.fate().taker().call()
+        self.fate().taker().turn()
     }
 
     /// How long a wait for the GPU may take before it counts as hung; 30 s without this.

@@ -139,7 +139,7 @@ impl Gpu {
 
     fn with_fate(ordinal: usize, fate: Arc<Fate>) -> Result<Gpu, GpuError> {
         let failed = |what| move |error| failure(ordinal, what, error);
-        let _turn = fate.taker().call();
+        let _turn = fate.taker().turn();
         let context = CudaContext::new(ordinal).map_err(failed("opening a context"))?;
         // SAFETY: this crate uses one stream, whose order is all the synchronisation there is.
         unsafe { context.disable_event_tracking() };

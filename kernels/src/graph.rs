@@ -23,10 +23,9 @@ impl Gpu {
     ) -> Result<Option<LaunchGraph>, E> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.bound()?;
-        let stream = self.stream();
+        let (_turn, stream) = (self.turn(), self.stream());
         stream.begin_capture(mode).map_err(|error| self.failed("recording", error))?;
         let launched = launch();
-        let _turn = self.turn();
         let ended = stream.end_capture(sys::CUgraphInstantiate_flags(0));
         use sys::CUresult as Code;
         let none = [Code::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, Code::CUDA_ERROR_OUT_OF_MEMORY];

@@ -170,7 +170,7 @@ impl Drop for PinnedMemory {
         if self.fate.check().is_err() {
             return;
         }
-        let _turn = self.fate.taker().call();
+        let _turn = self.fate.taker().turn();
         if self.context.synchronize().is_ok() {
             // SAFETY: it came from `malloc_host`, and is freed once. A failure has no one to be
             // told to.

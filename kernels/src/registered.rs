@@ -106,7 +106,7 @@ impl Drop for RegisteredMemory {
         if self.fate.check().is_err() {
             return;
         }
-        let _turn = self.fate.taker().call();
+        let _turn = self.fate.taker().turn();
         if self.context.synchronize().is_ok() {
             for piece in &self.pieces {
                 let at = std::ptr::without_provenance_mut::<u8>(*piece).cast();
