@@ -33,6 +33,8 @@ mod swapped;
 mod tiers;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
+#[path = "executor_gpu/together.rs"]
+mod together;
 #[path = "support/turn.rs"]
 mod turn;
 
@@ -73,7 +75,18 @@ fn with(dtype: KvDType, mut options: StageOptions) -> StageOptions {
 
 /// The model on the first GPU, if there is one; all of it, or what `options.part` says.
 fn on_gpu(model: &Model, options: &StageOptions) -> Option<GpuStage> {
+    let weights = load(model, options)?;
+    Some(GpuStage::start(Arc::new(weights), options).unwrap())
+}
+
+/// Its weights.
+fn load(model: &Model, options: &StageOptions) -> Option<GpuWeights> {
     turn::take_turn();
+    load_now(model, options)
+}
+
+/// The same without a turn, for a test that has one.
+fn load_now(model: &Model, options: &StageOptions) -> Option<GpuWeights> {
     let whole = StagePart::whole(model.spec.layers.len());
     let request = WeightsRequest {
         source: model.checkpoint.clone().into(),
@@ -86,7 +99,7 @@ fn on_gpu(model: &Model, options: &StageOptions) -> Option<GpuStage> {
     match GpuWeights::load(0, &request, Some(&mut pool), &mut |_| {}) {
         Ok(weights) => {
             weights.limit_waits(Duration::from_secs(10));
-            Some(GpuStage::start(Arc::new(weights), options).unwrap())
+            Some(weights)
         }
         Err(ExecutorError::Gpu(error)) if std::env::var_os("TANDEM_REQUIRE_GPU").is_none() => {
             println!("skipped: {error}");

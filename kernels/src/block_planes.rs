@@ -73,12 +73,7 @@ impl Gpu {
     /// # Errors
     /// What the driver refuses.
     pub fn block_copies(&self) -> Result<BlockCopies, GpuError> {
-        let stream = self.stream().context().new_stream();
-        let stream = stream.map_err(|error| self.failed("making a stream", error))?;
-        let followed = self.stream().context().new_event(None);
-        let followed = followed.map_err(|error| self.failed("marking its work", error))?;
-        let (stream, followed) = (OnGpu::new(stream, self), OnGpu::new(followed, self));
-        let copies = BlockCopies { stream, followed };
+        let copies = BlockCopies { stream: self.new_stream()?, followed: self.new_event()? };
         // Memory may still be cleared.
         copies.follow(self)?;
         Ok(copies)

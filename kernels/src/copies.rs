@@ -54,9 +54,7 @@ impl Gpu {
 
     fn lane(&self, bytes: usize) -> Result<Lane, GpuError> {
         let (host, device) = (self.alloc_pinned(bytes)?, self.alloc(bytes)?);
-        let stream = self.stream().context().new_stream();
-        let stream = stream.map_err(|error| self.failed("making a stream", error))?;
-        Ok(Lane { host, device, stream: OnGpu::new(stream, self) })
+        Ok(Lane { host, device, stream: self.new_stream()? })
     }
 }
 

@@ -6,8 +6,10 @@
 //! So the base has to grow from step to step by no less than the events of a step, and by less than
 //! 2^31 between two steps that use the same flags; flags begin at 0.
 
+use crate::fate::OnGpu;
 use crate::gpu::{Gpu, GpuError, Span};
-use cudarc::driver::DeviceRepr;
+use cudarc::driver::{CudaEvent, CudaStream, DeviceRepr};
+use std::sync::Arc;
 
 /// The number of event `index` of the step with some base.
 pub fn event_number(base: u32, index: usize) -> u32 {
@@ -33,6 +35,28 @@ struct EventArgs {
 unsafe impl DeviceRepr for EventArgs {}
 
 impl Gpu {
+    /// A stream of its own for work beside that of its first.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub(crate) fn new_stream(&self) -> Result<OnGpu<Arc<CudaStream>>, GpuError> {
+        let _turn = self.turn();
+        let stream = self.stream().context().new_stream();
+        let stream = stream.map_err(|error| self.failed("making a stream", error))?;
+        Ok(OnGpu::new(stream, self))
+    }
+
+    /// A mark in the order of a stream that another can wait for.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub(crate) fn new_event(&self) -> Result<OnGpu<CudaEvent>, GpuError> {
+        let _turn = self.turn();
+        let event = self.stream().context().new_event(None);
+        let event = event.map_err(|error| self.failed("marking its work", error))?;
+        Ok(OnGpu::new(event, self))
+    }
+
     /// Starts a kernel that waits until a flag has reached event `index`, or another is not 0.
     ///
     /// # Safety

@@ -6,6 +6,7 @@
 //! left to the end of the process.
 
 use crate::gpu::{Gpu, GpuError};
+use crate::turns::{Taker, Turn};
 use cudarc::driver::{CudaStream, DriverError, sys};
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
@@ -26,16 +27,23 @@ const SLEEP_DIVISOR: u32 = 1000;
 pub(crate) struct Fate {
     end: OnceLock<GpuError>,
     wait_max_us: AtomicU64,
+    /// All GPUs of a model have one fate.
+    taker: Taker,
 }
 
 impl Default for Fate {
     fn default() -> Self {
         let wait_max_us = AtomicU64::new(WAIT_MAX.as_micros() as u64);
-        Self { end: OnceLock::new(), wait_max_us }
+        Self { end: OnceLock::new(), wait_max_us, taker: Taker::new() }
     }
 }
 
 impl Fate {
+    /// Whose turn a call is that may wait for the GPU.
+    pub(crate) fn taker(&self) -> Taker {
+        self.taker
+    }
+
     /// The failure after which nothing works any more.
     ///
     /// # Errors
@@ -45,7 +53,8 @@ impl Fate {
     }
 }
 
-/// Something whose drop calls the driver: it is forgotten where the GPU has failed for good.
+/// Something whose drop calls the driver, which may wait for the GPU: it is forgotten where the GPU
+/// has failed for good.
 pub(crate) struct OnGpu<T> {
     value: ManuallyDrop<T>,
     fate: Arc<Fate>,
@@ -68,6 +77,7 @@ impl<T> Deref for OnGpu<T> {
 impl<T> Drop for OnGpu<T> {
     fn drop(&mut self) {
         if self.fate.check().is_ok() {
+            let _turn = self.fate.taker().turn();
             // SAFETY: it is dropped here alone, once, and not used afterwards.
             unsafe { ManuallyDrop::drop(&mut self.value) };
         }
@@ -75,6 +85,11 @@ impl<T> Drop for OnGpu<T> {
 }
 
 impl Gpu {
+    /// Waits for the turn of a call that may wait for the GPU, until it is dropped.
+    pub(crate) fn turn(&self) -> Turn<'static> {
+        self.fate().taker().turn()
+    }
+
     /// How long a wait for the GPU may take before it counts as hung; 30 s without this.
     pub fn limit_waits(&self, most: Duration) {
         let us = u64::try_from(most.as_micros()).unwrap_or(u64::MAX);

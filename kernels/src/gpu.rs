@@ -6,6 +6,7 @@
 
 use crate::driver::Driver;
 use crate::fate::{Fate, OnGpu, failure};
+use crate::turns::Turn;
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, result, sys,
 };
@@ -32,6 +33,8 @@ pub struct Gpu {
     has_wgmma: bool,
     compiled_for: usize,
     fate: Arc<Fate>,
+    /// While it is dropped, until all of the above is.
+    last_turn: Option<Turn<'static>>,
 }
 
 /// Memory of a GPU; freed when dropped.
@@ -68,6 +71,7 @@ impl Gpu {
     }
 
     fn with_fate(ordinal: usize, fate: Arc<Fate>) -> Result<Gpu, GpuError> {
+        let _turn = fate.taker().call();
         let context = CudaContext::new(ordinal)
             .map_err(|error| failure(ordinal, "opening a context", error, || None))?;
         let free = || Some(context.mem_get_info().ok()?.0);
@@ -110,6 +114,7 @@ impl Gpu {
             has_wgmma,
             compiled_for,
             fate,
+            last_turn: None,
         })
     }
 
@@ -167,6 +172,7 @@ impl Gpu {
     /// [`GpuError::OutOfMemory`] when there is no room.
     pub fn alloc(&self, bytes: usize) -> Result<DeviceMemory, GpuError> {
         self.bound()?;
+        let _turn = self.turn();
         let slice = self.stream.alloc_zeros::<u8>(bytes.max(1)).map_err(|error| {
             match self.failed("allocating memory", error) {
                 GpuError::OutOfMemory { ordinal, what, free_bytes, .. } => {
@@ -187,6 +193,7 @@ impl Gpu {
         // Looking, as this does, is no synchronisation to the driver, the one after it is. It finds
         // nothing to wait for.
         self.synchronize()?;
+        let _turn = self.turn();
         self.stream.synchronize().map_err(|error| self.failed("waiting for it", error))
     }
 
@@ -279,6 +286,8 @@ impl Drop for Gpu {
         if self.fate.check().is_err() {
             // The module and the context would wait for the GPU, or crash, when they are dropped.
             std::mem::forget((Arc::clone(&self.module), Arc::clone(&self.stream)));
+        } else {
+            self.last_turn = Some(self.turn());
         }
     }
 }

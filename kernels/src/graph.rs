@@ -23,7 +23,7 @@ impl Gpu {
     ) -> Result<Option<LaunchGraph>, E> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.bound()?;
-        let stream = self.stream();
+        let (_turn, stream) = (self.turn(), self.stream());
         stream.begin_capture(mode).map_err(|error| self.failed("recording", error))?;
         let launched = launch();
         let ended = stream.end_capture(sys::CUgraphInstantiate_flags(0));
@@ -39,6 +39,8 @@ impl Gpu {
             what: "recording",
             reason: "nothing was recorded".into(),
         })?;
+        // Now, and not when it is first started, which is nobody's turn.
+        graph.upload().map_err(|error| self.failed("recording", error))?;
         Ok(Some(LaunchGraph { graph: OnGpu::new(graph, self) }))
     }
 

@@ -108,9 +108,9 @@ impl Gpu {
         started.result().map_err(|error| self.failed("starting a kernel", error))
     }
 
-    /// Loads all kernels now. The driver loads a kernel where it is first started, and may wait for
-    /// all that runs: where something that runs waits for what is started after it, this comes
-    /// first.
+    /// Loads all kernels now. Otherwise each is loaded where it is first started, for which the
+    /// driver may wait for all that runs: where something that runs waits for what is started after
+    /// it, this comes first.
     ///
     /// # Errors
     /// What the driver refuses.
@@ -118,6 +118,7 @@ impl Gpu {
         // What was freed may be theirs. It comes first: a kernel that could not be loaded once
         // fails when it is started, even where the driver has loaded it later.
         self.give_back_freed()?;
+        let _turn = self.turn();
         let (any, _) = self.function(ANY_KERNEL)?;
         let (mut module, mut count) = (std::ptr::null_mut(), 0);
         // SAFETY: the function is loaded, so its module is; both results are written.
@@ -147,6 +148,7 @@ impl Gpu {
         if let Some(function) = functions.get(kernel) {
             return Ok(function.clone());
         }
+        let _turn = self.turn();
         let function = self.module.load_function(kernel);
         let function = function.map_err(|error| self.failed("finding a kernel", error))?;
         let wanted =
@@ -160,6 +162,11 @@ impl Gpu {
         function
             .set_attribute(wanted, self.shared_bytes() as i32 - fixed)
             .map_err(|error| self.failed("giving a kernel shared memory", error))?;
+        // Now, and not when it is first started, which is nobody's turn.
+        // SAFETY: the function is one of the module's.
+        unsafe { sys::cuFuncLoad(function.cu_function()) }
+            .result()
+            .map_err(|error| self.failed("loading a kernel", error))?;
         functions.insert(kernel.to_owned(), (function.clone(), overlaps));
         Ok((function, overlaps))
     }

@@ -42,6 +42,7 @@ mod route;
 mod rows;
 mod sample;
 mod stream;
+mod turns;
 mod weight_stream;
 mod wide;
 
@@ -71,4 +72,5 @@ pub use route::{ExpertRoutes, Route, Routed};
 pub use rows::{Added, Gate, NormRows, RoundRows, RowNorm};
 pub use sample::{RowMeasure, RowMeasures};
 pub use stream::{Gated, NormBefore};
+pub use turns::StreamTurn;
 pub use weight_stream::WeightRing;

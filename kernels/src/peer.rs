@@ -40,15 +40,10 @@ impl Gpu {
         bytes: usize,
         copies: PeerCopies,
     ) -> Result<PeerLane, GpuError> {
-        let event = |gpu: &Gpu| {
-            let event = gpu.stream().context().new_event(None);
-            let event = event.map_err(|error| gpu.failed("marking its work", error))?;
-            Ok::<_, GpuError>(OnGpu::new(event, gpu))
-        };
         let is_direct = self.ordinal() == to.ordinal()
             || copies == PeerCopies::Allowed && self.may_write_to(to)?;
         let host = (!is_direct).then(|| to.alloc_pinned(bytes)).transpose()?;
-        let lane = PeerLane { host, sent: event(self)?, used: event(to)? };
+        let lane = PeerLane { host, sent: self.new_event()?, used: to.new_event()? };
         // The memory that rows come to may still be cleared there.
         lane.used(to)?;
         Ok(lane)
@@ -57,6 +52,7 @@ impl Gpu {
     /// Has the driver let this GPU write all memory that is allocated on another. Whether it does.
     fn may_write_to(&self, to: &Gpu) -> Result<bool, GpuError> {
         to.bound()?;
+        let _turn = self.turn();
         let [from, device] = [self, to].map(|gpu| gpu.stream().context().cu_device());
         let (mut can_write, mut pool) = (0, std::ptr::null_mut());
         // SAFETY: both are devices of the driver, and the result is written.

@@ -29,7 +29,7 @@ impl Gpu {
     /// refuses.
     pub fn alloc_pinned(&self, bytes: usize) -> Result<PinnedMemory, GpuError> {
         self.bound()?;
-        let bytes = bytes.max(1);
+        let (_turn, bytes) = (self.turn(), bytes.max(1));
         // SAFETY: the context is this thread's; the memory is initialised below.
         let start = unsafe { result::malloc_host(bytes, 0) }
             .map_err(|error| self.not_locked("locking host memory", bytes, error))?;
@@ -187,7 +187,11 @@ impl DerefMut for PinnedMemory {
 
 impl Drop for PinnedMemory {
     fn drop(&mut self) {
-        if self.fate.check().is_ok() && self.context.synchronize().is_ok() {
+        if self.fate.check().is_err() {
+            return;
+        }
+        let _turn = self.fate.taker().turn();
+        if self.context.synchronize().is_ok() {
             // SAFETY: it came from `malloc_host`, and is freed once. A failure has no one to be
             // told to.
             let _ = unsafe { sys::cuMemFreeHost(self.start.as_ptr().cast()) };

@@ -66,6 +66,7 @@ impl Gpu {
         };
         for piece in pieces {
             let at = bytes.as_ptr().with_addr(piece.start).cast_mut().cast();
+            let _turn = self.turn();
             // SAFETY: the pages are mapped, as the caller promises for as long as it takes.
             unsafe { sys::cuMemHostRegister_v2(at, piece.len(), FOR_ALL_GPUS) }
                 .result()
@@ -102,7 +103,11 @@ impl RegisteredMemory {
 
 impl Drop for RegisteredMemory {
     fn drop(&mut self) {
-        if self.fate.check().is_ok() && self.context.synchronize().is_ok() {
+        if self.fate.check().is_err() {
+            return;
+        }
+        let _turn = self.fate.taker().turn();
+        if self.context.synchronize().is_ok() {
             for piece in &self.pieces {
                 let at = std::ptr::without_provenance_mut::<u8>(*piece).cast();
                 // SAFETY: it was registered, and is given back once. A failure has no one to be

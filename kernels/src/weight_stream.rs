@@ -63,16 +63,8 @@ impl Gpu {
         let moved = self.alloc(size_of::<u32>())?;
         let host = self.alloc_pinned(HOST_BYTES)?;
         let host_start = self.address_of(&host)?;
-        let stream = self.stream().context().new_stream();
-        let stream = stream.map_err(|error| self.failed("making a stream", error))?;
-        let stream = OnGpu::new(stream, self);
-        let event = |_| {
-            let event = self.stream().context().new_event(None);
-            event
-                .map(|event| OnGpu::new(event, self))
-                .map_err(|error| self.failed("marking its work", error))
-        };
-        let copied = (0..slots).map(event).collect::<Result<_, _>>()?;
+        let stream = self.new_stream()?;
+        let copied = (0..slots).map(|_| self.new_event()).collect::<Result<_, _>>()?;
         // The ring's stream starts with memory that the other has cleared.
         self.synchronize()?;
         Ok(WeightRing { host, host_start, memory, moved, stream, copied, slot_bytes })
@@ -82,7 +74,8 @@ impl Gpu {
 impl WeightRing {
     /// Copies the pieces of a step to the GPU in their order, each as its slot becomes free, and
     /// says of each that it has arrived: for a thread of its own, after the step before has been
-    /// waited for. Ends early where `gives_up` says so, or the ring is released.
+    /// waited for, in the step's [turn](Gpu::stream_turn). Ends early where `gives_up` says so, or
+    /// the ring is released.
     ///
     /// All waiting is the host's. Where the ring's stream waits for a flag, or writes one, the
     /// driver may put that behind, or before, work of the other stream that waits for it: it knows

@@ -65,13 +65,13 @@ impl EngineLoop {
         // Copies of an earlier loop must not meet blocks that this one gives away.
         shared.swaps.loop_starts();
         Ok(Self {
+            swaps: SwapDesk::new(&shared.swaps, scheduler.copies_max()),
             scheduler,
             links: Links::default(),
             plan: Box::default(),
             output: Box::default(),
             events: Vec::new(),
             generation: shared.steps.generation(),
-            swaps: SwapDesk::new(&shared.swaps),
             published: SchedulerStats::default(),
             life: shared.next_loop_life(),
             last_run_end_us: None,

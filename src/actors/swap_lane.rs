@@ -170,14 +170,17 @@ impl SwapLane {
 /// The engine loop's side: what waits to be sent, and empty orders.
 pub(super) struct SwapDesk {
     epoch: u64,
+    /// Copies that the scheduler has begun: it has no more under way than there is room for here.
     pub(super) pending: VecDeque<BlockCopy>,
     #[allow(clippy::vec_box, reason = "orders travel in boxes")]
     empty: Vec<Box<SwapOrder>>,
 }
 
 impl SwapDesk {
-    pub(super) fn new(lane: &SwapLane) -> Self {
-        let mut desk = Self { epoch: 0, pending: VecDeque::new(), empty: Vec::new() };
+    /// For a scheduler that has no more than `copies_max` copies under way.
+    pub(super) fn new(lane: &SwapLane, copies_max: usize) -> Self {
+        let pending = VecDeque::with_capacity(copies_max);
+        let mut desk = Self { epoch: 0, pending, empty: Vec::new() };
         desk.reset(lane);
         desk
     }

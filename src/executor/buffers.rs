@@ -15,6 +15,7 @@
 //! [`Worker::share`]: super::cpu_pool::Worker::share
 
 use super::program::ProgramDims;
+use crate::memory::ALIGNMENT;
 use std::marker::PhantomData;
 use std::ops::Range;
 use tandem_cpu_kernels::blocks::GROUP;
@@ -23,7 +24,9 @@ use tandem_cpu_kernels::{
 };
 
 /// f32 memory, allocated once, on a cache-line boundary: a group of 16 rows of a product is a line,
-/// and a vector across two lines costs double.
+/// and a vector across two lines costs double. There are dozens for each worker, some of a hundred
+/// bytes: as [`AlignedBytes`](crate::memory::AlignedBytes) each would have pages of its own, and
+/// all would start at the same place of a page.
 pub(super) struct Memory {
     allocated: Vec<f32>,
     /// Where the boundary is.
@@ -33,9 +36,9 @@ pub(super) struct Memory {
 
 impl Memory {
     pub fn new(elements: usize) -> Self {
-        const LINE: usize = 64 / size_of::<f32>();
+        const LINE: usize = ALIGNMENT / size_of::<f32>();
         let allocated = vec![0.0; elements + LINE];
-        let start = allocated.as_ptr().align_offset(64).min(LINE);
+        let start = allocated.as_ptr().align_offset(ALIGNMENT).min(LINE);
         Self { allocated, start, elements }
     }
 

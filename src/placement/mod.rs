@@ -3,6 +3,7 @@
 //! model, machine and configuration give the same placement, and nothing is allocated here. The
 //! engine calls it before it loads anything, `tandem plan` to explain.
 
+mod claims;
 mod cpu;
 mod explain;
 mod gpu;
@@ -27,6 +28,7 @@ mod spill_ways;
 mod width;
 mod workers;
 
+pub use claims::{claimed_units, dealt_rows, tiled_units};
 pub use explain::ExplainRow;
 pub use nodes::{NODE_ROWS, NodeTeams};
 pub use predict::{DecodeSpeed, Job, Prediction, PromptSpeed};
@@ -46,6 +48,8 @@ use crate::units::ByteSize;
 use gpu::Candidates;
 use room::{Room, margin_bytes, spilled_context};
 use serde::Serialize;
+use spill_ways::Ways;
+use std::cell::OnceCell;
 use std::fmt;
 use std::ops::Range;
 
@@ -172,11 +176,11 @@ impl Placement {
         width::plan(spec, hardware, config).map(|placed| placed.by_node(hardware))
     }
 
-    /// The same with the configured width of steps.
-    fn of_width(
-        spec: &ModelSpec,
-        hardware: &HardwareProfile,
-        config: &Config,
+    /// The same with the configured width of steps. Ways to spill are those of all widths.
+    fn of_width<'a>(
+        spec: &'a ModelSpec,
+        (hardware, config): (&HardwareProfile, &Config),
+        ways: &OnceCell<Ways<'a>>,
     ) -> Result<Self, RequestError> {
         let workers = Workers::choose(&hardware.topology, &config.cpu).map_err(|error| {
             let ConfigError { field, got, allowed } = error;
@@ -186,7 +190,7 @@ impl Placement {
         let why_cpu = match gpu::choose(spec, hardware, config, &mut notes)? {
             Candidates::Cpu(why) => why,
             Candidates::Gpus(candidates) => {
-                let on = (&workers, &candidates[..]);
+                let on = (&workers, &candidates[..], ways);
                 let is_auto = config.gpu.choice() == Ok(GpuChoice::Auto);
                 match Self::on_gpus(spec, (hardware, config), on, notes.clone()) {
                     Err(error) if is_auto => {
@@ -218,10 +222,10 @@ impl Placement {
     /// Places a model on the first of some sets of GPUs that holds the whole with a context of use.
     /// Where none does, the one has it that spills least, or the whole with the context that is
     /// left.
-    fn on_gpus(
-        spec: &ModelSpec,
+    fn on_gpus<'a>(
+        spec: &'a ModelSpec,
         (hardware, config): (&HardwareProfile, &Config),
-        (workers, candidates): (&Workers, &[Vec<&Gpu>]),
+        (workers, candidates, ways): (&Workers, &[Vec<&Gpu>], &OnceCell<Ways<'a>>),
         notes: Vec<String>,
     ) -> Result<Self, RequestError> {
         let asked = config.model.context_tokens;
@@ -243,7 +247,8 @@ impl Placement {
         }
         let numa_node = candidates.iter().flatten().find_map(|gpu| gpu.numa_node);
         let workers = workers.beside_gpu(&config.cpu, numa_node);
-        let spilled = Self::spilling(spec, (hardware, config), (&workers, candidates), &notes);
+        let on = (&workers, candidates, ways);
+        let spilled = Self::spilling(spec, (hardware, config), on, &notes);
         match (whole, spilled) {
             // A longer context is worth some networks, not those of a GPU that is left alone.
             (Ok(whole), Some(Ok(spilled)))

@@ -3,12 +3,13 @@
 
 use super::predict_cpu::CpuRates;
 use super::predict_gpu;
-use super::predict_work::{Parts, Work, attention_parts, network_parts, output_parts};
+use super::predict_work::{Parts, attention_parts, network_parts, output_parts};
 use super::{CROSSING_TOKENS_MAX, Device, Placement, SharedTimes, Spill, StagePlacement};
 use crate::hardware::{GpuRates, Measured};
 use crate::model::{LayerSpec, ModelSpec};
 use crate::tensor::DType;
 use serde::Serialize;
+use std::collections::HashMap;
 use std::ops::Add;
 
 /// Layers that a ring holds which did not have to be made smaller.
@@ -80,6 +81,8 @@ struct Spilled {
     bytes: f64,
     /// Its crossings, and the bytes that cross.
     crossing: [f64; 2],
+    /// Elements of a token that its network gates, if that is dense.
+    gated: f64,
 }
 
 /// What a placed model costs.
@@ -156,13 +159,19 @@ impl<'a> Costs<'a> {
             }
         };
         let attention: Vec<f64> = self.stages.iter().map(attention).collect();
+        // Most steps are alike.
+        let mut known = HashMap::<_, Vec<_>>::new();
         let steps = (0..tokens).step_by(most).map(|start| {
             let end = tokens.min(start + most);
             // Prompts that end in it.
             let logits = end / length - start / length;
             let share = (end - start) as f64 / tokens as f64;
-            let stages = self.of_stages(end - start, logits).zip(&attention);
-            let stages = stages.map(|(stage, all)| StepSeconds { attention: share * all, ..stage });
+            let step = (end - start, logits);
+            let stages =
+                known.entry(step).or_insert_with(|| self.of_stages(step.0, logits).collect());
+            let stages = stages.iter().zip(&attention);
+            let stages =
+                stages.map(|(stage, all)| StepSeconds { attention: share * all, ..*stage });
             let step = if end == tokens || !overlaps {
                 stages.fold(StepSeconds::default(), Add::add)
             } else {
@@ -195,8 +204,8 @@ impl<'a> Costs<'a> {
         tokens: usize,
         logits: usize,
     ) -> StepSeconds {
-        let Spilled { mut resident, mean, layers, bytes, crossing } =
-            self.spilled((stage, gpu), tokens);
+        let spilled = self.spilled((stage, gpu), tokens);
+        let Spilled { mut resident, mean, layers, crossing, .. } = spilled;
         resident += output_parts(self.spec, logits, &self.seconds_per_weight(gpu));
         let model = (self.spec, &self.spec.layers[stage.layers.clone()]);
         let Some(gpu) = gpu else {
@@ -206,19 +215,21 @@ impl<'a> Costs<'a> {
         if layers == 0 {
             return StepSeconds { products, ..StepSeconds::default() };
         }
-        let times = self.shared_times(gpu, (mean.all(), bytes), tokens);
+        let apart = predict_gpu::apart_seconds(gpu, layers, tokens);
+        let times = self.shared_times(gpu, &spilled, tokens);
         let crossing = crossing[0] * gpu.crossing_us * 1e-6 + crossing[1] / gpu.pinned.to_gpu;
         let with_streamed = |streamed: usize| {
             let here = (layers - streamed) as f64;
             let mut on_gpu = resident;
             on_gpu += mean * streamed as f64;
-            let on_gpu = predict_gpu::seconds(gpu, model, tokens, on_gpu);
+            let on_gpu = predict_gpu::seconds(gpu, model, tokens, on_gpu) + apart;
             let both = times.seconds(here, streamed as f64) + here * crossing;
             // Nobody waits for the CPU: what comes and what is computed overlap.
             if here == 0.0 { on_gpu.max(both) } else { on_gpu + both }
         };
         let fewest = if tokens > CROSSING_TOKENS_MAX { layers } else { 0 };
         let all = (fewest..=layers).map(with_streamed).fold(f64::INFINITY, f64::min);
+        let products = products + apart;
         StepSeconds { products, spilled: all - products, ..StepSeconds::default() }
     }
 
@@ -249,6 +260,9 @@ impl<'a> Costs<'a> {
             ] {
                 *if is_spilled { &mut all.mean } else { &mut all.resident } += parts;
             }
+            if let Some(ffn) = layer.ffn.dense().filter(|_| of(&spill.layers)) {
+                all.gated += ffn.up.weight.rows as f64;
+            }
             let units = spill.units_of(at, layer);
             all.layers += usize::from(!units.is_empty());
             for unit in units {
@@ -260,22 +274,20 @@ impl<'a> Costs<'a> {
         let share = 1.0 / all.layers.max(1) as f64;
         all.mean = all.mean * share;
         all.bytes *= share;
+        all.gated *= share;
         all.crossing = all.crossing.map(|all| all * share);
         all
     }
 
-    /// Of a layer of this work, whose weights have so many bytes. A stream carries all experts.
-    fn shared_times(
-        &self,
-        gpu: &GpuRates,
-        (work, bytes): (Work, f64),
-        tokens: usize,
-    ) -> SharedTimes {
+    /// Of what is spilled of a layer, in the mean. A stream carries all experts.
+    fn shared_times(&self, gpu: &GpuRates, spilled: &Spilled, tokens: usize) -> SharedTimes {
+        let (work, bytes) = (spilled.mean.all(), spilled.bytes);
+        let units = (spilled.crossing[0], spilled.gated);
         let beside = self.cpu.reading_at_most(gpu.beside_reads.reads);
         let to_gpu_beside = gpu.beside_reads.to_gpu.min(gpu.pinned.to_gpu);
         SharedTimes {
-            cpu: self.cpu.seconds((work.bytes, work.cpu_seconds), tokens),
-            cpu_beside: beside.seconds((work.bytes, work.cpu_seconds), tokens),
+            cpu: self.cpu.spilled(work, units, tokens),
+            cpu_beside: beside.spilled(work, units, tokens),
             stream: bytes / gpu.pinned.to_gpu,
             stream_beside: bytes / to_gpu_beside,
             ahead: RING_LAYERS,

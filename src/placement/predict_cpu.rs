@@ -23,6 +23,8 @@ const ATTENTION_SHARE: f64 = 0.18;
 const ATTENTION_SHARE_TILES: f64 = 0.06;
 /// How often workers meet in a layer: in steps of a few tokens, and in wider ones.
 const MEETINGS: [f64; 2] = [5.0, 8.0];
+/// The same in a unit that a GPU has spilled.
+const UNIT_MEETINGS: [f64; 2] = [2.0, 3.0];
 /// Tokens of the widest step whose rows each worker normalises for itself.
 const NARROW_TOKENS: usize = 16;
 
@@ -97,6 +99,15 @@ impl<'a> CpuRates<'a> {
         let reading = bytes / self.read;
         let unhidden = self.measured.unhidden_with(tokens as f64);
         reading.max(cpu_seconds) + unhidden * reading.min(cpu_seconds)
+    }
+
+    /// Of what a GPU has spilled of a layer: with this work of products, in so many units, which
+    /// gate so many elements of a token.
+    pub fn spilled(&self, work: Work, (units, gated): (f64, f64), tokens: usize) -> f64 {
+        let gates = self.row_seconds((gated * tokens as f64) as usize, self.rows.gate);
+        let meetings = UNIT_MEETINGS[usize::from(tokens > NARROW_TOKENS)] * units * self.meeting;
+        let products = self.seconds((work.bytes, work.cpu_seconds), tokens);
+        products + gates + meetings + self.waits(work, tokens)
     }
 
     /// Of work on rows at a rate of all workers of the probe.

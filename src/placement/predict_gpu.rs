@@ -13,6 +13,10 @@ const LAYER_WAIT: f64 = 23e-6;
 /// Seconds of a layer beside products that were measured: with one token, whose norms and rounding
 /// are parts of the products, and with more.
 const LAYER_REST: [f64; 2] = [10e-6, 22e-6];
+/// Seconds more of a layer with spilled weights in a step of one token: its norms are kernels of
+/// their own, and none of its kernels starts while the CPU is at work. A layer whose network the
+/// CPU computes takes 45 µs for the rest, with one token and with eight.
+const LAYER_APART: f64 = 22e-6;
 /// How often rows as long as the residual stream and the network's are read or written in f32
 /// between products, at the memory's rate: a token of a layer of 8B takes 0.27 µs.
 const ROW_PASSES: f64 = 17.0;
@@ -87,6 +91,12 @@ pub(super) fn seconds(
     dense
         + experts.bytes / (vram * VRAM_SHARE_EXPERTS)
         + experts.macs / (macs * TENSOR_SHARE_EXPERTS)
+}
+
+/// Of so many layers with spilled weights, more than of others.
+pub(super) fn apart_seconds(gpu: &GpuRates, layers: usize, tokens: usize) -> f64 {
+    let is_single = tokens == 1 && !gpu.products.is_empty();
+    if is_single { layers as f64 * LAYER_APART } else { 0.0 }
 }
 
 /// Of what layers take beside products that were measured.

@@ -1,6 +1,7 @@
 //! What the parts of a model do in a step: bytes of weights that are read, and
 //! multiply-accumulates.
 
+use super::claims::{claimed_units, dealt_rows};
 use crate::model::{AttentionSpec, FfnSpec, LinearSpec, ModelSpec, TensorRef};
 use crate::tensor::DType;
 use std::iter::Sum;
@@ -59,19 +60,12 @@ impl Sum for Work {
     }
 }
 
-/// What a worker takes of a product at least (`executor/cpu/products.rs`): rows of a narrow step
-/// and of others, or bytes of weights for every so many tokens.
-const PIECE_ROWS: [usize; 2] = [16, 32];
-const NARROW_TOKENS: usize = 4;
-const PIECE_BYTES: usize = 32 << 10;
-const PIECE_TOKENS: usize = 8;
-
-/// The part of a matrix that the smallest such piece is.
+/// The part of a matrix that the smallest piece is which a worker takes.
 fn smallest_piece(tensor: &TensorRef, tokens: usize) -> f64 {
-    let unit = PIECE_ROWS[usize::from(tokens > NARROW_TOKENS)];
+    let unit = dealt_rows(tokens);
     let unit_bytes = unit * tensor.bytes() as usize / tensor.rows.max(1);
-    let units = PIECE_BYTES / (unit_bytes * tokens.div_ceil(PIECE_TOKENS)).max(1);
-    (units.max(1) * unit).min(tensor.rows) as f64 / tensor.rows.max(1) as f64
+    let units = claimed_units(unit_bytes, tokens).max(1);
+    (units * unit).min(tensor.rows) as f64 / tensor.rows.max(1) as f64
 }
 
 /// A tensor that all of `tokens` tokens meet.

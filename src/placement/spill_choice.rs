@@ -5,75 +5,111 @@ use super::predict::Job;
 use super::spill::Spilling;
 use super::spill_cuts::Shares;
 use super::spill_ways::Ways;
-use super::{Placement, Workers};
+use super::{Device, Placement, Workers};
 use crate::config::Config;
 use crate::hardware::{Gpu, HardwareProfile};
 use crate::model::ModelSpec;
 use crate::request::RequestError;
+use std::cell::OnceCell;
 use std::cmp::Reverse;
 
-/// Part of the predicted time below which two cuts count as equally fast.
+/// Part of the predicted time below which two placements count as equally fast.
 const PRECISION: f64 = 1e-3;
 
-impl Placement {
-    /// Places a model on that of some sets of GPUs beside which the fewest bytes have to be
-    /// spilled, and of equals with the longest context; none where spilling helps nowhere. Its
-    /// layers are cut as is predicted to be fastest.
-    pub(super) fn spilling(
-        spec: &ModelSpec,
-        (hardware, config): (&HardwareProfile, &Config),
-        (workers, candidates): (&Workers, &[Vec<&Gpu>]),
-        notes: &[String],
-    ) -> Option<Result<Self, RequestError>> {
-        let ways = Ways::new(spec, &workers.nodes);
-        let most = candidates.iter().map(Vec::len).max().unwrap_or(0);
-        let placed = candidates.iter().filter_map(|gpus| {
-            let mut notes = notes.to_vec();
-            if gpus.len() < most {
-                let names = gpus.iter().map(|gpu| gpu.ordinal.to_string()).collect::<Vec<_>>();
-                notes.push(format!(
-                    "GPUs other than {} are not used: with them no less would be spilled",
-                    names.join(", ")
-                ));
-            }
-            let spilling = Spilling::new(&ways, (hardware, gpus, workers), config);
-            let shares = spilling.shares()?;
-            let placed = spilling.placed(&shares, notes.clone())?;
-            Some((placed, spilling, shares, notes))
-        });
-        // Of equals the first: the fewest GPUs.
-        let (placed, spilling, shares, notes) = placed.min_by_key(|(placed, ..)| {
-            let placed = placed.as_ref().ok();
-            let spilled =
-                placed.map(|placed| (placed.spilled_bytes(), Reverse(placed.context_tokens)));
-            (spilled.is_none(), spilled)
-        })?;
-        Some(placed.map(|placed| placed.or_cut_faster(spec, config, (&spilling, &shares, &notes))))
+/// What one of some sets of GPUs would have.
+struct Candidate<'a> {
+    spilling: Spilling<'a>,
+    /// Those with the fewest spilled bytes.
+    shares: Shares,
+    placed: Result<Placement, RequestError>,
+}
+
+/// Thousandths of what the requests take on the placement with the fewest spilled bytes, and bytes.
+type Value = (u64, u64);
+
+impl<'a> Candidate<'a> {
+    /// None where spilling does not help.
+    fn new(spilling: Spilling<'a>, notes: &[String]) -> Option<Self> {
+        let shares = spilling.shares()?;
+        let placed = spilling.placed(&shares, notes.to_vec())?;
+        Some(Self { spilling, shares, placed })
     }
 
-    /// This placement on several GPUs, or one whose layers are cut so that the expected requests
-    /// are predicted to end sooner, with no shorter a context; of equals the one that spills the
-    /// fewest bytes. Where nothing was measured, this one.
-    fn or_cut_faster(
+    /// What is less where less has to be spilled, or as much with a longer context.
+    fn spilled(&self) -> impl Ord + use<> {
+        let placed = self.placed.as_ref().ok();
+        let spilled = placed.map(|placed| (placed.spilled_bytes(), Reverse(placed.context_tokens)));
+        (spilled.is_none(), spilled)
+    }
+
+    /// Its placement of least value among those of its cuts, with that value.
+    fn best(
         self,
-        spec: &ModelSpec,
-        config: &Config,
-        (spilling, shares, notes): (&Spilling<'_>, &Shares, &[String]),
-    ) -> Self {
-        let job = Job::expected(&config.placement, self.context_tokens);
-        let seconds = |placed: &Self| job.seconds(spec, placed, spilling.hardware);
-        let unit = match seconds(&self) {
-            Some(seconds) if spilling.gpus.len() > 1 => seconds * PRECISION,
-            _ => return self,
+        value: impl Fn(&Placement) -> Option<Value>,
+        notes: &[String],
+    ) -> Option<(Value, Placement)> {
+        let placed = |shares: &Shares| self.spilling.placed(shares, notes.to_vec())?.ok();
+        let shares = match self.spilling.gpus {
+            [_] => self.shares,
+            _ => {
+                let of_shares = |shares: &Shares| value(&placed(shares)?);
+                self.spilling.task().best(&self.shares, of_shares)
+            }
         };
-        let placed = |shares: &Shares| spilling.placed(shares, notes.to_vec())?.ok();
-        let value = |shares: &Shares| {
-            let placed = placed(shares)?;
-            let is_like = placed.context_tokens >= self.context_tokens;
-            let units = (seconds(&placed)? / unit).round() as u64;
-            is_like.then(|| (units, placed.spilled_bytes()))
+        let placed = placed(&shares)?;
+        Some((value(&placed)?, placed))
+    }
+}
+
+impl Placement {
+    /// Places a model on one of some sets of GPUs; none where spilling helps nowhere. It is the set
+    /// beside which the fewest bytes have to be spilled, and of equals with the longest context.
+    /// Where the machine was measured, a set and a cut of the layers are taken with which the
+    /// expected requests are predicted to end sooner, with no shorter a context; of equals those
+    /// that spill the fewest bytes.
+    pub(super) fn spilling<'a>(
+        spec: &'a ModelSpec,
+        (hardware, config): (&HardwareProfile, &Config),
+        (workers, candidates, ways): (&Workers, &[Vec<&Gpu>], &OnceCell<Ways<'a>>),
+        notes: &[String],
+    ) -> Option<Result<Self, RequestError>> {
+        let ways = ways.get_or_init(|| Ways::new(spec, workers.nodes.clone()));
+        let spilling = |gpus| Spilling::new(ways, (hardware, gpus, workers), config);
+        let sets = candidates.iter().map(Vec::as_slice);
+        let mut sets: Vec<_> =
+            sets.filter_map(|gpus| Candidate::new(spilling(gpus), notes)).collect();
+        // Of equals the first: the fewest GPUs.
+        let fewest = (0..sets.len()).min_by_key(|set| sets[*set].spilled())?;
+        let fewest = match &sets[fewest].placed {
+            Ok(placed) => placed.clone(),
+            Err(_) => return Some(sets.swap_remove(fewest).placed),
         };
-        placed(&spilling.task().best(shares, value)).unwrap_or(self)
+        let job = Job::expected(&config.placement, fewest.context_tokens);
+        let seconds = |placed: &Self| job.seconds(spec, placed, hardware);
+        let (mut chosen, why) = match seconds(&fewest) {
+            None => (fewest, "no less would be spilled"),
+            Some(all) => {
+                let value = |placed: &Self| {
+                    let is_like = placed.context_tokens >= fewest.context_tokens;
+                    let thousandths = (seconds(placed)? / (all * PRECISION)).round() as u64;
+                    is_like.then(|| (thousandths, placed.spilled_bytes()))
+                };
+                let best = sets.into_iter().filter_map(|set| set.best(value, notes));
+                let best = best.min_by_key(|(value, _)| *value).map(|(_, placed)| placed);
+                (best.unwrap_or(fewest), "requests are predicted to take no less time")
+            }
+        };
+        let most = candidates.iter().map(Vec::len).max().unwrap_or(0);
+        if chosen.stages.len() < most {
+            let names = chosen.stages.iter().filter_map(|stage| match stage.device {
+                Device::Gpu(index) => Some(index.to_string()),
+                Device::Cpu => None,
+            });
+            let names = names.collect::<Vec<_>>().join(", ");
+            let note = format!("GPUs other than {names} are not used: with them {why}");
+            chosen.notes.insert(notes.len(), note);
+        }
+        Some(Ok(chosen))
     }
 
     /// Bytes of weights in host memory, where GPUs run the model.

@@ -104,7 +104,9 @@ impl Task<'_> {
     fn way(&self, gpu: usize, layers: &Range<usize>, beside: (u64, Choice)) -> Option<Way> {
         let (kv_blocks, choice) = beside;
         let ways = self.ways_of(layers)?;
-        let fits = |way: &&Way| self.blocks(gpu, layers, way) >= kv_blocks as i64;
+        let kv_bytes = u128::from(kv_blocks) * u128::from(self.sizes.block(layers).max(1));
+        let (usable, fixed) = (u128::from(self.usable[gpu]), self.sizes.fixed(layers));
+        let fits = |way: &&Way| u128::from(fixed - way.saved + way.ring_bytes) + kv_bytes <= usable;
         choice(&ways).iter().filter(fits).min_by_key(|way| way.host_bytes).copied()
     }
 
@@ -248,7 +250,7 @@ mod tests {
     #[test]
     fn ways_are_what_their_layers_make_them() {
         let (spec, nodes) = (spec(), NodeTeams::default());
-        let ways = Ways::new(&spec, &nodes);
+        let ways = Ways::new(&spec, nodes.clone());
         for layers in cuts(0, 8, 3).concat() {
             let of = ways.of(&layers);
             assert_eq!(of.networks.len(), layers.len() + 1);
@@ -267,7 +269,7 @@ mod tests {
     #[test]
     fn no_other_cut_spills_less() {
         let (spec, config, nodes) = (spec(), Config::default(), NodeTeams::default());
-        let (ways, sizes) = (Ways::new(&spec, &nodes), Sizes::of(&spec, &config));
+        let (ways, sizes) = (Ways::new(&spec, nodes.clone()), Sizes::of(&spec, &config));
         let mut random = random();
         let choices: [Choice; 2] = [|ways| &ways.networks, |ways| &ways.attention];
         let mut found = [0; 2];
@@ -331,7 +333,7 @@ mod tests {
     #[test]
     fn another_cut_is_taken_for_its_value_alone_and_has_as_much_room() {
         let (spec, config, nodes) = (spec(), Config::default(), NodeTeams::default());
-        let (ways, sizes) = (Ways::new(&spec, &nodes), Sizes::of(&spec, &config));
+        let (ways, sizes) = (Ways::new(&spec, nodes.clone()), Sizes::of(&spec, &config));
         let usable = [1000 << 20; 2];
         let task = Task { ways: &ways, sizes: &sizes, usable: &usable };
         let shares = task.shares(64, 64).expect("room for it");

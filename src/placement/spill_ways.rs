@@ -8,7 +8,7 @@ use super::{NodeTeams, Spill};
 use crate::model::{LayerSpec, ModelSpec};
 use crate::tensor::DType;
 use std::cell::RefCell;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -37,6 +37,13 @@ struct Ring {
     scratch_bytes: u64,
 }
 
+impl Way {
+    /// The same way with so many slots of its ring.
+    fn with_slots(self, ring_slots: usize, Ring { slot_bytes, scratch_bytes, .. }: Ring) -> Self {
+        Self { ring_slots, ring_bytes: ring_slots as u64 * slot_bytes + scratch_bytes, ..self }
+    }
+}
+
 /// The ways of a run of layers.
 pub(super) struct RunWays {
     /// By the number of networks that are spilled, from none to all.
@@ -53,19 +60,19 @@ type Shapes = Vec<(DType, usize, usize, usize)>;
 pub(super) struct Ways<'a> {
     pub spec: &'a ModelSpec,
     /// By which pieces of matrices end.
-    nodes: &'a NodeTeams,
+    nodes: NodeTeams,
     /// By layer: the first one that is spilled alike.
     kinds: Vec<usize>,
     /// By layer: bytes of its network, and of its attention, in host memory and on a GPU.
     host_bytes: [Vec<u64>; 2],
     device_bytes: [Vec<u64>; 2],
     /// By the kinds of layers whose networks, and whose attention's weights, are spilled.
-    rings: RefCell<HashMap<[BTreeSet<usize>; 2], Ring>>,
+    rings: RefCell<HashMap<[Vec<usize>; 2], Ring>>,
     runs: RefCell<HashMap<Range<usize>, Rc<RunWays>>>,
 }
 
 impl<'a> Ways<'a> {
-    pub fn new(spec: &'a ModelSpec, nodes: &'a NodeTeams) -> Self {
+    pub fn new(spec: &'a ModelSpec, nodes: NodeTeams) -> Self {
         let bytes = |of: fn(&Unit<'_>) -> u64| {
             let networks = spec.layers.iter().map(|layer| of(&ffn_unit(layer))).collect();
             let of_attention = |layer| attention_units(layer).iter().map(of).sum();
@@ -91,33 +98,28 @@ impl<'a> Ways<'a> {
             return Rc::clone(known);
         }
         let count = layers.len();
-        let networks: Vec<Way> = (0..=count).map(|some| self.way(layers, [some, 0])).collect();
+        let networks = (0..=count).map(|some| self.way(layers, [some, 0]).0).collect();
         let mut attention: Vec<Way> =
-            (0..=count).map(|some| self.way(layers, [count, some])).collect();
-        let all = *attention.last().expect("one with all layers");
-        let smaller = |ring_slots| self.with_slots(layers, Way { ring_slots, ..all });
+            (0..count).map(|some| self.way(layers, [count, some]).0).collect();
+        let (all, ring) = self.way(layers, [count; 2]);
+        let smaller = |ring_slots| all.with_slots(ring_slots, ring);
+        attention.push(all);
         attention.extend((RING_SLOTS_MIN..all.ring_slots).rev().map(smaller));
         let made = Rc::new(RunWays { networks, attention });
         self.runs.borrow_mut().insert(layers.clone(), Rc::clone(&made));
         made
     }
 
-    /// With so many networks, and the attention of so many layers, spilled.
-    fn way(&self, layers: &Range<usize>, counts: [usize; 2]) -> Way {
+    /// With so many networks, and the attention of so many layers, spilled, and their ring.
+    fn way(&self, layers: &Range<usize>, counts: [usize; 2]) -> (Way, Ring) {
         let of = self.layers(layers, counts);
         let sum = |bytes: &[Vec<u64>; 2]| -> u64 {
             let parts = of.iter().zip(bytes);
             parts.map(|(layers, bytes)| layers.iter().map(|at| bytes[*at]).sum::<u64>()).sum()
         };
         let (saved, host_bytes) = (sum(&self.device_bytes), sum(&self.host_bytes));
-        let Ring { slots, .. } = self.ring(&of);
-        self.with_slots(layers, Way { counts, ring_slots: slots, saved, ring_bytes: 0, host_bytes })
-    }
-
-    /// The same way with as many slots as it says.
-    fn with_slots(&self, layers: &Range<usize>, way: Way) -> Way {
-        let Ring { slot_bytes, scratch_bytes, .. } = self.ring(&self.layers(layers, way.counts));
-        Way { ring_bytes: way.ring_slots as u64 * slot_bytes + scratch_bytes, ..way }
+        let (way, ring) = (Way { counts, saved, host_bytes, ..Way::default() }, self.ring(&of));
+        (way.with_slots(ring.slots, ring), ring)
     }
 
     /// Layers whose networks, and whose attention's weights, are spilled.
@@ -133,20 +135,21 @@ impl<'a> Ways<'a> {
     /// all.
     fn ring(&self, layers: &[Vec<usize>; 2]) -> Ring {
         let kinds = layers.each_ref().map(|layers| {
-            let kinds = layers.iter().map(|layer| self.kinds[*layer]);
-            kinds.collect::<BTreeSet<_>>()
+            let mut kinds: Vec<_> = layers.iter().map(|layer| self.kinds[*layer]).collect();
+            kinds.sort_unstable();
+            kinds.dedup();
+            kinds
         });
         if let Some(known) = self.rings.borrow().get(&kinds) {
             return *known;
         }
-        let [layers, attention_layers] =
-            kinds.each_ref().map(|kinds| kinds.iter().copied().collect());
+        let [layers, attention_layers] = kinds.clone();
         let mut spill = Spill { layers, attention_layers, ..Spill::default() };
         let [scratch_bytes, with_slot] = [0, 1].map(|ring_slots| {
-            spill.set_ring(self.spec, ring_slots, self.nodes);
+            spill.set_ring(self.spec, ring_slots, &self.nodes);
             spill.ring_bytes
         });
-        let slots = slots_wanted(self.spec, &spill, self.nodes);
+        let slots = slots_wanted(self.spec, &spill, &self.nodes);
         let ring = Ring { slots, slot_bytes: with_slot - scratch_bytes, scratch_bytes };
         self.rings.borrow_mut().insert(kinds, ring);
         ring
@@ -180,8 +183,9 @@ fn spread(bytes: &[u64], count: usize) -> Vec<usize> {
     let (mut layer, mut end) = (0, bytes[0]);
     let mut layers = Vec::with_capacity(count);
     for index in 0..count {
-        let middle = total as u128 * (2 * index as u128 + 1) / (2 * count as u128);
-        while u128::from(end) <= middle && layer + 1 < bytes.len() {
+        // Where its share has its middle, times the number of its halves.
+        let middle = u128::from(total) * (2 * index as u128 + 1);
+        while u128::from(end) * (2 * count as u128) <= middle && layer + 1 < bytes.len() {
             layer += 1;
             end += bytes[layer];
         }

@@ -10,6 +10,7 @@ use crate::config::{Config, PlacementConfig};
 use crate::hardware::HardwareProfile;
 use crate::model::ModelSpec;
 use crate::request::RequestError;
+use std::cell::OnceCell;
 
 /// What is taken unless there is a reason: GPUs and CPUs compute at their best with it.
 const USUAL: usize = 512;
@@ -28,13 +29,14 @@ pub(super) fn plan(
     hardware: &HardwareProfile,
     config: &Config,
 ) -> Result<Placement, RequestError> {
+    let ways = OnceCell::new();
     if config.scheduler.step_tokens_max > 0 {
-        return Placement::of_width(spec, hardware, config);
+        return Placement::of_width(spec, (hardware, config), &ways);
     }
     let of_width = |tokens: usize| {
         let mut config = config.clone();
         config.scheduler.step_tokens_max = tokens;
-        Placement::of_width(spec, hardware, &config)
+        Placement::of_width(spec, (hardware, &config), &ways)
     };
     let usual = match of_width(USUAL) {
         Ok(placed) if placed.spill.is_some() => placed,

@@ -35,19 +35,24 @@ pub(super) struct Flights {
     flights: VecDeque<Flight>,
     /// Those of them that the engine loop has not taken yet.
     orders: Vec<BlockCopy>,
+    /// How many there may be.
+    most: usize,
 }
 
 impl Flights {
-    /// Room for so many.
-    pub fn new(copies: usize) -> Self {
-        Self { flights: VecDeque::with_capacity(copies), orders: Vec::with_capacity(copies) }
+    /// Room for so many: there are never more.
+    pub fn new(most: usize) -> Self {
+        Self { flights: VecDeque::with_capacity(most), orders: Vec::with_capacity(most), most }
     }
 
     pub fn len(&self) -> usize {
         self.flights.len()
     }
 
+    /// # Panics
+    /// When as many are under way as there may be.
     pub fn begin(&mut self, copy: BlockCopy, owner: Option<Owner>) {
+        assert!(self.len() < self.most, "{copy:?} beside {} others, all there may be", self.most);
         self.flights.push_back(Flight { copy, owner });
         self.orders.push(copy);
     }
@@ -90,6 +95,11 @@ impl Scheduler {
     /// beside the step that was planned with them, and are performed in order.
     pub fn take_copies(&mut self, copies: &mut impl Extend<BlockCopy>) {
         copies.extend(self.flights.orders.drain(..));
+    }
+
+    /// How many copies can be under way at once, taken or not: blocks are in few of them each.
+    pub fn copies_max(&self) -> usize {
+        self.flights.most
     }
 
     /// Copies under way.
@@ -207,5 +217,22 @@ impl Scheduler {
     /// Nothing more goes to the disk tier; what lies there may still come back.
     pub fn stop_disk(&mut self) {
         self.disk_stopped = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::BlockId;
+
+    #[test]
+    #[should_panic(expected = "all there may be")]
+    fn no_more_copies_are_under_way_than_there_is_room_for() {
+        let mut flights = Flights::new(2);
+        for block in 0..3 {
+            assert!(flights.len() < 3 && flights.orders.capacity() == 2);
+            let [from, to] = [Tier::Device, Tier::Host].map(|tier| (tier, BlockId(block)));
+            flights.begin(BlockCopy { from, to }, None);
+        }
     }
 }

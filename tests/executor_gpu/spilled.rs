@@ -4,7 +4,7 @@
 use super::stage::{Model, options, plan_tokens, score_next};
 use super::tiny_model::{Family, TinyModel};
 use super::{EXACT, HALVES, TOP};
-use super::{bits, distance, exact, on_gpu, random_tokens, stays_near, step};
+use super::{bits, distance, exact, load, on_gpu, random_tokens, stays_near, step};
 use std::cell::LazyCell;
 use std::sync::Arc;
 use tandem::executor::{GpuStage, SpilledLayers, StageOptions, StagePart};
@@ -138,6 +138,46 @@ fn rows_that_the_cpu_does_not_interleave_stream_as_well() {
         let options = StageOptions { isa: Some(Isa::Scalar), ..spilling };
         let Some(mut gpu) = on_gpu(&model, &options) else { return };
         stays_near(&mut gpu, &exact(&model), &format!("{dtype} row by row"));
+    }
+}
+
+#[test]
+fn weights_that_can_not_stream_are_the_cpus_in_steps_of_any_width() {
+    let all = [0, 1, 2, 3];
+    for (family, dtype, attention) in [
+        (Family::Llama, DType::Q4_0, &all[..]),
+        (Family::Gemma3, DType::Q6_K, &[1, 2]),
+        (Family::Qwen3Moe, DType::Q8_0, &[]),
+        (Family::Qwen2, DType::BF16, &all),
+    ] {
+        let model = TinyModel { layers: 4, ..TinyModel::new(family).dtype(dtype) };
+        let model = if family.has_experts() { model.with_all_experts() } else { model };
+        let model = Model::from_bytes(&model.gguf().bytes());
+        let options = StageOptions {
+            kv: options(2, 2048).kv,
+            step_tokens_max: 1024,
+            ..spilling(&model, layers(&all, attention), 100)
+        };
+        let Some(mut weights) = load(&model, &options) else { return };
+        weights.forgo_streams();
+        let mut stage = GpuStage::start(Arc::new(weights), &options).unwrap();
+        let name = format!("{family:?} {dtype}");
+        stays_near(&mut stage, &exact(&model), &name);
+        // Rows of two prompts cross at once, those of both together in pieces.
+        let prompts = [(0, 250), (16, 256), (32, 177)];
+        let prompts = prompts.map(|(block, length)| {
+            (block, random_tokens(&mut u64::from(block + 1), length, model.spec.vocab_size))
+        });
+        let mut together = StepPlan::default();
+        let alone = prompts.each_ref().map(|(block, tokens)| {
+            let mut plan = StepPlan::default();
+            for plan in [&mut plan, &mut together] {
+                let sequence = (u64::from(*block), *block);
+                plan_tokens(plan, sequence, tokens, 0..tokens.len(), score_next(tokens, TOP));
+            }
+            bits(&step(&mut stage, &plan))
+        });
+        assert_eq!(bits(&step(&mut stage, &together)), alone.concat(), "{name}");
     }
 }
 

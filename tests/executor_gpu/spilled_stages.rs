@@ -5,7 +5,7 @@ use super::spilled::layers;
 use super::stage::{Model, options, plan_tokens, score_next};
 use super::stages::{answers, ordinals, plans, run, run_whole};
 use super::tiny_model::{Family, Output, TinyModel};
-use super::{TOP, bits, on_gpu, random_tokens};
+use super::{TOP, bits, load, on_gpu, random_tokens};
 use std::sync::Arc;
 use std::time::Duration;
 use tandem::executor::{
@@ -118,6 +118,27 @@ fn stages_that_spill_answer_with_the_bits_of_the_whole() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn stages_whose_weights_can_not_stream_answer_with_the_bits_of_the_whole() {
+    let model = TinyModel { layers: 4, ..TinyModel::new(Family::Llama).dtype(DType::Q4_0) };
+    let model = Model::from_bytes(&model.gguf().bytes());
+    let spilled = layers(&[0, 1, 2, 3], &[0, 2]);
+    let part = StagePart::spilling(model.spec.layers.len(), spilled.clone());
+    let options = StageOptions { part: Some(part), ..with_share(100) };
+    let Some(mut whole) = load(&model, &options) else { return };
+    whole.forgo_streams();
+    let mut whole = GpuStage::start(Arc::new(whole), &options).unwrap();
+    let plans = all_plans(model.spec.vocab_size);
+    let wanted = bits(&answers(&plans, |plan| run_whole(&mut whole, plan)));
+    for on in ordinals() {
+        let mut weights = weights(&model, (&on, &[2]), &spilled);
+        weights.iter_mut().for_each(|part| Arc::get_mut(part).unwrap().forgo_streams());
+        let mut stages = start(&weights, 100);
+        let got = bits(&answers(&plans, |plan| run(&mut stages, plan)));
+        assert!(got == wanted, "on {on:?}");
     }
 }
 

@@ -2,10 +2,11 @@
 
 use super::gpu::{gpu, with};
 use super::predict::{MIB, h200, limited, shape};
+use super::several::{assert_sound, on};
 use proptest::prelude::*;
 use tandem::config::Config;
 use tandem::hardware::{GpuRates, HardwareProfile, Measured};
-use tandem::placement::{Job, Placement};
+use tandem::placement::{Device, Job, Placement};
 
 /// Several H200 of one host.
 fn several(count: usize) -> HardwareProfile {
@@ -15,6 +16,27 @@ fn several(count: usize) -> HardwareProfile {
     let gpus = (0..count).map(rates).collect();
     let devices = (0..count).map(|ordinal| gpu(ordinal, 140 << 30)).collect();
     HardwareProfile { measured: Some(Measured { gpus, ..measured }), ..with(devices) }
+}
+
+/// The first of them, each with so many MiB free and some part of the speed of the others.
+fn unequal(each: &[(u64, f64)]) -> HardwareProfile {
+    let mut hardware = several(each.len());
+    let measured = hardware.measured.as_mut().expect("a measured machine");
+    let gpus = hardware.gpus.devices.iter_mut().zip(&mut measured.gpus);
+    for ((device, rates), (mib, speed)) in gpus.zip(each) {
+        device.memory_free_bytes = mib * MIB;
+        for rate in [
+            &mut rates.read_bytes_per_second,
+            &mut rates.macs.per_second,
+            &mut rates.pinned.to_gpu,
+            &mut rates.beside_reads.to_gpu,
+        ] {
+            *rate *= speed;
+        }
+        let products = rates.products.iter_mut().flat_map(|of| &mut of.macs_per_second);
+        products.for_each(|rate| *rate *= speed);
+    }
+    hardware
 }
 
 fn expecting(limit: u64, count: usize, [streams, prompt, generated]: [usize; 3]) -> Config {
@@ -62,8 +84,64 @@ fn gpus_share_what_is_spilled_where_long_prompts_are_expected() {
     assert!(seconds(chat, &chosen) < seconds(chat, &even));
 }
 
+#[test]
+fn a_slow_gpu_is_left_alone_though_less_would_be_spilled_with_it() {
+    let spec = shape("llama-8b:q4_0");
+    let mut config = expecting(0, 2, [1, 64, 500]);
+    config.gpu.device = "auto".into();
+    for (speed, taken) in [(1.0, &[0, 1][..]), (0.002, &[0])] {
+        let hardware = unequal(&[(3000, 1.0), (1500, speed)]);
+        let unknown = HardwareProfile { measured: None, ..hardware.clone() };
+        let fewest = Placement::plan(&spec, &unknown, &config).unwrap();
+        assert_eq!(on(&fewest), [0, 1]);
+        let placement = Placement::plan(&spec, &hardware, &config).unwrap();
+        assert_eq!(on(&placement), taken, "{speed}");
+        let told = placement.notes.iter().any(|note| {
+            note == "GPUs other than 0 are not used: with them requests are predicted to take no \
+                     less time"
+        });
+        assert_eq!(told, taken.len() == 1, "{:?}", placement.notes);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
+    #[test]
+    fn no_other_set_of_gpus_is_predicted_to_be_faster(
+        each in prop::collection::vec((700..2500u64, 0.02..1.0f64), 2..4),
+        streams in 1..16usize,
+        prompt in 1..3000usize,
+        generated in 1..300usize,
+    ) {
+        let (spec, hardware) = (shape("llama-8b:q4_0"), unequal(&each));
+        let plan = |hardware: &HardwareProfile, device: &str| {
+            let mut config = expecting(0, 2, [streams, prompt, generated]);
+            config.gpu.device = device.into();
+            Placement::plan(&spec, hardware, &config).ok()
+        };
+        let unknown = HardwareProfile { measured: None, ..hardware.clone() };
+        let (Some(chosen), Some(fewest)) = (plan(&hardware, "auto"), plan(&unknown, "auto")) else {
+            return Ok(());
+        };
+        prop_assume!(*chosen.device() != Device::Cpu && fewest.spill.is_some());
+        prop_assume!(fewest.context_tokens > prompt + generated);
+        assert_sound(&chosen, &spec, |index| each[index].0 * MIB);
+        prop_assert!(chosen.context_tokens >= fewest.context_tokens);
+        let job = Job { streams, prompt, generated, depth: 0 };
+        let seconds = |placement: &Placement| job.seconds(&spec, placement, &hardware).unwrap();
+        let mut by_room: Vec<usize> = (0..each.len()).collect();
+        by_room.sort_by_key(|index| std::cmp::Reverse(each[*index].0));
+        let several = (2..=each.len()).map(|count| by_room[..count].to_vec());
+        for mut gpus in (0..each.len()).map(|gpu| vec![gpu]).chain(several) {
+            gpus.sort_unstable();
+            let names: Vec<_> = gpus.iter().map(usize::to_string).collect();
+            let Some(other) = plan(&hardware, &names.join(",")) else { continue };
+            if other.context_tokens >= fewest.context_tokens {
+                prop_assert!(seconds(&chosen) <= 1.001 * seconds(&other), "{gpus:?}");
+            }
+        }
+    }
+
     #[test]
     fn a_cut_is_predicted_to_be_no_slower_than_that_with_the_fewest_bytes(
         limit in 1000..3000u64,

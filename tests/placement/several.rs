@@ -30,7 +30,7 @@ fn plan(free_gib: &[u64], device: &str) -> Result<Placement, RequestError> {
     Placement::plan(&shape("llama-8b:q4_0"), &machine(free_gib), &config(device))
 }
 
-fn on(placement: &Placement) -> Vec<usize> {
+pub fn on(placement: &Placement) -> Vec<usize> {
     let index = |device: &Device| match device {
         Device::Gpu(index) => *index,
         Device::Cpu => panic!("on the CPU: {:?}", placement.notes),
@@ -43,7 +43,7 @@ fn layers(placement: &Placement) -> Vec<usize> {
 }
 
 /// All layers are somewhere, no GPU has more than it may, and the executor is told the same.
-fn assert_sound(placement: &Placement, spec: &ModelSpec, available: impl Fn(usize) -> u64) {
+pub fn assert_sound(placement: &Placement, spec: &ModelSpec, available: impl Fn(usize) -> u64) {
     let mut next = 0;
     for (stage, index) in placement.stages.iter().zip(on(placement)) {
         assert_eq!(stage.layers.start, next);

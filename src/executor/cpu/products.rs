@@ -9,27 +9,14 @@ use crate::executor::own_buffers::GATED_ROWS;
 use crate::executor::program::{Buffer, Linear, Precision};
 use crate::executor::weights::Weights;
 use crate::model::Activation;
-use crate::placement::NodeTeams;
+use crate::placement::{NodeTeams, claimed_units, dealt_rows, tiled_units};
 use std::ops::Range;
 use tandem_cpu_kernels::ActivationForm;
 use tandem_cpu_kernels::blocks::GROUP;
 
-/// Rows of a matmul are dealt out in groups that the interleaved layout keeps together.
-const MATMUL_ROWS: usize = 16;
-/// The same for more tokens than a narrow tile has, where the kernel takes two such groups at a
-/// time.
-const PAIRED_MATMUL_ROWS: usize = 32;
-const NARROW_TOKENS: usize = 4;
-/// Tokens that cost the arithmetic about as long as memory takes for the weights.
-const FREE_TOKENS: usize = 8;
-/// Weights that are worth a claim of their own: some microseconds of a thread's bandwidth.
-const CLAIM_BYTES: usize = 32 << 10;
 /// Beyond so many tokens, kernels on tiles read all activations once for some rows, from a cache
 /// that is shared, and few rows would wait for it.
 const TILED_TOKENS: usize = 32;
-/// The units of the smallest claim then: workers differ in speed by as much as four times where two
-/// of them share a core's tiles, and 128 rows at the end of a loop kept all others waiting.
-const TILED_UNITS: usize = 64 / PAIRED_MATMUL_ROWS;
 /// Hidden rows whose gate and up are computed before the activation runs over them: the products
 /// of a wide step are then still in the second-level cache. Fewer tokens take more rows, since each
 /// change from one matrix to the other waits for memory once.
@@ -51,7 +38,7 @@ impl Step<'_> {
         };
         let input = self.input(input);
         let n_tokens = self.plan.tokens.len();
-        let unit = Self::matmul_rows(n_tokens);
+        let unit = dealt_rows(n_tokens);
         let layout = PartUnits { weights: self.weights, nodes: worker.nodes(), parts, unit };
         let grain =
             self.grain(parts.first().map_or(0, |part| self.row_bytes(part)) * unit, n_tokens);
@@ -82,19 +69,14 @@ impl Step<'_> {
         }
     }
 
-    /// Rows that are dealt out together.
-    fn matmul_rows(n_tokens: usize) -> usize {
-        if n_tokens > NARROW_TOKENS { PAIRED_MATMUL_ROWS } else { MATMUL_ROWS }
-    }
-
     fn row_bytes(&self, part: &Linear) -> usize {
         self.weights.matrix_bytes(part.matrix) / self.weights.rows(part.matrix).max(1)
     }
 
     /// How many units of `bytes` bytes of weights are worth a claim.
     fn grain(&self, bytes: usize, n_tokens: usize) -> usize {
-        let least = if self.is_tiled(n_tokens) { TILED_UNITS } else { 0 };
-        least.max(CLAIM_BYTES / (bytes * n_tokens.div_ceil(FREE_TOKENS)).max(1))
+        let least = if self.is_tiled(n_tokens) { tiled_units(n_tokens) } else { 0 };
+        least.max(claimed_units(bytes, n_tokens))
     }
 
     /// Whether kernels decode weights once for all tokens.
@@ -235,7 +217,7 @@ impl Step<'_> {
         let mut first = 0;
         while first < wanted {
             let rows = LOGITS_TILE_ROWS.min(wanted - first);
-            let unit = Self::matmul_rows(rows);
+            let unit = dealt_rows(rows);
             let grain = self.grain(self.row_bytes(&output) * unit, rows);
             for own in worker.deal_rows(self.weights.rows(output.matrix), unit, grain) {
                 self.logits_tile(output, (first, rows), own, softcap);

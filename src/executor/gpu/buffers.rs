@@ -7,6 +7,7 @@ use super::sampling::HostSampling;
 use super::weights::{GpuWeights, width_of};
 use crate::executor::ExecutorError;
 use crate::executor::program::{Buffer, Op, Precision, Program};
+use std::ops::Range;
 use tandem_cpu_kernels::blocks::GROUP;
 use tandem_kernels::{
     Attend, Columns, DeviceMatrix, DeviceMemory, EightBits, Gated, Gpu, HeadCounts, RowDraws,
@@ -102,6 +103,12 @@ impl RowMemory {
     /// f32 rows.
     pub fn values(&self) -> Span<'_> {
         self.values.span()
+    }
+
+    /// The same of some tokens, of which each has one row.
+    pub fn values_of(&self, tokens: Range<usize>) -> Span<'_> {
+        let row_bytes = self.cols * F32;
+        self.values().part(tokens.start * row_bytes, tokens.len() * row_bytes)
     }
 
     /// The 8-bit form of `rows` rows, if there are few and products of this width can be quantised

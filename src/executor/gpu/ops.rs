@@ -104,17 +104,19 @@ impl GpuStage {
         // Where there is one token, products normalise on theirs.
         let mut before = None;
         let ops = &self.weights.program().ops;
-        let mut is_of_cpu = false;
+        // What the CPU's unit reads, while ops are its.
+        let mut of_cpu = None;
         for (index, op) in ops.iter().enumerate() {
             match op {
                 &Op::SpillEnd { unit, output } => {
-                    if std::mem::take(&mut is_of_cpu) {
-                        self.end_spilled(tokens, (unit, output))?;
+                    if let Some(input) = of_cpu.take() {
+                        self.end_spilled(tokens, unit, [input, output])?;
                     }
                 }
-                _ if is_of_cpu => {}
+                _ if of_cpu.is_some() => {}
                 &Op::SpillStart { unit, input, .. } => {
-                    is_of_cpu = self.start_spilled((tokens, shape.streamed), (unit, input))?;
+                    let is_of_cpu = self.start_spilled((tokens, shape.streamed), (unit, input))?;
+                    of_cpu = is_of_cpu.then_some(input);
                 }
                 Op::Embed { scale, .. } => self.embed(tokens, *scale)?,
                 Op::Select { .. } => {}
@@ -186,7 +188,7 @@ impl GpuStage {
         inputs.put(Part::Wanted, plan.logits.iter().map(|row| row.row as u32));
         inputs.put(Part::Runs, host.runs.as_flattened().iter().copied());
         inputs.put(Part::Single, host.single.iter().copied());
-        let bases = self.spill.as_mut().map(|spill| spill.next_bases(streamed));
+        let bases = self.spill.as_mut().map(|spill| spill.next_bases(plan.tokens.len(), streamed));
         inputs.put(Part::Crossings, bases.map(|bases| bases.crossing));
         inputs.put(Part::Pieces, bases.map(|bases| bases.ring));
         inputs.put(Part::Rows, plan.tokens.iter().map(|token| token.index() as u32));

@@ -137,10 +137,12 @@ impl GpuPipeline {
     }
 
     /// Waits for the host's side of a step in all stages, unless it may go on beside the next one:
-    /// it does where weights are sent alone.
+    /// it does where weights are sent alone, and no other model of this process has to wait.
     fn finish_spilled(&self, may_go_on: bool) -> Result<(), ExecutorError> {
         let spills = || self.stages.iter().filter_map(|stage| stage.spill.as_ref());
-        if may_go_on && !spills().any(GpuSpill::is_computing) {
+        // Else there might be no time without a stage's stream in a prompt of many steps.
+        let is_waited_for = |spill: &GpuSpill| spill.is_computing() || spill.is_in_the_way();
+        if may_go_on && !spills().any(is_waited_for) {
             return Ok(());
         }
         let mut done = Ok(());

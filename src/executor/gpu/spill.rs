@@ -11,6 +11,7 @@ use super::spill_thread::{SpillOrder, SpillThread};
 use super::spill_weights::SpilledWeights;
 use super::weights::GpuWeights;
 use crate::executor::program::{Buffer, MatrixId, SpilledUnit};
+use crate::executor::spill::CrossedPieces;
 use crate::executor::{ExecutorError, StageOptions};
 use std::cell::Cell;
 use std::sync::Arc;
@@ -18,8 +19,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tandem_kernels::{DeviceMatrix, Span};
 
-/// Steps' numbers lie so far apart: more than a step has events. A step of a terabyte has as many
-/// pieces.
+/// Steps' numbers lie so far apart: more than a step has events, if its rows cross at once. A step
+/// of a terabyte has as many pieces of weights.
 const STEP_EVENTS: u32 = 1 << 16;
 /// Between two looks at a GPU that the CPU waits for.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -51,6 +52,8 @@ pub(super) struct GpuSpill {
     under_way: Cell<UnderWay>,
     /// Percent that were asked for.
     asked: Option<u8>,
+    /// Tokens whose rows cross at once, and of the widest step that is shared with the CPU where
+    /// weights can stream.
     pub(super) tokens_max: usize,
     bases: Bases,
     pub(super) weights: Arc<GpuWeights>,
@@ -96,13 +99,19 @@ impl GpuSpill {
         self.weights.spilled().expect("a spill has spilled weights")
     }
 
-    /// The numbers of a step in which some layers are streamed, for its inputs.
-    pub fn next_bases(&mut self, streamed: usize) -> Bases {
+    /// How the rows of a step of some tokens cross.
+    fn pieces(&self, tokens: usize) -> CrossedPieces {
+        CrossedPieces::of(tokens, self.tokens_max)
+    }
+
+    /// The numbers of a step of some tokens in which some layers are streamed, for its inputs.
+    pub fn next_bases(&mut self, tokens: usize, streamed: usize) -> Bases {
         if streamed > 0 {
             self.bases.ring = self.bases.ring.wrapping_add(STEP_EVENTS);
         }
         if streamed < self.from().layers() {
-            self.bases.crossing = self.bases.crossing.wrapping_add(STEP_EVENTS);
+            let events = STEP_EVENTS * self.pieces(tokens).count() as u32;
+            self.bases.crossing = self.bases.crossing.wrapping_add(events);
         }
         self.bases
     }
@@ -123,13 +132,16 @@ impl GpuSpill {
         self.shares.of(streamed)[unit.layer]
     }
 
-    /// Has the CPU begin, and the weights of the other layers start. The inputs of the step are on
-    /// their way, and the step before [is finished](Self::finish).
+    /// Has the CPU begin, and the weights of the other layers start, when no other model of this
+    /// process is in the way. The inputs of the step are on their way, and the step before [is
+    /// finished](Self::finish).
     ///
     /// # Errors
     /// What the driver refuses.
     pub fn begin(&self, tokens: usize, streamed: usize) -> Result<(), ExecutorError> {
         let is_here = self.shares.of(streamed);
+        let stream = self.stream.as_ref().filter(|_| streamed > 0);
+        let turn = stream.map(|_| self.weights.gpu().stream_turn()).transpose()?;
         let mut under_way = UnderWay::default();
         if is_here.contains(&true) {
             let (base, is_here) = (self.bases.crossing, Arc::clone(is_here));
@@ -138,9 +150,9 @@ impl GpuSpill {
             under_way.is_computing = true;
             self.under_way.set(under_way);
         }
-        if let Some(stream) = self.stream.as_ref().filter(|_| streamed > 0) {
+        if let (Some(stream), Some(turn)) = (stream, turn) {
             let is_here = Arc::clone(is_here);
-            stream.orders().begin(SendOrder { base: self.bases.ring, is_here })?;
+            stream.orders().begin(SendOrder { base: self.bases.ring, is_here, turn })?;
             under_way.is_sending = true;
             self.under_way.set(under_way);
         }
@@ -165,6 +177,11 @@ impl GpuSpill {
             _ => Ok(()),
         };
         computed.and(sent)
+    }
+
+    /// Whether another model of this process waits for this one's weights.
+    pub fn is_in_the_way(&self) -> bool {
+        self.weights.gpu().is_in_the_way()
     }
 
     /// Waits for the CPU, which waits for the GPU: one that was lost will not come.
@@ -214,10 +231,7 @@ impl GpuStage {
     ) -> Result<bool, ExecutorError> {
         let (gpu, spill) = (self.weights.gpu(), self.spill());
         if spill.is_of_cpu(unit, streamed) {
-            let rows = self.buffers.rows(input);
-            let event = (self.base(Part::Crossings), unit.index);
-            let crossing = spill.thread.crossing(spill.lane);
-            gpu.hand_over(crossing, rows.values(), tokens * rows.cols, event)?;
+            self.hand_over(spill.pieces(tokens), 0, (unit, input))?;
             return Ok(true);
         }
         let stream = spill.stream.as_ref().expect("units stream where they can");
@@ -232,16 +246,40 @@ impl GpuStage {
         Ok(false)
     }
 
-    /// Starts what a unit of the CPU ends with.
+    /// Has the CPU get one piece of the rows of a unit.
+    fn hand_over(
+        &self,
+        pieces: CrossedPieces,
+        piece: usize,
+        (unit, input): (SpilledUnit, Buffer),
+    ) -> Result<(), ExecutorError> {
+        let (gpu, spill, rows) = (self.weights.gpu(), self.spill(), self.buffers.rows(input));
+        let event = (self.base(Part::Crossings), pieces.event(unit.index, piece));
+        let part = rows.values_of(pieces.tokens(piece));
+        let crossing = spill.thread.crossing(spill.lane);
+        Ok(gpu.hand_over(crossing, part, part.bytes() / size_of::<f32>(), event)?)
+    }
+
+    /// Starts what a unit of the CPU ends with. Its first piece was handed over, each other one is
+    /// when the one before is back.
     pub(super) fn end_spilled(
         &self,
         tokens: usize,
-        (unit, output): (SpilledUnit, Buffer),
+        unit: SpilledUnit,
+        [input, output]: [Buffer; 2],
     ) -> Result<(), ExecutorError> {
         let (gpu, spill, rows) = (self.weights.gpu(), self.spill(), self.buffers.rows(output));
-        let event = (self.base(Part::Crossings), unit.index);
-        let crossing = spill.thread.crossing(spill.lane);
-        Ok(gpu.take_back(crossing, rows.values(), tokens * rows.cols, event)?)
+        let pieces = spill.pieces(tokens);
+        for piece in 0..pieces.count() {
+            if piece > 0 {
+                self.hand_over(pieces, piece, (unit, input))?;
+            }
+            let event = (self.base(Part::Crossings), pieces.event(unit.index, piece));
+            let part = rows.values_of(pieces.tokens(piece));
+            let crossing = spill.thread.crossing(spill.lane);
+            gpu.take_back(crossing, part, part.bytes() / size_of::<f32>(), event)?;
+        }
+        Ok(())
     }
 
     fn spill(&self) -> &GpuSpill {

@@ -75,7 +75,7 @@ impl GpuSpill {
     /// An order for the first layers.
     fn measured_order(&mut self, tokens: usize) -> SpillOrder {
         let is_here = (0..self.from().layers()).map(|layer| layer < MEASURED_LAYERS).collect();
-        SpillOrder { lane: self.lane, base: self.next_bases(0).crossing, tokens, is_here }
+        SpillOrder { lane: self.lane, base: self.next_bases(tokens, 0).crossing, tokens, is_here }
     }
 
     /// Gives an order and starts the GPU's side of it.
@@ -106,7 +106,7 @@ impl GpuSpill {
     /// filling of the ring.
     fn stream_seconds(&mut self, least: Option<Duration>) -> Result<Option<f64>, ExecutorError> {
         // Nobody takes these pieces, so that all fillings may have one number.
-        let base = self.next_bases(self.from().layers()).ring;
+        let base = self.next_bases(0, self.from().layers()).ring;
         let Some(stream) = &self.stream else { return Ok(None) };
         let (gpu, from) = (self.weights.gpu(), self.from());
         let (started, mut sent) = (Instant::now(), 0);

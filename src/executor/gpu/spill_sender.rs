@@ -7,7 +7,7 @@ use crate::executor::ExecutorError;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
-use tandem_kernels::WeightRing;
+use tandem_kernels::{StreamTurn, WeightRing};
 
 /// The pieces of one step.
 pub(super) struct SendOrder {
@@ -15,6 +15,8 @@ pub(super) struct SendOrder {
     pub base: u32,
     /// By layer with spilled weights: whether the CPU computes its units; all others are sent.
     pub is_here: Arc<[bool]>,
+    /// Until all have arrived: then the GPU comes to the step's end by itself.
+    pub turn: StreamTurn,
 }
 
 struct Shared {
@@ -47,7 +49,9 @@ impl SpillSender {
         let thread = OrderThread::start(("tandem-stream", 1), move |orders, results| {
             let _leaving = Leaving(&body_shared);
             for order in orders {
-                if results.send(body_shared.send(&order)).is_err() {
+                let sent = body_shared.send(&order);
+                drop(order.turn);
+                if results.send(sent).is_err() {
                     return;
                 }
             }
@@ -100,7 +104,7 @@ impl Shared {
         self.ring.release();
     }
 
-    fn send(&self, SendOrder { base, is_here }: &SendOrder) -> Result<(), ExecutorError> {
+    fn send(&self, SendOrder { base, is_here, .. }: &SendOrder) -> Result<(), ExecutorError> {
         let (gpu, from) = (self.weights.gpu(), self.weights.spilled());
         let from = from.expect("what is sent was spilled");
         let pieces = from.streamed(is_here, from.units().len()).map(|piece| from.bytes(piece));

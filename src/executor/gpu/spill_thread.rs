@@ -6,7 +6,7 @@
 use super::order_thread::{OrderResult, OrderThread};
 use super::weights::{GpuWeights, width_of};
 use crate::executor::program::{Buffer, Op, Program, SpilledUnit};
-use crate::executor::spill::SpillStep;
+use crate::executor::spill::{CrossedPieces, SpillStep};
 use crate::executor::{ExecutorError, Stage, StageOptions, Weights};
 use crate::placement::CROSSING_TOKENS_MAX;
 use crate::step::StepPlan;
@@ -38,7 +38,7 @@ struct Lane {
     crossing: Crossing,
     /// Of all units the first one of the stage.
     first: SpilledUnit,
-    /// Tokens of the widest step whose rows cross.
+    /// Tokens whose rows cross at once.
     tokens_max: usize,
 }
 
@@ -91,8 +91,8 @@ impl SpillThread {
         let widths = spilling().map(|(stage, _)| crossing_widths(stage.program()));
         let widths = widths.reduce(|a, b| [a[0].max(b[0]), a[1].max(b[1])]).unwrap_or_default();
         let lanes = spilling().map(|(stage, spilled)| {
-            let most = if spilled.can_stream() { CROSSING_TOKENS_MAX } else { usize::MAX };
-            let tokens_max = options.step_tokens_max.min(most);
+            // Where weights can't stream wider steps cross as well, in pieces.
+            let tokens_max = options.step_tokens_max.min(CROSSING_TOKENS_MAX);
             let crossing = stage.gpu().crossing(widths.map(|width| tokens_max * width))?;
             Ok(Lane { crossing, first: spilled.first(), tokens_max })
         });
@@ -124,7 +124,7 @@ impl SpillThread {
         &self.shared.lanes[lane].crossing
     }
 
-    /// Tokens of the widest step whose rows cross there.
+    /// Tokens whose rows cross there at once.
     pub fn tokens_max(&self, lane: usize) -> usize {
         self.shared.lanes[lane].tokens_max
     }
@@ -167,14 +167,14 @@ fn serve(
     let mut plan = StepPlan::default();
     while let Ok(SpillOrder { lane, base, tokens, is_here }) = next(orders) {
         let started = Instant::now();
-        plan.tokens.resize(tokens, TokenId(0));
-        let Lane { crossing, first, .. } = &shared.lanes[lane];
+        let Lane { crossing, first, tokens_max } = &shared.lanes[lane];
         let waits = (&*shared.is_abandoned, shared.wait_max);
         let units = (base, *first, &*is_here);
+        let pieces = CrossedPieces::of(tokens, *tokens_max);
         // SAFETY: this thread alone works on the host's side, one step after the other, and the
         // GPU of the lane, the only one that uses it, keeps to the order of events.
-        let step = unsafe { SpillStep::new(crossing.host(), tokens, units, waits) };
-        let result = stage.run_spilled(&plan, step);
+        let step = unsafe { SpillStep::new(crossing.host(), pieces, units, waits) };
+        let result = compute(&mut stage, &mut plan, (step, pieces));
         if result.is_err() {
             shared.give_up();
         }
@@ -182,6 +182,30 @@ fn serve(
             return;
         }
     }
+}
+
+/// Computes a step: at once, or where its rows cross in several pieces, each unit piece by piece.
+fn compute(
+    stage: &mut Stage,
+    plan: &mut StepPlan,
+    (step, pieces): (SpillStep<'_>, CrossedPieces),
+) -> Result<(), ExecutorError> {
+    let weights = Arc::clone(stage.weights());
+    let mut run = |step, piece| {
+        plan.tokens.resize(pieces.tokens(piece).len(), TokenId(0));
+        stage.run_spilled(plan, step)
+    };
+    if pieces.count() == 1 {
+        return run(step, 0);
+    }
+    let units = weights.program().ops.iter().filter_map(|op| match op {
+        Op::SpillStart { unit, .. } if step.computes(*unit) => Some(*unit),
+        _ => None,
+    });
+    for unit in units {
+        (0..pieces.count()).try_for_each(|piece| run(step.of_piece(unit, piece), piece))?;
+    }
+    Ok(())
 }
 
 /// The next order. The thread stays awake for a while, as its workers do.

@@ -41,7 +41,7 @@ pub(super) struct Unit {
 /// All spilled weights of a model.
 pub(super) struct SpilledModel {
     part: StagePart,
-    /// None where weights can't stream.
+    /// None where the driver refused.
     registered: Option<RegisteredMemory>,
     // Last: what is registered has to be there.
     weights: Arc<Weights>,
@@ -54,6 +54,7 @@ pub(super) struct SpilledWeights {
     /// By index of the unit, counted over the stage.
     units: Vec<Unit>,
     ring_slots: usize,
+    can_stream: bool,
     /// What they cost, once that is measured.
     costs: OnceLock<SpillCosts>,
     model: Arc<SpilledModel>,
@@ -91,7 +92,8 @@ impl SpilledWeights {
                 return None;
             };
             let (costs, model) = (OnceLock::new(), Arc::clone(&model));
-            let of_stage = Self { first, units, ring_slots, costs, model };
+            let can_stream = model.registered.is_some();
+            let of_stage = Self { first, units, ring_slots, can_stream, costs, model };
             first.index += of_stage.units.len();
             first.layer += of_stage.layers();
             Some(of_stage).filter(|of_stage| !of_stage.units.is_empty())
@@ -136,7 +138,12 @@ impl SpilledWeights {
 
     /// Whether the driver can copy from them by itself.
     pub fn can_stream(&self) -> bool {
-        self.model.registered.is_some()
+        self.can_stream
+    }
+
+    /// The CPU computes all of them, as where the driver refuses to register their memory.
+    pub fn forgo_streams(&mut self) {
+        self.can_stream = false;
     }
 
     /// Those of all stages.

@@ -110,6 +110,11 @@ impl GpuWeights {
         self.gpu.limit_waits(most);
     }
 
+    /// Has the CPU compute all that is spilled, as where the driver refuses to register its memory.
+    pub fn forgo_streams(&mut self) {
+        self.spilled.iter_mut().for_each(SpilledWeights::forgo_streams);
+    }
+
     fn load_matrices(
         &mut self,
         mut pool: Option<&mut CpuPool>,
