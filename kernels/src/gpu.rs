@@ -20,6 +20,9 @@ static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"
 /// A kernel of every architecture.
 pub(crate) const ANY_KERNEL: &str = "take_back";
 
+/// The compute capability whose kernels use wgmma.
+pub(crate) const WGMMA_CAPABILITY: (u32, u32) = (9, 0);
+
 /// What went wrong on a GPU.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum GpuError {
@@ -104,6 +107,7 @@ pub struct Gpu {
 /// Memory of a GPU; freed when dropped.
 pub struct DeviceMemory {
     slice: OnGpu<CudaSlice<u8>>,
+    bytes: usize,
 }
 
 /// A part of a GPU's memory. The GPU works in the order of its stream, so a span may be read and
@@ -157,7 +161,8 @@ impl Gpu {
         let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let shared_bytes =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        let has_wgmma = context.compute_capability().map_err(failed("what it has"))? == (9, 0);
+        let capability = context.compute_capability().map_err(failed("what it has"))?;
+        let has_wgmma = (capability.0 as u32, capability.1 as u32) == WGMMA_CAPABILITY;
         use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PTX_VERSION as PTX_VERSION;
         let any = module.load_function(ANY_KERNEL).map_err(failed("finding a kernel"))?;
         let compiled_for = any.get_attribute(PTX_VERSION).map_err(failed("what a kernel has"))?;
@@ -175,7 +180,7 @@ impl Gpu {
         })
     }
 
-    /// Whether its kernels use wgmma: those of compute capability 9.0.
+    /// Whether its kernels use wgmma.
     pub(crate) fn has_wgmma(&self) -> bool {
         self.has_wgmma
     }
@@ -230,7 +235,7 @@ impl Gpu {
     pub fn alloc(&self, bytes: usize) -> Result<DeviceMemory, GpuError> {
         self.bound()?;
         match self.stream.alloc_zeros::<u8>(bytes.max(1)) {
-            Ok(slice) => Ok(DeviceMemory { slice: OnGpu::new(slice, self) }),
+            Ok(slice) => Ok(DeviceMemory { slice: OnGpu::new(slice, self), bytes }),
             Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
                 let free_bytes = self.memory().map_or(0, |(free, _)| free);
                 let ordinal = self.ordinal();
@@ -346,9 +351,9 @@ impl DeviceMemory {
         Span { pointer, bytes: self.slice.len(), lifetime: PhantomData }
     }
 
-    /// Bytes held.
+    /// Bytes that were asked for.
     pub fn bytes(&self) -> usize {
-        self.slice.len()
+        self.bytes
     }
 }
 

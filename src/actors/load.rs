@@ -8,6 +8,7 @@ use super::{EngineError, LoadProgress, ModelInfo};
 use crate::config::{Config, ConfigError};
 use crate::executor::{
     KvOptions, PoolOptions, SpilledLayers, StageOptions, StagePart, StepPasses, TierOptions,
+    VramPlan,
 };
 use crate::formats::{Checkpoint, FormatError};
 use crate::hardware::{
@@ -112,8 +113,7 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
             let options = StageOptions { pool, ..options };
             let model = (checkpoint, Arc::clone(&spec));
             let tiers = tier_options(config, &placement)?;
-            let parts = parts_of(&spec, &placement);
-            load_weights(shared, model, (parts, options, tiers), source.on_progress)?
+            load_weights(shared, model, (&placement, options, tiers), source.on_progress)?
         }
     };
     Ok(Loaded {
@@ -178,10 +178,14 @@ fn refuse(error: FormatError) -> EngineError {
     EngineError::Model(error.into())
 }
 
+/// What to do where memory that was free when the model was placed is not any more.
+const LACKS_MEMORY: &str = "another process may have taken it since the model was placed: start \
+                            again, or use a smaller gpu.vram_limit";
+
 fn load_weights(
     shared: &Shared,
     model: (Arc<Checkpoint>, Arc<ModelSpec>),
-    (parts, options, tiers): (Vec<(Device, StagePart)>, StageOptions, TierOptions),
+    (placement, options, tiers): (&Placement, StageOptions, TierOptions),
     mut on_progress: Option<OnProgress>,
 ) -> Result<Arc<dyn StageFactory>, EngineError> {
     let mut report = |progress: crate::executor::LoadProgress| {
@@ -194,17 +198,22 @@ fn load_weights(
             hear(progress);
         }
     };
-    let on_gpus = on_gpus(&parts);
+    let on_gpus = on_gpus(&parts_of(&model.1, placement));
+    let plans: Vec<_> = placement.stages.iter().map(VramPlan::of).collect();
     let options = (options, tiers);
     let loaded: Result<Arc<dyn StageFactory>, _> = if on_gpus.is_empty() {
         CpuStages::load(model, options, &mut report)
             .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>)
     } else {
-        GpuStages::load((&on_gpus, &shared.config.gpu), model, options, &mut report)
+        let on = (&on_gpus[..], &plans[..], &shared.config.gpu);
+        GpuStages::load(on, model, options, &mut report)
             .map(|stages| Arc::new(stages) as Arc<dyn StageFactory>)
     };
     loaded.map_err(|error| match error {
         crate::executor::ExecutorError::Format(error) => refuse(error),
+        crate::executor::ExecutorError::Vram(error) => {
+            EngineError::Model(error.refusal(LACKS_MEMORY))
+        }
         other => match StageFault::from(&other).end(0) {
             Some(end) => EngineError::Gpu(end),
             None => EngineError::Model(RequestError::Internal { message: other.to_string() }),

@@ -2,6 +2,7 @@
 //! Rows of an embedding that is not multiplied with stay where they are and travel with each step.
 
 use super::spill_weights::SpilledWeights;
+use super::vram::{Vram, VramPlan};
 use crate::executor::ExecutorError;
 use crate::executor::cpu_pool::CpuPool;
 use crate::executor::program::{
@@ -13,6 +14,7 @@ use crate::executor::weight_places::stored;
 use crate::executor::weight_source::{WeightSource, fill_random};
 use crate::executor::weights::{WeightsRequest, load_rotations};
 use crate::formats::Checkpoint;
+use crate::memory::Commitment;
 use crate::model::{ModelSpec, TensorRef};
 use crate::tensor::DType;
 use std::ops::Range;
@@ -51,6 +53,8 @@ pub struct GpuWeights {
     rotations: Rotations,
     vocab_size: usize,
     pub(super) spilled: Option<SpilledWeights>,
+    vram: Vram,
+    reserved: Option<Commitment>,
     // Last: freed after all that lies on it.
     gpu: Gpu,
 }
@@ -62,7 +66,7 @@ impl GpuWeights {
     /// # Errors
     /// As [`GpuWeights::load`].
     pub(super) fn load_resident(
-        request: &WeightsRequest,
+        (request, plan): (&WeightsRequest, Option<VramPlan>),
         pool: Option<&mut CpuPool>,
         progress: &mut dyn FnMut(usize),
         open: impl FnOnce() -> Result<Gpu, GpuError>,
@@ -71,6 +75,8 @@ impl GpuWeights {
         check(&program)?;
         let gpu = open()?;
         let source = request.source.clone();
+        // Before anything is allocated.
+        let (vram, reserved) = Vram::reserve(&gpu, plan, bytes_of(&source, &program)?)?;
         let read_ahead = program.matrices.iter().map(|entry| &entry.tensor);
         source.will_read(read_ahead.chain(&program.vectors))?;
         let rotations = load_rotations(&source, &program)?;
@@ -90,10 +96,13 @@ impl GpuWeights {
             rotations,
             vocab_size: request.spec.vocab_size,
             spilled: None,
+            vram,
+            reserved: None,
             gpu,
         };
         weights.load_matrices(pool, progress)?;
         weights.gpu.synchronize()?;
+        weights.reserved = Some(reserved.commit());
         Ok(weights)
     }
 
@@ -191,6 +200,11 @@ impl GpuWeights {
         &self.gpu
     }
 
+    /// The books of its memory.
+    pub(super) fn vram(&self) -> &Vram {
+        &self.vram
+    }
+
     /// The program that these weights serve.
     pub fn program(&self) -> &Program {
         &self.program
@@ -277,11 +291,6 @@ impl GpuWeights {
             .find_map(|(_, matrix)| matrix.as_ref())
     }
 
-    /// Type of the embedding, and elements of a row, where the program embeds.
-    pub(super) fn embedding_shape(&self) -> Option<(DType, usize)> {
-        self.lookup.as_ref().map(|lookup| (lookup.dtype, lookup.cols))
-    }
-
     /// Row `row` of the embedding as it lies in the file.
     pub(super) fn file_row(&self, row: usize) -> &[u8] {
         let lookup = self.lookup();
@@ -305,6 +314,19 @@ impl GpuWeights {
 fn file_bytes<'a>(checkpoint: &'a Checkpoint, file: usize, bytes: &Range<usize>) -> &'a [u8] {
     let file = checkpoint.file(file);
     &file.bytes()[bytes.clone()]
+}
+
+/// Bytes that the weights of a program take.
+fn bytes_of(source: &WeightSource, program: &Program) -> Result<usize, ExecutorError> {
+    let resident =
+        |entry: &&MatrixEntry| entry.spilled.is_none() && entry.used_for != MatrixUse::Lookup;
+    let matrices = program.matrices.iter().filter(resident).map(|entry| {
+        let TensorRef { dtype, rows, cols, .. } = stored(source, &entry.tensor)?;
+        Ok::<_, ExecutorError>(DeviceMatrix::bytes_of(dtype, rows, cols))
+    });
+    let matrices = matrices.sum::<Result<usize, _>>()?;
+    let vectors = program.vectors.iter().map(|vector| vector.rows * vector.cols);
+    Ok(matrices + vectors.sum::<usize>() * size_of::<f32>())
 }
 
 /// All rows of a matrix that is made from other tensors.
