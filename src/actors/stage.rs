@@ -361,15 +361,11 @@ impl GpuStages {
         (options, tiers): (StageOptions, TierOptions),
         progress: &mut (dyn FnMut(LoadProgress) + Send),
     ) -> Result<Self, ExecutorError> {
-        let has_spilled = parts.iter().any(|(_, part)| part.spilled().is_some());
         let whole = StagePart::whole(spec.layers.len());
         let request = request(checkpoint, spec, whole, &options);
-        let weights = match has_spilled {
-            true => with_pool(&options, |pool| {
-                GpuWeights::load_planned((parts, plans), &request, Some(pool), progress)
-            })?,
-            false => GpuWeights::load_planned((parts, plans), &request, None, progress)?,
-        };
+        let weights = with_pool(&options, |pool| {
+            GpuWeights::load_planned((parts, plans), &request, Some(pool), progress)
+        })?;
         let step_timeout = Duration::from_millis(config.step_timeout_ms);
         weights.iter().for_each(|part| part.limit_waits(step_timeout));
         Ok(Self { weights, options, tiers, copies: config.copies() })

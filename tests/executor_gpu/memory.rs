@@ -4,7 +4,7 @@
 use super::stage::{Model, options, plan_tokens, score_next};
 use super::tiny_model::{Family, Output, TinyModel};
 use super::{random_tokens, step, turn};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use tandem::actors::{on_gpus, parts_of};
 use tandem::config::Config;
 use tandem::executor::{
@@ -40,7 +40,9 @@ fn config(limit: u64) -> Config {
 }
 
 fn place(spec: &ModelSpec, config: &Config) -> Result<Placement, RequestError> {
-    Placement::plan(spec, &HardwareProfile::detect(), config)
+    // Asking the driver takes a third of a second.
+    static HARDWARE: OnceLock<HardwareProfile> = OnceLock::new();
+    Placement::plan(spec, HARDWARE.get_or_init(HardwareProfile::detect), config)
 }
 
 /// How a stage of a placement is made.

@@ -12,13 +12,14 @@ use tandem_kernels::{Gpu, GpuError, driver};
 
 impl GpuWeights {
     /// Opens a GPU and loads a model's weights there, and spilled ones into host memory. `pool`
-    /// makes random weights and interleaves spilled ones: it is needed for those alone.
+    /// makes rows that no file has as they are, and random ones, and interleaves spilled ones: it
+    /// is needed for those alone.
     ///
     /// # Errors
     /// No such GPU, too little of its memory, a model that the kernels can't run, or a bad tensor.
     ///
     /// # Panics
-    /// When random or spilled weights are wanted and there is no pool.
+    /// When such weights are wanted and there is no pool.
     pub fn load(
         ordinal: usize,
         request: &WeightsRequest,

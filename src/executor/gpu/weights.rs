@@ -10,6 +10,7 @@ use crate::executor::program::{
 };
 use crate::executor::rotations::Rotations;
 use crate::executor::weight_fill::PartGroups;
+use crate::executor::weight_made::{MadeMatrix, make};
 use crate::executor::weight_places::stored;
 use crate::executor::weight_source::{WeightSource, fill_random};
 use crate::executor::weights::{WeightsRequest, load_rotations};
@@ -75,7 +76,6 @@ impl GpuWeights {
         check(&program)?;
         let gpu = open()?;
         let source = request.source.clone();
-        // Before anything is allocated.
         let (vram, reserved) = Vram::reserve(&gpu, plan, bytes_of(&source, &program)?)?;
         let read_ahead = program.matrices.iter().map(|entry| &entry.tensor);
         source.will_read(read_ahead.chain(&program.vectors))?;
@@ -140,7 +140,10 @@ impl GpuWeights {
                     let place = checkpoint.place(&tensor.name)?;
                     let made = match place {
                         Some(_) => Vec::new(),
-                        None => read_whole(checkpoint, &tensor)?,
+                        None => {
+                            let pool = pool.as_deref_mut().expect("workers for made weights");
+                            make_whole(pool, checkpoint, &tensor)?
+                        }
                     };
                     let bytes = match &place {
                         Some((file, bytes)) => file_bytes(checkpoint, *file, bytes),
@@ -329,10 +332,17 @@ fn bytes_of(source: &WeightSource, program: &Program) -> Result<usize, ExecutorE
     Ok(matrices + vectors.sum::<usize>() * size_of::<f32>())
 }
 
-/// All rows of a matrix that is made from other tensors.
-fn read_whole(checkpoint: &Checkpoint, matrix: &TensorRef) -> Result<Vec<u8>, ExecutorError> {
+/// All rows of a matrix that is made from other tensors, by all workers.
+fn make_whole(
+    pool: &mut CpuPool,
+    checkpoint: &Checkpoint,
+    matrix: &TensorRef,
+) -> Result<Vec<u8>, ExecutorError> {
+    let TensorRef { name, dtype, rows, cols } = matrix;
     let mut bytes = vec![0; matrix.bytes() as usize];
-    checkpoint.read_rows(&matrix.name, 0..matrix.rows, &mut bytes)?;
+    let parts = [PartGroups::whole(Layout::RowMajor, *rows, bytes.len() / rows.max(&1))];
+    let made = MadeMatrix { checkpoint, name, dtype: *dtype, cols: *cols };
+    make(pool, &made, (&parts, vec![&mut bytes]), &mut |_| {})?;
     Ok(bytes)
 }
 
