@@ -13,6 +13,8 @@ mod hf_folder;
 mod hf_layers;
 #[path = "executor_gpu/kv.rs"]
 mod kv;
+#[path = "executor_gpu/memory.rs"]
+mod memory;
 #[path = "support/reference.rs"]
 mod reference;
 #[path = "executor_gpu/runs.rs"]

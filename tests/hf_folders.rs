@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test and its figures")]
 
+#[path = "hf_folders/four_bits.rs"]
+mod four_bits;
 #[path = "support/hf_folder.rs"]
 mod hf_folder;
 #[path = "support/hf_layers.rs"]

@@ -6,24 +6,25 @@ mod nodes;
 use proptest::prelude::*;
 use std::sync::Barrier;
 use tandem::memory::{
-    ALIGNMENT, AlignedBytes, ArenaError, Device, DisjointChunks, HostArena, HugePages, Ledger,
-    LedgerError, PurposeBytes,
+    ALIGNMENT, AlignedBytes, ArenaError, DisjointChunks, HostArena, HugePages, Ledger, LedgerError,
+    PurposeBytes,
 };
 
 #[test]
 fn reservations_that_do_not_fit_are_refused_with_numbers() {
-    let ledger = Ledger::new(Device::Gpu(1), 1 << 20);
+    let ledger = Ledger::new(1, 1 << 20);
     let weights = ledger.reserve("weights", 1 << 19).expect("half fits");
     let refusal = ledger.reserve("kv", (1 << 19) + 1).expect_err("more than half does not");
     let wanted = LedgerError::DoesNotFit {
-        device: Device::Gpu(1),
+        ordinal: 1,
         purpose: "kv",
         need_bytes: (1 << 19) + 1,
         free_bytes: 1 << 19,
         capacity_bytes: 1 << 20,
     };
     assert_eq!(refusal, wanted);
-    let said = "kv needs 512.00 KiB of GPU 1, and 512.00 KiB of 1.00 MiB are free";
+    let said = "kv on GPU 1: 512.00 KiB are needed, and 512.00 KiB of the 1.00 MiB that may be \
+                used are free";
     assert_eq!(refusal.to_string(), said);
     assert_eq!(ledger.free_bytes(), 1 << 19, "a refusal promises nothing");
     drop(weights);
@@ -33,7 +34,7 @@ fn reservations_that_do_not_fit_are_refused_with_numbers() {
 
 #[test]
 fn reserved_bytes_become_committed_and_go_back_when_dropped() {
-    let ledger = Ledger::new(Device::Host, 1000);
+    let ledger = Ledger::new(0, 1000);
     let weights = ledger.reserve("weights", 600).expect("fits").commit();
     let kv = ledger.reserve("kv", 300).expect("fits");
     let report = ledger.report();
@@ -54,7 +55,7 @@ proptest! {
     fn free_and_used_always_make_the_whole(
         steps in prop::collection::vec((0u64..400, 0usize..3, any::<prop::sample::Index>()), 1..80),
     ) {
-        let ledger = Ledger::new(Device::Host, 1000);
+        let ledger = Ledger::new(0, 1000);
         let (mut reserved, mut committed) = (Vec::new(), Vec::new());
         for (bytes, action, index) in steps {
             match action {
@@ -102,7 +103,7 @@ proptest! {
 
 #[test]
 fn threads_never_promise_more_than_there_is() {
-    let ledger = Ledger::new(Device::Host, 64);
+    let ledger = Ledger::new(0, 64);
     let barrier = Barrier::new(8);
     let granted: usize = std::thread::scope(|scope| {
         let take = || {
@@ -139,22 +140,6 @@ fn impossible_buffers_are_an_error_and_not_an_abort() {
         let error = AlignedBytes::zeroed(len, HugePages::Advise).expect_err("too much");
         assert!(matches!(error, ArenaError::Allocation { bytes, .. } if bytes == len), "{error}");
     }
-}
-
-#[test]
-fn a_buffer_stands_in_the_books_while_it_lives() {
-    let ledger = Ledger::new(Device::Host, 10_000);
-    let reserved = |len| AlignedBytes::reserved(&ledger, "weights", len, HugePages::Advise);
-    let bytes = reserved(6000).expect("fits");
-    assert_eq!(ledger.report().purposes["weights"].committed_bytes, 6000);
-    let refusal = reserved(6000).expect_err("the books are full");
-    assert!(matches!(refusal, ArenaError::Refused(LedgerError::DoesNotFit { .. })));
-    drop(bytes);
-    assert_eq!(ledger.free_bytes(), 10_000);
-    let big = Ledger::new(Device::Host, u64::MAX);
-    let failed = AlignedBytes::reserved(&big, "weights", 1 << 60, HugePages::Advise);
-    assert!(failed.is_err());
-    assert_eq!(big.free_bytes(), u64::MAX, "a failed allocation gives its reservation back");
 }
 
 #[test]

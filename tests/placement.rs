@@ -8,6 +8,8 @@ mod cuts;
 mod full;
 #[path = "placement/gpu.rs"]
 mod gpu;
+#[path = "placement/gpu_rows.rs"]
+mod gpu_rows;
 #[path = "placement/nodes.rs"]
 mod nodes;
 #[path = "placement/predict.rs"]

@@ -20,8 +20,6 @@ use tandem_cpu_kernels::blocks::GROUP;
 
 const F32: usize = size_of::<f32>();
 const WARPS: usize = 8;
-/// Positions of a segment.
-const SEGMENT: usize = 256;
 /// Query heads that share each key and value that is read.
 const HEADS: usize = 4;
 /// Largest head.
@@ -191,7 +189,13 @@ impl TokenTables<'_> {
     }
 }
 
+/// Positions of a segment.
+const SEGMENT: usize = Attend::SEGMENT;
+
 impl Attend<'_> {
+    /// Positions of a segment.
+    pub const SEGMENT: usize = 256;
+
     /// Bytes of the segments of a step, where sequences have up to `positions_max` positions.
     pub fn partial_bytes(heads: HeadCounts, tokens: usize, positions_max: usize) -> usize {
         match positions_max.div_ceil(SEGMENT) {

@@ -59,7 +59,7 @@ impl Gpu {
         planes: usize,
         (blocks, block_bytes): (usize, usize),
     ) -> Result<BlockPlanes, GpuError> {
-        let pitch = (blocks * block_bytes).next_multiple_of(PLANE_ALIGNMENT);
+        let pitch = pitch((blocks, block_bytes));
         let memory = self.alloc(planes * pitch)?;
         let most = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_PITCH;
         let most = self.stream().context().attribute(most);
@@ -80,7 +80,17 @@ impl Gpu {
     }
 }
 
+/// Bytes from one plane to the next.
+fn pitch((blocks, block_bytes): (usize, usize)) -> usize {
+    (blocks * block_bytes).next_multiple_of(PLANE_ALIGNMENT)
+}
+
 impl BlockPlanes {
+    /// Bytes of `planes` planes, each of some blocks of so many bytes.
+    pub fn bytes_of(planes: usize, of_plane: (usize, usize)) -> usize {
+        planes * pitch(of_plane)
+    }
+
     /// All blocks of one plane.
     ///
     /// # Panics

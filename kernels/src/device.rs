@@ -98,7 +98,7 @@ impl Device {
     /// `(free, total)` bytes of memory, read in a context that ends with the question: this process
     /// is then no holder of memory by it.
     fn memory(&self) -> Result<(u64, u64), DriverError> {
-        let _turn = Taker::new().call();
+        let _turn = Taker::new().turn();
         let context = CudaContext::new(self.ordinal).map_err(refuse(self.ordinal, "context"))?;
         let (free, total) = context.mem_get_info().map_err(refuse(self.ordinal, "memory"))?;
         Ok((free as u64, total as u64))

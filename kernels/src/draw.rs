@@ -181,16 +181,30 @@ impl RowDraws {
     /// # Errors
     /// No memory, here or there.
     pub fn new(gpu: &Gpu, (rows, vocab): (usize, usize)) -> Result<Self, GpuError> {
-        let bytes = rows * (ANSWER_BYTES + Self::LIST_MAX * LISTED_BYTES);
+        let [bins, sums, found] = Self::parts((rows, vocab));
         Ok(Self {
-            bins: gpu.alloc(rows * BINS_BYTES)?,
+            bins: gpu.alloc(bins)?,
             lists_used: 0,
-            sums: gpu.alloc(rows * vocab.div_ceil(SUM_BLOCK) * size_of::<f64>())?,
-            memory: gpu.alloc(bytes)?,
-            found: gpu.alloc_pinned(bytes)?,
+            sums: gpu.alloc(sums)?,
+            memory: gpu.alloc(found)?,
+            found: gpu.alloc_pinned(found)?,
             rows,
             vocab,
         })
+    }
+
+    /// Bytes of bins, of sums, and of answers with lists.
+    fn parts((rows, vocab): (usize, usize)) -> [usize; 3] {
+        [
+            rows * BINS_BYTES,
+            rows * vocab.div_ceil(SUM_BLOCK) * size_of::<f64>(),
+            rows * (ANSWER_BYTES + Self::LIST_MAX * LISTED_BYTES),
+        ]
+    }
+
+    /// Bytes that some rows of `vocab` logits take on a GPU.
+    pub fn bytes_of(shape: (usize, usize)) -> usize {
+        Self::parts(shape).iter().sum()
     }
 
     /// Bytes held on the GPU.

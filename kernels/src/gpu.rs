@@ -23,6 +23,9 @@ static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"
 /// A kernel of every architecture.
 pub(crate) const ANY_KERNEL: &str = "take_back";
 
+/// The compute capability whose kernels use wgmma.
+pub(crate) const WGMMA_CAPABILITY: (u32, u32) = (9, 0);
+
 /// An open GPU.
 pub struct Gpu {
     stream: Arc<CudaStream>,
@@ -40,6 +43,7 @@ pub struct Gpu {
 /// Memory of a GPU; freed when dropped.
 pub struct DeviceMemory {
     slice: OnGpu<CudaSlice<u8>>,
+    bytes: usize,
 }
 
 /// A part of a GPU's memory. The GPU works in the order of its stream, so a span may be read and
@@ -71,7 +75,7 @@ impl Gpu {
     }
 
     fn with_fate(ordinal: usize, fate: Arc<Fate>) -> Result<Gpu, GpuError> {
-        let _turn = fate.taker().call();
+        let _turn = fate.taker().turn();
         let context = CudaContext::new(ordinal)
             .map_err(|error| failure(ordinal, "opening a context", error, || None))?;
         let free = || Some(context.mem_get_info().ok()?.0);
@@ -99,7 +103,8 @@ impl Gpu {
         let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let shared_bytes =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        let has_wgmma = context.compute_capability().map_err(failed("what it has"))? == (9, 0);
+        let capability = context.compute_capability().map_err(failed("what it has"))?;
+        let has_wgmma = (capability.0 as u32, capability.1 as u32) == WGMMA_CAPABILITY;
         use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PTX_VERSION as PTX_VERSION;
         let any = module.load_function(ANY_KERNEL).map_err(failed("finding a kernel"))?;
         let compiled_for = any.get_attribute(PTX_VERSION).map_err(failed("what a kernel has"))?;
@@ -118,7 +123,7 @@ impl Gpu {
         })
     }
 
-    /// Whether its kernels use wgmma: those of compute capability 9.0.
+    /// Whether its kernels use wgmma.
     pub(crate) fn has_wgmma(&self) -> bool {
         self.has_wgmma
     }
@@ -181,7 +186,7 @@ impl Gpu {
                 other => other,
             }
         })?;
-        Ok(DeviceMemory { slice: OnGpu::new(slice, self) })
+        Ok(DeviceMemory { slice: OnGpu::new(slice, self), bytes })
     }
 
     /// Waits for all that was started, and has the driver take back what was freed. Until then it
@@ -319,9 +324,9 @@ impl DeviceMemory {
         Span { pointer, bytes: self.slice.len(), lifetime: PhantomData }
     }
 
-    /// Bytes held.
+    /// Bytes that were asked for.
     pub fn bytes(&self) -> usize {
-        self.slice.len()
+        self.bytes
     }
 }
 

@@ -3,11 +3,20 @@
 use crate::fate::OnGpu;
 use crate::gpu::{Gpu, GpuError};
 use cudarc::driver::{CudaGraph, sys};
+use std::ptr::null_mut;
 
 /// Recorded launches. They read and write the memory that they were recorded with, which has to
 /// live as long: whoever records keeps both.
 pub struct LaunchGraph {
     graph: OnGpu<CudaGraph>,
+    launches: usize,
+}
+
+impl LaunchGraph {
+    /// How many launches and copies were recorded.
+    pub fn launches(&self) -> usize {
+        self.launches
+    }
 }
 
 impl Gpu {
@@ -41,7 +50,12 @@ impl Gpu {
         })?;
         // Now, and not when it is first started, which is nobody's turn.
         graph.upload().map_err(|error| self.failed("recording", error))?;
-        Ok(Some(LaunchGraph { graph: OnGpu::new(graph, self) }))
+        let mut launches = 0;
+        // SAFETY: the graph lives; without a list to fill the call counts its nodes.
+        let counted =
+            unsafe { sys::cuGraphGetNodes(graph.cu_graph(), null_mut(), &raw mut launches) };
+        counted.result().map_err(|error| self.failed("recording", error))?;
+        Ok(Some(LaunchGraph { graph: OnGpu::new(graph, self), launches }))
     }
 
     /// Starts recorded launches.

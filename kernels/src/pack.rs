@@ -25,7 +25,8 @@
 //! one piece. A row's chunks a step apart would be as many places of the memory for each warp.
 //!
 //! Not a bit is added or lost, but that byte, and that rows whose length is no multiple of 128
-//! elements are filled up to one with zeros. F32, F16 and BF16 lie as in their file.
+//! elements are filled up to one with zeros. F32, F16 and BF16 lie as in their file. What that is
+//! beside the bits of files is bounded in `tests/weight_bytes.rs`.
 
 use crate::gpu::{DeviceMemory, Gpu, GpuError, Span};
 use crate::products::{CHUNK, lower_name};

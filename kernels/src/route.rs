@@ -88,16 +88,32 @@ impl ExpertRoutes {
     ) -> Result<ExpertRoutes, GpuError> {
         assert!((1..=Self::EXPERTS_MAX).contains(&n_experts), "{n_experts} experts");
         assert!((1..=n_experts.min(Self::USED_MAX)).contains(&n_used), "{n_used} of {n_experts}");
-        let words = n_experts.div_ceil(WORD_BITS);
+        let [masks, weights, pairs, slots] = Self::parts((n_experts, n_used), tokens_max);
         Ok(ExpertRoutes {
-            masks: gpu.alloc(tokens_max * words * U32)?,
-            weights: gpu.alloc(tokens_max * n_used * F32)?,
-            pairs: gpu.alloc(tokens_max * n_used * U32)?,
-            slots: gpu.alloc((1 + n_experts) * SLOT_BYTES)?,
+            masks: gpu.alloc(masks)?,
+            weights: gpu.alloc(weights)?,
+            pairs: gpu.alloc(pairs)?,
+            slots: gpu.alloc(slots)?,
             n_experts,
             n_used,
             tokens_max,
         })
+    }
+
+    /// Bytes of masks, weights, pairs and slots.
+    fn parts((n_experts, n_used): (usize, usize), tokens_max: usize) -> [usize; 4] {
+        [
+            tokens_max * n_experts.div_ceil(WORD_BITS) * U32,
+            tokens_max * n_used * F32,
+            tokens_max * n_used * U32,
+            (1 + n_experts) * SLOT_BYTES,
+        ]
+    }
+
+    /// Bytes that routes of up to `tokens_max` tokens, each through `n_used` of `n_experts`
+    /// experts, take on a GPU.
+    pub fn bytes_of(experts: (usize, usize), tokens_max: usize) -> usize {
+        Self::parts(experts, tokens_max).iter().sum()
     }
 
     /// Bytes held.

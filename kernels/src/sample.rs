@@ -47,8 +47,13 @@ impl RowMeasures {
     /// # Errors
     /// No memory.
     pub fn new(gpu: &Gpu, rows: usize) -> Result<Self, GpuError> {
-        let bytes = rows * PARTS * PART_BYTES;
+        let bytes = Self::bytes_of(rows);
         Ok(Self { memory: gpu.alloc(bytes)?, found: gpu.alloc_pinned(bytes)?, rows })
+    }
+
+    /// Bytes that the measures of some rows take on a GPU.
+    pub fn bytes_of(rows: usize) -> usize {
+        rows * PARTS * PART_BYTES
     }
 
     /// Bytes held.

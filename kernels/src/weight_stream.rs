@@ -58,8 +58,8 @@ impl Gpu {
     /// Without slots.
     pub fn weight_ring(&self, slots: usize, slot_bytes: usize) -> Result<WeightRing, GpuError> {
         assert!(slots > 0, "a ring has slots");
+        let memory = self.alloc(WeightRing::bytes_of((slots, slot_bytes)))?;
         let slot_bytes = slot_bytes.next_multiple_of(SLOT_ALIGNMENT);
-        let memory = self.alloc(slots * slot_bytes)?;
         let moved = self.alloc(size_of::<u32>())?;
         let host = self.alloc_pinned(HOST_BYTES)?;
         let host_start = self.address_of(&host)?;
@@ -204,6 +204,11 @@ impl WeightRing {
     /// pieces of a step are sent, or taken. What the step computes then is of no use.
     pub fn release(&self) {
         self.host_flag(RELEASED).store(1, Ordering::Release);
+    }
+
+    /// Bytes that some slots for pieces of up to so many bytes take on a GPU.
+    pub fn bytes_of((slots, slot_bytes): (usize, usize)) -> usize {
+        slots * slot_bytes.next_multiple_of(SLOT_ALIGNMENT)
     }
 
     /// Bytes of the GPU's memory held.

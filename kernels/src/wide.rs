@@ -1,6 +1,6 @@
 //! Products in which weights of any type meet activations as f16: `middle.cu`, `wide.cu`.
 
-use crate::gpu::{Gpu, GpuError, Span};
+use crate::gpu::{Gpu, GpuError, Span, WGMMA_CAPABILITY};
 use crate::launch::Manner;
 use crate::pack::has_planes;
 use crate::products::{CHUNK, Columns, PARTS, Part, Product, half_bytes, lower_name, parts};
@@ -9,6 +9,8 @@ use tandem_cpu_kernels::blocks::GROUP;
 
 /// Most tokens of a product whose blocks may divide what lies along rows, where there is wgmma.
 pub(crate) const MIDDLE_MAX: usize = 128;
+/// The same of products in 8 bits where there are faster ones for more.
+const NARROW_MAX_HOPPER: usize = 8;
 /// Rows and threads of its blocks.
 const MIDDLE_ROWS: usize = 128;
 const MIDDLE_THREADS: usize = 256;
@@ -92,7 +94,12 @@ fn middle_shared_bytes(columns: usize) -> usize {
 impl Gpu {
     /// Most tokens whose products meet activations in 8 bits: Hopper has faster ones for more.
     pub fn narrow_max(&self) -> usize {
-        if self.has_middle() { 8 } else { MIDDLE_MAX }
+        if self.has_middle() { NARROW_MAX_HOPPER } else { MIDDLE_MAX }
+    }
+
+    /// The same of a GPU of some compute capability that nobody has opened.
+    pub fn narrow_max_of(capability: (u32, u32)) -> usize {
+        if capability == WGMMA_CAPABILITY { NARROW_MAX_HOPPER } else { MIDDLE_MAX }
     }
 
     /// Whether there is wgmma, and shared memory for products whose blocks divide what lies along

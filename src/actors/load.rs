@@ -9,7 +9,7 @@ use super::{EngineError, LoadProgress, ModelInfo};
 use crate::config::{Config, ConfigError};
 use crate::executor::{
     ExecutorError, KvOptions, PoolOptions, SpilledLayers, StageOptions, StagePart, StepPasses,
-    TierOptions,
+    TierOptions, VramPlan,
 };
 use crate::formats::{Checkpoint, FormatError};
 use crate::hardware::{
@@ -114,8 +114,7 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
             let options = StageOptions { pool, ..options };
             let model = (checkpoint, Arc::clone(&spec));
             let tiers = tier_options(config, &placement)?;
-            let parts = parts_of(&spec, &placement);
-            load_weights(shared, model, (parts, options, tiers), source.on_progress)
+            load_weights(shared, model, (&placement, options, tiers), source.on_progress)
                 .map_err(|error| unloaded(error, &placement, config))?
         }
     };
@@ -184,7 +183,7 @@ fn refuse(error: FormatError) -> EngineError {
 fn load_weights(
     shared: &Shared,
     model: (Arc<Checkpoint>, Arc<ModelSpec>),
-    (parts, options, tiers): (Vec<(Device, StagePart)>, StageOptions, TierOptions),
+    (placement, options, tiers): (&Placement, StageOptions, TierOptions),
     mut on_progress: Option<OnProgress>,
 ) -> Result<Arc<dyn StageFactory>, ExecutorError> {
     let mut report = |progress: crate::executor::LoadProgress| {
@@ -197,13 +196,14 @@ fn load_weights(
             hear(progress);
         }
     };
-    let on_gpus = on_gpus(&parts);
+    let on_gpus = on_gpus(&parts_of(&model.1, placement));
+    let plans: Vec<_> = placement.stages.iter().map(VramPlan::of).collect();
     let options = (options, tiers);
     if on_gpus.is_empty() {
         let stages = CpuStages::load(model, options, &mut report)?;
         return Ok(Arc::new(stages));
     }
-    let on = (&on_gpus[..], &shared.config.gpu);
+    let on = (&on_gpus[..], &plans[..], &shared.config.gpu);
     Ok(Arc::new(GpuStages::load(on, model, options, &mut report)?))
 }
 

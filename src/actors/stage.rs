@@ -5,7 +5,7 @@ use super::stage_fault::StageFault;
 use crate::config::GpuConfig;
 use crate::executor::{
     CpuPool, ExecutorError, GpuPipeline, GpuStage, GpuWeights, KvBlocks, KvTiers, LoadProgress,
-    OpTime, Stage, StageOptions, StagePart, TierOptions, Weights, WeightsRequest,
+    OpTime, Stage, StageOptions, StagePart, TierOptions, VramPlan, Weights, WeightsRequest,
 };
 use crate::formats::Checkpoint;
 use crate::model::ModelSpec;
@@ -286,23 +286,19 @@ pub(super) struct GpuStages {
 }
 
 impl GpuStages {
-    /// Opens the GPUs and loads the weights, those of spilled networks into host memory. No step
-    /// may wait longer for a GPU than `gpu.step_timeout_ms`.
+    /// Opens the GPUs, reserves what is planned there and loads the weights, those of spilled
+    /// networks into host memory. No step may wait longer for a GPU than `gpu.step_timeout_ms`.
     pub(super) fn load(
-        (parts, config): (&[(usize, StagePart)], &GpuConfig),
+        (parts, plans, config): (&[(usize, StagePart)], &[VramPlan], &GpuConfig),
         (checkpoint, spec): (Arc<Checkpoint>, Arc<ModelSpec>),
         (options, tiers): (StageOptions, TierOptions),
         progress: &mut (dyn FnMut(LoadProgress) + Send),
     ) -> Result<Self, ExecutorError> {
-        let has_spilled = parts.iter().any(|(_, part)| part.spilled().is_some());
         let whole = StagePart::whole(spec.layers.len());
         let request = request(checkpoint, spec, whole, &options);
-        let weights = match has_spilled {
-            true => with_pool(&options, |pool| {
-                GpuWeights::load_parts(parts, &request, Some(pool), progress)
-            })?,
-            false => GpuWeights::load_parts(parts, &request, None, progress)?,
-        };
+        let weights = with_pool(&options, |pool| {
+            GpuWeights::load_planned((parts, plans), &request, Some(pool), progress)
+        })?;
         let step_timeout = Duration::from_millis(config.step_timeout_ms);
         weights.iter().for_each(|part| part.limit_waits(step_timeout));
         Ok(Self { weights, options, tiers, copies: config.copies() })

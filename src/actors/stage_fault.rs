@@ -4,7 +4,7 @@ use super::EngineError;
 use crate::config::Config;
 use crate::executor::ExecutorError;
 use crate::hardware::Gpus;
-use crate::memory::ArenaError;
+use crate::memory::{ArenaError, LedgerError};
 use crate::placement::{Phase, Placement, Shortage};
 use crate::request::RequestError;
 use tandem_kernels::GpuError;
@@ -85,6 +85,16 @@ impl From<&ExecutorError> for StageFault {
             ExecutorError::Gpu(GpuError::OutOfMemory {
                 ordinal, need_bytes, free_bytes, ..
             }) => lacks(Some(*ordinal), *need_bytes, *free_bytes),
+            ExecutorError::Vram(LedgerError::DoesNotFit {
+                ordinal,
+                need_bytes,
+                free_bytes,
+                ..
+            }) => Self::OutOfMemory(Shortage {
+                gpu: Some(*ordinal),
+                need_bytes: Some(*need_bytes),
+                free_bytes: Some(*free_bytes),
+            }),
             ExecutorError::Gpu(GpuError::HostOutOfMemory { need_bytes, .. }) => {
                 lacks(None, Some(*need_bytes), None)
             }
@@ -128,10 +138,18 @@ mod tests {
             free_bytes: Some(7),
         };
         let of_host = GpuError::HostOutOfMemory { ordinal: 2, need_bytes: 5 };
+        let promised = LedgerError::DoesNotFit {
+            ordinal: 2,
+            purpose: "KV",
+            need_bytes: 9,
+            free_bytes: 7,
+            capacity_bytes: 20,
+        };
         let allocation = ArenaError::Allocation { bytes: 5, reason: "no more".into() };
         let host = Shortage { gpu: None, need_bytes: Some(5), free_bytes: None };
         for (error, shortage) in [
             (of_gpu.into(), Shortage { gpu: Some(2), need_bytes: None, free_bytes: Some(7) }),
+            (promised.into(), Shortage { gpu: Some(2), need_bytes: Some(9), free_bytes: Some(7) }),
             (of_host.into(), host),
             (ExecutorError::Memory { what: "the KV store", source: allocation }, host),
         ] {

@@ -3,7 +3,7 @@
 use super::cpu_pool::WorkerPanic;
 use super::handoff::HandoffClosed;
 use crate::formats::FormatError;
-use crate::memory::ArenaError;
+use crate::memory::{ArenaError, LedgerError};
 use crate::tensor::DType;
 use crate::units::ByteSize;
 use std::path::PathBuf;
@@ -86,6 +86,9 @@ pub enum ExecutorError {
     /// The neighbouring stage has gone.
     #[error(transparent)]
     Handoff(#[from] HandoffClosed),
+    /// It would take more of a GPU's memory than may be used.
+    #[error(transparent)]
+    Vram(#[from] LedgerError),
     /// The GPU refused or failed.
     #[error(transparent)]
     Gpu(#[from] tandem_kernels::GpuError),

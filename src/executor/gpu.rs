@@ -28,9 +28,12 @@ mod spill_sender;
 mod spill_stream;
 mod spill_thread;
 mod spill_weights;
+mod vram;
 mod weights;
 
+pub use buffers::buffer_dims;
 pub use pipeline::GpuPipeline;
+pub use vram::VramPlan;
 pub use weights::GpuWeights;
 
 use super::ExecutorError;
@@ -38,8 +41,11 @@ use super::batch::{Batch, PlanLimits};
 use super::kv_tiers::KvBlocks;
 use super::program::{Linear, Norm, Op, Pending};
 use super::sample::RowSamplers;
-use super::stage::{StageMemory, StageOptions};
+use super::stage::StageOptions;
+use super::stage_memory::StageMemory;
 use crate::hardware::HardwareProfile;
+use crate::memory::Commitment;
+use crate::placement::LOGITS_TILE_ROWS;
 use crate::request::RequestError;
 use crate::step::{StepOutput, StepPlan};
 use buffers::GpuBuffers;
@@ -54,8 +60,6 @@ use std::sync::Arc;
 use std::time::Instant;
 use tandem_kernels::{Gpu, GpuError, Span};
 
-/// Rows of logits that exist at once.
-const LOGITS_TILE_ROWS: usize = 128;
 /// Threads that share the rows of logits which leave the GPU.
 const SAMPLERS: usize = 4;
 
@@ -85,6 +89,7 @@ pub struct GpuStage {
     /// None where the residual stream goes on to another stage.
     last: Option<LastOps>,
     graphs: Graphs,
+    _reserved: Commitment,
     op_marks: Option<OpMarks>,
     failure: Option<String>,
     spill: Option<GpuSpill>,
@@ -129,14 +134,17 @@ impl GpuStage {
             blocks: options.kv.device_blocks,
             query_tile: tokens.max(1),
         };
-        Ok(Self {
+        // First of all: what was promised for a stage is taken by its parts.
+        let reserved = weights.vram().begin_stage()?;
+        let stage = Self {
             limits,
             batch: Batch::new(tokens, options.kv.device_blocks, Vec::new()),
             run_blocks: attend::run_blocks(weights.gpu(), program),
             has_moved: Cell::new(false),
             ends_moved: Cell::new(false),
             last: last_ops(&program.ops),
-            graphs: Graphs::default(),
+            graphs: Graphs::new(weights.vram().recorded_bytes_max()),
+            _reserved: reserved,
             op_marks: None,
             kv: Arc::new(GpuKv::new(&weights, options.kv, options.huge_pages())?),
             buffers: GpuBuffers::new(&weights, tokens, store)?,
@@ -148,7 +156,9 @@ impl GpuStage {
             failure: None,
             spill: spill.map(|lane| GpuSpill::start(&weights, options, lane)).transpose()?,
             weights,
-        })
+        };
+        stage.weights.vram().log();
+        Ok(stage)
     }
 
     /// The weights, for another stage.
@@ -167,7 +177,9 @@ impl GpuStage {
         StageMemory {
             weight_bytes: self.weights.bytes(),
             kv_bytes: self.kv.bytes(),
-            activation_bytes: self.buffers.bytes() + self.spill.as_ref().map_or(0, GpuSpill::bytes),
+            activation_bytes: self.buffers.bytes(),
+            ring_bytes: self.spill.as_ref().map_or(0, GpuSpill::bytes),
+            graph_bytes: self.graphs.bytes() as usize,
         }
     }
 
@@ -236,11 +248,12 @@ fn refused(
     error: ExecutorError,
     failure: &mut Option<String>,
 ) -> Result<RequestError, ExecutorError> {
+    let suggest = "try again when fewer or shorter requests run";
     let lacks = |device: String, need: usize, free: u64| RequestError::InsufficientMemory {
         device,
         need: need as u64,
         free,
-        suggest: "try again when fewer or shorter requests run".into(),
+        suggest: suggest.into(),
     };
     match error {
         // Memory is asked for before anything of the step is started there. What the driver lacks
@@ -255,6 +268,7 @@ fn refused(
             let (_, free) = HardwareProfile::read_memory(Path::new("/"));
             Ok(lacks("host memory".into(), need_bytes, free))
         }
+        ExecutorError::Vram(error) => Ok(error.refusal(suggest)),
         error => {
             *failure = Some(error.to_string());
             Err(error)
@@ -278,6 +292,11 @@ fn last_ops(ops: &[Op]) -> Option<LastOps> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Ledger;
+
+    fn refusal_of_the_ledger(need_bytes: usize) -> ExecutorError {
+        Ledger::new(2, 5).reserve("activations", need_bytes as u64).unwrap_err().into()
+    }
 
     #[test]
     fn too_little_memory_refuses_a_step_and_leaves_the_stage_alone() {
@@ -290,10 +309,11 @@ mod tests {
         };
         let mut failure = None;
         for (error, device) in [
-            (full(Some(need_bytes)), "GPU 2"),
-            (GpuError::HostOutOfMemory { ordinal: 2, need_bytes }, "host memory"),
+            (full(Some(need_bytes)).into(), "GPU 2"),
+            (GpuError::HostOutOfMemory { ordinal: 2, need_bytes }.into(), "host memory"),
+            (refusal_of_the_ledger(need_bytes), "GPU 2 (activations)"),
         ] {
-            let refusal = refused(error.into(), &mut failure).expect("a refusal of the step");
+            let refusal = refused(error, &mut failure).expect("a refusal of the step");
             let RequestError::InsufficientMemory { device: of, need, .. } = refusal else {
                 panic!("{refusal:?}");
             };

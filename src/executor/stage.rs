@@ -17,6 +17,7 @@ use super::passes::StepPasses;
 use super::program::{Op, Program, StagePart};
 use super::sample::RowSamplers;
 use super::spill::SpillStep;
+use super::stage_memory::StageMemory;
 use super::warm_up;
 use super::weights::{LoadProgress, Weights, WeightsRequest};
 use crate::formats::Checkpoint;
@@ -52,17 +53,6 @@ pub struct StageOptions {
     /// Percent of the spilled networks whose weights stream to the GPU in steps that the CPU could
     /// compute them for; `None` for what is measured to be fastest.
     pub spill_streamed: Option<u8>,
-}
-
-/// Bytes that a stage holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StageMemory {
-    /// Weights, repacked.
-    pub weight_bytes: usize,
-    /// KV blocks that attention reads.
-    pub kv_bytes: usize,
-    /// Activations.
-    pub activation_bytes: usize,
 }
 
 /// What a step of a part of a model is joined to.
@@ -253,6 +243,8 @@ impl Stage {
                 + self.partials.bytes()
                 + experts
                 + own,
+            ring_bytes: 0,
+            graph_bytes: 0,
         }
     }
 

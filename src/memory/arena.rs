@@ -4,7 +4,6 @@
 //! chunk first pays its page faults and decides its NUMA node, so filling is done in parallel. One
 //! mapping of gigabytes by one thread would fault 4 KiB at a time, at a fraction of the bandwidth.
 
-use super::ledger::{Commitment, Ledger, LedgerError};
 use rustix::mm::{MapFlags, ProtFlags};
 use std::ops::{Deref, DerefMut, Range};
 use std::ptr::NonNull;
@@ -31,9 +30,6 @@ pub enum HugePages {
 /// Why there is no buffer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ArenaError {
-    /// The books have no room for it.
-    #[error(transparent)]
-    Refused(#[from] LedgerError),
     /// The operating system gives no memory.
     #[error("the system gives no {bytes} bytes of memory: {reason}")]
     Allocation {
@@ -61,7 +57,6 @@ pub struct AlignedBytes {
     len: usize,
     /// What was mapped, if anything: `start ..` lies inside.
     mapping: Option<(NonNull<u8>, usize)>,
-    _commitment: Option<Commitment>,
 }
 
 // SAFETY: the buffer owns its mapping alone, like a `Vec<u8>`.
@@ -81,7 +76,7 @@ impl AlignedBytes {
     pub fn zeroed(len: usize, huge_pages: HugePages) -> Result<AlignedBytes, ArenaError> {
         if len == 0 {
             let start = NonNull::<EmptyLine>::dangling().cast();
-            return Ok(AlignedBytes { start, len, mapping: None, _commitment: None });
+            return Ok(AlignedBytes { start, len, mapping: None });
         }
         let refuse = |reason: String| ArenaError::Allocation { bytes: len, reason };
         let slack = if len >= HUGE_PAGE { HUGE_PAGE } else { 0 };
@@ -102,23 +97,7 @@ impl AlignedBytes {
         if huge_pages == HugePages::Advise && len >= HUGE_PAGE {
             advise_huge(start, mapped - shift);
         }
-        Ok(AlignedBytes { start, len, mapping: Some((base, mapped)), _commitment: None })
-    }
-
-    /// A zeroed buffer whose bytes stand in a ledger as long as it lives.
-    ///
-    /// # Errors
-    /// [`ArenaError::Refused`] by the ledger, or [`ArenaError::Allocation`] by the system.
-    pub fn reserved(
-        ledger: &Ledger,
-        purpose: &'static str,
-        len: usize,
-        huge_pages: HugePages,
-    ) -> Result<AlignedBytes, ArenaError> {
-        let reservation = ledger.reserve(purpose, len as u64)?;
-        let mut bytes = AlignedBytes::zeroed(len, huge_pages)?;
-        bytes._commitment = Some(reservation.commit());
-        Ok(bytes)
+        Ok(AlignedBytes { start, len, mapping: Some((base, mapped)) })
     }
 
     /// Pointer to the first byte, valid for as many as the buffer has while it lives.

@@ -1,46 +1,27 @@
-//! The books of one device's memory: what is promised, what is in use, and what for.
+//! The books of one GPU's memory: what is promised, what is in use, and what for.
 //!
 //! Bytes are reserved before they are allocated, and a reservation that does not fit is refused
 //! with numbers: an engine that keeps its books never meets the allocator's own refusal. A
 //! reservation becomes a commitment when the allocation has succeeded; dropping either gives the
 //! bytes back.
 
+use crate::request::RequestError;
 use crate::units::ByteSize;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-/// Whose memory it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Device {
-    /// The host's DRAM.
-    Host,
-    /// The GPU of this ordinal.
-    Gpu(usize),
-}
-
-impl fmt::Display for Device {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Device::Host => formatter.write_str("host memory"),
-            Device::Gpu(ordinal) => write!(formatter, "GPU {ordinal}"),
-        }
-    }
-}
 
 /// Why bytes are not promised.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LedgerError {
     /// The pool has not that many left.
     #[error(
-        "{purpose} needs {} of {device}, and {} of {} are free",
+        "{purpose} on GPU {ordinal}: {} are needed, and {} of the {} that may be used are free",
         ByteSize(*need_bytes), ByteSize(*free_bytes), ByteSize(*capacity_bytes)
     )]
     DoesNotFit {
         /// Whose memory.
-        device: Device,
+        ordinal: usize,
         /// What for.
         purpose: &'static str,
         /// Bytes asked for.
@@ -50,6 +31,19 @@ pub enum LedgerError {
         /// Bytes of the whole pool.
         capacity_bytes: u64,
     },
+}
+
+impl LedgerError {
+    /// The refusal of a request or a model, with what to do.
+    pub fn refusal(&self, suggest: &str) -> RequestError {
+        let Self::DoesNotFit { ordinal, purpose, need_bytes, free_bytes, .. } = self;
+        RequestError::InsufficientMemory {
+            device: format!("GPU {ordinal} ({purpose})"),
+            need: *need_bytes,
+            free: *free_bytes,
+            suggest: suggest.to_owned(),
+        }
+    }
 }
 
 /// Bytes of one purpose.
@@ -65,7 +59,7 @@ pub struct PurposeBytes {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct LedgerReport {
     /// Whose memory.
-    pub device: Device,
+    pub ordinal: usize,
     /// Bytes of the pool.
     pub capacity_bytes: u64,
     /// Neither reserved nor committed.
@@ -85,7 +79,7 @@ struct Books {
 
 #[derive(Debug)]
 struct Shared {
-    device: Device,
+    ordinal: usize,
     capacity_bytes: u64,
     books: Mutex<Books>,
 }
@@ -105,10 +99,10 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// A pool of `capacity_bytes`, all free.
-    pub fn new(device: Device, capacity_bytes: u64) -> Ledger {
+    /// A pool of `capacity_bytes` of the GPU of this ordinal, all free.
+    pub fn new(ordinal: usize, capacity_bytes: u64) -> Ledger {
         let books = Mutex::new(Books::default());
-        Ledger { shared: Arc::new(Shared { device, capacity_bytes, books }) }
+        Ledger { shared: Arc::new(Shared { ordinal, capacity_bytes, books }) }
     }
 
     /// Promises `bytes` for `purpose`, a label that reports show, such as `weights`.
@@ -120,7 +114,7 @@ impl Ledger {
         let free_bytes = self.shared.capacity_bytes - books.used_bytes;
         if bytes > free_bytes {
             return Err(LedgerError::DoesNotFit {
-                device: self.shared.device,
+                ordinal: self.shared.ordinal,
                 purpose,
                 need_bytes: bytes,
                 free_bytes,
@@ -136,16 +130,6 @@ impl Ledger {
         Ok(Reservation { entry })
     }
 
-    /// Whose memory it is.
-    pub fn device(&self) -> Device {
-        self.shared.device
-    }
-
-    /// Bytes of the pool.
-    pub fn capacity_bytes(&self) -> u64 {
-        self.shared.capacity_bytes
-    }
-
     /// Bytes that are neither reserved nor committed.
     pub fn free_bytes(&self) -> u64 {
         self.shared.capacity_bytes - self.shared.books().used_bytes
@@ -157,7 +141,7 @@ impl Ledger {
         let in_use =
             |(_, bytes): &(&&'static str, &PurposeBytes)| **bytes != PurposeBytes::default();
         LedgerReport {
-            device: self.shared.device,
+            ordinal: self.shared.ordinal,
             capacity_bytes: self.shared.capacity_bytes,
             free_bytes: self.shared.capacity_bytes - books.used_bytes,
             peak_bytes: books.peak_bytes,

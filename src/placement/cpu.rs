@@ -1,5 +1,6 @@
 //! What a model takes where the CPU computes it.
 
+use super::room::Activations;
 use super::{Device, Room, Workers, kv_dtype};
 use crate::config::Config;
 use crate::hardware::HardwareProfile;
@@ -37,7 +38,10 @@ pub(super) fn room(
         available: hardware.memory_available_bytes,
         kv_dtype: kv_dtype::on_cpu(config, notes)?,
         weight_bytes: spec.weight_bytes(),
-        activation_bytes: activation_bytes(spec, tokens) + worker_bytes(spec, workers, tokens),
+        activations: Activations::Bytes(
+            activation_bytes(spec, tokens) + worker_bytes(spec, workers, tokens),
+        ),
+        graph_bytes: [0; 2],
         swap_room: None,
         suggest: "use a smaller or more quantised model, or a shorter context".into(),
         spill: None,

@@ -91,6 +91,10 @@ impl Placement {
         rows.push(row("KV cache", &device, stage.kv_bytes, why));
         let why = format!("of steps of up to {} tokens", self.step_tokens_max);
         rows.push(row("activations", &device, stage.activation_bytes, why));
+        if stage.graph_bytes > 0 {
+            let why = "what the driver takes for the kernels' code and for recorded steps, at most";
+            rows.push(row("graphs, kernels", &device, stage.graph_bytes, why));
+        }
         rows
     }
 

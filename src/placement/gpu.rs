@@ -1,7 +1,8 @@
 //! Whether a model is run on a GPU, and what it takes there.
 
-use super::cpu::heads_width;
 use super::gpu_absence;
+use super::gpu_buffers::{BufferDims, BufferSize};
+use super::room::Activations;
 use super::room::margin_bytes;
 use super::{Device, Room};
 use crate::config::{Config, ConfigError, GpuChoice};
@@ -10,7 +11,7 @@ use crate::model::{ExpertsSpec, ModelSpec, TensorRef};
 use crate::request::RequestError;
 use crate::units::ByteSize;
 use std::ops::Range;
-use tandem_kernels::{DeviceMatrix, ExpertRoutes};
+use tandem_kernels::{DeviceMatrix, ExpertRoutes, Gpu as DeviceGpu};
 
 /// Largest head and longest residual stream of a GPU's kernels.
 const HEAD_DIM_MAX: usize = 256;
@@ -19,14 +20,22 @@ const EMBEDDING_DIM_MAX: usize = 16 << 10;
 const CAPABILITY_MIN: (u32, u32) = (7, 5);
 /// Elements of weights that a GPU's kernels read at once.
 const ROW_MULTIPLE: usize = 8;
-/// Rows of logits that exist at once, and bytes of unmerged attention.
-const LOGITS_ROWS: u64 = 128;
-const PARTIAL_BYTES: u64 = 64 << 20;
-/// Bytes of what is known of a row of logits: its measure in parts, counts of tokens by their
-/// distance from the best, a list of the most likely.
-const MEASURE_BYTES: u64 = 26 << 10;
-/// Memory through which weights travel.
-const STAGING_BYTES: u64 = 32 << 20;
+/// Most steps that are recorded at once.
+pub const GRAPHS_MAX: usize = 256;
+/// Bytes that the driver takes for the kernels' code, and leaves unused of the pieces of 32 MiB in
+/// which it gives memory.
+pub const KERNELS_BYTES: u64 = 56 << 20;
+/// Bytes that recorded steps always may take; and part of a GPU's memory, 1/64, that they may take
+/// where weights and KV leave it.
+const GRAPHS_BYTES_MIN: u64 = 24 << 20;
+const GRAPHS_DIVISOR: u64 = 64;
+/// Launches of a layer in a recorded step, and of one with experts, at most.
+const LAUNCHES: [usize; 2] = [12, 18];
+
+/// Bytes that a recorded step of so many launches takes of a GPU, at most.
+pub fn recorded_bytes(launches: usize) -> u64 {
+    (128 << 10) + (launches as u64) * (4 << 10)
+}
 
 /// What a model may be placed on.
 pub(super) enum Candidates<'h> {
@@ -142,7 +151,11 @@ pub(super) fn room(
         available,
         kv_dtype: config.kv.dtype,
         weight_bytes: weight_bytes(spec, &layers),
-        activation_bytes: activation_bytes(spec, &layers, config.scheduler.step_tokens_max as u64),
+        activations: Activations::OfGpu(
+            BufferDims::of(spec, &layers),
+            size(config, narrow_max(gpu)),
+        ),
+        graph_bytes: graph_bytes(spec, available - margin_bytes(available)),
         layers,
         swap_room: Some(hardware.memory_available_bytes / 2),
         suggest: format!(
@@ -162,10 +175,12 @@ fn available_bytes(gpu: &Gpu, config: &Config) -> u64 {
     }
 }
 
-/// The same without the margin.
-pub(super) fn usable_bytes(gpu: &Gpu, config: &Config) -> u64 {
+/// The same without the margin and what the driver takes.
+pub(super) fn usable_bytes(spec: &ModelSpec, gpu: &Gpu, config: &Config) -> u64 {
     let available = available_bytes(gpu, config);
-    available - margin_bytes(available)
+    let usable = available - margin_bytes(available);
+    let [least, _] = graph_bytes(spec, usable);
+    usable.saturating_sub(least)
 }
 
 /// Bytes of weights that a GPU holds with some layers: matrices as its kernels have them, vectors
@@ -187,11 +202,36 @@ pub(super) fn weight_bytes(spec: &ModelSpec, layers: &Range<usize>) -> u64 {
     bytes as u64
 }
 
+/// Major and minor number of a GPU's compute capability.
+fn capability(gpu: &Gpu) -> Option<(u32, u32)> {
+    let (major, minor) = gpu.compute_capability.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// Most tokens whose products meet activations in 8 bits on a GPU.
+pub(super) fn narrow_max(gpu: &Gpu) -> usize {
+    DeviceGpu::narrow_max_of(capability(gpu).unwrap_or_default())
+}
+
+/// How large a stage is before its KV store is known.
+pub(super) fn size(config: &Config, narrow_max: usize) -> BufferSize {
+    let (tokens, block_tokens) = (config.scheduler.step_tokens_max, config.kv.block_tokens);
+    BufferSize { tokens, narrow_max, blocks: 0, block_tokens }
+}
+
+/// Bytes that are left to the driver for the kernels' code and for recorded steps: those that must
+/// be, and those for as many steps as there may be, where that is not too much of what may be used.
+pub(super) fn graph_bytes(spec: &ModelSpec, usable: u64) -> [u64; 2] {
+    let launches = LAUNCHES[usize::from(spec.experts().next().is_some())] * spec.layers.len();
+    let all = GRAPHS_MAX as u64 * recorded_bytes(launches);
+    let least = all.min(GRAPHS_BYTES_MIN);
+    [least, all.min(usable / GRAPHS_DIVISOR).max(least)].map(|bytes| KERNELS_BYTES + bytes)
+}
+
 /// Whether no kernels were compiled for a GPU.
 fn too_old(gpu: &Gpu) -> Option<String> {
     let Gpu { ordinal, name, compute_capability, .. } = gpu;
-    let (major, minor) = compute_capability.split_once('.')?;
-    let capability: (u32, u32) = (major.parse().ok()?, minor.parse().ok()?);
+    let capability = capability(gpu)?;
     let (least_major, least_minor) = CAPABILITY_MIN;
     (capability < CAPABILITY_MIN).then(|| {
         format!(
@@ -233,48 +273,4 @@ fn unsupported_experts(experts: &ExpertsSpec) -> Option<String> {
         is_odd
             .then(|| format!("{name} of {dtype} with experts of {rows} rows runs on the CPU only"))
     })
-}
-
-/// Tokens of a step up to which products read activations in 8 bits, at most, and above which, at
-/// least, in f16.
-const NARROW_MAX: u64 = 128;
-const NARROW_MAX_WITH_WGMMA: u64 = 8;
-/// Such a step has room for a multiple of so many.
-const NARROW_TILE: u64 = 64;
-
-/// Bytes of a step's buffers on a GPU with some layers: f32 rows, and rounded copies where a
-/// product follows.
-pub(super) fn activation_bytes(spec: &ModelSpec, layers: &Range<usize>, tokens: u64) -> u64 {
-    let (embeds, has_logits) = (layers.start == 0, layers.end == spec.layers.len());
-    let widest = |width: &dyn Fn(&crate::model::LayerSpec) -> usize| {
-        spec.layers.iter().map(width).max().unwrap_or(0) as u64
-    };
-    let heads = widest(&|layer| heads_width(&layer.attention));
-    let attended = widest(&|layer| layer.attention.n_heads * layer.attention.head_dim);
-    let angles = widest(&|layer| layer.attention.rope.dims);
-    let hidden = widest(&|layer| layer.ffn.hidden_dim());
-    let embedding = spec.embedding_dim as u64;
-    let n_experts = widest(&|layer| layer.ffn.experts().map_or(0, |experts| experts.n_experts));
-    let used = widest(&|layer| layer.ffn.experts().map_or(1, |experts| experts.n_used));
-    // The up projection, and with experts what each of a token's makes; logits and bits of routes,
-    // weights and pairs.
-    let (products, routes) = match n_experts {
-        0 => (hidden, 0),
-        _ => (used * hidden.max(embedding), 2 * n_experts + 2 * used),
-    };
-    // residual, normed, projected; angles of up to two rotations; numbers of a token.
-    let plain = 3 * embedding + heads + attended + used * hidden + products + routes;
-    let plain = plain + 2 * angles + 17;
-    let rounded = 2 * embedding + attended + used * (hidden + 128) + 3 * 128;
-    let narrow = tokens.min(NARROW_MAX).next_multiple_of(NARROW_TILE) * rounded * 5 / 4;
-    let wide = if tokens > NARROW_MAX_WITH_WGMMA { tokens * 2 * rounded } else { 0 };
-    let logits_rows = if has_logits { LOGITS_ROWS } else { 0 };
-    let logits = logits_rows * (4 * spec.vocab_size as u64 + 6 * embedding + MEASURE_BYTES);
-    // Rows of an embedding in host memory, as they come and as they are taken apart.
-    let row_bytes = spec.embedding.bytes() / spec.embedding.rows as u64;
-    let is_looked_up = embeds && !(has_logits && spec.is_output_tied());
-    let rows = if is_looked_up { 2 * tokens * (row_bytes + 128) } else { 0 };
-    // Second place of a single token's residual stream, and counters of gated products.
-    let single = 4 * embedding + hidden / 8 + 4;
-    tokens * 4 * plain + narrow + wide + rows + logits + single + PARTIAL_BYTES + STAGING_BYTES
 }

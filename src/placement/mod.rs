@@ -8,6 +8,7 @@ mod cpu;
 mod explain;
 mod gpu;
 mod gpu_absence;
+mod gpu_buffers;
 mod kv_dtype;
 mod node_memory;
 mod nodes;
@@ -30,6 +31,10 @@ mod workers;
 
 pub use claims::{claimed_units, dealt_rows, tiled_units};
 pub use explain::ExplainRow;
+pub use gpu::{GRAPHS_MAX, KERNELS_BYTES, recorded_bytes};
+pub use gpu_buffers::{
+    BufferBytes, BufferDims, BufferSize, ExpertBytes, INPUT_ALIGNMENT, LOGITS_TILE_ROWS, RowBytes,
+};
 pub use nodes::{NODE_ROWS, NodeTeams};
 pub use predict::{DecodeSpeed, Job, Prediction, PromptSpeed};
 pub use predict_costs::StepSeconds;
@@ -105,6 +110,8 @@ pub struct StagePlacement {
     pub kv_bytes: u64,
     /// Bytes of a step's activations.
     pub activation_bytes: u64,
+    /// Bytes that a GPU's driver takes for the kernels' code and for recorded steps.
+    pub graph_bytes: u64,
     /// What of its layers' weights lies in host memory, where a GPU can't hold them.
     pub spill: Option<Spill>,
     /// Memory that is free on the device.
@@ -326,7 +333,8 @@ impl Placement {
         let ring_bytes = stage.spill.as_ref().map_or(0, |spill| spill.ring_bytes);
         let is_shared = stage.device == Device::Cpu;
         let host_bytes = if is_shared { self.host_kv_bytes } else { 0 };
-        stage.weight_bytes + stage.kv_bytes + stage.activation_bytes + ring_bytes + host_bytes
+        let own_bytes = stage.weight_bytes + stage.kv_bytes + stage.activation_bytes;
+        own_bytes + stage.graph_bytes + ring_bytes + host_bytes
     }
 }
 
@@ -350,7 +358,7 @@ fn lacks_memory(
 ) -> RequestError {
     let on = rooms.iter().min_by_key(|on| on.blocks(spec, config)).expect("a device");
     let blocks = kv_bytes / room::for_kv(rooms, spec, config).block_bytes;
-    let kv_bytes = blocks.saturating_mul(on.block_bytes(spec, config));
+    let kv_bytes = on.kv_bytes(spec, config, blocks);
     RequestError::InsufficientMemory {
         device: on.name.clone(),
         need: on.fixed_bytes().saturating_add(kv_bytes),

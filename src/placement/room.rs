@@ -1,7 +1,7 @@
 //! What a device has for a model, and how much of it becomes KV: the longest sequence and the
 //! blocks of the store.
 
-use super::several::blocks;
+use super::gpu_buffers::{BufferDims, BufferSize, Growth};
 use super::{Device, Spill, StagePlacement};
 use crate::config::Config;
 use crate::kv::blocks_for;
@@ -31,6 +31,41 @@ pub(super) fn with_margin(bytes: u64) -> u64 {
     (bytes as u128 * MARGIN_DIVISOR as u128).div_ceil(MARGIN_DIVISOR as u128 - 1) as u64
 }
 
+/// A step's activations.
+#[derive(Clone, Copy)]
+pub(super) enum Activations {
+    /// So many bytes.
+    Bytes(u64),
+    /// Buffers on a GPU, where some grow with the KV store, whose blocks do not count here.
+    OfGpu(BufferDims, BufferSize),
+}
+
+impl Activations {
+    /// Bytes that do not depend on the KV store.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::Bytes(bytes) => *bytes,
+            Self::OfGpu(dims, size) => dims.fixed_bytes(*size),
+        }
+    }
+
+    /// Bytes with so many KV blocks.
+    fn bytes_with(&self, blocks: usize) -> u64 {
+        match self {
+            Self::Bytes(bytes) => *bytes,
+            Self::OfGpu(dims, size) => dims.bytes(BufferSize { blocks, ..*size }).total() as u64,
+        }
+    }
+
+    /// What grows with the KV store.
+    pub fn growth(&self) -> Growth {
+        match self {
+            Self::Bytes(_) => Growth::default(),
+            Self::OfGpu(dims, size) => dims.growth(size.block_tokens),
+        }
+    }
+}
+
 /// What a device has for a model.
 #[derive(Clone)]
 pub(super) struct Room {
@@ -47,8 +82,11 @@ pub(super) struct Room {
     pub kv_dtype: KvDType,
     /// Bytes of weights there.
     pub weight_bytes: u64,
-    /// Bytes of a step's activations there.
-    pub activation_bytes: u64,
+    /// A step's activations there.
+    pub activations: Activations,
+    /// Bytes that the driver takes there for kernels and recorded steps: at least, and where all
+    /// else leaves them.
+    pub graph_bytes: [u64; 2],
     /// Bytes of host memory for KV blocks that wait; `None` where they share the device's.
     pub swap_room: Option<u64>,
     /// What to do where it is too small.
@@ -66,7 +104,7 @@ impl Room {
     /// Bytes of all but KV.
     pub fn fixed_bytes(&self) -> u64 {
         let ring_bytes = self.spill.as_ref().map_or(0, |spill| spill.ring_bytes);
-        self.weight_bytes + self.activation_bytes + ring_bytes
+        self.weight_bytes + self.activations.bytes() + self.graph_bytes[0] + ring_bytes
     }
 
     /// Bytes of a KV block's part there.
@@ -76,9 +114,15 @@ impl Room {
         token.sum::<u64>() * config.kv.block_tokens as u64
     }
 
+    /// Bytes of so many KV blocks, and of what grows with them.
+    pub fn kv_bytes(&self, spec: &ModelSpec, config: &Config, blocks: u64) -> u64 {
+        self.activations.growth().bytes(blocks, self.block_bytes(spec, config))
+    }
+
     /// KV blocks whose parts fit there; less than 0 where not even all else does.
     pub fn blocks(&self, spec: &ModelSpec, config: &Config) -> i64 {
-        blocks(self.usable(), self.fixed_bytes(), self.block_bytes(spec, config))
+        let block = self.block_bytes(spec, config);
+        self.activations.growth().blocks(self.usable(), self.fixed_bytes(), block)
     }
 
     /// What lies there with so many KV blocks.
@@ -88,6 +132,8 @@ impl Room {
             let resident = self.layers.clone().filter(|layer| !spilled(*layer));
             resident.filter_map(|layer| spec.layers[layer].ffn.experts())
         };
+        let taken = self.fixed_bytes() + self.kv_bytes(spec, config, blocks as u64);
+        let left = self.usable().saturating_sub(taken);
         StagePlacement {
             device: self.device.clone(),
             layers: self.layers.clone(),
@@ -95,7 +141,8 @@ impl Room {
             expert_bytes: experts().map(ExpertsSpec::bytes).sum(),
             active_expert_bytes: experts().map(|e| e.used_of(e.bytes())).sum(),
             kv_bytes: blocks as u64 * self.block_bytes(spec, config),
-            activation_bytes: self.activation_bytes,
+            activation_bytes: self.activations.bytes_with(blocks),
+            graph_bytes: self.graph_bytes[1].min(self.graph_bytes[0] + left),
             spill: self.spill.clone(),
             memory_free_bytes: self.free,
             memory_available_bytes: self.available,
@@ -115,7 +162,7 @@ pub(super) fn for_kv(rooms: &[Room], spec: &ModelSpec, config: &Config) -> KvRoo
     let (block_tokens, trained) = (config.kv.block_tokens, spec.context_tokens_max);
     let block_bytes = spec.kv_bytes_per_token(rooms[0].kv_dtype) * block_tokens as u64;
     let room = match rooms {
-        [one] => one.usable().saturating_sub(one.fixed_bytes()),
+        [one] if one.device == Device::Cpu => one.usable().saturating_sub(one.fixed_bytes()),
         _ => {
             let blocks = rooms.iter().map(|room| room.blocks(spec, config)).min();
             (blocks.unwrap_or(0).max(0) as u64).saturating_mul(block_bytes)

@@ -5,11 +5,13 @@
 //! after it, and so on: GPUs of one size get layers of as many bytes of weights and KV, smaller
 //! ones fewer. In the order of the GPUs, for each number of layers:
 //! ```text
-//! blocks(gpu, a..b) = (usable − weights(a..b) − activations(a..b)) / bytes of a block in a..b
+//! blocks(gpu, a..b) = (usable − weights(a..b) − activations(a..b))
+//!                     / bytes of a block in a..b, and of what grows with it
 //! best(gpu, b)      = max over a < b of sorted(best(gpu − 1, a), blocks(gpu, a..b))
 //! ```
 //! `spill_cuts.rs` cuts by what has to be spilled in the same way.
 
+use super::gpu_buffers::{BufferDims, Growth};
 use super::{Room, gpu};
 use crate::config::Config;
 use crate::hardware::{Gpu, HardwareProfile};
@@ -32,6 +34,8 @@ pub(super) struct Sizes {
     block: Vec<u64>,
     /// Bytes of activations, by whether the first layer, and the last one, is among them.
     activations: [[u64; 2]; 2],
+    /// What of them grows with the KV store.
+    pub growth: Growth,
 }
 
 /// What some GPUs have for a model that is cut over them, at least one layer each, in their order;
@@ -46,8 +50,8 @@ pub(super) fn rooms(
     notes: &mut Vec<String>,
 ) -> Vec<Room> {
     let n_layers = spec.layers.len();
-    let sizes = Sizes::of(spec, config);
-    let usable = gpus.iter().map(|gpu| gpu::usable_bytes(gpu, config)).collect::<Vec<_>>();
+    let sizes = Sizes::of(spec, gpus, config);
+    let usable = gpus.iter().map(|gpu| gpu::usable_bytes(spec, gpu, config)).collect::<Vec<_>>();
     let layers =
         cut_by_blocks(n_layers, gpus.len(), |gpu, layers| Some(sizes.blocks(usable[gpu], layers)));
     let layers = layers.expect("no more GPUs than layers");
@@ -107,7 +111,8 @@ pub(super) fn cut<V: Ord + Clone>(
 }
 
 impl Sizes {
-    pub fn of(spec: &ModelSpec, config: &Config) -> Self {
+    /// Of layers on any of some GPUs.
+    pub fn of(spec: &ModelSpec, gpus: &[&Gpu], config: &Config) -> Self {
         let n_layers = spec.layers.len();
         let sums = |bytes: &dyn Fn(usize) -> u64| {
             let mut sums = vec![0; n_layers + 1];
@@ -115,8 +120,11 @@ impl Sizes {
             sums
         };
         let block_tokens = config.kv.block_tokens as u64;
-        let tokens = config.scheduler.step_tokens_max as u64;
-        let activations = |start: usize, end| gpu::activation_bytes(spec, &(start..end), tokens);
+        let activations = |start: usize, end| {
+            let dims = BufferDims::of(spec, &(start..end));
+            let of = |gpu: &&Gpu| dims.fixed_bytes(gpu::size(config, gpu::narrow_max(gpu)));
+            gpus.iter().map(of).max().unwrap_or(0)
+        };
         let before_last = n_layers.saturating_sub(1);
         Self {
             weights: sums(&|layer| gpu::weight_bytes(spec, &(layer..layer + 1))),
@@ -125,6 +133,7 @@ impl Sizes {
             }),
             activations: [1, 0]
                 .map(|start| [before_last, n_layers].map(|end| activations(start, end))),
+            growth: BufferDims::of(spec, &(0..n_layers)).growth(config.kv.block_tokens),
         }
     }
 
@@ -142,15 +151,13 @@ impl Sizes {
     }
 
     fn blocks(&self, usable: u64, layers: Range<usize>) -> i64 {
-        blocks(usable, self.fixed(&layers), self.block(&layers))
+        self.blocks_beside(usable, self.fixed(&layers), &layers)
     }
-}
 
-/// KV blocks whose parts of `block` bytes fit beside `fixed` bytes; less than 0 where these do not
-/// fit.
-pub(super) fn blocks(usable: u64, fixed: u64, block: u64) -> i64 {
-    let left = i128::from(usable) - i128::from(fixed);
-    left.div_euclid(i128::from(block.max(1))) as i64
+    /// KV blocks of some layers that fit beside `fixed` bytes; less than 0 where not even these do.
+    pub fn blocks_beside(&self, usable: u64, fixed: u64, layers: &Range<usize>) -> i64 {
+        self.growth.blocks(usable, fixed, self.block(layers))
+    }
 }
 
 #[cfg(test)]
@@ -192,7 +199,8 @@ mod tests {
             let n_layers = 7;
             let (weights, block) = (sums(n_layers, 100), sums(n_layers, 5));
             let activations = [[random(40), random(60)], [random(50), random(70)]];
-            let sizes = Sizes { weights, block, activations };
+            let growth = Growth::default();
+            let sizes = Sizes { weights, block, activations, growth };
             for n_gpus in 1..=4 {
                 let usable: Vec<_> = (0..n_gpus).map(|_| 100 + random(900)).collect();
                 let of = |gpu: usize, layers| sizes.blocks(usable[gpu], layers);

@@ -64,8 +64,9 @@ impl<'a> Spilling<'a> {
         (hardware, gpus, workers): (&'a HardwareProfile, &'a [&'a Gpu], &'a Workers),
         config: &'a Config,
     ) -> Self {
-        let usable = gpus.iter().map(|gpu| gpu::usable_bytes(gpu, config)).collect();
-        Self { ways, config, hardware, gpus, workers, sizes: Sizes::of(ways.spec, config), usable }
+        let usable = gpus.iter().map(|gpu| gpu::usable_bytes(ways.spec, gpu, config)).collect();
+        let sizes = Sizes::of(ways.spec, gpus, config);
+        Self { ways, config, hardware, gpus, workers, sizes, usable }
     }
 
     pub fn task(&self) -> Task<'_> {
@@ -123,7 +124,7 @@ impl<'a> Spilling<'a> {
             room.swap_room = room.swap_room.map(|swap| swap.min(left));
         }
         let need = |room: &Room| {
-            let kv_bytes = shares.kv_blocks.saturating_mul(room.block_bytes(spec, config));
+            let kv_bytes = room.kv_bytes(spec, config, shares.kv_blocks);
             with_margin(room.fixed_bytes().saturating_add(kv_bytes))
         };
         notes.push(in_words(&all, spec, &whole, need));

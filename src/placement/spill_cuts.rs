@@ -16,7 +16,7 @@
 //! and from the one with which the GPU that spills most spills least, borders are moved one at a
 //! time to where the value that the caller gives is least. Of two GPUs these are all cuts.
 
-use super::several::{Sizes, blocks, cut, cut_by_blocks};
+use super::several::{Sizes, cut, cut_by_blocks};
 use super::spill_ways::{RunWays, Way, Ways};
 use std::cell::RefCell;
 use std::cmp::Reverse;
@@ -165,7 +165,7 @@ impl Task<'_> {
     /// KV blocks that fit beside some layers; less than 0 where not even their weights do.
     fn blocks(&self, gpu: usize, layers: &Range<usize>, way: &Way) -> i64 {
         let fixed = self.sizes.fixed(layers) - way.saved + way.ring_bytes;
-        blocks(self.usable[gpu], fixed, self.sizes.block(layers))
+        self.sizes.blocks_beside(self.usable[gpu], fixed, layers)
     }
 }
 
@@ -269,7 +269,7 @@ mod tests {
     #[test]
     fn no_other_cut_spills_less() {
         let (spec, config, nodes) = (spec(), Config::default(), NodeTeams::default());
-        let (ways, sizes) = (Ways::new(&spec, nodes.clone()), Sizes::of(&spec, &config));
+        let (ways, sizes) = (Ways::new(&spec, nodes.clone()), Sizes::of(&spec, &[], &config));
         let mut random = random();
         let choices: [Choice; 2] = [|ways| &ways.networks, |ways| &ways.attention];
         let mut found = [0; 2];
@@ -284,7 +284,7 @@ mod tests {
                     let ways = choice(&of).iter();
                     let fit = ways.filter(|way| {
                         let fixed = sizes.fixed(layers) - way.saved + way.ring_bytes;
-                        fixed + kv_blocks * sizes.block(layers) <= usable[gpu]
+                        fixed + sizes.growth.bytes(kv_blocks, sizes.block(layers)) <= usable[gpu]
                     });
                     fit.map(|way| way.host_bytes).min()
                 };
@@ -333,7 +333,7 @@ mod tests {
     #[test]
     fn another_cut_is_taken_for_its_value_alone_and_has_as_much_room() {
         let (spec, config, nodes) = (spec(), Config::default(), NodeTeams::default());
-        let (ways, sizes) = (Ways::new(&spec, nodes.clone()), Sizes::of(&spec, &config));
+        let (ways, sizes) = (Ways::new(&spec, nodes.clone()), Sizes::of(&spec, &[], &config));
         let usable = [1000 << 20; 2];
         let task = Task { ways: &ways, sizes: &sizes, usable: &usable };
         let shares = task.shares(64, 64).expect("room for it");

@@ -69,9 +69,9 @@ fn floats_of_every_family_answer_as_in_a_gguf_file() {
 }
 
 #[test]
-fn awq_and_gptq_of_every_family_answer_as_the_same_blocks() {
+fn four_bits_of_every_family_answer_as_the_same_blocks() {
     for family in Family::ALL {
-        for format in [Format::Awq, Format::Gptq, Format::GptqV2] {
+        for format in [Format::Awq, Format::Gptq, Format::GptqV2, Format::Packed] {
             for dtype in [DType::INT4_128, DType::INT4_64, DType::INT4_32] {
                 let mut model = TinyModel::new(family).dtype(dtype).with_all_experts();
                 model.embedding_dtype = DType::F16;

@@ -102,9 +102,21 @@ fn quantisations_that_are_not_known_name_the_field() {
         (json!({ "quant_method": "fp8", "weight_block_size": [0] }), "weight_block_size", &["two"]),
         (json!({ "quant_method": "fp8", "fmt": "e5m2" }), "fmt", &["e5m2", "e4m3"]),
         (
-            json!({ "quant_method": "compressed-tensors", "format": "pack-quantized" }),
+            json!({ "quant_method": "compressed-tensors", "format": "int-quantized" }),
             "format",
-            &["pack-quantized", "float-quantized"],
+            &["int-quantized", "float-quantized", "pack-quantized"],
+        ),
+        (
+            json!({ "quant_method": "compressed-tensors", "format": "pack-quantized",
+                    "config_groups": { "a": { "weights": { "num_bits": 8 } } } }),
+            "config_groups.a.weights.num_bits",
+            &["8", "4"],
+        ),
+        (
+            json!({ "quant_method": "compressed-tensors", "format": "pack-quantized",
+                    "config_groups": {} }),
+            "config_groups",
+            &["no group"],
         ),
     ] {
         let mut folder = small(Family::Llama);
@@ -141,8 +153,14 @@ fn four_bit_layers_that_do_not_fit_name_the_tensor() {
         scales.data.truncate(scales.data.len() / 2);
     };
     check(Format::Awq, &halve, "scales: shape", &["[4, 128]", "[4, 256]"]);
-    let retype = |folder: &mut Folder| folder.tensor_mut(&name("scales")).dtype = "BF16";
-    check(Format::Gptq, &retype, "scales: dtype", &["BF16", "F16"]);
+    let retype = |folder: &mut Folder| folder.tensor_mut(&name("scales")).dtype = "I16";
+    check(Format::Gptq, &retype, "scales: dtype", &["I16", "F16, BF16, F32"]);
+    let reshape = |folder: &mut Folder| folder.tensor_mut(&name("weight_shape")).data[0] = 1;
+    check(Format::Packed, &reshape, "weight_shape: value", &["wanted: [256, 512]"]);
+    let drop_zeros =
+        |folder: &mut Folder| folder.tensors.retain(|t| t.name != name("weight_zero_point"));
+    let words = ["weight_zero_point", "missing"];
+    check(Format::Packed, &drop_zeros, "weight_packed: quantization", &words);
     let forget = |folder: &mut Folder| folder.config["quantization_config"] = Value::Null;
     check(Format::Gptq, &forget, "qweight: quantization", &["quantization_config"]);
     let narrow =

@@ -313,7 +313,10 @@ fn an_explanation_adds_up_to_the_total_on_the_gpu() {
         let (on_gpu, on_host): (Vec<_>, Vec<_>) =
             rows.iter().partition(|row| row.device == "gpu 0");
         let names: Vec<&str> = on_gpu.iter().map(|row| row.what.as_str()).collect();
-        assert_eq!(names, ["weights", "KV cache", "activations", "margin", "total"]);
+        assert_eq!(
+            names,
+            ["weights", "KV cache", "activations", "graphs, kernels", "margin", "total"]
+        );
         let (total, parts) = on_gpu.split_last().unwrap();
         assert_eq!(parts.iter().map(|row| row.bytes).sum::<u64>(), total.bytes);
         assert_eq!(total.why, why);

@@ -22,6 +22,8 @@ pub enum Format {
     Awq,
     Gptq,
     GptqV2,
+    /// `pack-quantized` of compressed-tensors, with zero points.
+    Packed,
 }
 
 /// A tensor of a safetensors file; extents are slowest first.
@@ -185,6 +187,14 @@ fn quantization(model: &TinyModel, format: Format) -> Value {
         Format::Gptq => json!({
             "quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": false,
             "sym": false,
+        }),
+        Format::Packed => json!({
+            "quant_method": "compressed-tensors", "format": "pack-quantized",
+            "config_groups": { "group_0": { "targets": ["Linear"], "weights": {
+                "num_bits": 4, "type": "int", "symmetric": false, "strategy": "group",
+                "group_size": group,
+            } } },
+            "ignore": ["lm_head"],
         }),
         Format::GptqV2 => json!({
             "quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": true,

@@ -22,6 +22,9 @@ pub fn add(
         return add_fp8(all, module, (dtype, rows, cols), data);
     }
     let int4 = Int4::unpack((dtype, rows, cols), data);
+    if format == Format::Packed {
+        return add_packed(all, module, (rows, cols), &int4);
+    }
     let (qweight, qzeros) = match format {
         Format::Awq => (
             words(cols, rows / 8, |k, word, i| int4.quant(8 * word + AWQ_ORDER[i], k)),
@@ -53,6 +56,38 @@ pub fn add(
     if format != Format::Awq {
         let order = (0..cols).flat_map(|k| ((k / int4.group) as i32).to_le_bytes()).collect();
         push("g_idx", "I32", &[cols], order);
+    }
+}
+
+/// compressed-tensors: quants and zero points are signed, and packed with 8 added; quants along a
+/// row, zero points along the outputs.
+fn add_packed(all: &mut Vec<Stored>, module: &str, (rows, cols): (usize, usize), int4: &Int4) {
+    let groups = cols / int4.group;
+    let signed = |value: u32| value as i32 - 8;
+    let packed = |values: [i32; 8]| {
+        let places = values.into_iter().enumerate();
+        places.map(|(place, value)| ((value + 8) as u32) << (4 * place)).sum::<u32>()
+    };
+    let quants = (0..rows).flat_map(|n| (0..cols / 8).map(move |word| (n, word)));
+    let quants = quants.map(|(n, word)| {
+        packed(std::array::from_fn(|place| signed(int4.quant(n, 8 * word + place))))
+    });
+    let zeros = (0..rows / 8).flat_map(|word| (0..groups).map(move |g| (word, g)));
+    let zeros = zeros.map(|(word, g)| {
+        packed(std::array::from_fn(|place| signed(int4.zero(8 * word + place, g))))
+    });
+    let shape = [rows as i64, cols as i64].into_iter().flat_map(i64::to_le_bytes).collect();
+    for (name, dtype, shape, data) in [
+        ("weight_packed", "I32", vec![rows, cols / 8], quants.flat_map(u32::to_le_bytes).collect()),
+        ("weight_zero_point", "I32", vec![rows / 8, groups], {
+            zeros.flat_map(u32::to_le_bytes).collect()
+        }),
+        ("weight_scale", "F16", vec![rows, groups], {
+            int4.scales.iter().flat_map(|scale| scale.to_le_bytes()).collect()
+        }),
+        ("weight_shape", "I64", vec![2], shape),
+    ] {
+        all.push(Stored { name: format!("{module}.{name}"), dtype, shape, data });
     }
 }
 

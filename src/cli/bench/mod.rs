@@ -27,7 +27,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tandem::actors::{known_rates, on_gpus, parts_of, stage_options};
 use tandem::config::Config;
 use tandem::executor::{
-    CpuPool, ExecutorError, GpuWeights, StageOptions, StagePart, WeightSource, Weights,
+    CpuPool, ExecutorError, GpuWeights, StageOptions, StagePart, VramPlan, WeightSource, Weights,
     WeightsRequest,
 };
 use tandem::formats::Checkpoint;
@@ -220,7 +220,9 @@ impl<'a> Bench<'a> {
                 let weights = Weights::load(&request, &mut pool, &mut show)?;
                 return Ok(DeviceWeights::Cpu(Arc::new(weights)));
             }
-            let weights = GpuWeights::load_parts(&parts, &request, Some(&mut pool), &mut show)?;
+            let plans: Vec<_> = self.placement.stages.iter().map(VramPlan::of).collect();
+            let on = (&parts[..], &plans[..]);
+            let weights = GpuWeights::load_planned(on, &request, Some(&mut pool), &mut show)?;
             let gpu = &self.config.gpu;
             let step_timeout = Duration::from_millis(gpu.step_timeout_ms);
             weights.iter().for_each(|part| part.limit_waits(step_timeout));

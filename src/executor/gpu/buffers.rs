@@ -1,21 +1,20 @@
 //! The activations of a step in a GPU's memory, and what the host prepares for it.
 
-use super::LOGITS_TILE_ROWS;
 use super::experts::ExpertBuffers;
 use super::inputs::Inputs;
 use super::sampling::HostSampling;
-use super::weights::{GpuWeights, width_of};
+use super::vram::ACTIVATIONS;
+use super::weights::GpuWeights;
 use crate::executor::ExecutorError;
-use crate::executor::program::{Buffer, Op, Precision, Program};
+use crate::executor::program::{Buffer, MatrixUse, Op, Precision, Program};
+use crate::memory::Commitment;
+use crate::placement::{BufferDims, BufferSize, RowBytes};
 use std::ops::Range;
-use tandem_cpu_kernels::blocks::GROUP;
 use tandem_kernels::{
-    Attend, Columns, DeviceMatrix, DeviceMemory, EightBits, Gated, Gpu, HeadCounts, RowDraws,
-    RowMeasures, Span, half_bytes,
+    Attend, Columns, DeviceMatrix, DeviceMemory, EightBits, Gpu, HeadCounts, RowDraws, RowMeasures,
+    Span,
 };
 
-/// Bytes of unmerged segments of attention that exist at once, if one token needs no more.
-const PARTIAL_BYTES: usize = 64 << 20;
 const F32: usize = size_of::<f32>();
 
 /// Rows in f32 and, where products read them, in 8 bits for narrow steps and f16 for wide ones.
@@ -51,6 +50,7 @@ pub(super) struct GpuBuffers {
     /// Rows of the embedding, where it lies in host memory.
     pub looked_up: Option<DeviceMatrix>,
     pub host: HostBuffers,
+    _reserved: Commitment,
 }
 
 /// What the host knows of a step; reused from step to step.
@@ -64,40 +64,19 @@ pub(super) struct HostBuffers {
     pub sampling: HostSampling,
 }
 
-/// Which form of rows a buffer keeps beside f32.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Form {
-    Plain,
-    EightBits,
-    /// The same, with a second row for what the first misses.
-    Twice,
-}
-
 impl RowMemory {
-    /// `of_token` rows for each of some tokens.
-    fn new(
-        gpu: &Gpu,
-        (tokens, of_token): (usize, usize),
-        cols: usize,
-        form: Form,
-    ) -> Result<Self, ExecutorError> {
-        let (rows, narrow_max) = (tokens * of_token, gpu.narrow_max() * of_token);
-        let narrow = rows.min(narrow_max);
-        let passes = if form == Form::Twice { 2 } else { 1 };
-        let eight_bits = match form {
-            Form::EightBits | Form::Twice if cols.is_multiple_of(GROUP) => Some((
-                gpu.alloc(EightBits::quant_bytes(narrow, cols, passes))?,
-                gpu.alloc(EightBits::scale_bytes(narrow, cols, passes))?,
-            )),
-            _ => None,
-        };
-        let halves = match form {
-            Form::EightBits | Form::Twice if rows > narrow_max => {
-                Some(gpu.alloc(half_bytes(rows, cols))?)
-            }
-            _ => None,
-        };
-        Ok(Self { values: gpu.alloc(rows * cols * F32)?, eight_bits, halves, narrow_max, cols })
+    fn new(gpu: &Gpu, bytes: &RowBytes) -> Result<Self, ExecutorError> {
+        let RowBytes { cols, narrow_max, values, eight_bits, halves } = *bytes;
+        let eight_bits = eight_bits.map(|[quants, scales]| {
+            Ok::<_, ExecutorError>((gpu.alloc(quants)?, gpu.alloc(scales)?))
+        });
+        Ok(Self {
+            values: gpu.alloc(values)?,
+            eight_bits: eight_bits.transpose()?,
+            halves: halves.map(|bytes| gpu.alloc(bytes)).transpose()?,
+            narrow_max,
+            cols,
+        })
     }
 
     /// f32 rows.
@@ -144,53 +123,40 @@ impl RowMemory {
 }
 
 impl GpuBuffers {
-    /// Buffers for steps of up to `tokens` tokens.
+    /// Buffers for steps of up to `tokens` tokens, reserved before they are allocated.
     ///
     /// # Errors
-    /// The GPU's memory does not hold them.
+    /// The GPU's memory does not hold them, or they may not be taken.
     pub fn new(
         weights: &GpuWeights,
         tokens: usize,
-        (device_blocks, block_tokens): (usize, usize),
+        (blocks, block_tokens): (usize, usize),
     ) -> Result<Self, ExecutorError> {
-        let (gpu, program) = (weights.gpu(), weights.program());
-        let rows = |buffer: Buffer, form: Form| {
-            RowMemory::new(gpu, (tokens, 1), width_of(program, buffer), form)
-        };
-        let is_twice = program
-            .ops
-            .iter()
-            .any(|op| matches!(op, Op::Norm { precision: Precision::Sixteen, .. }));
-        let normed = if is_twice { Form::Twice } else { Form::EightBits };
-        let dims = program.dims;
-        let logits_rows = if dims.vocab > 0 { LOGITS_TILE_ROWS.min(tokens) } else { 0 };
-        let pairs = (tokens, dims.hidden_rows);
-        let angles = weights.rotations().width();
-        let (looked_up, row_bytes) = match (weights.embedding(), weights.embedding_shape()) {
-            (None, Some((dtype, cols))) => (
-                Some(DeviceMatrix::empty(gpu, dtype, (tokens, cols))?),
-                dtype.row_bytes(cols).expect("whole blocks"),
-            ),
-            _ => (None, 0),
-        };
+        let (gpu, dims) = (weights.gpu(), buffer_dims(weights.program()));
+        let size = BufferSize { tokens, narrow_max: gpu.narrow_max(), blocks, block_tokens };
+        let bytes = dims.bytes(size);
+        let reserved = weights.vram().row(ACTIVATIONS, bytes.total())?;
+        let rows = |bytes: &RowBytes| RowMemory::new(gpu, bytes);
+        let looked_up =
+            dims.looked_up.map(|(dtype, cols)| DeviceMatrix::empty(gpu, dtype, (tokens, cols)));
         Ok(Self {
-            residual: rows(Buffer::Residual, Form::Plain)?,
-            residual_sum: gpu.alloc(dims.embedding * F32)?,
-            normed: rows(Buffer::Normed, normed)?,
-            heads: rows(Buffer::Heads, Form::Plain)?,
-            attended: rows(Buffer::Attended, Form::EightBits)?,
-            projected: rows(Buffer::Projected, Form::Plain)?,
-            hidden: RowMemory::new(gpu, pairs, dims.hidden, Form::EightBits)?,
-            up: rows(Buffer::Up, Form::Plain)?,
-            experts: ExpertBuffers::new(gpu, dims, tokens)?,
-            selected: RowMemory::new(gpu, (logits_rows, 1), dims.embedding, Form::EightBits)?,
-            logits: RowMemory::new(gpu, (logits_rows, 1), dims.vocab, Form::Plain)?,
-            measures: RowMeasures::new(gpu, logits_rows)?,
-            draws: RowDraws::new(gpu, (logits_rows, dims.vocab))?,
-            partials: gpu.alloc(partial_bytes(program, block_tokens * device_blocks))?,
-            gate_counters: gpu.alloc(Gated::counter_bytes(dims.hidden))?,
-            inputs: Inputs::new(gpu, (tokens, device_blocks), (angles, row_bytes))?,
-            looked_up,
+            residual: rows(&bytes.residual)?,
+            residual_sum: gpu.alloc(bytes.residual_sum)?,
+            normed: rows(&bytes.normed)?,
+            heads: rows(&bytes.heads)?,
+            attended: rows(&bytes.attended)?,
+            projected: rows(&bytes.projected)?,
+            hidden: rows(&bytes.hidden)?,
+            up: rows(&bytes.up)?,
+            experts: ExpertBuffers::new(gpu, &dims, (tokens, bytes.experts))?,
+            selected: rows(&bytes.selected)?,
+            logits: rows(&bytes.logits)?,
+            measures: RowMeasures::new(gpu, bytes.logits_rows)?,
+            draws: RowDraws::new(gpu, (bytes.logits_rows, dims.vocab))?,
+            partials: gpu.alloc(bytes.partials)?,
+            gate_counters: gpu.alloc(bytes.gate_counters)?,
+            inputs: Inputs::new(gpu, (tokens, blocks), (dims.angles, dims.row_bytes()))?,
+            looked_up: looked_up.transpose()?,
             host: HostBuffers {
                 runs: Vec::new(),
                 run_blocks: 1,
@@ -198,6 +164,7 @@ impl GpuBuffers {
                 is_each_alone: false,
                 sampling: HostSampling::new(gpu, dims.vocab)?,
             },
+            _reserved: reserved.commit(),
         })
     }
 
@@ -247,15 +214,30 @@ impl GpuBuffers {
     }
 }
 
-/// Room for unmerged segments of attention: at least those of one token that sees a full store.
-fn partial_bytes(program: &Program, positions_max: usize) -> usize {
-    let of = |op: &Op| match op {
-        Op::Attend { shape, .. } => {
-            let (n_heads, n_kv_heads) = (shape.n_heads, shape.n_kv_heads);
-            let heads = HeadCounts { n_heads, n_kv_heads, head_dim: shape.head_dim };
-            Attend::partial_bytes(heads, 1, positions_max)
-        }
-        _ => 0,
-    };
-    program.ops.iter().map(of).max().unwrap_or(0).max(PARTIAL_BYTES)
+/// What the sizes of a program's buffers follow from.
+pub fn buffer_dims(program: &Program) -> BufferDims {
+    let dims = program.dims;
+    let is_twice = |op: &Op| matches!(op, Op::Norm { precision: Precision::Sixteen, .. });
+    let heads = program.ops.iter().filter_map(|op| match op {
+        Op::Attend { shape, .. } => Some((shape.n_heads, shape.head_dim)),
+        _ => None,
+    });
+    let embeds = program.ops.iter().find_map(|op| match op {
+        Op::Embed { table, .. } => Some(program.matrix(*table)),
+        _ => None,
+    });
+    let looked_up = embeds.filter(|entry| entry.used_for == MatrixUse::Lookup);
+    BufferDims {
+        embedding: dims.embedding,
+        heads: dims.heads,
+        attended: dims.attended,
+        hidden: dims.hidden,
+        hidden_rows: dims.hidden_rows,
+        experts: dims.experts,
+        vocab: dims.vocab,
+        angles: program.ropes.iter().map(|rope| rope.dims / 2 * 2).sum(),
+        looked_up: looked_up.map(|entry| (entry.tensor.dtype, entry.tensor.cols)),
+        is_twice: program.ops.iter().any(is_twice),
+        attention: BufferDims::largest(heads),
+    }
 }

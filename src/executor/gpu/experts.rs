@@ -7,13 +7,12 @@
 use super::GpuStage;
 use super::ops::gate_of;
 use crate::executor::ExecutorError;
-use crate::executor::program::{MatrixId, Precision, ProgramDims};
+use crate::executor::program::{MatrixId, Precision};
 use crate::model::Activation;
+use crate::placement::{BufferDims, ExpertBytes};
 use tandem_kernels::{
     DeviceMemory, ExpertProduct, ExpertRoutes, ExpertSums, Gpu, Product, RoundRows, Route, Routed,
 };
-
-const F32: usize = size_of::<f32>();
 
 /// What only layers with experts need.
 pub(super) struct ExpertBuffers {
@@ -26,15 +25,16 @@ pub(super) struct ExpertBuffers {
 
 impl ExpertBuffers {
     /// Buffers for steps of up to `tokens` tokens; none where layers are dense.
-    pub fn new(gpu: &Gpu, dims: ProgramDims, tokens: usize) -> Result<Option<Self>, ExecutorError> {
-        if dims.experts == 0 {
-            return Ok(None);
-        }
-        let width = dims.hidden.max(dims.embedding);
+    pub fn new(
+        gpu: &Gpu,
+        dims: &BufferDims,
+        (tokens, bytes): (usize, Option<ExpertBytes>),
+    ) -> Result<Option<Self>, ExecutorError> {
+        let Some(ExpertBytes { logits, products, .. }) = bytes else { return Ok(None) };
         Ok(Some(Self {
-            logits: gpu.alloc(tokens * dims.experts * F32)?,
+            logits: gpu.alloc(logits)?,
             routes: ExpertRoutes::new(gpu, (dims.experts, dims.hidden_rows), tokens)?,
-            products: gpu.alloc(tokens * dims.hidden_rows * width * F32)?,
+            products: gpu.alloc(products)?,
         }))
     }
 

@@ -1,10 +1,12 @@
 //! What the host prepares for a step, in one piece of pinned memory that travels at once. Where the
 //! parts of recorded steps lie depends on the number of tokens alone, so that they find them again.
 
+use super::vram::{ACTIVATIONS, Vram};
 use crate::executor::ExecutorError;
+use crate::memory::Commitment;
+use crate::placement::INPUT_ALIGNMENT as ALIGNMENT;
 use tandem_kernels::{DeviceMemory, Gpu, PinnedMemory, RowQuestion, Span};
 
-const ALIGNMENT: usize = 16;
 const PARTS: usize = Part::Questions as usize + 1;
 const U32: usize = size_of::<u32>();
 
@@ -46,6 +48,8 @@ pub(super) struct Inputs {
     /// Bytes of each part in this step.
     part_bytes: [usize; PARTS],
     is_travelling: bool,
+    /// Where they have outgrown what was planned.
+    reserved: Option<Commitment>,
 }
 
 impl Inputs {
@@ -59,10 +63,7 @@ impl Inputs {
         (tokens, blocks): (usize, usize),
         (angles, row_bytes): (usize, usize),
     ) -> Result<Self, ExecutorError> {
-        let mut token_bytes = [U32; Part::Blocks as usize];
-        token_bytes[Part::Runs as usize] = 2 * U32;
-        token_bytes[Part::Angles as usize] = angles * U32;
-        token_bytes[Part::FileRows as usize] = row_bytes;
+        let token_bytes = of_token(angles, row_bytes);
         let last = [blocks * U32, tokens * RowQuestion::BYTES];
         let bytes = aligned(&of_step(&token_bytes, tokens, last));
         Ok(Self {
@@ -71,6 +72,7 @@ impl Inputs {
             token_bytes,
             part_bytes: [0; PARTS],
             is_travelling: false,
+            reserved: None,
         })
     }
 
@@ -78,10 +80,11 @@ impl Inputs {
     /// of before are then gone.
     ///
     /// # Errors
-    /// No memory: then all is as before. Or what the step before has failed with.
+    /// No memory, or none that may be taken: then all is as before. Or what the step before has
+    /// failed with.
     pub fn begin(
         &mut self,
-        gpu: &Gpu,
+        (gpu, vram): (&Gpu, &Vram),
         (tokens, blocks, questions): (usize, usize, usize),
     ) -> Result<bool, ExecutorError> {
         if self.is_travelling {
@@ -93,7 +96,9 @@ impl Inputs {
         let need = self.used_bytes();
         let moves = need > self.device.bytes();
         if moves {
+            let reserved = vram.row(ACTIVATIONS, 2 * need)?;
             (self.device, self.host) = (gpu.alloc(2 * need)?, gpu.alloc_pinned(2 * need)?);
+            self.reserved = Some(reserved.commit());
         }
         Ok(moves)
     }
@@ -152,6 +157,16 @@ impl Inputs {
     }
 }
 
+/// Bytes of a token in each part before the last two, with so many f32 of angles, and bytes of a
+/// row of an embedding in host memory.
+fn of_token(angles: usize, row_bytes: usize) -> [usize; Part::Blocks as usize] {
+    let mut token_bytes = [U32; Part::Blocks as usize];
+    token_bytes[Part::Runs as usize] = 2 * U32;
+    token_bytes[Part::Angles as usize] = angles * U32;
+    token_bytes[Part::FileRows as usize] = row_bytes;
+    token_bytes
+}
+
 /// Bytes of all parts of a step of `tokens` tokens.
 fn of_step(
     token_bytes: &[usize; Part::Blocks as usize],
@@ -168,4 +183,24 @@ fn of_step(
 /// Bytes of parts that lie one behind the other.
 fn aligned(part_bytes: &[usize]) -> usize {
     part_bytes.iter().map(|bytes| bytes.next_multiple_of(ALIGNMENT)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::placement::BufferDims;
+    use crate::tensor::DType;
+
+    #[test]
+    fn a_plan_counts_the_bytes_of_all_parts() {
+        for (angles, looked_up) in [(0, None), (129, None), (64, Some((DType::Q6_K, 768)))] {
+            let dims = BufferDims { angles, looked_up, ..BufferDims::default() };
+            let token_bytes = of_token(angles, dims.row_bytes());
+            for (tokens, blocks) in [(1, 0), (7, 1), (512, 4_001)] {
+                let last = [blocks * U32, tokens * RowQuestion::BYTES];
+                let bytes = aligned(&of_step(&token_bytes, tokens, last));
+                assert_eq!(dims.input_bytes(tokens, blocks), bytes);
+            }
+        }
+    }
 }

@@ -2,11 +2,12 @@
 //! shape lie in one allocation, equally far apart, so that a block of all of them is one copy.
 
 use super::GpuWeights;
+use super::vram::KV;
 use crate::executor::ExecutorError;
 use crate::executor::kv_store::KvOptions;
 use crate::executor::kv_tiers::{KvBlocks, Registration};
 use crate::executor::program::{KvLayerId, KvShape};
-use crate::memory::{HugePages, populate};
+use crate::memory::{Commitment, HugePages, populate};
 use crate::step::BlockCopy;
 use crate::units::BlockId;
 use std::sync::Arc;
@@ -26,15 +27,16 @@ pub(super) struct GpuKv {
     layers: Vec<(usize, usize)>,
     options: KvOptions,
     huge_pages: HugePages,
+    _reserved: Commitment,
     // Last: the GPU is its.
     weights: Arc<GpuWeights>,
 }
 
 impl GpuKv {
-    /// Zeroed blocks for every layer.
+    /// Zeroed blocks for every layer, reserved before they are allocated.
     ///
     /// # Errors
-    /// The memory does not hold them.
+    /// The memory does not hold them, or they may not be taken.
     pub fn new(
         weights: &Arc<GpuWeights>,
         options: KvOptions,
@@ -55,11 +57,18 @@ impl GpuKv {
             layers.push((group, shapes[group].1));
             shapes[group].1 += 2;
         }
-        let planes = |(bytes, planes)| gpu.block_planes(planes, (options.device_blocks, bytes));
+        let of = |(bytes, planes): &(usize, usize)| (*planes, (options.device_blocks, *bytes));
+        let bytes = shapes.iter().map(of).map(|(planes, of)| BlockPlanes::bytes_of(planes, of));
+        let reserved = weights.vram().row(KV, bytes.sum())?;
+        let planes = |shape| {
+            let (planes, blocks) = of(&shape);
+            gpu.block_planes(planes, blocks)
+        };
         let groups = shapes.into_iter().map(planes).collect::<Result<_, _>>()?;
         let copies = gpu.block_copies()?;
         let weights = Arc::clone(weights);
-        Ok(Self { copies, groups, layers, options, huge_pages, weights })
+        let _reserved = reserved.commit();
+        Ok(Self { copies, groups, layers, options, huge_pages, _reserved, weights })
     }
 
     /// Bytes of all blocks.

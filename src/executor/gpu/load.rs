@@ -1,6 +1,7 @@
 //! Loads the weights of a model to one GPU or several, and what is spilled into host memory.
 
 use super::spill_weights::SpilledWeights;
+use super::vram::VramPlan;
 use super::weights::GpuWeights;
 use crate::executor::ExecutorError;
 use crate::executor::cpu_pool::CpuPool;
@@ -11,13 +12,14 @@ use tandem_kernels::{Gpu, GpuError, driver};
 
 impl GpuWeights {
     /// Opens a GPU and loads a model's weights there, and spilled ones into host memory. `pool`
-    /// makes random weights and interleaves spilled ones: it is needed for those alone.
+    /// makes rows that no file has as they are, and random ones, and interleaves spilled ones: it
+    /// is needed for those alone.
     ///
     /// # Errors
     /// No such GPU, too little of its memory, a model that the kernels can't run, or a bad tensor.
     ///
     /// # Panics
-    /// When random or spilled weights are wanted and there is no pool.
+    /// When such weights are wanted and there is no pool.
     pub fn load(
         ordinal: usize,
         request: &WeightsRequest,
@@ -25,7 +27,7 @@ impl GpuWeights {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ExecutorError> {
         let parts = [(ordinal, request.part.clone())];
-        let mut loaded = load_all(&parts, request, pool, progress)?;
+        let mut loaded = load_all((&parts, &[]), request, pool, progress)?;
         Ok(loaded.pop().expect("the only part"))
     }
 
@@ -44,13 +46,31 @@ impl GpuWeights {
         pool: Option<&mut CpuPool>,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Vec<Arc<Self>>, ExecutorError> {
+        Self::load_planned((parts, &[]), request, pool, progress)
+    }
+
+    /// The same within what is planned for each part, of which there are as many, or none. Before
+    /// anything is loaded to a GPU, all that its stage is to take is reserved there.
+    ///
+    /// # Errors
+    /// As of [`GpuWeights::load`]; or a GPU has less left than was planned
+    /// ([`ExecutorError::Vram`]).
+    ///
+    /// # Panics
+    /// As of it.
+    pub fn load_planned(
+        parts: (&[(usize, StagePart)], &[VramPlan]),
+        request: &WeightsRequest,
+        pool: Option<&mut CpuPool>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Vec<Arc<Self>>, ExecutorError> {
         let loaded = load_all(parts, request, pool, progress)?;
         Ok(loaded.into_iter().map(Arc::new).collect())
     }
 }
 
 fn load_all(
-    parts: &[(usize, StagePart)],
+    (parts, plans): (&[(usize, StagePart)], &[VramPlan]),
     request: &WeightsRequest,
     mut pool: Option<&mut CpuPool>,
     progress: &mut dyn FnMut(LoadProgress),
@@ -68,15 +88,16 @@ fn load_all(
             progress(LoadProgress { done_bytes: before + done_bytes, total_bytes });
         };
         let pool = pool.as_deref_mut();
+        let request = (&request, plans.get(loaded.len()).copied());
         loaded.push(match loaded.first() {
             None => {
                 let driver = driver().map_err(GpuError::from)?;
                 let open = || Gpu::open(&driver, *ordinal);
-                GpuWeights::load_resident(&request, pool, &mut report, open)?
+                GpuWeights::load_resident(request, pool, &mut report, open)?
             }
             Some(first) => {
                 let open = || first.gpu().open_beside(*ordinal);
-                GpuWeights::load_resident(&request, pool, &mut report, open)?
+                GpuWeights::load_resident(request, pool, &mut report, open)?
             }
         });
         before += bytes;

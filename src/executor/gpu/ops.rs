@@ -177,7 +177,8 @@ impl GpuStage {
             Some(_) => host.sampling.plan(plan, self.buffers.logits.cols),
             None => 0,
         };
-        if inputs.begin(gpu, (plan.tokens.len(), plan.block_tables.len(), questions))? {
+        let on = (gpu, self.weights.vram());
+        if inputs.begin(on, (plan.tokens.len(), plan.block_tables.len(), questions))? {
             self.graphs.forget();
         }
         inputs.put(Part::Positions, self.batch.positions.iter().map(|position| *position as u32));

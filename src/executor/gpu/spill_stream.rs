@@ -3,9 +3,11 @@
 use super::order_thread::OrderThread;
 use super::spill_sender::{SendOrder, SpillSender};
 use super::spill_weights::SpilledWeights;
+use super::vram::RING;
 use super::weights::GpuWeights;
 use crate::executor::ExecutorError;
 use crate::executor::program::MatrixId;
+use crate::memory::Commitment;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -18,6 +20,7 @@ pub(super) struct SpillStream {
     scratch: Vec<DeviceMatrix>,
     /// By matrix of the program: which of them.
     places: HashMap<MatrixId, usize>,
+    _reserved: Commitment,
 }
 
 impl SpillStream {
@@ -31,7 +34,7 @@ impl SpillStream {
         is_abandoned: Arc<AtomicBool>,
     ) -> Result<Self, ExecutorError> {
         let gpu = weights.gpu();
-        let (mut scratch, mut places) = (Vec::<DeviceMatrix>::new(), HashMap::new());
+        let (mut scratch, mut places) = (Vec::new(), HashMap::new());
         for unit in from.units() {
             let mut used = Vec::new();
             for piece in &unit.pieces {
@@ -40,15 +43,11 @@ impl SpillStream {
                 }
                 let tensor = &weights.program().matrix(piece.matrix).tensor;
                 let shape = (piece.dtype, tensor.rows, tensor.cols);
-                let fits = |at: &usize| {
-                    let matrix: &DeviceMatrix = &scratch[*at];
-                    (matrix.dtype(), matrix.rows(), matrix.cols()) == shape && !used.contains(at)
-                };
+                let fits = |at: &usize| scratch[*at] == shape && !used.contains(at);
                 let place = match (0..scratch.len()).find(fits) {
                     Some(place) => place,
                     None => {
-                        let size = (tensor.rows, tensor.cols);
-                        scratch.push(DeviceMatrix::changing(gpu, piece.dtype, size)?);
+                        scratch.push(shape);
                         scratch.len() - 1
                     }
                 };
@@ -56,9 +55,17 @@ impl SpillStream {
                 places.insert(piece.matrix, place);
             }
         }
-        let ring = gpu.weight_ring(from.ring_slots(), from.largest_piece())?;
+        let bytes = |(dtype, rows, cols): &(_, _, _)| DeviceMatrix::bytes_of(*dtype, *rows, *cols);
+        let slots = (from.ring_slots(), from.largest_piece());
+        let ring_bytes = WeightRing::bytes_of(slots) + scratch.iter().map(bytes).sum::<usize>();
+        let reserved = weights.vram().row(RING, ring_bytes)?;
+        let scratch = scratch
+            .into_iter()
+            .map(|(dtype, rows, cols)| DeviceMatrix::changing(gpu, dtype, (rows, cols)));
+        let scratch = scratch.collect::<Result<_, _>>()?;
+        let ring = gpu.weight_ring(slots.0, slots.1)?;
         let sender = SpillSender::start(ring, Arc::clone(weights), is_abandoned)?;
-        Ok(Self { sender, scratch, places })
+        Ok(Self { sender, scratch, places, _reserved: reserved.commit() })
     }
 
     /// Orders, each for the pieces of a step.

@@ -2,6 +2,7 @@
 //! Rows of an embedding that is not multiplied with stay where they are and travel with each step.
 
 use super::spill_weights::SpilledWeights;
+use super::vram::{Vram, VramPlan};
 use crate::executor::ExecutorError;
 use crate::executor::cpu_pool::CpuPool;
 use crate::executor::program::{
@@ -9,10 +10,12 @@ use crate::executor::program::{
 };
 use crate::executor::rotations::Rotations;
 use crate::executor::weight_fill::PartGroups;
+use crate::executor::weight_made::{MadeMatrix, make};
 use crate::executor::weight_places::stored;
 use crate::executor::weight_source::{WeightSource, fill_random};
 use crate::executor::weights::{WeightsRequest, load_rotations};
 use crate::formats::Checkpoint;
+use crate::memory::Commitment;
 use crate::model::{ModelSpec, TensorRef};
 use crate::tensor::DType;
 use std::ops::Range;
@@ -51,6 +54,8 @@ pub struct GpuWeights {
     rotations: Rotations,
     vocab_size: usize,
     pub(super) spilled: Option<SpilledWeights>,
+    vram: Vram,
+    reserved: Option<Commitment>,
     // Last: freed after all that lies on it.
     gpu: Gpu,
 }
@@ -62,7 +67,7 @@ impl GpuWeights {
     /// # Errors
     /// As [`GpuWeights::load`].
     pub(super) fn load_resident(
-        request: &WeightsRequest,
+        (request, plan): (&WeightsRequest, Option<VramPlan>),
         pool: Option<&mut CpuPool>,
         progress: &mut dyn FnMut(usize),
         open: impl FnOnce() -> Result<Gpu, GpuError>,
@@ -71,6 +76,7 @@ impl GpuWeights {
         check(&program)?;
         let gpu = open()?;
         let source = request.source.clone();
+        let (vram, reserved) = Vram::reserve(&gpu, plan, bytes_of(&source, &program)?)?;
         let read_ahead = program.matrices.iter().map(|entry| &entry.tensor);
         source.will_read(read_ahead.chain(&program.vectors))?;
         let rotations = load_rotations(&source, &program)?;
@@ -90,10 +96,13 @@ impl GpuWeights {
             rotations,
             vocab_size: request.spec.vocab_size,
             spilled: None,
+            vram,
+            reserved: None,
             gpu,
         };
         weights.load_matrices(pool, progress)?;
         weights.gpu.synchronize()?;
+        weights.reserved = Some(reserved.commit());
         Ok(weights)
     }
 
@@ -136,7 +145,10 @@ impl GpuWeights {
                     let place = checkpoint.place(&tensor.name)?;
                     let made = match place {
                         Some(_) => Vec::new(),
-                        None => read_whole(checkpoint, &tensor)?,
+                        None => {
+                            let pool = pool.as_deref_mut().expect("workers for made weights");
+                            make_whole(pool, checkpoint, &tensor)?
+                        }
                     };
                     let bytes = match &place {
                         Some((file, bytes)) => file_bytes(checkpoint, *file, bytes),
@@ -194,6 +206,11 @@ impl GpuWeights {
     /// The GPU.
     pub(super) fn gpu(&self) -> &Gpu {
         &self.gpu
+    }
+
+    /// The books of its memory.
+    pub(super) fn vram(&self) -> &Vram {
+        &self.vram
     }
 
     /// The program that these weights serve.
@@ -282,11 +299,6 @@ impl GpuWeights {
             .find_map(|(_, matrix)| matrix.as_ref())
     }
 
-    /// Type of the embedding, and elements of a row, where the program embeds.
-    pub(super) fn embedding_shape(&self) -> Option<(DType, usize)> {
-        self.lookup.as_ref().map(|lookup| (lookup.dtype, lookup.cols))
-    }
-
     /// Row `row` of the embedding as it lies in the file.
     pub(super) fn file_row(&self, row: usize) -> &[u8] {
         let lookup = self.lookup();
@@ -312,10 +324,30 @@ fn file_bytes<'a>(checkpoint: &'a Checkpoint, file: usize, bytes: &Range<usize>)
     &file.bytes()[bytes.clone()]
 }
 
-/// All rows of a matrix that is made from other tensors.
-fn read_whole(checkpoint: &Checkpoint, matrix: &TensorRef) -> Result<Vec<u8>, ExecutorError> {
+/// Bytes that the weights of a program take.
+fn bytes_of(source: &WeightSource, program: &Program) -> Result<usize, ExecutorError> {
+    let resident =
+        |entry: &&MatrixEntry| entry.spilled.is_none() && entry.used_for != MatrixUse::Lookup;
+    let matrices = program.matrices.iter().filter(resident).map(|entry| {
+        let TensorRef { dtype, rows, cols, .. } = stored(source, &entry.tensor)?;
+        Ok::<_, ExecutorError>(DeviceMatrix::bytes_of(dtype, rows, cols))
+    });
+    let matrices = matrices.sum::<Result<usize, _>>()?;
+    let vectors = program.vectors.iter().map(|vector| vector.rows * vector.cols);
+    Ok(matrices + vectors.sum::<usize>() * size_of::<f32>())
+}
+
+/// All rows of a matrix that is made from other tensors, by all workers.
+fn make_whole(
+    pool: &mut CpuPool,
+    checkpoint: &Checkpoint,
+    matrix: &TensorRef,
+) -> Result<Vec<u8>, ExecutorError> {
+    let TensorRef { name, dtype, rows, cols } = matrix;
     let mut bytes = vec![0; matrix.bytes() as usize];
-    checkpoint.read_rows(&matrix.name, 0..matrix.rows, &mut bytes)?;
+    let parts = [PartGroups::whole(Layout::RowMajor, *rows, bytes.len() / rows.max(&1))];
+    let made = MadeMatrix { checkpoint, name, dtype: *dtype, cols: *cols };
+    make(pool, &made, (&parts, vec![&mut bytes]), &mut |_| {})?;
     Ok(bytes)
 }
 

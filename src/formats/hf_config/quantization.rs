@@ -12,6 +12,8 @@ pub(in crate::formats) enum Quantization {
     Awq(Int4Layout),
     /// AutoGPTQ's layout: 4 bits, eight neighbouring inputs in a word.
     Gptq(Int4Layout),
+    /// `pack-quantized` of compressed-tensors: 4 bits, eight neighbouring inputs in a word.
+    Packed(PackedLayout),
     /// e4m3 with a scale per tensor, per row, or per block of `[rows, columns]`.
     Fp8 { block: Option<[usize; 2]> },
 }
@@ -23,6 +25,15 @@ pub(in crate::formats) struct Int4Layout {
     pub group: Option<usize>,
     /// Zero points are stored less one.
     pub zeros_less_one: bool,
+}
+
+/// What `pack-quantized` has to say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::formats) struct PackedLayout {
+    /// Inputs that share a scale and a zero point; `None` is all of a row.
+    pub group: Option<usize>,
+    /// There are no zero points.
+    pub is_symmetric: bool,
 }
 
 const METHODS: [&str; 4] = ["awq", "gptq", "fp8", "compressed-tensors"];
@@ -93,15 +104,23 @@ fn block(fields: &Fields, name: &str) -> Result<Option<[usize; 2]>, FormatError>
     }
 }
 
-/// `config_groups` of vLLM's compressor: all must be floats of 8 bits.
+/// `config_groups` of vLLM's compressor: all must be floats of 8 bits, or integers of 4 that are
+/// laid out alike.
 fn compressed_tensors(fields: &Fields) -> Result<Quantization, FormatError> {
-    fields.one_of("format", &["float-quantized", "naive-quantized"])?;
+    let format = fields.one_of("format", &["float-quantized", "naive-quantized", PACKED])?;
     let groups = fields.object_opt("config_groups")?;
     let groups = groups.ok_or_else(|| fields.refuse("config_groups", "the field is missing"))?;
-    let mut blocks = None;
+    let (mut blocks, mut layout) = (None, None);
     for (name, _) in groups.iter() {
         let Some(group) = groups.object_opt(name)? else { continue };
         let Some(weights) = group.object_opt("weights")? else { continue };
+        if format == PACKED {
+            let own = packed_layout(&weights)?;
+            if layout.replace(own).is_some_and(|other| other != own) {
+                return Err(weights.refuse("group_size", "unlike another group's"));
+            }
+            continue;
+        }
         weights.one_of("type", &["float"])?;
         let bits = weights.count("num_bits", 1..=64)?;
         if bits != 8 {
@@ -115,5 +134,21 @@ fn compressed_tensors(fields: &Fields) -> Result<Quantization, FormatError> {
             }
         }
     }
-    Ok(Quantization::Fp8 { block: blocks })
+    match (format, layout) {
+        (PACKED, Some(layout)) => Ok(Quantization::Packed(layout)),
+        (PACKED, None) => Err(fields.refuse("config_groups", "no group has weights")),
+        _ => Ok(Quantization::Fp8 { block: blocks }),
+    }
+}
+
+/// The format of integers of 4 bits.
+const PACKED: &str = "pack-quantized";
+
+/// What a group's weights of that format are.
+fn packed_layout(weights: &Fields) -> Result<PackedLayout, FormatError> {
+    weights.one_of("type", &["int"])?;
+    check_bits(weights, &["num_bits"])?;
+    let strategy = weights.one_of("strategy", &["group", "channel"])?;
+    let group = if strategy == "group" { group(weights, &["group_size"])? } else { None };
+    Ok(PackedLayout { group, is_symmetric: weights.bool_opt("symmetric")?.unwrap_or(true) })
 }

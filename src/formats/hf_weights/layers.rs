@@ -29,8 +29,19 @@ pub(super) struct Made<'a> {
 type Found<'a> = (usize, &'a Stored);
 
 /// Endings that make a weight.
-const PARTS_OF_WEIGHTS: [&str; 7] =
-    ["weight", "weight_scale", "weight_scale_inv", "qweight", "qzeros", "scales", "g_idx"];
+const PARTS_OF_WEIGHTS: [&str; 11] = [
+    "weight",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_packed",
+    "weight_zero_point",
+    "weight_shape",
+    "weight_g_idx",
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+];
 
 impl<'a> Module<'a> {
     pub fn new(files: &'a [Arc<MappedFile>]) -> Self {
@@ -103,6 +114,9 @@ impl<'a> Module<'a> {
         if let Some(qweight) = self.find("qweight") {
             return self.int4(qweight, config).map(Some);
         }
+        if let Some(packed) = self.find("weight_packed") {
+            return self.packed(packed, config).map(Some);
+        }
         let Some(weight) = self.find("weight") else { return Ok(None) };
         let (file, stored) = weight;
         if stored.dtype == Dtype::F8_E4M3 {
@@ -141,7 +155,7 @@ impl<'a> Module<'a> {
         let [words, others] = self.matrix(qweight)?;
         let (inputs, outputs) = match packing {
             Packing::Awq => (words, others.saturating_mul(8)),
-            Packing::Gptq { .. } => (words.saturating_mul(8), others),
+            _ => (words.saturating_mul(8), others),
         };
         let group = layout.group.unwrap_or(inputs);
         if !outputs.is_multiple_of(8) || !inputs.is_multiple_of(group) {
@@ -152,17 +166,12 @@ impl<'a> Module<'a> {
             );
             return Err(self.refuse(qweight, "shape", message));
         }
-        let Some(dtype) = int4::dtype_of(inputs, group) else {
-            let message = format!(
-                "{inputs} inputs in groups of {group}; supported: multiples of 64 in groups of \
-                 multiples of 32"
-            );
-            return Err(self.refuse(qweight, "group_size", message));
-        };
+        let dtype = self.int4_type(qweight, inputs, group)?;
         let (qzeros, scales) = (self.beside(qweight, "qzeros")?, self.beside(qweight, "scales")?);
         self.check(qweight, &[Dtype::I32], &qweight.1.shape)?;
         self.check(qzeros, &[Dtype::I32], &[inputs / group, outputs / 8])?;
-        self.check(scales, &[Dtype::F16], &[inputs / group, outputs])?;
+        let floats = [Dtype::F16, Dtype::BF16, Dtype::F32];
+        self.check(scales, &floats, &[inputs / group, outputs])?;
         if let Some(order) = self.find("g_idx") {
             self.check_order(order, inputs, group)?;
         }
@@ -171,13 +180,86 @@ impl<'a> Module<'a> {
         let part = Part::Int4(Int4 {
             packing,
             qweight: of_qweight,
-            qzeros: of_qzeros,
+            qzeros: Some(of_qzeros),
             scales: of_scales,
+            scales_dtype: float_type(scales.1.dtype).unwrap_or(DType::F16),
             outputs,
+            inputs,
             group,
             dtype,
         });
         let (file, stored) = qweight;
+        Ok(Made { file, stored, dtype, rows: outputs, cols: inputs, part })
+    }
+
+    /// The type of blocks that a layer becomes.
+    fn int4_type(
+        &self,
+        found: Found<'a>,
+        inputs: usize,
+        group: usize,
+    ) -> Result<DType, FormatError> {
+        int4::dtype_of(inputs, group).ok_or_else(|| {
+            let message = format!(
+                "{inputs} inputs in groups of {group}; supported: multiples of 64 in groups of \
+                 multiples of 32"
+            );
+            self.refuse(found, "group_size", message)
+        })
+    }
+
+    /// A layer of compressed-tensors, `pack-quantized`.
+    fn packed(&self, packed: Found<'a>, config: &HfConfig) -> Result<Made<'a>, FormatError> {
+        let Quantization::Packed(layout) = config.quantization else {
+            let message = "config.json has no quantization_config of the format pack-quantized";
+            return Err(self.refuse(packed, "quantization", message.to_owned()));
+        };
+        let [outputs, words] = self.matrix(packed)?;
+        let inputs = words.saturating_mul(8);
+        let group = layout.group.unwrap_or(inputs);
+        if !inputs.is_multiple_of(group) {
+            let message = format!(
+                "{:?}: {inputs} inputs, wanted: a multiple of the group_size, {group}",
+                packed.1.shape
+            );
+            return Err(self.refuse(packed, "shape", message));
+        }
+        let dtype = self.int4_type(packed, inputs, group)?;
+        let scales = self.beside(packed, "weight_scale")?;
+        let floats = [Dtype::F16, Dtype::BF16, Dtype::F32];
+        self.check(packed, &[Dtype::I32], &packed.1.shape)?;
+        self.check(scales, &floats, &[outputs, inputs / group])?;
+        let zeros = match layout.is_symmetric {
+            true => None,
+            false => Some(self.beside(packed, "weight_zero_point")?),
+        };
+        if let Some(zeros) = zeros {
+            self.check(zeros, &[Dtype::I32], &[outputs.div_ceil(8), inputs / group])?;
+        }
+        if let Some(shape) = self.find("weight_shape") {
+            self.check(shape, &[Dtype::I64], &[2])?;
+            let bytes = &self.files[shape.0].bytes()[shape.1.bytes.clone()];
+            let got: Vec<_> = bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b)).collect();
+            if got != [outputs as i64, inputs as i64] {
+                let message = format!("{got:?}, wanted: [{outputs}, {inputs}]");
+                return Err(self.refuse(shape, "value", message));
+            }
+        }
+        if let Some(order) = self.find("weight_g_idx") {
+            self.check_order(order, inputs, group)?;
+        }
+        let (file, stored) = packed;
+        let part = Part::Int4(Int4 {
+            packing: Packing::CompressedTensors,
+            qweight: piece(file, stored),
+            qzeros: zeros.map(|(file, stored)| piece(file, stored)),
+            scales: piece(scales.0, scales.1),
+            scales_dtype: float_type(scales.1.dtype).unwrap_or(DType::F16),
+            outputs,
+            inputs,
+            group,
+            dtype,
+        });
         Ok(Made { file, stored, dtype, rows: outputs, cols: inputs, part })
     }
 

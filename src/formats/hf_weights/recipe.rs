@@ -52,8 +52,28 @@ impl Recipe {
         out: &mut [u8],
     ) -> Result<(), String> {
         assert_eq!(out.len(), rows.len() * self.row_bytes, "bytes of rows {rows:?}");
+        let (mut row, mut rest) = (rows.start, out);
+        while row < rows.end {
+            let (part, first) = (&self.parts[row / self.rows], row % self.rows);
+            let end = self.rows.min(first + rows.end - row);
+            let (own, others) = rest.split_at_mut((end - first) * self.row_bytes);
+            self.read_part(files, (part, first..end), own)?;
+            (row, rest) = (row + end - first, others);
+        }
+        Ok(())
+    }
+
+    /// Writes rows of a part.
+    fn read_part(
+        &self,
+        files: &[Arc<MappedFile>],
+        (part, rows): (&Part, Range<usize>),
+        out: &mut [u8],
+    ) -> Result<(), String> {
+        if let Part::Int4(int4) = part {
+            return int4.read_rows(files, rows, out);
+        }
         for (row, out) in rows.zip(out.chunks_exact_mut(self.row_bytes)) {
-            let (part, row) = (&self.parts[row / self.rows], row % self.rows);
             match part {
                 Part::Plain(piece) => {
                     out.copy_from_slice(&piece.of(files)[row * self.row_bytes..][..out.len()]);
@@ -63,7 +83,7 @@ impl Recipe {
                     out.copy_from_slice(bytemuck::cast_slice::<f32, u8>(values));
                 }
                 Part::Fp8(fp8) => fp8.read_row(files, row, out)?,
-                Part::Int4(int4) => int4.read_row(files, row, out),
+                Part::Int4(_) => unreachable!("read above"),
             }
         }
         Ok(())
@@ -75,7 +95,7 @@ impl Recipe {
             Part::Plain(piece) | Part::OnePlus(piece, _) => vec![piece],
             Part::Values(_) => Vec::new(),
             Part::Fp8(fp8) => fp8.pieces().to_vec(),
-            Part::Int4(int4) => int4.pieces().to_vec(),
+            Part::Int4(int4) => int4.pieces().collect(),
         });
         pieces.map(|piece| (piece.file, piece.bytes.clone()))
     }
