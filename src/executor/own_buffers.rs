@@ -9,8 +9,8 @@ use super::weights::Weights;
 use std::sync::Mutex;
 use tandem_cpu_kernels::ActivationForm;
 
-/// Hidden rows whose products with gate and up a worker keeps at a time: as many as kernels on
-/// tiles take at once.
+/// Hidden rows whose products with gate and up a worker keeps at a time: twice as many as kernels
+/// on tiles take at once. A quarter of these took a prompt's gate and up 8 % longer.
 pub(super) const GATED_ROWS: usize = 256;
 /// Elements from token to token there: an odd number of cache lines, so that one row of many tokens
 /// does not fall into few sets of a cache.

@@ -1,6 +1,6 @@
 //! Instruction set × type × layout × number of columns, with odd numbers of rows and blocks.
 
-use super::case::{Random, bits, multiply, quantized_weights};
+use super::case::{Random, Weights, bits, multiply, quantized_weights};
 use tandem_cpu_kernels::*;
 
 /// One to the widest narrow tile and beyond, around the widths of wide tiles and their blocks.
@@ -10,8 +10,8 @@ const COLUMNS: [usize; 28] = [
 ];
 /// Less than a group of 16, around one, around two, and more.
 const ROWS: [usize; 7] = [33, 7, 15, 100, 17, 1, 64];
-/// More than two chunks of the decode-once kernels, which have 512 elements or 1,024; less, and no
-/// whole one; odd numbers of groups, where a type's blocks are as short.
+/// More than a chunk of the decode-once kernels, which have up to 512 elements or 2,048; less, and
+/// no whole one; odd numbers of groups, where a type's blocks are as short.
 const ELEMENTS: [usize; 6] = [2304, 96, 768, 1056, 32, 256];
 
 #[test]
@@ -59,6 +59,44 @@ fn rows_cut_at_any_place_have_the_same_bits_with_many_columns() {
                 let parts = multiply(kernels, &view, &x, &cuts);
                 assert!(bits(&whole) == bits(&parts), "{isa} {dtype} with {columns} columns");
             }
+        }
+    }
+}
+
+/// Parts of rows of different heights, chunks of different lengths, two parts of columns: with AMX
+/// each chunk is decoded in the place of the one before it. Some weights are beyond what the fast
+/// way takes.
+#[test]
+fn many_rows_and_long_rows_have_the_bits_of_few_columns() {
+    let rows = 300;
+    for (dtype, cols, columns) in [
+        (DType::Q4_0, 2048 + 544, 548),
+        (DType::Q4_0, 4096, 40),
+        (DType::Q4_K, 2 * 2048 + 256, 40),
+        (DType::Q6_K, 2304, 70),
+        (DType::Q8_0, 5 * 32, 530),
+    ] {
+        let mut random = Random(dtype as u64 + 200);
+        let mut values = random.floats(rows * cols);
+        for block in values.chunks_mut(dtype.block_elements()) {
+            if random.next().is_multiple_of(97) {
+                block.iter_mut().for_each(|value| *value *= 1e5);
+            }
+        }
+        let mut bytes = vec![0; rows * dtype.row_bytes(cols).expect("whole blocks")];
+        quantize_row(dtype, &values, &mut bytes);
+        let weights = Weights::new(dtype, rows, cols, bytes);
+        let x = random.floats(columns * cols);
+        let view = weights.view(Layout::Rows16);
+        let whole = std::slice::from_ref(&(0..rows)).to_vec();
+        for isa in Isa::available().filter(|isa| *isa >= Isa::detect()) {
+            let kernels = Kernels::for_isa(isa).expect("available");
+            let together = multiply(kernels, &view, &x, &whole);
+            let few = x.chunks(16 * cols).flat_map(|x| multiply(kernels, &view, x, &whole));
+            assert!(
+                bits(&together) == bits(&few.collect::<Vec<_>>()),
+                "{isa} {dtype} [{rows}, {cols}] with {columns} columns"
+            );
         }
     }
 }

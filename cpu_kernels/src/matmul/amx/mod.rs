@@ -5,6 +5,7 @@
 
 mod decode;
 mod narrow;
+mod square;
 mod unit;
 mod wide;
 

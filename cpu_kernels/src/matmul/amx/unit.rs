@@ -1,15 +1,17 @@
 //! The tile unit. The standard library's intrinsics are not stable, so the instructions are written
 //! out. Registers: sums of 16 columns × 16 rows in tmm0 to tmm3, columns in tmm4 and tmm5, weights
-//! in tmm6 and tmm7:
+//! in tmm6, one group of rows after the other:
 //!
-//! | | weights tmm6 | tmm7 |
+//! | | weights of the first rows | of the second |
 //! |---|---|---|
 //! | **columns tmm4** | tmm0 | tmm1 |
 //! | **tmm5** | tmm2 | tmm3 |
 //!
 //! A product takes 16 cycles, and its sums can be added to 52 cycles after it began: up to four
-//! that do not wait for each other are in flight. `A` is the number of registers of columns in use,
-//! `R` that of weights.
+//! that do not wait for each other are in flight. `A` is the number of tiles of columns, `R` that
+//! of groups of rows. tmm7 stays out of use: what is short where two threads share a core are
+//! registers that loads and products ahead can be renamed to, and with an eighth for the second
+//! weights a prompt's products took up to a seventh longer (docs/performance.md).
 
 use crate::activations::{Line, TILE_COLUMNS};
 use crate::repack::ROWS;
@@ -17,6 +19,8 @@ use std::arch::asm;
 
 /// Bytes of a row of any tile: a cache line.
 const LINE: usize = 64;
+/// Bytes of half a tile.
+const HALF_TILE: usize = 8 * LINE;
 
 /// 16 rows × 32 elements of weights: in line `i` the elements 2i and 2i + 1 of each row, by the
 /// order of activations.
@@ -55,8 +59,8 @@ pub(super) unsafe fn configure([first, second]: [usize; 2]) {
         row_bytes: [0; 16],
         rows: [0; 16],
     };
-    shapes.rows[..8].copy_from_slice(&[first, first, second, second, first, second, 16, 16]);
-    shapes.row_bytes[..8].fill(LINE as u16);
+    shapes.rows[..7].copy_from_slice(&[first, first, second, second, first, second, 16]);
+    shapes.row_bytes[..7].fill(LINE as u16);
     // SAFETY: granted, says the caller; the shapes are within palette 1 (16 × 64 bytes).
     unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const shapes, options(nostack, readonly)) };
 }
@@ -113,24 +117,33 @@ pub(super) unsafe fn multiply<const A: usize, const R: usize>(
     }
 }
 
-/// [`multiply`] with sixteen instructions that do nothing after each of its own, for who has
-/// nothing else to do between them. They take no time where the tile unit is what is waited for. In
-/// the half of a core that another thread or guest leaves, loads of later groups otherwise come so
-/// early that they are in the way of the products before them: 27 ns for each product and its load,
-/// and 18 in this way, where a whole core takes 7 in either.
+/// [`multiply`] for who has little else to do between its instructions: each is followed by asking
+/// for half a tile of the operands `next`, and by `between` with its number. What is in the
+/// first-level cache keeps the register of a load for a short time only; and in the half of a core
+/// that another thread or guest leaves, these instructions keep loads of later groups away, which
+/// otherwise come so early that they are in the way of the products before them. Instructions that
+/// do nothing serve for that nearly as well.
 ///
 /// # Safety
-/// As for [`multiply`].
+/// As for [`multiply`]; the operands `next` need not exist.
 #[inline(always)]
 pub(super) unsafe fn multiply_in_turn<const A: usize, const R: usize>(
-    x: [*const Line; A],
-    weights: [*const Weights; R],
+    (x, weights): ([*const Line; A], [*const Weights; R]),
+    next: ([*const Line; A], [*const Weights; R]),
+    mut between: impl FnMut(usize),
 ) {
     macro_rules! each {
         ($($index:literal)*) => {
             $(
                 instruction::<A, R>($index, x, weights);
-                asm!(".rept 16", "nop", ".endr", options(nostack, nomem, preserves_flags));
+                let tile = match $index / 2 {
+                    0 => next.0[0].cast(),
+                    1 => next.0[A - 1].cast(),
+                    2 => next.1[0].cast(),
+                    _ => next.1[R - 1].cast::<u8>(),
+                };
+                fetch_half(tile.wrapping_add($index % 2 * HALF_TILE));
+                between($index);
             )*
         };
     }
@@ -140,10 +153,29 @@ pub(super) unsafe fn multiply_in_turn<const A: usize, const R: usize>(
     }
 }
 
+/// Asks for half a tile: here and now, where the compiler would place a prefetch as it likes.
+#[inline(always)]
+unsafe fn fetch_half(at: *const u8) {
+    // SAFETY: a prefetch of any address is harmless.
+    unsafe {
+        asm!(
+            "prefetcht0 [{at}]",
+            "prefetcht0 [{at} + 64]",
+            "prefetcht0 [{at} + 128]",
+            "prefetcht0 [{at} + 192]",
+            "prefetcht0 [{at} + 256]",
+            "prefetcht0 [{at} + 320]",
+            "prefetcht0 [{at} + 384]",
+            "prefetcht0 [{at} + 448]",
+            at = in(reg) at,
+            options(nostack, readonly, preserves_flags),
+        );
+    }
+}
+
 /// Instruction `index` of [`multiply`], for who has something else to do between them. Loads come
-/// first: in the half of a core that another thread leaves, they then run beside the products of
-/// the group before, and not between those of their own, as long as what else there is keeps later
-/// groups away.
+/// early: in the half of a core that another thread leaves, they then run beside the products
+/// before, as long as what else there is keeps later groups away.
 ///
 /// # Safety
 /// As for [`multiply`], and no other instruction of the unit comes between those of one product.
@@ -169,12 +201,12 @@ pub(super) unsafe fn instruction<const A: usize, const R: usize>(
         match index {
             0 => load!("tmm6", weights[0]),
             1 => load!("tmm4", x[0]),
-            2 if R == 2 => load!("tmm7", weights[R - 1]),
-            3 if A == 2 => load!("tmm5", x[A - 1]),
-            4 => add!("tmm0, tmm4, tmm6"),
-            5 if R == 2 => add!("tmm1, tmm4, tmm7"),
-            6 if A == 2 => add!("tmm2, tmm5, tmm6"),
-            7 if A == 2 && R == 2 => add!("tmm3, tmm5, tmm7"),
+            2 if A == 2 => load!("tmm5", x[A - 1]),
+            3 => add!("tmm0, tmm4, tmm6"),
+            4 if A == 2 => add!("tmm2, tmm5, tmm6"),
+            5 if R == 2 => load!("tmm6", weights[R - 1]),
+            6 if R == 2 => add!("tmm1, tmm4, tmm6"),
+            7 if A == 2 && R == 2 => add!("tmm3, tmm5, tmm6"),
             _ => {}
         }
     }
