@@ -74,28 +74,9 @@ fn main() -> Outcome<()> {
         experts::measure(&gpu, &list("--type", "Q4_0"), tokens.iter().map(number).collect())?;
     }
     if wants("attention") {
-        println!(
-            "| heads, KV heads, elements | KV | way | tokens | context | us | GB/s of KV | TFLOP/s |"
-        );
-        println!("|---|---|---|---|---|---|---|---|");
-        let heads = HeadCounts { n_heads: 32, n_kv_heads: 8, head_dim: 128 };
-        let alone = [(1, 1, 100), (1, 1, 1000), (1, 1, 8000), (32, 1, 1000), (128, 1, 100)];
-        let together = [(1, 512, 512), (1, 2048, 2048), (4, 512, 512)];
-        let either = [16, 32, 64, 128]
-            .into_iter()
-            .flat_map(|tokens| [256, 1000, 4000, 32000].map(|context| (1, tokens, context)));
-        let cases = alone.into_iter().map(|case| (case, Way::Alone));
-        let cases = cases.chain(together.into_iter().map(|case| (case, Way::Together)));
-        let cases = cases.chain(
-            either
-                .flat_map(|case| [Way::Alone, Way::Together, Way::Divided].map(|way| (case, way))),
-        );
-        for (case, way) in cases {
-            for name in list("--kv", "f16") {
-                let dtype = name.parse().unwrap_or_else(|error| panic!("{error}"));
-                attention(&gpu, (heads, dtype), case, way)?;
-            }
-        }
+        let names = list("--kv", "f16");
+        let dtype = |name: &String| name.parse().unwrap_or_else(|error| panic!("{error}"));
+        attentions(&gpu, names.iter().map(dtype).collect())?;
     }
     Ok(())
 }
@@ -276,6 +257,26 @@ fn places(
     (positions, tables, runs)
 }
 
+/// Prints the rows of all attentions, with each type of KV.
+fn attentions(gpu: &Gpu, dtypes: Vec<KvDType>) -> Outcome<()> {
+    println!(
+        "| heads, KV heads, elements | KV | way | tokens | context | us | GB/s of KV | TFLOP/s |"
+    );
+    println!("|---|---|---|---|---|---|---|---|");
+    let heads = HeadCounts { n_heads: 32, n_kv_heads: 8, head_dim: 128 };
+    let alone = [(1, 1, 100), (1, 1, 1000), (1, 1, 8000), (32, 1, 1000), (128, 1, 100)];
+    let together = [(1, 512, 512), (1, 2048, 2048), (4, 512, 512)];
+    let behind = [256, 1000, 4000, 32000];
+    let either = [16, 32, 64, 128].into_iter().flat_map(|n| behind.map(|context| (1, n, context)));
+    let ways = [Way::Alone, Way::Together, Way::Divided];
+    let cases = alone.into_iter().map(|case| (case, Way::Alone));
+    let cases = cases.chain(together.into_iter().map(|case| (case, Way::Together)));
+    for (case, way) in cases.chain(either.flat_map(|case| ways.map(|way| (case, way)))) {
+        dtypes.iter().try_for_each(|dtype| attention(gpu, (heads, *dtype), case, way))?;
+    }
+    Ok(())
+}
+
 /// Prints the row of an attention: `sequences` with `tokens` new tokens each, the last at
 /// `context - 1`. 32 layers of KV in turn.
 fn attention(
@@ -301,12 +302,8 @@ fn attention(
     let (positions, tables, numbers) = (upload(&positions)?, upload(&tables)?, upload(&numbers)?);
     let on_gpu = upload(runs.as_flattened())?;
     let all = sequences * tokens;
-    let table = TokenTables {
-        tokens: all,
-        positions: positions.span(),
-        tables: tables.span(),
-        blocks: numbers.span(),
-    };
+    let (positions, tables, blocks_of) = (positions.span(), tables.span(), numbers.span());
+    let table = TokenTables { tokens: all, positions, tables, blocks: blocks_of };
     let width = (heads.n_heads + 2 * heads.n_kv_heads) * heads.head_dim;
     let (rows, out) =
         (floats(gpu, all * width)?, gpu.alloc(all * heads.n_heads * heads.head_dim * F32)?);
@@ -341,8 +338,8 @@ fn attention(
     let flops = 4.0 * seen * (heads.n_heads * heads.head_dim) as f64;
     let HeadCounts { n_heads, n_kv_heads, head_dim } = heads;
     println!(
-        "| {n_heads}, {n_kv_heads}, {head_dim} | {dtype} | {way:?} | {sequences} x {tokens} | {context} | \
-         {us:.1} | {:.0} | {:.0} |",
+        "| {n_heads}, {n_kv_heads}, {head_dim} | {dtype} | {way:?} | {sequences} x {tokens} | \
+         {context} | {us:.1} | {:.0} | {:.0} |",
         kv / us / 1e3,
         flops / us / 1e6
     );

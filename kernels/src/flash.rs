@@ -80,8 +80,9 @@ impl Gpu {
     ///
     /// # Panics
     /// When a span is too short, a run is of tokens that the step does not have, blocks are not a
-    /// power of two up to [`Gpu::run_blocks_max`], or [`Gpu::has_flash`] says no. That the runs on the GPU are the same, positions of a run ascend
-    /// by one, and block tables name blocks of the store, is the caller's promise.
+    /// power of two up to [`Gpu::run_blocks_max`], or [`Gpu::has_flash`] says no. That the runs on
+    /// the GPU are the same, positions of a run ascend by one, and block tables name blocks of the
+    /// store, is the caller's promise.
     pub fn attend_runs(
         &self,
         pass: &Attend<'_>,

@@ -201,7 +201,7 @@ fn too_little_memory_is_told_as_such_wherever_it_comes_to_light() {
         ("cuStreamCreate", lacks("making a stream", "None", free)),
         ("cuModuleLoadData", lacks("loading the kernels", "None", free)),
         ("cuModuleGetFunction", lacks("finding a kernel", "None", free)),
-        ("cuFuncLoad", lacks("loading its kernels", "None", free)),
+        ("cuFuncLoad", lacks("loading a kernel", "None", free)),
         ("cuMemAlloc_v2", lacks("allocating memory", "Some(12345)", free)),
         ("cuMemHostRegister_v2", "Err(HostOutOfMemory { ordinal: 0, need_bytes: ".to_owned()),
     ] {

@@ -28,6 +28,7 @@ mod spill_sender;
 mod spill_stream;
 mod spill_thread;
 mod spill_weights;
+mod supported;
 mod vram;
 mod weights;
 

@@ -2,11 +2,12 @@
 //! Rows of an embedding that is not multiplied with stay where they are and travel with each step.
 
 use super::spill_weights::SpilledWeights;
+use super::supported::check;
 use super::vram::{Vram, VramPlan};
 use crate::executor::ExecutorError;
 use crate::executor::cpu_pool::CpuPool;
 use crate::executor::program::{
-    Buffer, ExpertShape, MatrixEntry, MatrixId, MatrixUse, Op, Program, StagePart, VectorId,
+    Buffer, MatrixEntry, MatrixId, MatrixUse, Op, Program, StagePart, VectorId,
 };
 use crate::executor::rotations::Rotations;
 use crate::executor::weight_fill::PartGroups;
@@ -21,10 +22,7 @@ use crate::tensor::DType;
 use std::ops::Range;
 use std::time::Duration;
 use tandem_cpu_kernels::Layout;
-use tandem_cpu_kernels::blocks::GROUP;
-use tandem_kernels::{
-    DeviceMatrix, DeviceMemory, ExpertRoutes, Gpu, GpuError, HeadCounts, Span, Staging,
-};
+use tandem_kernels::{DeviceMatrix, DeviceMemory, Gpu, GpuError, Span, Staging};
 
 /// Rows that the host looks up.
 struct Lookup {
@@ -349,46 +347,6 @@ fn make_whole(
     let made = MadeMatrix { checkpoint, name, dtype: *dtype, cols: *cols };
     make(pool, &made, (&parts, vec![&mut bytes]), &mut |_| {})?;
     Ok(bytes)
-}
-
-/// Refuses programs that have no kernels here.
-fn check(program: &Program) -> Result<(), ExecutorError> {
-    let refuse = |what: String| Err(ExecutorError::Unsupported { what });
-    for op in &program.ops {
-        match op {
-            Op::Route { shape: ExpertShape { n_experts, n_used }, .. } => {
-                let (most, most_used) = (ExpertRoutes::EXPERTS_MAX, ExpertRoutes::USED_MAX);
-                if *n_experts > most || *n_used > most_used {
-                    return refuse(format!("{n_used} of {n_experts} experts on a GPU"));
-                }
-            }
-            Op::Attend { shape, .. } => {
-                let (n_heads, n_kv_heads) = (shape.n_heads, shape.n_kv_heads);
-                let heads = HeadCounts { n_heads, n_kv_heads, head_dim: shape.head_dim };
-                if !heads.is_supported() {
-                    return refuse(format!("heads of {} elements on a GPU", shape.head_dim));
-                }
-            }
-            _ => {}
-        }
-    }
-    for MatrixEntry { tensor, used_for, .. } in &program.matrices {
-        let TensorRef { name, dtype, rows, cols } = tensor;
-        let unit = if dtype.is_quantized() { GROUP } else { 8 };
-        if !cols.is_multiple_of(unit) {
-            return refuse(format!("{name} with rows of {cols} elements on a GPU"));
-        }
-        if let MatrixUse::Experts(shape) = used_for
-            && !DeviceMatrix::supports_experts(*dtype, rows / shape.n_experts)
-        {
-            let rows = rows / shape.n_experts;
-            return refuse(format!("{name} of {dtype} with experts of {rows} rows on a GPU"));
-        }
-    }
-    if program.dims.embedding > Gpu::NORM_COLS_MAX {
-        return refuse(format!("a residual stream of {} on a GPU", program.dims.embedding));
-    }
-    Ok(())
 }
 
 /// Elements of a row of a buffer.
