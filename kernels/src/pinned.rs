@@ -58,11 +58,12 @@ impl Gpu {
     /// Whether host memory is pinned or registered, so that the GPU copies from it by itself.
     pub(crate) fn knows(&self, address: usize) -> bool {
         let mut kind = 0u32;
-        let which = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
-        // SAFETY: the answer is 32 bits; any address may be asked about.
+        let mut which = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
+        let mut to = (&raw mut kind).cast();
+        // SAFETY: there is one attribute, whose answer is 32 bits; any address may be asked about.
         let told =
-            unsafe { sys::cuPointerGetAttribute((&raw mut kind).cast(), which, address as u64) };
-        // Of all other memory the driver says that it does not know it.
+            unsafe { sys::cuPointerGetAttributes(1, &raw mut which, &raw mut to, address as u64) };
+        // Of all other memory it is 0.
         told == sys::CUresult::CUDA_SUCCESS && kind == sys::CUmemorytype::CU_MEMORYTYPE_HOST as u32
     }
 

@@ -50,7 +50,9 @@ fn clusters_of_blocks_have_the_products_of_f32_at_the_shapes_of_models() {
 #[test]
 fn blocks_with_less_shared_memory_have_them_too() {
     for gpu in with_smaller_ones().iter().skip(1) {
-        agree_with_one_column(gpu, &[(1000, 1096), (4096, 4096)], &[2, 8, 9, 16, 23, 64, 128]);
+        let shapes: Vec<_> = cases([(1000, 1096), (4096, 4096)], 2).collect();
+        let widths: Vec<_> = cases([2, 8, 9, 16, 23, 64, 128], 3).collect();
+        agree_with_one_column(gpu, &shapes, &widths);
     }
 }
 
