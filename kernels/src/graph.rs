@@ -49,7 +49,10 @@ impl Gpu {
             reason: "nothing was recorded".into(),
         })?;
         // Now, and not when it is first started, which is nobody's turn.
-        graph.upload().map_err(|error| self.failed("recording", error))?;
+        match graph.upload().map_err(|error| self.failed("recording", error)) {
+            Err(GpuError::OutOfMemory { .. }) => return Ok(None),
+            uploaded => uploaded?,
+        }
         let mut launches = 0;
         // SAFETY: the graph lives; without a list to fill the call counts its nodes.
         let counted =

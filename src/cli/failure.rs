@@ -90,9 +90,10 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
         if let Some(error) = cause.downcast_ref::<RequestError>() {
             return of_request(error);
         }
-        if let Some(ExecutorError::Gpu(
-            GpuError::OutOfMemory { .. } | GpuError::HostOutOfMemory { .. },
-        )) = cause.downcast_ref()
+        if let Some(
+            ExecutorError::Vram(_)
+            | ExecutorError::Gpu(GpuError::OutOfMemory { .. } | GpuError::HostOutOfMemory { .. }),
+        ) = cause.downcast_ref()
         {
             return TEMPORARY;
         }
@@ -132,6 +133,7 @@ fn of_kind(kind: &str, retryable: bool) -> u8 {
 mod tests {
     use super::*;
     use anyhow::Context;
+    use tandem::memory::LedgerError;
 
     #[test]
     fn no_cause_is_told_twice() {
@@ -156,5 +158,10 @@ mod tests {
         assert_eq!(exit_code(&anyhow::anyhow!("anything else")), 1);
         let full = GpuError::HostOutOfMemory { ordinal: 0, need_bytes: 5 };
         assert_eq!(exit_code(&ExecutorError::from(full).into()), TEMPORARY);
+        let (ordinal, purpose) = (0, "KV cache");
+        let (need_bytes, free_bytes, capacity_bytes) = (5, 3, 9);
+        let refused =
+            LedgerError::DoesNotFit { ordinal, purpose, need_bytes, free_bytes, capacity_bytes };
+        assert_eq!(exit_code(&ExecutorError::from(refused).into()), TEMPORARY);
     }
 }

@@ -5,6 +5,7 @@ use crate::tiny_model::{Family, Output, TinyModel};
 use proptest::prelude::*;
 use std::path::Path;
 use tandem::config::Config;
+use tandem::executor::VramPlan;
 use tandem::formats::Checkpoint;
 use tandem::hardware::{Gpu, Gpus, HardwareProfile, MemoryHolder};
 use tandem::model::{ExpertsSpec, FfnSpec, ModelSpec};
@@ -357,6 +358,11 @@ proptest! {
         if let Ok(placement) = Placement::plan(&spec(), &with(vec![gpu(0, free)]), &config) {
             let available = if limit > 0 { limit.min(free) } else { free };
             prop_assert!(placement.device_bytes() + placement.margin_bytes <= available);
+            // What a stage may take in the end, and what of it is not planned.
+            let (stage, plan) = (&placement.stages[0], VramPlan::of(&placement.stages[0]));
+            let planned = stage.weight_bytes + plan.beside_weights_bytes;
+            prop_assert!(plan.usable_bytes <= available);
+            prop_assert!(planned + stage.margin_bytes / 8 <= plan.usable_bytes);
             prop_assert!(placement.host_kv_bytes <= 32 << 30);
             let tokens = placement.device_blocks * placement.block_tokens;
             prop_assert!(tokens >= placement.context_tokens);

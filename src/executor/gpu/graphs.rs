@@ -123,6 +123,11 @@ impl<R> Records<R> {
         }
     }
 
+    /// That a shape could not be recorded now: it comes as if for the first time.
+    fn put_off(&mut self, shape: StepShape) {
+        self.others.remember(shape, Seen::Times(0));
+    }
+
     /// Keeps a record of so many bytes, in the place of those that were used longest ago where not
     /// all have room.
     fn keep(&mut self, shape: StepShape, record: R, bytes: u64) {
@@ -164,9 +169,10 @@ impl<R> Records<R> {
 pub(super) struct Graphs(Records<LaunchGraph>);
 
 impl Default for Graphs {
-    /// Without room for any.
+    /// Without room for any, and without memory: it stands for those that a step has taken.
     fn default() -> Self {
-        Self::new(0)
+        let (records, others) = (Latest::new(0), Latest::new(0));
+        Self(Records { records, others, used_bytes: 0, bytes_max: 0 })
     }
 }
 
@@ -202,7 +208,10 @@ impl Graphs {
             Start::Record => {
                 // What other threads ask of the driver can spoil a record, and memory may
                 // lack: a later step makes it.
-                let Some(graph) = gpu.record(&launch)? else { return launch() };
+                let Some(graph) = gpu.record(&launch)? else {
+                    self.0.put_off(shape);
+                    return launch();
+                };
                 // SAFETY: it was recorded with the stage's memory, which is there.
                 let started = unsafe { gpu.replay(&graph) };
                 let bytes = recorded_bytes(graph.launches());
@@ -213,8 +222,7 @@ impl Graphs {
             Start::Replay(graph) => unsafe { gpu.replay(graph) },
         };
         match started {
-            // The driver brings a record to the GPU where it is first started. Without room for it
-            // nothing of the step was.
+            // Without room for what a record takes when it is started nothing of the step was.
             Err(GpuError::OutOfMemory { .. }) => {
                 self.0.drop_record(&shape);
                 launch()
@@ -259,6 +267,11 @@ mod tests {
         }
         // A record that was spoilt is made the next time.
         assert_eq!(records.start(&shape(1)), Start::Record);
+        assert_eq!(records.start(&shape(1)), Start::Record);
+        records.put_off(shape(1));
+        for _ in 0..RUNS_BEFORE {
+            assert_eq!(records.start(&shape(1)), Start::Launch, "put off");
+        }
         assert_eq!(records.start(&shape(1)), Start::Record);
         records.keep(shape(1), 7, 1);
         assert_eq!(records.start(&shape(1)), Start::Replay(&7));

@@ -105,7 +105,10 @@ impl GpuPipeline {
         let done = self.finish_spilled(launched.is_ok() && plan.logits.is_empty());
         match launched {
             // That step is refused, unless the stages before it have failed.
-            Err(ExecutorError::Gpu(GpuError::OutOfMemory { .. })) if done.is_err() => return done,
+            Err(
+                ExecutorError::Vram(_)
+                | ExecutorError::Gpu(GpuError::OutOfMemory { .. } | GpuError::HostOutOfMemory { .. }),
+            ) if done.is_err() => return done,
             launched => launched?,
         }
         if plan.logits.is_empty() {

@@ -18,10 +18,15 @@ const GRAPHS: &str = "graphs, kernels";
 /// All rows but the first, until a stage is made.
 const STAGE: &str = "a stage beside the weights";
 
+/// Part of the margin that a stage may take beyond its plan: 1/8.
+const SLACK_DIVISOR: u64 = 8;
+
 /// What a stage may take of a GPU's memory, as it was planned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VramPlan {
-    /// Bytes that may be used in all, without the margin.
+    /// Bytes that may be used in all: what the plan has, and a part of the margin for what it does
+    /// not count, as planes of KV that begin at multiples of 256 and inputs of steps whose
+    /// sequences share blocks.
     pub usable_bytes: u64,
     /// Of them, those that are not weights.
     pub beside_weights_bytes: u64,
@@ -35,7 +40,8 @@ impl VramPlan {
         let ring_bytes = stage.spill.as_ref().map_or(0, |spill| spill.ring_bytes);
         let of_stage = stage.kv_bytes + stage.activation_bytes + ring_bytes;
         Self {
-            usable_bytes: stage.memory_available_bytes - stage.margin_bytes,
+            usable_bytes: stage.memory_available_bytes - stage.margin_bytes
+                + stage.margin_bytes / SLACK_DIVISOR,
             beside_weights_bytes: of_stage + stage.graph_bytes,
             graph_bytes: stage.graph_bytes,
         }
