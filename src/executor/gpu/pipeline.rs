@@ -103,11 +103,12 @@ impl GpuPipeline {
         }
         let launched = self.launch(plan);
         let done = self.finish_spilled(launched.is_ok() && plan.logits.is_empty());
+        use GpuError::{HostOutOfMemory, OutOfMemory};
         match launched {
             // That step is refused, unless the stages before it have failed.
             Err(
                 ExecutorError::Vram(_)
-                | ExecutorError::Gpu(GpuError::OutOfMemory { .. } | GpuError::HostOutOfMemory { .. }),
+                | ExecutorError::Gpu(OutOfMemory { .. } | HostOutOfMemory { .. }),
             ) if done.is_err() => return done,
             launched => launched?,
         }
