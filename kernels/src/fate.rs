@@ -7,7 +7,7 @@
 
 use crate::gpu::{Gpu, GpuError};
 use crate::turns::{Taker, Turn};
-use cudarc::driver::{CudaStream, DriverError, sys};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, sys};
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -42,6 +42,15 @@ impl Fate {
     /// Whose turn a call is that may wait for the GPU.
     pub(crate) fn taker(&self) -> Taker {
         self.taker
+    }
+
+    /// Waits until a context has nothing to do, and for the turn of a call that needs that; none
+    /// where the GPU has failed for good.
+    pub(crate) fn at_rest(&self, context: &CudaContext) -> Option<Turn<'static>> {
+        self.check().ok()?;
+        let turn = self.taker.turn();
+        context.synchronize().ok()?;
+        Some(turn)
     }
 
     /// The failure after which nothing works any more.

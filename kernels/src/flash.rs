@@ -12,10 +12,6 @@ const WARP_ROWS: usize = 16;
 /// Warps of a block and keys of a step, as in flash.cu: the larger where it fits.
 const TILES: [(usize, usize); 2] = [(8, 64), (4, 32)];
 
-/// First `__CUDA_ARCH__`, over ten, that has clusters of blocks, and most blocks of one.
-const CLUSTERS_SINCE: usize = 90;
-const CLUSTER_MAX: usize = 8;
-
 /// Sequences whose tokens follow each other in a step.
 #[derive(Clone, Copy, Debug)]
 pub struct Runs<'a> {
@@ -70,7 +66,7 @@ impl Gpu {
 
     /// Most blocks that can divide the positions of a tile of tokens.
     pub fn run_blocks_max(&self) -> usize {
-        if self.compiled_for() >= CLUSTERS_SINCE { CLUSTER_MAX } else { 1 }
+        self.cluster_max()
     }
 
     /// What [`Gpu::attend`] does, for all tokens of some sequences.

@@ -10,9 +10,8 @@ use tandem_cpu_kernels::DType;
 
 /// Fewest tokens for which they are faster than `floats.cu`.
 const FLOAT_TILES_MIN: usize = 2;
-/// First `__CUDA_ARCH__`, over ten, that has these kernels, and that has clusters of blocks.
+/// First `__CUDA_ARCH__`, over ten, that has these kernels.
 const TILES_SINCE: usize = 80;
-const CLUSTERS_SINCE: usize = 90;
 /// Rows, elements of a row's chunk and threads of a block.
 const ROWS: usize = 128;
 const CHUNK: usize = 128;
@@ -21,9 +20,6 @@ const THREADS: usize = 256;
 /// for a column.
 const WAYS: usize = 4;
 const SUMS_BYTES: usize = (ROWS + 4) * size_of::<f32>();
-/// Most blocks of a cluster, and fewest chunks of one.
-const CLUSTER_MAX: usize = 8;
-const CLUSTER_CHUNKS_MIN: usize = 4;
 /// Columns of a block, widest first.
 const COLUMNS: [usize; 4] = [64, 32, 16, 8];
 /// Most columns of a block of which two share a multiprocessor's memory.
@@ -80,20 +76,6 @@ impl FloatTile {
 }
 
 impl Gpu {
-    /// Blocks that divide what lies along rows: as many as make nearly all multiprocessors work,
-    /// whatever the number of columns. Two blocks of few columns share one.
-    fn float_cluster(&self, blocks: usize, chunks: usize) -> usize {
-        let most = if self.compiled_for() >= CLUSTERS_SINCE { CLUSTER_MAX } else { 1 };
-        let mut cluster = 1;
-        while 2 * cluster <= most
-            && 8 * cluster * blocks < 7 * self.multiprocessors()
-            && chunks >= 2 * cluster * CLUSTER_CHUNKS_MIN
-        {
-            cluster *= 2;
-        }
-        cluster
-    }
-
     /// Multiplies if there are as many columns as these kernels are for, and a kernel and room.
     pub(crate) fn multiply_float_tiles(
         &self,
@@ -108,7 +90,10 @@ impl Gpu {
             return Ok(false);
         };
         let blocks = matrix.rows().div_ceil(ROWS);
-        let cluster = self.float_cluster(blocks, matrix.cols().div_ceil(CHUNK));
+        // As many as make nearly all multiprocessors work, whatever the number of columns. Two
+        // blocks of few columns share one.
+        let may_double = |cluster| 8 * cluster * blocks < 7 * self.multiprocessors();
+        let cluster = self.row_cluster(matrix.cols().div_ceil(CHUNK), may_double);
         let arguments = FloatTileArgs { of: FloatArgs::new(product, x), depth: tile.depth as u64 };
         let kernel = format!("float_tiles_{}_{}", lower_name(dtype), tile.columns);
         let grid = [cluster, x.columns.div_ceil(tile.columns), blocks];

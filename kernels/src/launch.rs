@@ -8,6 +8,11 @@ use sys::CUlaunchAttributeID as Id;
 
 /// First `__CUDA_ARCH__`, over ten, whose kernels can wait for the one before them.
 const OVERLAPS_SINCE: i32 = 90;
+/// First that has clusters of blocks, most blocks of one, and fewest chunks of a row for each of
+/// those that divide it.
+const CLUSTERS_SINCE: usize = 90;
+const CLUSTER_MAX: usize = 8;
+const CLUSTER_CHUNKS_MIN: usize = 4;
 
 /// What a launch has besides its shape.
 #[derive(Clone, Copy)]
@@ -33,6 +38,24 @@ impl Manner {
 }
 
 impl Gpu {
+    /// Most blocks of a cluster; 1 where there are none.
+    pub(crate) fn cluster_max(&self) -> usize {
+        if self.compiled_for() >= CLUSTERS_SINCE { CLUSTER_MAX } else { 1 }
+    }
+
+    /// Blocks of a cluster that divide rows of so many chunks: as many as are wanted, while each
+    /// has enough. `may_double` says whether twice as many as so many are.
+    pub(crate) fn row_cluster(&self, chunks: usize, may_double: impl Fn(usize) -> bool) -> usize {
+        let mut cluster = 1;
+        while 2 * cluster <= self.cluster_max()
+            && chunks >= 2 * cluster * CLUSTER_CHUNKS_MIN
+            && may_double(cluster)
+        {
+            cluster *= 2;
+        }
+        cluster
+    }
+
     /// Starts a kernel with one struct as its argument.
     ///
     /// # Safety

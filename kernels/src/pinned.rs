@@ -188,11 +188,7 @@ impl DerefMut for PinnedMemory {
 
 impl Drop for PinnedMemory {
     fn drop(&mut self) {
-        if self.fate.check().is_err() {
-            return;
-        }
-        let _turn = self.fate.taker().turn();
-        if self.context.synchronize().is_ok() {
+        if let Some(_turn) = self.fate.at_rest(&self.context) {
             // SAFETY: it came from `malloc_host`, and is freed once. A failure has no one to be
             // told to.
             let _ = unsafe { sys::cuMemFreeHost(self.start.as_ptr().cast()) };

@@ -103,11 +103,7 @@ impl RegisteredMemory {
 
 impl Drop for RegisteredMemory {
     fn drop(&mut self) {
-        if self.fate.check().is_err() {
-            return;
-        }
-        let _turn = self.fate.taker().turn();
-        if self.context.synchronize().is_ok() {
+        if let Some(_turn) = self.fate.at_rest(&self.context) {
             for piece in &self.pieces {
                 let at = std::ptr::without_provenance_mut::<u8>(*piece).cast();
                 // SAFETY: it was registered, and is given back once. A failure has no one to be

@@ -14,9 +14,6 @@ const NARROW_MAX_HOPPER: usize = 8;
 /// Rows and threads of its blocks.
 const MIDDLE_ROWS: usize = 128;
 const MIDDLE_THREADS: usize = 256;
-/// Most blocks of a cluster, and fewest chunks of one.
-const CLUSTER_MAX: usize = 8;
-const CLUSTER_CHUNKS_MIN: usize = 4;
 /// Bytes of weights on their way to a block (at most), and of activations of a column's chunk.
 const MIDDLE_WEIGHT_BYTES: usize = 56 << 10;
 const CHUNK_BYTES: usize = 2 * CHUNK * GROUP;
@@ -131,13 +128,8 @@ impl Gpu {
         let (arguments, blocks) = WideArgs::new(run, (x, halves), MIDDLE_ROWS);
         // As many as there is room for at a time, whatever the number of columns.
         let chunks = arguments.padded as usize / CHUNK;
-        let (room, mut cluster) = (2 * self.multiprocessors(), 1);
-        while 2 * cluster <= CLUSTER_MAX
-            && 2 * cluster * blocks <= room
-            && chunks >= 2 * cluster * CLUSTER_CHUNKS_MIN
-        {
-            cluster *= 2;
-        }
+        let room = 2 * self.multiprocessors();
+        let cluster = self.row_cluster(chunks, |cluster| 2 * cluster * blocks <= room);
         let (columns, _) = middle_tiles(x.columns);
         let shared_bytes = middle_shared_bytes(x.columns);
         let kernel = format!("middle_{}_{columns}", lower_name(run[0].matrix.dtype()));

@@ -1,10 +1,11 @@
 //! Which programs there are kernels for.
 
+use super::ops::counts;
 use crate::executor::ExecutorError;
 use crate::executor::program::{ExpertShape, MatrixEntry, MatrixUse, Op, Program};
 use crate::model::TensorRef;
 use tandem_cpu_kernels::blocks::GROUP;
-use tandem_kernels::{DeviceMatrix, ExpertRoutes, Gpu, HeadCounts};
+use tandem_kernels::{DeviceMatrix, ExpertRoutes, Gpu};
 
 /// Refuses programs that have no kernels here.
 ///
@@ -20,12 +21,8 @@ pub(super) fn check(program: &Program) -> Result<(), ExecutorError> {
                     return refuse(format!("{n_used} of {n_experts} experts on a GPU"));
                 }
             }
-            Op::Attend { shape, .. } => {
-                let (n_heads, n_kv_heads) = (shape.n_heads, shape.n_kv_heads);
-                let heads = HeadCounts { n_heads, n_kv_heads, head_dim: shape.head_dim };
-                if !heads.is_supported() {
-                    return refuse(format!("heads of {} elements on a GPU", shape.head_dim));
-                }
+            Op::Attend { shape, .. } if !counts(*shape).is_supported() => {
+                return refuse(format!("heads of {} elements on a GPU", shape.head_dim));
             }
             _ => {}
         }
