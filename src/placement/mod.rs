@@ -255,18 +255,11 @@ impl Placement {
         let numa_node = candidates.iter().flatten().find_map(|gpu| gpu.numa_node);
         let workers = workers.beside_gpu(&config.cpu, numa_node);
         let on = (&workers, candidates, ways);
-        let spilled = Self::spilling(spec, (hardware, config), on, &notes);
+        let beside = (whole.as_ref().ok(), &notes[..]);
+        let spilled = Self::spilling(spec, (hardware, config), on, beside);
         match (whole, spilled) {
-            // A longer context is worth some networks, not those of a GPU that is left alone.
-            (Ok(whole), Some(Ok(spilled)))
-                if whole.stages.len() <= spilled.stages.len()
-                    && whole.context_tokens < spilled.context_tokens =>
-            {
-                Ok(spilled)
-            }
-            (Ok(whole), _) => Ok(whole),
-            (Err(_), Some(spilled)) => spilled,
-            (whole, None) => whole,
+            (whole, None) | (whole @ Ok(_), Some(Err(_))) => whole,
+            (_, Some(spilled)) => spilled,
         }
     }
 

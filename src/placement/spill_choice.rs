@@ -13,7 +13,7 @@ use crate::request::RequestError;
 use std::cell::OnceCell;
 use std::cmp::Reverse;
 
-/// Part of the predicted time below which two placements count as equally fast.
+/// Part of a predicted time below which another one counts as equally long.
 const PRECISION: f64 = 1e-3;
 
 /// What one of some sets of GPUs would have.
@@ -24,8 +24,9 @@ struct Candidate<'a> {
     placed: Result<Placement, RequestError>,
 }
 
-/// Thousandths of what the requests take on the placement with the fewest spilled bytes, and bytes.
-type Value = (u64, u64);
+/// How much longer the requests take than on the placement with the fewest spilled bytes, in
+/// steps of `PRECISION`, and spilled bytes.
+type Value = (i64, u64);
 
 impl<'a> Candidate<'a> {
     /// None where spilling does not help.
@@ -62,8 +63,9 @@ impl<'a> Candidate<'a> {
 }
 
 impl Placement {
-    /// Places a model on one of some sets of GPUs; none where spilling helps nowhere. It is the set
-    /// beside which the fewest bytes have to be spilled, and of equals with the longest context.
+    /// Places a model on one of some sets of GPUs; none where spilling helps nowhere, or less than
+    /// the `whole` without it. It is the set beside which the fewest bytes have to be spilled, and
+    /// of equals with the longest context.
     /// Where the machine was measured, a set and a cut of the layers are taken with which the
     /// expected requests are predicted to end sooner, with no shorter a context; of equals those
     /// that spill the fewest bytes.
@@ -71,7 +73,7 @@ impl Placement {
         spec: &'a ModelSpec,
         (hardware, config): (&HardwareProfile, &Config),
         (workers, candidates, ways): (&Workers, &[Vec<&Gpu>], &OnceCell<Ways<'a>>),
-        notes: &[String],
+        (whole, notes): (Option<&Self>, &[String]),
     ) -> Option<Result<Self, RequestError>> {
         let ways = ways.get_or_init(|| Ways::new(spec, workers.nodes.clone()));
         let spilling = |gpus| Spilling::new(ways, (hardware, gpus, workers), config);
@@ -84,6 +86,14 @@ impl Placement {
             Ok(placed) => placed.clone(),
             Err(_) => return Some(sets.swap_remove(fewest).placed),
         };
+        // A longer context is worth some networks, not those of a GPU that is left alone.
+        let is_worth = |whole: &Self| {
+            whole.stages.len() <= fewest.stages.len()
+                && whole.context_tokens < fewest.context_tokens
+        };
+        if !whole.is_none_or(is_worth) {
+            return None;
+        }
         let job = Job::expected(&config.placement, fewest.context_tokens);
         let seconds = |placed: &Self| job.seconds(spec, placed, hardware);
         let (mut chosen, why) = match seconds(&fewest) {
@@ -91,8 +101,9 @@ impl Placement {
             Some(all) => {
                 let value = |placed: &Self| {
                     let is_like = placed.context_tokens >= fewest.context_tokens;
-                    let thousandths = (seconds(placed)? / (all * PRECISION)).round() as u64;
-                    is_like.then(|| (thousandths, placed.spilled_bytes()))
+                    // Of a ratio: where that placement is slow, a thousandth of its time is much.
+                    let steps = (seconds(placed)? / all).ln() / PRECISION.ln_1p();
+                    is_like.then(|| (steps.round() as i64, placed.spilled_bytes()))
                 };
                 let best = sets.into_iter().filter_map(|set| set.best(value, notes));
                 let best = best.min_by_key(|(value, _)| *value).map(|(_, placed)| placed);
