@@ -17,6 +17,7 @@
 //! by chunk into a buffer on the stack first; their sums wait in the output between chunks.
 
 use super::columns::Column;
+use super::fetch::{Ahead, ByGroups, InRuns, Never, blocks_ahead, fetch_group, fetch_run};
 use super::group_sums::{for_each_group, keep_order, sum_group, sum_together};
 use super::lanes::Lanes;
 use super::packed::{Block, Packed, SixBits};
@@ -34,11 +35,15 @@ pub(super) const CHUNK_ELEMENTS: usize = 1024;
 /// Bytes of 16 rows of a chunk in the largest type, `Q8_0` with 34 bytes per 32 elements.
 pub(super) const CHUNK_BYTES: usize = ROWS * CHUNK_ELEMENTS / 32 * 34;
 
-/// How far ahead of its use weights are fetched: hardware prefetchers stop at each page.
-const PREFETCH_BYTES: usize = 12 << 10;
-/// The same into the second-level cache, which has room for more: 8 columns of `Q4_0` then read 23
-/// instead of 22 GB/s on Zen 4, and one of `Q6_K`, whose fields lie apart, 33 instead of 30.
-const PREFETCH_SECOND_BYTES: usize = 16 << 10;
+/// Which weights one column asks for ahead of their use; several columns ask for all.
+#[derive(Clone, Copy)]
+enum Wanted {
+    /// None, of several columns neither: they have just been written.
+    Nothing,
+    /// Those that hardware does not fetch.
+    Apart,
+    All,
+}
 
 /// Runs of packed blocks of 16 rows, and the activations that meet them.
 #[derive(Clone, Copy)]
@@ -49,8 +54,7 @@ struct Panel<'a, const R: usize> {
     blocks: usize,
     /// First group of 32 elements within the row.
     group: usize,
-    /// Whether one column asks for weights ahead of their use.
-    fetches: bool,
+    wanted: Wanted,
     x: Quantized<'a>,
 }
 
@@ -75,7 +79,7 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
     let (elements, bytes) = const { (P::DTYPE.block_elements(), P::DTYPE.block_bytes()) };
     let blocks = weights.cols() / elements;
     let row_bytes = blocks * bytes;
-    let fetches = !follows_streams();
+    let wanted = if follows_streams() { Wanted::Apart } else { Wanted::All };
     let mut first_row = rows.start / ROWS * ROWS;
     if weights.layout() == Layout::Rows16 && blocks > 0 {
         let group_bytes = ROWS * row_bytes;
@@ -89,11 +93,11 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
             unsafe {
                 if pair {
                     let packed = [at(first_row), at(first_row + ROWS)];
-                    let panel = Panel { packed, blocks, group: 0, fetches, x };
+                    let panel = Panel { packed, blocks, group: 0, wanted, x };
                     multiply_panel::<L, P, 2>(&panel, covered, out);
                 } else {
                     let packed = [at(first_row)];
-                    let panel = Panel { packed, blocks, group: 0, fetches, x };
+                    let panel = Panel { packed, blocks, group: 0, wanted, x };
                     multiply_panel::<L, P, 1>(&panel, covered, out);
                 }
             }
@@ -112,7 +116,7 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
             let count = chunk.min(blocks - block);
             pack_chunk::<P>(source, row_bytes, block..block + count, &mut scratch);
             let (packed, group) = ([scratch.as_ptr()], block * (elements / GROUP));
-            let panel = Panel { packed, blocks: count, group, fetches: false, x };
+            let panel = Panel { packed, blocks: count, group, wanted: Wanted::Nothing, x };
             // SAFETY: `packed` holds `count` packed blocks; the rest is our own contract.
             unsafe { multiply_panel::<L, P, 1>(&panel, covered.clone(), out) };
             block += chunk;
@@ -180,10 +184,15 @@ unsafe fn multiply_tile<L: Lanes, P: Packed, const R: usize, const T: usize>(
                     load_sums::<L, T>(acc, (first, columns), lanes(r), out);
                 }
             }
-            if panel.fetches || T > 1 || P::APART {
-                sum_blocks::<L, P, R, T, true>(panel, lane, &x, &mut acc);
-            } else {
-                sum_blocks::<L, P, R, T, false>(panel, lane, &x, &mut acc);
+            match panel.wanted {
+                Wanted::Apart if T == 1 && P::IN_RUNS => {
+                    sum_blocks::<L, P, R, T, InRuns>(panel, lane, &x, &mut acc);
+                }
+                Wanted::Apart if T == 1 && !P::APART => {
+                    sum_blocks::<L, P, R, T, Never>(panel, lane, &x, &mut acc);
+                }
+                Wanted::Nothing => sum_blocks::<L, P, R, T, Never>(panel, lane, &x, &mut acc),
+                _ => sum_blocks::<L, P, R, T, ByGroups>(panel, lane, &x, &mut acc),
             }
             for (r, acc) in acc.iter().enumerate() {
                 store_sums::<L, T>(acc, (first, columns), lanes(r), out);
@@ -195,7 +204,7 @@ unsafe fn multiply_tile<L: Lanes, P: Packed, const R: usize, const T: usize>(
 }
 
 #[inline(always)]
-unsafe fn sum_blocks<L: Lanes, P: Packed, const R: usize, const T: usize, const FETCH: bool>(
+unsafe fn sum_blocks<L: Lanes, P: Packed, const R: usize, const T: usize, A: Ahead>(
     panel: &Panel<'_, R>,
     lane: usize,
     x: &[Column; T],
@@ -204,9 +213,7 @@ unsafe fn sum_blocks<L: Lanes, P: Packed, const R: usize, const T: usize, const 
     let groups = const { P::DTYPE.block_elements() / GROUP };
     let block_bytes = const { ROWS * P::DTYPE.block_bytes() };
     // The block that is fetched: of these rows or, further on, of those that follow them.
-    let bytes =
-        const { if into_second::<P, T>() { PREFETCH_SECOND_BYTES } else { PREFETCH_BYTES } };
-    let ahead = bytes.div_ceil(block_bytes);
+    let ahead = const { blocks_ahead::<P, T>() };
     let (mut fetched, mut rows_on) = (ahead % panel.blocks.max(1), ahead / panel.blocks.max(1));
     for index in 0..panel.blocks {
         let mut six_bits = [const { MaybeUninit::uninit() }; R];
@@ -230,11 +237,17 @@ unsafe fn sum_blocks<L: Lanes, P: Packed, const R: usize, const T: usize, const 
             let (first, at) = (turns * first, index * groups);
             // SAFETY: the blocks exist, and the groups below their number.
             unsafe {
-                for_each_group!(turns, |turn| {
-                    if FETCH {
+                if const { A::BY_GROUPS } {
+                    for_each_group!(turns, |turn| {
                         fetch_group::<L, P, R, T>(fetched, first + turn);
+                    });
+                } else if const { A::IN_RUNS } {
+                    let group_bytes = block_bytes / groups;
+                    for fetched in fetched {
+                        let from = fetched.wrapping_add(first * group_bytes);
+                        fetch_run(from, turns * group_bytes);
                     }
-                });
+                }
                 sum_groups::<L, P, R, T>(&blocks, first, at + first, x, acc);
             }
         }
@@ -277,36 +290,4 @@ const fn turns<P: Packed, const T: usize>() -> usize {
     } else {
         1
     }
-}
-
-/// Whether weights are fetched into the second-level cache: with several columns, and where fields
-/// lie apart.
-const fn into_second<P: Packed, const T: usize>() -> bool {
-    T > 1 || P::APART
-}
-
-/// Asks for what lies ahead of a group.
-#[inline(always)]
-unsafe fn fetch_group<L: Lanes, P: Packed, const R: usize, const T: usize>(
-    fetched: [*const u8; R],
-    group: usize,
-) {
-    let lines = const { stream_lines::<P>() };
-    for line in 0..lines {
-        for fetched in fetched {
-            let at = fetched.wrapping_add(64 * (group * lines + line));
-            // SAFETY: a prefetch of any address is harmless.
-            unsafe {
-                match const { into_second::<P, T>() } {
-                    true => L::prefetch_second(at),
-                    false => L::prefetch(at),
-                }
-            }
-        }
-    }
-}
-
-/// What a group takes of the stream of one group of rows, in whole cache lines.
-pub(super) const fn stream_lines<P: Packed>() -> usize {
-    (ROWS * P::DTYPE.block_bytes() * GROUP).div_ceil(64 * P::DTYPE.block_elements())
 }

@@ -148,6 +148,7 @@ impl Packed for Q6K {
     const DTYPE: DType = DType::Q6_K;
     const ZERO: i16 = 32;
     const HALVES: bool = true;
+    const IN_RUNS: bool = true;
     decode! {
         fn quants<L>(block: Block, group: usize, word: usize) -> L::Int {
             let (half, quarter) = (group / 4, group % 4);

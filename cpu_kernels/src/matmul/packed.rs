@@ -103,6 +103,8 @@ pub(super) trait Packed {
     const HALVES: bool = false;
     /// Whether a group's fields lie so far apart in a block that hardware does not fetch ahead.
     const APART: bool = Self::HALVES;
+    /// Whether these are asked for in runs where hardware follows streams otherwise (`fetch.rs`).
+    const IN_RUNS: bool = false;
     const MIN: MinKind = MinKind::None;
     /// Whether scales and offsets are 6-bit integers that [`SixBits`] unpacks.
     const SIX_BITS: bool = false;

@@ -14,7 +14,7 @@
 //! 8 loads of a word take less time than its 12 products. A lane does what `scalar.rs` does.
 
 use super::columns::{Column, less_sums, start};
-use super::interleaved::stream_lines;
+use super::fetch::stream_lines;
 use super::lanes::Lanes;
 use super::packed::{Block, MinKind, Packed, SixBits};
 use super::sums::{row_lanes, store_sums};

@@ -14,7 +14,8 @@
 //! A load of a tile does not see stores that are still under way, so it has to come later than they
 //! do.
 
-use super::super::interleaved::{CHUNK_BYTES, CHUNK_ELEMENTS, pack_chunk, stream_lines};
+use super::super::fetch::stream_lines;
+use super::super::interleaved::{CHUNK_BYTES, CHUNK_ELEMENTS, pack_chunk};
 use super::super::lanes::Lanes;
 use super::super::packed::{Block, Packed};
 use super::super::{Layout, MatrixView, OutputColumns};
