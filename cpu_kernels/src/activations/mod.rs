@@ -53,6 +53,9 @@ impl GroupScale {
         GroupScale { scale, scaled_sum: scale * sum as f32, less_sums, less_eight: -8 * sum }
     }
 
+    /// Made beside the scale: read back from memory, where it has just been written in smaller
+    /// pieces, the sums took as long as all the rest.
+    #[inline(always)]
     fn half_starts(&self) -> HalfStarts {
         self.less_sums.map(|less| 32 * i32::from(less))
     }
@@ -63,8 +66,8 @@ impl GroupScale {
 /// Apart from [`GroupScale`], since types with one scale per group lost 3 to 5 % to longer groups.
 pub(crate) type HalfStarts = [i32; 2];
 
-/// Quantises whole groups: `(values, quants, scales)` of `n·32`, `n·32` and `n` elements.
-pub(crate) type QuantizeFn = unsafe fn(&[f32], &mut [i8], &mut [GroupScale]);
+/// Quantises whole groups: `(values, quants, (scales, starts))` of `n·32`, `n·32` and `n` elements.
+pub(crate) type QuantizeFn = unsafe fn(&[f32], &mut [i8], (&mut [GroupScale], &mut [HalfStarts]));
 
 /// `values − scale·quant` of whole groups: `(values, quants, scales, residual)`.
 pub(crate) type ResidualFn = unsafe fn(&[f32], &[i8], &[GroupScale], &mut [f32]);
@@ -239,9 +242,7 @@ impl Kernels {
         unsafe {
             match (&self.activations, target.part(column, range)) {
                 (ActivationTable::Int8 { quantize, .. }, Memory::Int8(quants, scales, starts)) => {
-                    quantize(values, quants, scales);
-                    let starts = starts.iter_mut().zip(scales);
-                    starts.for_each(|(starts, scale)| *starts = scale.half_starts());
+                    quantize(values, quants, (scales, starts));
                 }
                 (ActivationTable::Bf16 { round }, Memory::Bf16(lines)) => round(values, lines),
                 _ => panic!("a buffer of another form than {:?}", self.activation_form()),

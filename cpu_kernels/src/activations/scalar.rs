@@ -1,6 +1,8 @@
 //! The specification of rounded activations.
 
-use super::{AMAX_MIN, ActivationTable, BF16_EXPONENT, BF16_ORDER, GroupScale, LinesMut};
+use super::{
+    AMAX_MIN, ActivationTable, BF16_EXPONENT, BF16_ORDER, GroupScale, HalfStarts, LinesMut,
+};
 use crate::blocks::GROUP;
 use half::bf16;
 
@@ -17,10 +19,15 @@ fn round(values: &[f32], mut lines: LinesMut<'_>) {
     }
 }
 
-fn quantize(values: &[f32], quants: &mut [i8], scales: &mut [GroupScale]) {
+fn quantize(
+    values: &[f32],
+    quants: &mut [i8],
+    (scales, starts): (&mut [GroupScale], &mut [HalfStarts]),
+) {
     let groups = values.as_chunks::<GROUP>().0.iter().zip(quants.as_chunks_mut::<GROUP>().0);
-    for ((values, quants), scale) in groups.zip(scales) {
+    for ((values, quants), (scale, starts)) in groups.zip(scales.iter_mut().zip(starts)) {
         *scale = quantize_group(values, quants);
+        *starts = scale.half_starts();
     }
 }
 

@@ -2,7 +2,7 @@
 //! 16, so the bits cannot differ. Groups do not depend on each other, and the processor works on
 //! several at a time: what counts is how many instructions a group takes.
 
-use super::{AMAX_MIN, ActivationTable, BF16_EXPONENT, GroupScale, LinesMut, scalar};
+use super::{AMAX_MIN, ActivationTable, BF16_EXPONENT, GroupScale, HalfStarts, LinesMut, scalar};
 use crate::blocks::GROUP;
 use crate::lanes::Lanes;
 use crate::lanes::avx2::Avx2;
@@ -64,9 +64,13 @@ unsafe fn residual_with<L: Lanes>(
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn avx2(values: &[f32], quants: &mut [i8], scales: &mut [GroupScale]) {
+unsafe fn avx2(
+    values: &[f32],
+    quants: &mut [i8],
+    (scales, starts): (&mut [GroupScale], &mut [HalfStarts]),
+) {
     let groups = values.as_chunks::<GROUP>().0.iter().zip(quants.as_chunks_mut::<GROUP>().0);
-    for ((values, quants), scale) in groups.zip(scales) {
+    for ((values, quants), at) in groups.zip(scales.iter_mut().zip(starts)) {
         let from = values.as_ptr();
         // SAFETY: four vectors are a group.
         let x = [0, 8, 16, 24].map(|start| unsafe { _mm256_loadu_ps(from.add(start)) });
@@ -76,7 +80,10 @@ unsafe fn avx2(values: &[f32], quants: &mut [i8], scales: &mut [GroupScale]) {
         let largest = _mm256_max_epi32(low, _mm256_max_epi32(magnitudes[2], magnitudes[3]));
         let amax =
             largest_of(_mm256_castsi256_si128(largest), _mm256_extracti128_si256::<1>(largest));
-        let Some(inverse) = inverse_step(amax, quants, scale) else { continue };
+        let Some(inverse) = inverse_step(amax) else {
+            write(scalar::group_without_integers(amax, quants), at);
+            continue;
+        };
         let inverse = _mm256_set1_ps(inverse);
         // Rounds to the nearest, ties to even: Rust never changes the processor's mode.
         let q = x.map(|x| _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse)));
@@ -87,15 +94,19 @@ unsafe fn avx2(values: &[f32], quants: &mut [i8], scales: &mut [GroupScale]) {
         let packed = _mm256_permutevar8x32_epi32(packed, order);
         // SAFETY: 32 bytes are a group.
         unsafe { _mm256_storeu_si256(quants.as_mut_ptr().cast(), packed) }
-        *scale = group_scale(amax, packed);
+        write(group_scale(amax, packed), at);
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn avx512(values: &[f32], quants: &mut [i8], scales: &mut [GroupScale]) {
+unsafe fn avx512(
+    values: &[f32],
+    quants: &mut [i8],
+    (scales, starts): (&mut [GroupScale], &mut [HalfStarts]),
+) {
     const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     let groups = values.as_chunks::<GROUP>().0.iter().zip(quants.as_chunks_mut::<GROUP>().0);
-    for ((values, quants), scale) in groups.zip(scales) {
+    for ((values, quants), at) in groups.zip(scales.iter_mut().zip(starts)) {
         let from = values.as_ptr();
         // SAFETY: two vectors are a group.
         let x = [0, 16].map(|start| unsafe { _mm512_loadu_ps(from.add(start)) });
@@ -108,13 +119,16 @@ unsafe fn avx512(values: &[f32], quants: &mut [i8], scales: &mut [GroupScale]) {
         );
         let amax =
             largest_of(_mm256_castsi256_si128(largest), _mm256_extracti128_si256::<1>(largest));
-        let Some(inverse) = inverse_step(amax, quants, scale) else { continue };
+        let Some(inverse) = inverse_step(amax) else {
+            write(scalar::group_without_integers(amax, quants), at);
+            continue;
+        };
         let inverse = _mm512_set1_ps(inverse);
         let q = x.map(|x| _mm512_cvt_roundps_epi32::<NEAREST>(_mm512_mul_ps(x, inverse)));
         let packed = _mm256_set_m128i(_mm512_cvtepi32_epi8(q[1]), _mm512_cvtepi32_epi8(q[0]));
         // SAFETY: 32 bytes are a group.
         unsafe { _mm256_storeu_si256(quants.as_mut_ptr().cast(), packed) }
-        *scale = group_scale(amax, packed);
+        write(group_scale(amax, packed), at);
     }
 }
 
@@ -147,14 +161,16 @@ fn largest_of(low: __m128i, high: __m128i) -> f32 {
     f32::from_bits(_mm_cvtsi128_si32(one) as u32)
 }
 
-/// `127 / amax`; `None` for a group that has no integers, which is then finished.
+/// `127 / amax`; `None` for a group that has no integers.
 #[inline(always)]
-fn inverse_step(amax: f32, quants: &mut [i8; GROUP], scale: &mut GroupScale) -> Option<f32> {
-    if amax.is_finite() && amax >= AMAX_MIN {
-        return Some(127.0 / amax);
-    }
-    *scale = scalar::group_without_integers(amax, quants);
-    None
+fn inverse_step(amax: f32) -> Option<f32> {
+    (amax.is_finite() && amax >= AMAX_MIN).then(|| 127.0 / amax)
+}
+
+#[inline(always)]
+fn write(made: GroupScale, (scale, starts): (&mut GroupScale, &mut HalfStarts)) {
+    *starts = made.half_starts();
+    *scale = made;
 }
 
 /// Scale and sums of a group's 32 integers.
