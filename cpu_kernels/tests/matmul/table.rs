@@ -4,9 +4,9 @@ use super::case::{Random, Weights, bits, multiply, quantized_weights};
 use tandem_cpu_kernels::*;
 
 /// One to the widest narrow tile and beyond, around the widths of wide tiles and their blocks.
-const COLUMNS: [usize; 28] = [
+const COLUMNS: [usize; 29] = [
     1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 24, 31, 32, 33, 48, 66,
-    128, 129,
+    256, 257, 129,
 ];
 /// Less than a group of 16, around one, around two, and more.
 const ROWS: [usize; 7] = [33, 7, 15, 100, 17, 1, 64];
