@@ -105,6 +105,9 @@ pub(super) trait Packed {
     const APART: bool = Self::HALVES;
     /// Whether these are asked for in runs where hardware follows streams otherwise (`fetch.rs`).
     const IN_RUNS: bool = false;
+    /// Groups of 32 elements that many columns meet at once, decoded: 512 elements stay in the
+    /// first-level cache.
+    const CHUNK_GROUPS: usize = 16;
     const MIN: MinKind = MinKind::None;
     /// Whether scales and offsets are 6-bit integers that [`SixBits`] unpacks.
     const SIX_BITS: bool = false;
