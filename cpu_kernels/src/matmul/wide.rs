@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! for each R vectors of rows (32 rows with AVX-512), for each 256 columns:
-//!   for each chunk of up to 512 elements (of `Q4_K` 1,536), all of about one length:
+//!   for each chunk of up to 512 elements (1,536 of `Q4_K` on Zen 4), all of about one length:
 //!     decode R × 16 groups of 32 into bytes, scales and offsets             (26 KB)
 //!     for each tile of T columns:                 R·T sums in registers
 //!       for each group, for each of 8 words:
@@ -21,12 +21,15 @@ use super::sums::{row_lanes, store_sums};
 use super::{Layout, MatrixView, OutputColumns};
 use crate::activations::Quantized;
 use crate::blocks::GROUP;
+use crate::isa::follows_streams;
 use crate::repack::ROWS;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// The most groups of a chunk; how many of them a type takes is [`Packed::CHUNK_GROUPS`].
-const CHUNK_GROUPS_MAX: usize = 48;
+/// Groups of a chunk: 512 elements, two blocks of the K types, stay in the first-level cache.
+const CHUNK_GROUPS: usize = 16;
+/// The same in the second-level one ([`Packed::LONG_CHUNKS`]).
+const LONG_CHUNK_GROUPS: usize = 48;
 /// Row vectors that are decoded together.
 const VECTORS: usize = 2;
 /// A group of 32 elements of one vector of rows, decoded.
@@ -51,7 +54,7 @@ const COLUMNS: usize = 256;
 /// What waits between tiles and between chunks.
 struct Scratch<L: Lanes> {
     /// The decoded chunk of each row vector.
-    chunk: [[MaybeUninit<Group<L>>; CHUNK_GROUPS_MAX]; VECTORS],
+    chunk: [[MaybeUninit<Group<L>>; LONG_CHUNK_GROUPS]; VECTORS],
     /// The sums of each column and row vector.
     sums: [[MaybeUninit<L::Float>; VECTORS]; COLUMNS],
 }
@@ -85,7 +88,7 @@ pub(super) unsafe fn matmul<L: Lanes, P: Packed>(
     debug_assert!(weights.layout() == Layout::Rows16);
     let height = const { VECTORS * L::LANES };
     let mut scratch = Scratch::<L> {
-        chunk: [[const { MaybeUninit::uninit() }; CHUNK_GROUPS_MAX]; VECTORS],
+        chunk: [[const { MaybeUninit::uninit() }; LONG_CHUNK_GROUPS]; VECTORS],
         sums: [[const { MaybeUninit::uninit() }; VECTORS]; COLUMNS],
     };
     let mut first_row = rows.start / ROWS * ROWS;
@@ -124,7 +127,9 @@ unsafe fn block<L: Lanes, P: Packed, const R: usize>(
     let blocks = weights.cols() / P::DTYPE.block_elements();
     let group_bytes = ROWS * blocks * P::DTYPE.block_bytes();
     // Of equal length: each asks for as much as it has of the one that follows.
-    let chunks = blocks.div_ceil(const { chunk_blocks::<P>() }).max(1);
+    let is_long = P::LONG_CHUNKS && L::LANES == ROWS && follows_streams();
+    let chunk_groups = if is_long { LONG_CHUNK_GROUPS } else { CHUNK_GROUPS };
+    let chunks = blocks.div_ceil(chunk_groups / block_groups).max(1);
     let chunk_blocks = blocks.div_ceil(chunks);
     let block_bytes = const { ROWS * P::DTYPE.block_bytes() };
     let at = |row: usize, block: usize| {
@@ -160,18 +165,12 @@ unsafe fn block<L: Lanes, P: Packed, const R: usize>(
     }
 }
 
-/// Blocks of the longest chunk.
-const fn chunk_blocks<P: Packed>() -> usize {
-    assert!(P::CHUNK_GROUPS <= CHUNK_GROUPS_MAX);
-    P::CHUNK_GROUPS / (P::DTYPE.block_elements() / GROUP)
-}
-
 /// Decodes the groups of `count` packed blocks for one vector of rows.
 #[inline(always)]
 unsafe fn decode<L: Lanes, P: Packed>(
     first: Block,
     count: usize,
-    decoded: &mut [MaybeUninit<Group<L>>; CHUNK_GROUPS_MAX],
+    decoded: &mut [MaybeUninit<Group<L>>; LONG_CHUNK_GROUPS],
 ) {
     let groups = const { P::DTYPE.block_elements() / GROUP };
     let size = const { ROWS * P::DTYPE.block_bytes() };
