@@ -65,15 +65,21 @@ pub(super) unsafe fn fetch_group<L: Lanes, P: Packed, const R: usize, const T: u
     for line in 0..lines {
         for fetched in fetched {
             let at = fetched.wrapping_add(LINE_BYTES * (group * lines + line));
-            // SAFETY: a prefetch of any address is harmless.
-            unsafe {
-                match const { into_second::<P, T>() } {
-                    true => L::prefetch_second(at),
-                    false => L::prefetch(at),
-                }
+            match const { into_second::<P, T>() } {
+                true => fetch_second(at),
+                // SAFETY: a prefetch of any address is harmless.
+                false => unsafe { L::prefetch(at) },
             }
         }
     }
+}
+
+/// Asks for a line into the second-level cache, before what follows in the program. Compilers
+/// gather such requests: 16 columns of `Q4_0` had 325 GMAC/s on two threads of a Zen 4, not 343.
+#[inline(always)]
+fn fetch_second(at: *const u8) {
+    // SAFETY: a prefetch of any address is harmless, and none is seen by the program.
+    unsafe { asm!("prefetcht1 [{at}]", at = in(reg) at, options(nomem, nostack, preserves_flags)) }
 }
 
 /// Asks for some bytes into the second-level cache: here, one line after the other, with
