@@ -65,10 +65,9 @@ impl<'a> Candidate<'a> {
 impl Placement {
     /// Places a model on one of some sets of GPUs; none where spilling helps nowhere, or less than
     /// the `whole` without it. It is the set beside which the fewest bytes have to be spilled, and
-    /// of equals with the longest context.
-    /// Where the machine was measured, a set and a cut of the layers are taken with which the
-    /// expected requests are predicted to end sooner, with no shorter a context; of equals those
-    /// that spill the fewest bytes.
+    /// of equals with the longest context. Where the machine was measured, a set and a cut of the
+    /// layers are taken with which the expected requests are predicted to end sooner, with no
+    /// shorter a context; of equals those that spill the fewest bytes.
     pub(super) fn spilling<'a>(
         spec: &'a ModelSpec,
         (hardware, config): (&HardwareProfile, &Config),
