@@ -3,6 +3,7 @@
 //! `bf16.rs`, for any number of columns the same. Must not know threads or models; called through
 //! the table.
 
+mod ahead;
 mod decode;
 mod narrow;
 mod square;

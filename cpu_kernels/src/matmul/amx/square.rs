@@ -1,22 +1,21 @@
 //! The inner loop of `wide.rs`: a square of two tiles of columns and two groups of rows, or of one
 //! of either, through a chunk.
 
-use super::super::lanes::Lanes;
 use super::super::packed::{self, Packed};
+use super::ahead::{Ahead, EndLines, LAST_GROUPS};
 use super::decode::{Largest, STEPS, decode, decode_any};
 use super::unit::{self, Sums, Weights};
 use super::wide::{CHUNK_GROUPS, Chunk, HEIGHT, Scratch, Target};
-use super::{Vectors, write_sums};
-use crate::activations::{ColumnTile, Line, TILE_COLUMNS};
+use super::write_sums;
+use crate::activations::{ColumnTile, Line};
 use crate::blocks::GROUP;
 use crate::repack::ROWS;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// Lines of two tiles of columns.
-const PAIR_LINES: usize = 2 * TILE_COLUMNS;
-/// Lines of the sums of a square.
-const SUMS_LINES: usize = 4 * TILE_COLUMNS;
+/// Groups between decoding and use in a chunk that is multiplied as it is decoded: a load of a tile
+/// does not see stores that are still under way.
+const LAG: usize = 4;
 
 /// A square of sums.
 #[derive(Clone, Copy)]
@@ -24,79 +23,14 @@ pub(super) struct Square<'a> {
     pub chunk: &'a Chunk<'a>,
     /// Decoded in the place of this one if these columns are its last.
     pub next: Option<&'a Chunk<'a>>,
+    /// Whether this chunk is yet to be decoded, and the first of its row.
+    pub is_packed: bool,
     /// Which of the tiles and groups of rows is the first.
     pub tile: usize,
     pub row: usize,
     /// From that tile on.
     pub target: Target<'a>,
     pub ahead: Ahead,
-}
-
-/// What a square asks for, a part of it with each group. A prefetch of any address is harmless.
-#[derive(Clone, Copy)]
-pub(super) struct Ahead {
-    /// Where the tiles of columns begin that come next, lines of each, and which of these lines are
-    /// this square's.
-    columns: [*const Line; 2],
-    lines: usize,
-    first: usize,
-    /// Lines after each instruction of the unit.
-    count: usize,
-    /// Packed weights of two groups of rows in the chunk that comes next, and bytes of a group of
-    /// elements.
-    packed: Option<[*const u8; 2]>,
-    bytes: usize,
-}
-
-impl Ahead {
-    /// For groups of rows `row` and `row + 1` of a chunk, and of the packed one that comes next.
-    pub fn new<P: Packed>(
-        chunk: &Chunk<'_>,
-        (row, columns): (usize, [*const Line; 2]),
-        packed: Option<&Chunk<'_>>,
-    ) -> Ahead {
-        let count = PAIR_LINES.div_ceil(unit::INSTRUCTIONS * chunk.height.div_ceil(2));
-        let group = |next: &Chunk<'_>, r: usize| next.packed.wrapping_add(r * next.apart);
-        Ahead {
-            columns,
-            lines: chunk.groups * TILE_COLUMNS,
-            first: row / 2 * chunk.groups * count * unit::INSTRUCTIONS,
-            count,
-            packed: packed.map(|next| [group(next, row), group(next, row + 1)]),
-            bytes: const { ROWS * P::DTYPE.block_bytes() * GROUP / P::DTYPE.block_elements() },
-        }
-    }
-
-    /// The columns' lines of a group.
-    #[inline(always)]
-    fn columns(&self, group: usize) -> *const Line {
-        let first = self.first + group * self.count * unit::INSTRUCTIONS;
-        if first < self.lines {
-            self.columns[0].wrapping_add(first)
-        } else {
-            self.columns[1].wrapping_add(first - self.lines)
-        }
-    }
-
-    /// Asks for the part of an instruction of the lines that [`Ahead::columns`] has given.
-    #[inline(always)]
-    fn fetch_columns(&self, lines: *const Line, instruction: usize) {
-        for line in 0..self.count {
-            let at = lines.wrapping_add(instruction * self.count + line);
-            // SAFETY: harmless; the caller of all this has the instruction.
-            unsafe { Vectors::prefetch_second(at.cast()) };
-        }
-    }
-
-    #[inline(always)]
-    fn fetch_packed(&self, group: usize) {
-        for rows in self.packed.into_iter().flatten() {
-            for at in (0..self.bytes).step_by(64) {
-                // SAFETY: as above.
-                unsafe { Vectors::prefetch_second(rows.wrapping_add(group * self.bytes + at)) };
-            }
-        }
-    }
 }
 
 /// What a square multiplies, from the chunk's first group on.
@@ -111,6 +45,12 @@ impl<const A: usize, const R: usize> Operands<A, R> {
     fn at(&self, group: usize) -> ([*const Line; A], [*const Weights; R]) {
         let x = self.tiles.map(|tile| tile.lines.wrapping_add(group * tile.apart));
         (x, self.weights.map(|weights| weights.wrapping_add(group).cast_const()))
+    }
+
+    /// The same, known to be of two groups of rows.
+    fn pair(self) -> Operands<A, 2> {
+        const { assert!(R > 0) };
+        Operands { tiles: self.tiles, weights: [self.weights[0], self.weights[R - 1]] }
     }
 }
 
@@ -144,9 +84,11 @@ impl Square<'_> {
                 unit::load::<A, R>(sums.map(|sums| sums.map(|sums| sums.cast_const())));
             }
             match self.next {
+                _ if self.is_packed && R == 2 => {
+                    self.decode_and_multiply::<P, A>(operands.pair(), &mut scratch.weights);
+                }
                 Some(next) if R == 2 && row + R <= next.height => {
-                    let weights = [weights[0], weights[R - 1]];
-                    let operands = Operands { tiles, weights };
+                    let operands = operands.pair();
                     self.multiply_and_decode::<P, A>(operands, next, &mut scratch.weights);
                 }
                 next => {
@@ -178,18 +120,27 @@ impl Square<'_> {
         operands: Operands<A, R>,
         sums: &[[MaybeUninit<Sums>; HEIGHT]],
     ) {
-        let ahead = self.ahead;
-        for group in 0..self.chunk.groups {
+        let Square { chunk, ahead, .. } = *self;
+        let end_lines = EndLines::new(chunk, &self.target, (self.tile, self.row), sums);
+        for group in 0..chunk.groups {
             let columns = ahead.columns(group);
+            let (x, weights) = operands.at(group);
             // SAFETY: the caller's columns and weights.
             unsafe {
-                let (these, next) = (operands.at(group), operands.at(group + 1));
-                unit::multiply_in_turn::<A, R>(these, next, |instruction| {
-                    ahead.fetch_columns(columns, instruction);
-                });
+                if A == 2 && R == 2 {
+                    let next = operands.at(group + 1).0;
+                    let pairs = ([x[0], x[A - 1]], [weights[0], weights[R - 1]]);
+                    unit::multiply_square(pairs, [next[0], next[A - 1]], columns);
+                    ahead.fetch_other_columns(columns);
+                } else {
+                    unit::multiply::<A, R>(x, weights);
+                    (0..unit::INSTRUCTIONS).for_each(|at| ahead.fetch_columns(columns, at));
+                }
             }
             ahead.fetch_packed(group);
-            self.fetch_sums(group, sums);
+            if let Some(index) = (group + LAST_GROUPS).checked_sub(chunk.groups) {
+                end_lines.fetch(index);
+            }
         }
     }
 
@@ -213,33 +164,96 @@ impl Square<'_> {
         unsafe {
             let mut largest = [Largest::none(); 2];
             for group in 0..self.chunk.groups {
-                let (x, weights) = operands.at(group);
                 if group == 0 || group >= both {
+                    let (x, weights) = operands.at(group);
                     unit::multiply::<A, 2>(x, weights);
-                    continue;
+                } else {
+                    self.decode_beside::<P, A>(&operands, group, (next, group - 1), &mut largest);
                 }
-                let columns = self.ahead.columns(group);
-                // Written out, not a loop: the number of an instruction shall be a constant.
-                macro_rules! decode_beside {
-                    ($r:literal) => {
-                        let of = (next, self.row + $r, group - 1);
-                        let tile = operands.weights[$r].wrapping_add(group - 1);
-                        decode_group::<P>(of, tile, &mut largest[$r], |step| {
-                            let at = $r * STEPS + step;
-                            if at.is_multiple_of(2) {
-                                unit::instruction::<A, 2>(at / 2, x, weights);
-                                self.ahead.fetch_columns(columns, at / 2);
-                            }
-                        });
-                    };
-                }
-                decode_beside!(0);
-                decode_beside!(1);
             }
             for (r, largest) in largest.into_iter().enumerate() {
                 let row = self.row + r;
                 decode_rest::<P>(next, (row, both - 1), largest, &mut decoded[row]);
             }
+        }
+    }
+
+    /// Decodes the chunk, and multiplies each of its groups some groups later.
+    ///
+    /// # Safety
+    /// As [`Square::add`], but nothing is decoded; two groups of rows have blocks, sums are zero.
+    #[target_feature(
+        enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512fp16"
+    )]
+    #[inline(never)]
+    unsafe fn decode_and_multiply<P: Packed, const A: usize>(
+        &self,
+        operands: Operands<A, 2>,
+        decoded: &mut [[MaybeUninit<Weights>; CHUNK_GROUPS]; HEIGHT],
+    ) {
+        let Square { chunk, row, .. } = *self;
+        let lag = LAG.min(chunk.groups);
+        // SAFETY: the caller's columns and weights; groups below their number exist.
+        unsafe {
+            let mut largest = [Largest::none(); 2];
+            for (r, largest) in largest.iter_mut().enumerate() {
+                for group in 0..lag {
+                    let tile = operands.weights[r].wrapping_add(group);
+                    decode_group::<P>((chunk, row + r, group), tile, largest, |_| {});
+                }
+            }
+            for group in 0..chunk.groups {
+                if group + lag < chunk.groups {
+                    let later = (chunk, group + lag);
+                    self.decode_beside::<P, A>(&operands, group, later, &mut largest);
+                } else {
+                    let (x, weights) = operands.at(group);
+                    unit::multiply::<A, 2>(x, weights);
+                }
+            }
+            if !largest.iter().all(|largest| largest.is_in_range::<P>()) {
+                decode_rows::<P>(chunk, row..row + 2, decoded);
+                unit::clear();
+                for group in 0..chunk.groups {
+                    let (x, weights) = operands.at(group);
+                    unit::multiply::<A, 2>(x, weights);
+                }
+            }
+        }
+    }
+
+    /// Multiplies a group, and decodes another one beside that, into its place of the operands.
+    ///
+    /// # Safety
+    /// As [`Square::add`]; two groups of rows of what is decoded have blocks.
+    #[inline(always)]
+    unsafe fn decode_beside<P: Packed, const A: usize>(
+        &self,
+        operands: &Operands<A, 2>,
+        group: usize,
+        (packed, other): (&Chunk<'_>, usize),
+        largest: &mut [Largest; 2],
+    ) {
+        let (x, weights) = operands.at(group);
+        let columns = self.ahead.columns(group);
+        // Written out, not a loop: the number of an instruction shall be a constant.
+        macro_rules! decode {
+            ($r:literal) => {
+                let tile = operands.weights[$r].wrapping_add(other);
+                let of = (packed, self.row + $r, other);
+                decode_group::<P>(of, tile, &mut largest[$r], |step| {
+                    let at = $r * STEPS + step;
+                    if at.is_multiple_of(2) {
+                        unit::instruction::<A, 2>(at / 2, x, weights);
+                        self.ahead.fetch_columns(columns, at / 2);
+                    }
+                });
+            };
+        }
+        // SAFETY: passed on.
+        unsafe {
+            decode!(0);
+            decode!(1);
         }
     }
 
@@ -264,33 +278,6 @@ impl Square<'_> {
                     write_sums(sums, columns.clone(), (base, &(covered.0..covered.1)), out);
                 }
             }
-        }
-    }
-
-    /// Asks for a few lines after group `group`: of the sums of the square that follows, or, if
-    /// sums are finished, of this one's results.
-    #[inline(always)]
-    fn fetch_sums(&self, group: usize, sums: &[[MaybeUninit<Sums>; HEIGHT]]) {
-        let Target { out, column, row, covered } = self.target;
-        let part = |group: usize| group * SUMS_LINES / self.chunk.groups;
-        let is_below = self.row + 2 < self.chunk.height;
-        let (tile, next_row) =
-            if is_below { (self.tile, self.row + 2) } else { (self.tile + 2, 0) };
-        for index in part(group)..part(group + 1) {
-            let at: *const u8 = if self.chunk.is_last {
-                let (column, r) = (column + index / 2, index % 2);
-                if column >= out.columns() {
-                    break;
-                }
-                let base = row + (self.row + r) * ROWS;
-                out.at(column, covered.0).wrapping_add(base).wrapping_sub(covered.0).cast()
-            } else {
-                let (a, line) = (index / PAIR_LINES, index % PAIR_LINES);
-                let of_tile = sums.as_ptr().wrapping_add(tile + a).cast::<Sums>();
-                of_tile.wrapping_add(next_row).cast::<u8>().wrapping_add(64 * line)
-            };
-            // SAFETY: a prefetch of any address is harmless.
-            unsafe { Vectors::prefetch(at) };
         }
     }
 }

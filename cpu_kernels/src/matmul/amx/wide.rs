@@ -7,9 +7,9 @@
 //!     for each 32 columns:                       their chunk is 128 KiB
 //!       for each 32 rows:  4 sums; for each group 4 loads and 4 products
 //!         with the last 32 columns: decode the group of the chunk that comes next, in its place
+//!         with a call's first 32: decode this chunk, some groups ahead
 //! ```
-//! So the 8 × 64 tiles of weights (512 KiB) of all chunks but a call's first are decoded while the
-//! tile unit works. What comes next is asked for between its instructions: columns, packed weights,
+//! So the 8 × 64 tiles of weights (512 KiB) of a chunk are decoded while the tile unit works. What comes next is asked for between its instructions: columns, packed weights,
 //! sums, and with the last chunk, whose sums are results, the lines of those.
 //!
 //! More rows read columns from the shared cache less often, and longer chunks move sums less often;
@@ -18,7 +18,8 @@
 use super::super::packed::Packed;
 use super::super::{MatrixView, OutputColumns};
 use super::Pair;
-use super::square::{Ahead, Square, decode_rows};
+use super::ahead::Ahead;
+use super::square::{Square, decode_rows};
 use super::unit::{self, Sums, Weights};
 use crate::activations::{Bf16, ColumnTile, Line};
 use crate::blocks::GROUP;
@@ -209,22 +210,33 @@ pub(super) unsafe fn multiply<P: Packed>(
     let mut next = chunks.next();
     // SAFETY: our own contract; rows of a group exist in whole, padding included.
     unsafe {
+        // A call's first chunk is decoded by the first of its squares, if others decode the second.
+        let mut is_packed = next.is_some_and(|first| first.tiles.count > 2);
         if let Some(first) = &next {
-            decode_rows::<P>(first, 0..first.height, &mut scratch.weights);
+            let decoded = if is_packed { first.height / 2 * 2 } else { 0 };
+            decode_rows::<P>(first, decoded..first.height, &mut scratch.weights);
         }
         while let Some(chunk) = next {
             next = chunks.next();
-            add_chunk::<P>(&chunk, next.as_ref(), &mut scratch);
+            add_chunk::<P>(&chunk, next.as_ref(), is_packed, &mut scratch);
+            is_packed = false;
         }
     }
 }
 
-/// Adds the products of a chunk to the sums, and decodes the next one.
+/// Adds the products of a chunk to the sums, and decodes the next one; this one, too, if pairs of
+/// its groups of rows are packed still, which the first chunk of a row with more than two tiles of
+/// columns may be.
 ///
 /// # Safety
-/// As [`multiply`]; the chunk is decoded, and the sums are those of the chunk before.
+/// As [`multiply`]; the chunk is decoded otherwise, and the sums are those of the chunk before.
 #[inline(always)]
-unsafe fn add_chunk<P: Packed>(chunk: &Chunk<'_>, next: Option<&Chunk<'_>>, scratch: &mut Scratch) {
+unsafe fn add_chunk<P: Packed>(
+    chunk: &Chunk<'_>,
+    next: Option<&Chunk<'_>>,
+    is_packed: bool,
+    scratch: &mut Scratch,
+) {
     let tiles = chunk.tiles.as_slice();
     let passes = tiles.len().div_ceil(2);
     let mut configured = [0; 2];
@@ -248,7 +260,9 @@ unsafe fn add_chunk<P: Packed>(chunk: &Chunk<'_>, next: Option<&Chunk<'_>>, scra
                 let packed = next.filter(|next| index + 2 == passes && row < next.height);
                 let ahead = Ahead::new::<P>(chunk, (row, columns), packed);
                 let next = next.filter(|_| index + 1 == passes);
-                let square = Square { chunk, next, tile: 2 * index, row, target, ahead };
+                let is_packed = is_packed && index == 0;
+                let tile = 2 * index;
+                let square = Square { chunk, next, is_packed, tile, row, target, ahead };
                 match (pair, row + 1 < chunk.height) {
                     (Pair::Two(tiles), true) => square.add::<P, 2, 2>(tiles, scratch),
                     (Pair::Two(tiles), false) => square.add::<P, 2, 1>(tiles, scratch),
