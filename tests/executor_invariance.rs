@@ -153,6 +153,10 @@ fn every_instruction_set_is_batch_invariant() {
                 check(&model, &[40, 9], std::slice::from_ref(&variant));
             }
         }
+        // So many tokens that tiles take them in two halves.
+        let variants =
+            [1, 3].map(|threads| StageOptions { isa: Some(isa), ..options(threads, 2048) });
+        check(&tiny(&TinyModel::new(Family::Llama).dtype(DType::Q4_0)), &[300, 45], &variants);
     }
 }
 

@@ -17,6 +17,11 @@ use tandem_cpu_kernels::blocks::GROUP;
 /// Beyond so many tokens, kernels on tiles read all activations once for some rows, from a cache
 /// that is shared, and few rows would wait for it.
 const TILED_TOKENS: usize = 32;
+/// From so many tokens on, products on tiles are dealt out by halves of them.
+const HALVED_TOKENS: usize = 256;
+/// Rows that such a half is multiplied with: of fewer, a claim with all tokens would read twice as
+/// many activations for as many products.
+const HALVED_ROWS: usize = 128;
 /// Hidden rows whose gate and up are computed before the activation runs over them: the products
 /// of a wide step are then still in the second-level cache. Fewer tokens take more rows, since each
 /// change from one matrix to the other waits for memory once.
@@ -38,12 +43,18 @@ impl Step<'_> {
         };
         let input = self.input(input);
         let n_tokens = self.plan.tokens.len();
-        let unit = dealt_rows(n_tokens);
+        let is_halved = self.is_tiled(n_tokens) && !self.has_second_rows(precision);
+        let halves = if is_halved { token_halves(n_tokens) } else { None };
+        let unit = if halves.is_some() { HALVED_ROWS } else { dealt_rows(n_tokens) };
         let layout = PartUnits { weights: self.weights, nodes: worker.nodes(), parts, unit };
-        let grain =
-            self.grain(parts.first().map_or(0, |part| self.row_bytes(part)) * unit, n_tokens);
-        let cut = |index| layout.unit_at(index, worker.count());
-        for piece in worker.deal_from(grain, cut) {
+        let first_part = parts.first().map_or(0, |part| self.row_bytes(part));
+        let (grain, each) = match halves {
+            Some(_) => (1, 2),
+            None => (self.grain(first_part * unit, n_tokens), 1),
+        };
+        let cut = |index| layout.unit_at(index, worker.count()) * each;
+        let pieces = worker.deal_from(grain, cut);
+        for (piece, tokens) in pieces.flat_map(|piece| rectangles(piece, halves, n_tokens)) {
             let mut first_unit = 0;
             for team in 0..layout.nodes.count() {
                 let mut first_row = 0;
@@ -52,7 +63,8 @@ impl Step<'_> {
                     let row = |index: usize| (index.max(first_unit) - first_unit) * unit;
                     let at = |index: usize| near.end.min(near.start + row(index));
                     let own = at(piece.start)..at(piece.end);
-                    self.multiply(part, (input, precision), (output, first_row), own);
+                    let output = (output, first_row);
+                    self.multiply(part, (input, precision), output, (own, tokens.clone()));
                     first_row += all;
                     first_unit += near.len().div_ceil(unit);
                 }
@@ -84,13 +96,14 @@ impl Step<'_> {
         self.kernels.activation_form() == ActivationForm::Bf16 && n_tokens > TILED_TOKENS
     }
 
-    /// Rows `own` of `part · input (+ bias)` into the output's columns from `first` on.
+    /// Rows `own` of `part · input (+ bias)`, of some tokens or, of inputs with second rows, of all,
+    /// into the output's columns from `first` on.
     fn multiply(
         &self,
         part: &Linear,
         (input, precision): (QuantizedRows<'_>, Precision),
         (output, first): (Rows<'_>, usize),
-        own: Range<usize>,
+        (own, tokens): (Range<usize>, Range<usize>),
     ) {
         if own.is_empty() {
             return;
@@ -98,7 +111,8 @@ impl Step<'_> {
         let n_tokens = self.plan.tokens.len();
         let is_quantized = self.weights.dtype(part.matrix).is_quantized();
         let paired = self.has_second_rows(precision) && is_quantized;
-        let rows = 0..if paired { 2 * n_tokens } else { n_tokens };
+        debug_assert!(!paired || tokens.len() == n_tokens, "{tokens:?} of {n_tokens}, paired");
+        let rows = if paired { 0..2 * n_tokens } else { tokens.clone() };
         // SAFETY: the input was finished before the last barrier, or by this worker for itself;
         // workers' `own` are disjoint.
         let (activations, columns) =
@@ -109,7 +123,7 @@ impl Step<'_> {
         }
         let bias = part.bias.map(|bias| &self.weights.vector(bias)[own.clone()]);
         let own = first + own.start..first + own.end;
-        for token in 0..n_tokens {
+        for token in tokens {
             let rest = paired.then_some(token + n_tokens);
             self.finish(output, (token, rest), own.clone(), bias);
         }
@@ -155,8 +169,9 @@ impl Step<'_> {
                 self.gate_kept([&gate, &up], activation, rows);
                 continue;
             }
-            self.multiply(&gate, normed, (hidden.values, 0), rows.clone());
-            self.multiply(&up, normed, (self.buffers.up, 0), rows.clone());
+            let these = (rows.clone(), 0..n_tokens);
+            self.multiply(&gate, normed, (hidden.values, 0), these.clone());
+            self.multiply(&up, normed, (self.buffers.up, 0), these);
             for token in 0..n_tokens {
                 // SAFETY: these are the elements that this worker has just written.
                 let (gate, up) = unsafe {
@@ -263,6 +278,39 @@ impl Step<'_> {
     }
 }
 
+/// Where the second half of the tokens begins, if halves are worth claims of their own.
+fn token_halves(n_tokens: usize) -> Option<usize> {
+    (n_tokens >= HALVED_TOKENS).then_some((n_tokens / 2).next_multiple_of(TILED_TOKENS))
+}
+
+/// The rows, in units, and the tokens of a piece. Where tokens are halved, it is counted in halves
+/// of units, and what it has of a unit at its ends may be one of them.
+fn rectangles(
+    piece: Range<usize>,
+    halves: Option<usize>,
+    n_tokens: usize,
+) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+    let Range { mut start, end } = piece;
+    std::iter::from_fn(move || {
+        let begin = start;
+        if begin >= end {
+            return None;
+        }
+        let Some(middle) = halves else {
+            start = end;
+            return Some((begin..end, 0..n_tokens));
+        };
+        let whole = if begin.is_multiple_of(2) { (end - begin) / 2 } else { 0 };
+        start += (2 * whole).max(1);
+        let unit = begin / 2;
+        Some(match (whole, begin % 2) {
+            (0, 0) => (unit..unit + 1, 0..middle),
+            (0, _) => (unit..unit + 1, middle..n_tokens),
+            _ => (unit..unit + whole, 0..n_tokens),
+        })
+    })
+}
+
 /// The rows of several matrices with one input, counted in units that never span two of them: all
 /// those that lie on the first NUMA node, then the next one's.
 struct PartUnits<'a> {
@@ -311,5 +359,31 @@ impl PartUnits<'_> {
             first += units;
         }
         first
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_of_halves_cover_each_row_and_token_once() {
+        assert_eq!(token_halves(HALVED_TOKENS - 1), None);
+        for (n_tokens, units) in [(256, 1), (300, 5), (512, 32)] {
+            let halves = token_halves(n_tokens);
+            for cut in 0..=2 * units {
+                let pieces = [0..cut, cut..2 * units];
+                let mut seen = vec![0; units * n_tokens];
+                for (rows, tokens) in
+                    pieces.into_iter().flat_map(|piece| rectangles(piece, halves, n_tokens))
+                {
+                    for row in rows {
+                        tokens.clone().for_each(|token| seen[row * n_tokens + token] += 1);
+                    }
+                }
+                assert!(seen.iter().all(|count| *count == 1), "{n_tokens} tokens, cut at {cut}");
+            }
+        }
+        assert_eq!(rectangles(3..7, None, 9).collect::<Vec<_>>(), [(3..7, 0..9)]);
     }
 }
