@@ -9,8 +9,9 @@
 //!         with the last 32 columns: decode the group of the chunk that comes next, in its place
 //!         with a call's first 32: decode this chunk, some groups ahead
 //! ```
-//! So the 8 × 64 tiles of weights (512 KiB) of a chunk are decoded while the tile unit works. What comes next is asked for between its instructions: columns, packed weights,
-//! sums, and with the last chunk, whose sums are results, the lines of those.
+//! So the 8 × 64 tiles of weights (512 KiB) of a chunk are decoded while the tile unit works. What
+//! comes next is asked for between its instructions: columns, packed weights, sums, and with the
+//! last chunk, whose sums are results, the lines of those.
 //!
 //! More rows read columns from the shared cache less often, and longer chunks move sums less often;
 //! two threads of a core share the 2 MiB of both buffers (docs/performance.md).
