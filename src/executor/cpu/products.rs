@@ -96,8 +96,8 @@ impl Step<'_> {
         self.kernels.activation_form() == ActivationForm::Bf16 && n_tokens > TILED_TOKENS
     }
 
-    /// Rows `own` of `part · input (+ bias)` into the output's columns from `first` on, of some tokens
-    /// or, where inputs have second rows, of all.
+    /// Rows `own` of `part · input (+ bias)` into the output's columns from `first` on, of some
+    /// tokens or, where inputs have second rows, of all.
     fn multiply(
         &self,
         part: &Linear,
