@@ -18,6 +18,7 @@ pub mod kv;
 pub mod memory;
 pub mod model;
 pub mod sampling;
+pub mod speculative;
 pub mod tokenizer;
 
 // L3, decision
