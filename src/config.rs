@@ -3,6 +3,7 @@
 
 mod cpu;
 mod gpu;
+mod speculative;
 
 use crate::tensor::KvDType;
 use crate::units::ByteSize;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 
 pub use cpu::NumaChoice;
 pub use gpu::GpuChoice;
+pub use speculative::{SpeculativeConfig, SpeculativeMethod};
 
 /// The compiled-in defaults, with a comment per knob.
 pub const DEFAULT_TOML: &str = include_str!("../config/default.toml");
@@ -26,6 +28,7 @@ pub struct Config {
     pub placement: PlacementConfig,
     pub kv: KvConfig,
     pub scheduler: SchedulerConfig,
+    pub speculative: SpeculativeConfig,
     pub stream: StreamConfig,
     pub tokenizer: TokenizerConfig,
     pub template: TemplateConfig,
@@ -258,6 +261,7 @@ impl Config {
             return Err(refuse("kv.block_tokens", self.kv.block_tokens, "a power of two".into()));
         }
         self.scheduler.validate_steps()?;
+        self.speculative.method()?;
         self.validate_times()?;
         self.cpu.numa_choice()?;
         self.gpu.choice()?;

@@ -6,6 +6,8 @@
 
 #[path = "scheduler/admission.rs"]
 mod admission;
+#[path = "scheduler/drafts.rs"]
+mod drafts;
 #[path = "scheduler/endings.rs"]
 mod endings;
 #[path = "scheduler/latency.rs"]

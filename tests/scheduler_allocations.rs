@@ -14,6 +14,7 @@ use counting_allocator::{CountingAllocator, measure};
 use rig::{Rig, batch, options, prompt, sequence};
 use tandem::kv::TierBlocks;
 use tandem::scheduler::SchedulerOptions;
+use tandem::speculative::{Lookup, SpeculationOptions};
 use tandem::step::CopyOutcome;
 
 #[global_allocator]
@@ -65,11 +66,15 @@ fn day(rig: &mut Rig, first_id: u64) -> usize {
 fn a_step_is_planned_without_allocating() {
     for (host, disk) in [(0, 0), (50, 0), (20, 60)] {
         let blocks = TierBlocks { device: 100, host, disk };
-        let options = SchedulerOptions { blocks, queue_max: 200, ..options() };
+        let lookup = Lookup { ngram_min: 1, ngram_max: 4 };
+        let speculation = SpeculationOptions { lookup, draft_max: 7, width_borders: &[] };
+        let speculation = Some(speculation);
+        let options = SchedulerOptions { blocks, queue_max: 200, speculation, ..options() };
         let mut rig = Rig::new(options);
         assert!(day(&mut rig, 0) > 0, "the buffers got their size");
         let allocations = day(&mut rig, 1_000);
         let stats = rig.scheduler.stats();
+        assert!(stats.draft_tokens > 100, "{stats:?}");
         assert!(stats.steps > 1_000 && stats.prefix_hit_tokens > 0, "{stats:?}");
         assert!(stats.preemptions > 0 && (stats.swapped_out > 0) == (host > 0));
         assert_eq!(allocations, 0);

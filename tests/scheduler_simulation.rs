@@ -16,7 +16,7 @@ use tandem::kv::TierBlocks;
 use tandem::scheduler::SchedulerOptions;
 use world::{World, options};
 
-fn run(seed: u64, totals: &mut [u64; 10]) {
+fn run(seed: u64, totals: &mut [u64; 12]) {
     let mut world = World::new(seed);
     for _ in 0..400 {
         if world.random.below(3) == 0 {
@@ -40,16 +40,20 @@ fn run(seed: u64, totals: &mut [u64; 10]) {
     totals[7] += stats.blocks_to_disk;
     totals[8] += stats.copies_failed;
     totals[9] += stats.swaps_lost;
+    totals[10] += stats.draft_tokens;
+    totals[11] += stats.draft_tokens_accepted;
+    let heard = (world.drafted as u64, world.accepted as u64);
+    assert!(heard.0 <= stats.draft_tokens && heard.1 <= stats.draft_tokens_accepted);
 }
 
 #[test]
 fn every_sequence_says_what_it_would_have_said_alone() {
     let only = std::env::var("TANDEM_SIM_SEED").ok().and_then(|seed| seed.parse().ok());
     let seeds = only.map_or(0..400, |seed: u64| seed..seed + 1);
-    let mut totals = [0; 10];
+    let mut totals = [0; 12];
     for seed in seeds {
         let outcome = std::panic::catch_unwind(move || {
-            let mut totals = [0; 10];
+            let mut totals = [0; 12];
             run(seed, &mut totals);
             totals
         });
@@ -61,10 +65,11 @@ fn every_sequence_says_what_it_would_have_said_alone() {
     if only.is_none() {
         // The simulation is worth its name only if everything rare happened.
         let [ended, preemptions, swapped, cached, poisoned, spoiled, ..] = totals;
-        let [.., up, to_disk, failed, lost] = totals;
+        let [.., up, to_disk, failed, lost, drafted, accepted] = totals;
         assert!(ended > 20_000 && spoiled > 100, "{totals:?}");
         assert!(preemptions > swapped && swapped > 100, "{totals:?}");
         assert!(cached > 10_000 && poisoned > 10, "{totals:?}");
+        assert!(accepted > 2_000 && drafted - accepted > 2_000, "{totals:?}");
         assert!(up > 1_000 && to_disk > 100 && failed > 100 && lost > 100, "{totals:?}");
     }
 }

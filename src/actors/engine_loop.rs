@@ -335,6 +335,9 @@ impl EngineLoop {
         metrics.blocks_swapped_in.add(stats.blocks_up - before.blocks_up);
         metrics.blocks_moved_to_disk.add(stats.blocks_to_disk - before.blocks_to_disk);
         metrics.block_copies_failed.add(stats.copies_failed - before.copies_failed);
+        metrics.draft_tokens.add(stats.draft_tokens - before.draft_tokens);
+        let accepted = stats.draft_tokens_accepted - before.draft_tokens_accepted;
+        metrics.draft_tokens_accepted.add(accepted);
         self.published = stats;
         let occupancy = Occupancy::of(&stats);
         *self.shared.occupancy.lock().unwrap_or_else(PoisonError::into_inner) = occupancy;

@@ -12,9 +12,9 @@ use tokio::sync::mpsc::error::TrySendError;
 
 /// Messages that a sequence's lane holds.
 pub(super) const LANE_MESSAGES: usize = 64;
-/// Fewer free places than this pause the sequence: room for what one step and the end of a
-/// sequence say.
-const FREE_MIN: usize = 16;
+/// Fewer free places than this pause the sequence: room for what one step, the longest draft
+/// included, and the end of a sequence say.
+const FREE_MIN: usize = 20;
 /// A stream task that has read its lane down to this asks for its sequence to be resumed.
 pub(super) const RESUME_AT: usize = 16;
 

@@ -9,7 +9,7 @@ use super::{EngineError, LoadProgress, ModelInfo};
 use crate::config::{Config, ConfigError};
 use crate::executor::{
     ExecutorError, KvOptions, PoolOptions, SpilledLayers, StageOptions, StagePart, StepPasses,
-    TierOptions, VramPlan,
+    TierOptions, VramPlan, WIDTH_BORDERS,
 };
 use crate::formats::{Checkpoint, FormatError};
 use crate::hardware::{
@@ -346,7 +346,12 @@ impl Loaded {
             context_tokens: self.placement.context_tokens,
         };
         let settled = self.placement.settled(config);
-        let options = SchedulerOptions::from_config(&settled, kv, prefix_key);
+        let mut options = SchedulerOptions::from_config(&settled, kv, prefix_key);
+        if let Some(speculation) = &mut options.speculation
+            && *self.placement.device() != Device::Cpu
+        {
+            speculation.width_borders = &WIDTH_BORDERS;
+        }
         // Credits bound the sequences at the edge. Behind it none is refused: after a crash all of
         // them come back at once, before any can run.
         Ok(SchedulerOptions { queue_max: sequences_alive_max(config), ..options })

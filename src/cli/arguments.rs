@@ -50,6 +50,12 @@ pub struct EngineArguments {
     /// Keep keys and values as f16, q8_0 or, on a GPU, bf16 or fp8_e4m3 (both alike)
     #[arg(long, value_name = "TYPE", visible_aliases = ["cache-type-k", "cache-type-v"])]
     pub kv_dtype: Vec<String>,
+    /// Where tokens that are tried ahead come from: ngram (prompt lookup), off
+    #[arg(long, value_name = "METHOD")]
+    pub speculative: Option<String>,
+    /// Most tokens that are tried ahead in one step
+    #[arg(long, value_name = "N")]
+    pub draft_max: Option<usize>,
     #[command(flatten)]
     pub gpu: GpuArguments,
 }

@@ -236,6 +236,8 @@ fn flags(sets: &[String], command: &Command) -> Result<Vec<(String, String)>> {
         return Err(Exit { code: CONFIG, message }.into());
     }
     put("kv.dtype", engine.kv_dtype.first().cloned());
+    put("speculative.method", engine.speculative);
+    put("speculative.draft_max", engine.draft_max.map(|tokens| tokens.to_string()));
     put("gpu.vram_limit", engine.gpu.vram_limit.map(|limit| limit.0.to_string()));
     put("server.socket", socket.socket.as_ref().map(path));
     if let Command::Bench(arguments) = command {

@@ -64,6 +64,10 @@ use tandem_kernels::{Gpu, GpuError, Span};
 /// Threads that share the rows of logits which leave the GPU.
 const SAMPLERS: usize = 4;
 
+/// A GPU gives a token of a model with quantised weights the same bits in all steps up to one of
+/// these widths and beyond the one before it.
+pub const WIDTH_BORDERS: [usize; 3] = [8, 32, 128];
+
 /// How the program ends.
 #[derive(Clone, Copy)]
 struct LastOps {

@@ -66,6 +66,12 @@ pub struct Usage {
     pub completion_tokens: usize,
     /// Prompt tokens whose KV was found in the prefix cache.
     pub cached_tokens: usize,
+    /// Drafted tokens that the model was asked about, all answers.
+    #[serde(default)]
+    pub draft_tokens: usize,
+    /// Of these, tokens that it would have said itself.
+    #[serde(default)]
+    pub draft_tokens_accepted: usize,
 }
 
 /// Where a request's time went, in milliseconds.

@@ -36,7 +36,7 @@ impl Scheduler {
             self.last_end_us = Some(now_us);
         }
         self.arrivals += 1;
-        let mut sequence = Sequence::new(new, self.arrivals, now_us);
+        let mut sequence = Sequence::new(new, self.draft_max(), self.arrivals, now_us);
         let said_all = returns && sequence.is_full(self.options.context_tokens);
         if said_all && sequence.generated() > 0 && !sequence.is_scoring() {
             let kind =

@@ -27,14 +27,21 @@ impl Scheduler {
         if self.mix.decodes() == 0 && waited_for && before_too {
             self.costs.learn_prompt(plan.tokens.len(), output.duration_us);
         }
+        if self.mix.decodes() == plan.tokens.len() {
+            self.learn_width(plan.tokens.len(), output.duration_us);
+        }
         for planned in &plan.sequences {
-            self.advance(planned.id, planned.tokens.len(), events);
+            let sequence = self.sequences.get(&planned.id);
+            let drafted = sequence.map_or(0, |sequence| sequence.draft.planned().len());
+            self.advance(planned.id, planned.tokens.len() - drafted, events);
         }
         for failure in &output.failures {
-            self.fail_row(now_us, *failure, events);
+            if self.is_certain(*failure) {
+                self.fail_row(now_us, *failure, events);
+            }
         }
-        for row in &output.rows {
-            self.take_row(now_us, row, events);
+        for rows in output.rows.chunk_by(|row, next| row.sequence == next.sequence) {
+            self.take_rows(now_us, rows, events);
         }
         for planned in &plan.sequences {
             // Only the prompt was wanted.
@@ -92,7 +99,12 @@ impl Scheduler {
     }
 
     /// Counts computed tokens and makes full blocks findable.
-    fn advance(&mut self, id: SequenceId, tokens: usize, events: &mut Vec<SequenceEvent>) {
+    pub(super) fn advance(
+        &mut self,
+        id: SequenceId,
+        tokens: usize,
+        events: &mut Vec<SequenceEvent>,
+    ) {
         let block_tokens = self.options.block_tokens;
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         sequence.planned_tokens = 0;
@@ -127,7 +139,7 @@ impl Scheduler {
         self.fail(now_us, sequence, RequestError::NumericError { position }, events);
     }
 
-    fn fail(
+    pub(super) fn fail(
         &mut self,
         now_us: u64,
         sequence: SequenceId,
@@ -142,7 +154,12 @@ impl Scheduler {
     }
 
     /// A scored prompt token or a new one.
-    fn take_row(&mut self, now_us: u64, row: &RowOutput, events: &mut Vec<SequenceEvent>) {
+    pub(super) fn take_row(
+        &mut self,
+        now_us: u64,
+        row: &RowOutput,
+        events: &mut Vec<SequenceEvent>,
+    ) {
         let (id, token) = (row.sequence, row.token.id);
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         if row.position < sequence.new.tokens.len() {

@@ -7,13 +7,15 @@
 //!             swap out ahead of need (demotion.rs)
 //!             admit from the queue while the whole prompt has room, beside what runs: with cached
 //!             and swapped blocks, which copies bring up from lower tiers (copies.rs)
+//!             draft tokens behind those of decoding sequences where that pays (drafting.rs)
 //!             one token for every decoding sequence, best rank first; without a block, take one
 //!             from the worst-ranked running sequence (to a lower tier, else computed again)
 //!             share the chunk budget (chunking.rs) among prompts: half to the best rank, then
 //!             the more urgent and the shortest remaining first
 //!             copy prefixes down that are next to be evicted
 //! copied:     blocks change hands; who has all of its blocks may be in the next step
-//! apply:      computed += planned; full blocks become findable; tokens, ends and failures go out
+//! apply:      computed += planned, of drafts what was accepted; full blocks become findable;
+//!             tokens, ends and failures go out
 //! ```
 //! Rank is urgency, then age. Urgency is the priority asked for; batch sequences that were in the
 //! queue too long are raised for good, so none starves. When blocks or slots are lacking, running
@@ -26,6 +28,7 @@ mod budget;
 mod chunking;
 mod copies;
 mod demotion;
+mod drafting;
 mod options;
 mod plan;
 mod preemption;
@@ -43,6 +46,7 @@ use crate::request::{FinishReason, Priority};
 use crate::step::Tier;
 use crate::units::SequenceId;
 use copies::{Flights, Owner};
+use drafting::Speculation;
 use plan::Share;
 use rates::SwapCosts;
 use sequence::{Flow, Sequence, State};
@@ -69,6 +73,7 @@ pub struct Scheduler {
     /// In order of admission.
     running: Vec<SequenceId>,
     chunks: ChunkController,
+    speculation: Option<Speculation>,
     mix: StepMix,
     step: u64,
     /// When the step was planned.
@@ -107,6 +112,7 @@ impl Scheduler {
             queue: Vec::new(),
             running: Vec::new(),
             chunks: ChunkController::new(options.chunks).expecting(options.rates.prompt_tokens),
+            speculation: options.speculation.map(Speculation::new),
             mix: StepMix::default(),
             step: 0,
             now_us: 0,

@@ -2,8 +2,9 @@
 
 use super::chunking::ChunkLimits;
 use super::rates::TierRates;
-use crate::config::Config;
+use crate::config::{Config, SpeculativeConfig, SpeculativeMethod};
 use crate::kv::{PoolCounts, TierBlocks};
+use crate::speculative::{Lookup, SpeculationOptions};
 use crate::step::{BlockCopy, CopyOutcome, Tier};
 
 /// What a scheduler is built from.
@@ -34,6 +35,8 @@ pub struct SchedulerOptions {
     /// A batch sequence that was in the queue for so long, in all, is from then on treated like an
     /// interactive one: it keeps its place and never yields to a younger one again.
     pub batch_wait_us_max: u64,
+    /// How sequences are speculated on; `None` switches it off.
+    pub speculation: Option<SpeculationOptions>,
 }
 
 impl SchedulerOptions {
@@ -61,7 +64,20 @@ impl SchedulerOptions {
             crashes_max: config.supervision.crashes_per_request_max,
             prefix_key: config.kv.prefix_cache.then_some(prefix_key),
             batch_wait_us_max: Self::BATCH_WAIT_US_MAX,
+            speculation: speculation(&config.speculative),
         }
+    }
+}
+
+/// How sequences are speculated on where a step's width changes no bits.
+fn speculation(config: &SpeculativeConfig) -> Option<SpeculationOptions> {
+    match config.method() {
+        Ok(SpeculativeMethod::Ngram) => Some(SpeculationOptions {
+            lookup: Lookup { ngram_min: config.ngram_min, ngram_max: config.ngram_max },
+            draft_max: config.draft_max,
+            width_borders: &[],
+        }),
+        Ok(SpeculativeMethod::Off) | Err(_) => None,
     }
 }
 
@@ -118,6 +134,10 @@ pub struct SchedulerStats {
     pub blocks_to_disk: u64,
     /// Copies that failed, over the scheduler's life.
     pub copies_failed: u64,
+    /// Drafted tokens that were in steps, over the scheduler's life.
+    pub draft_tokens: u64,
+    /// Of these, tokens that were accepted.
+    pub draft_tokens_accepted: u64,
     /// Tokens generated, over the scheduler's life.
     pub tokens_generated: u64,
     /// Steps planned that had something to do, over the scheduler's life.

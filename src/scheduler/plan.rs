@@ -42,18 +42,20 @@ impl Scheduler {
         }
     }
 
-    /// One token for every sequence that decodes, best rank first.
+    /// One token for every sequence that decodes, best rank first, and what is drafted behind it.
     fn plan_decodes(&mut self, plan: &mut StepPlan) -> usize {
         let mut ids = std::mem::take(&mut self.ids);
         ids.clear();
         ids.extend(self.running.iter().filter(|id| self.sequences[*id].is_decoding()));
         ids.sort_unstable_by_key(|id| self.sequences[id].rank());
+        self.plan_drafts(&ids);
         for id in ids.drain(..) {
             if plan.tokens.len() == self.options.chunks.step_tokens_max {
                 break;
             }
             if self.reserve(id, 1) > 0 {
-                self.push(id, 1, plan);
+                let drafted = self.reserve_draft(id);
+                self.push(id, 1 + drafted, plan);
             }
         }
         self.ids = ids;
@@ -118,7 +120,7 @@ impl Scheduler {
         }
     }
 
-    /// Writes the next `tokens` tokens of a sequence into the plan.
+    /// Writes the next `tokens` tokens of a sequence into the plan, drafted ones last.
     fn push(&mut self, id: SequenceId, tokens: usize, plan: &mut StepPlan) {
         let context_tokens = self.options.context_tokens;
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
@@ -127,7 +129,9 @@ impl Scheduler {
         sequence.queued_us = self.now_us;
         let (first, end) = (sequence.computed, sequence.computed + tokens);
         let row_start = plan.tokens.len();
-        plan.tokens.extend_from_slice(&sequence.new.tokens[first..end]);
+        let known = end.min(sequence.new.tokens.len());
+        plan.tokens.extend_from_slice(&sequence.new.tokens[first..known]);
+        plan.tokens.extend_from_slice(&sequence.draft.planned()[..end - known]);
         let table_start = plan.block_tables.len();
         let blocks = blocks_for(end, self.options.block_tokens);
         plan.block_tables.extend_from_slice(&sequence.blocks[..blocks]);
@@ -137,9 +141,9 @@ impl Scheduler {
             position_start: first,
             block_table: table_start..plan.block_tables.len(),
         });
-        push_scores(sequence, first..end, row_start, plan);
-        if end == sequence.new.tokens.len() && !sequence.is_full(context_tokens) {
-            push_sample(sequence, plan);
+        push_scores(sequence, first..known, row_start, plan);
+        if known == sequence.new.tokens.len() && !sequence.is_full(context_tokens) {
+            push_samples(sequence, plan);
         }
     }
 }
@@ -215,20 +219,29 @@ fn push_scores(
     }
 }
 
-/// The row of the last token, from which the next one is sampled.
-fn push_sample(sequence: &Sequence, plan: &mut StepPlan) {
+/// The rows of the last token and of those drafted behind it, from which the next ones are sampled.
+/// Each has all tokens before it as its history: one stretch, of which every row sees one more.
+fn push_samples(sequence: &Sequence, plan: &mut StepPlan) {
+    let drafted = sequence.draft.planned();
     let history_start = plan.history.len();
-    if sequence.new.sampling.needs_history() {
+    let needs_history = sequence.new.sampling.needs_history();
+    if needs_history {
         plan.history.extend_from_slice(&sequence.new.tokens);
+        plan.history.extend_from_slice(drafted);
     }
-    plan.logits.push(LogitsRow {
-        sequence: sequence.new.id,
-        row: plan.tokens.len() - 1,
-        position: sequence.new.tokens.len(),
-        task: LogitsTask::Sample {
-            params: sequence.new.sampling.clone(),
-            history: history_start..plan.history.len(),
-            prompt_tokens: sequence.new.prompt_tokens,
-        },
-    });
+    let first_row = plan.tokens.len() - 1 - drafted.len();
+    for index in 0..=drafted.len() {
+        let position = sequence.new.tokens.len() + index;
+        let history_tokens = if needs_history { position } else { 0 };
+        plan.logits.push(LogitsRow {
+            sequence: sequence.new.id,
+            row: first_row + index,
+            position,
+            task: LogitsTask::Sample {
+                params: sequence.new.sampling.clone(),
+                history: history_start..history_start + history_tokens,
+                prompt_tokens: sequence.new.prompt_tokens,
+            },
+        });
+    }
 }

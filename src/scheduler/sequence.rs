@@ -2,6 +2,7 @@
 
 use crate::kv::{BlockHash, Place};
 use crate::request::{FinishReason, Priority, RequestError, SamplingParams};
+use crate::speculative::Draft;
 use crate::step::RowOutput;
 use crate::units::{BlockId, SequenceId, TokenId};
 use std::sync::Arc;
@@ -53,6 +54,13 @@ pub enum SequenceEventKind {
         total: usize,
         /// Found in the prefix cache.
         cached_tokens: usize,
+    },
+    /// Drafted tokens were in a step, whose tokens follow.
+    Drafted {
+        /// So many.
+        tokens: usize,
+        /// Of these, tokens that are what was sampled, as were all before them.
+        accepted: usize,
     },
     /// A new token.
     Token(RowOutput),
@@ -122,13 +130,16 @@ pub(super) struct Sequence {
     pub cached_tokens: Option<usize>,
     /// Prompt positions below this were scored.
     pub scored: usize,
+    /// What is proposed to follow `new.tokens`, and how much of it is in the step in flight.
+    pub draft: Draft,
     /// Tokens in the step in flight, and which step that is.
     pub planned_tokens: usize,
     pub planned_step: u64,
 }
 
 impl Sequence {
-    pub fn new(new: NewSequence, order: u64, arrival_us: u64) -> Self {
+    /// A waiting sequence whose drafts have up to `draft_max` tokens.
+    pub fn new(new: NewSequence, draft_max: usize, order: u64, arrival_us: u64) -> Self {
         Self {
             state: State::Waiting,
             flow: Flow::Open,
@@ -145,6 +156,7 @@ impl Sequence {
             published: 0,
             cached_tokens: None,
             scored: 1,
+            draft: Draft::with_room(draft_max),
             planned_tokens: 0,
             planned_step: 0,
             new,
@@ -161,6 +173,7 @@ impl Sequence {
         self.state = State::Waiting;
         self.computed = 0;
         self.published = 0;
+        self.draft.clear();
         self.queued_us = now_us;
     }
 

@@ -81,6 +81,10 @@ metrics! {
     cached_tokens: Counter => u64,
     /// Tokens generated.
     completion_tokens: Counter => u64,
+    /// Drafted tokens that were in steps.
+    draft_tokens: Counter => u64,
+    /// Of these, tokens that were accepted: so many steps fewer.
+    draft_tokens_accepted: Counter => u64,
     /// Steps that the executor finished.
     steps: Counter => u64,
     /// Tokens of those steps, prefill and decode.

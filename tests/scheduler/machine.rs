@@ -21,19 +21,23 @@ pub fn digest(before: u64, token: TokenId) -> u64 {
     mixed ^ (mixed >> 32)
 }
 
-/// The token that follows.
-pub fn next_token(digest: u64) -> TokenId {
-    TokenId((digest % VOCABULARY) as u32)
+/// The token that follows `last`: mostly the one that always does, so that text repeats itself, and
+/// sometimes any.
+pub fn next_token(digest: u64, last: TokenId) -> TokenId {
+    let usual = 5 * u64::from(last.0) + 11;
+    let next = if (digest >> 40) % 5 == 0 { digest } else { usual };
+    TokenId((next % VOCABULARY) as u32)
 }
 
 /// What a sequence that starts with these tokens says next, all alone.
 pub fn continuation(prompt: &[TokenId], count: usize) -> Vec<TokenId> {
     let mut state = prompt.iter().fold(0, |state, token| digest(state, *token));
+    let mut last = prompt.last().copied().unwrap_or_default();
     let mut said = Vec::new();
     for _ in 0..count {
-        let token = next_token(state);
-        said.push(token);
-        state = digest(state, token);
+        last = next_token(state, last);
+        said.push(last);
+        state = digest(state, last);
     }
     said
 }
@@ -78,7 +82,9 @@ impl Machine {
         }
         for wanted in &plan.logits {
             let token = match &wanted.task {
-                LogitsTask::Sample { .. } => next_token(digests[wanted.row]),
+                LogitsTask::Sample { .. } => {
+                    next_token(digests[wanted.row], plan.tokens[wanted.row])
+                }
                 LogitsTask::Score { target, .. } => *target,
             };
             output.rows.push(RowOutput {

@@ -31,6 +31,7 @@ pub fn options() -> SchedulerOptions {
         crashes_max: 2,
         prefix_key: Some([1; 16]),
         batch_wait_us_max: 1_000_000,
+        speculation: None,
     }
 }
 
@@ -78,6 +79,8 @@ pub struct Rig {
     pub events: Vec<SequenceEvent>,
     pub said: HashMap<u64, Vec<TokenId>>,
     pub scored: HashMap<u64, Vec<usize>>,
+    /// Drafted tokens of each sequence, and how many of them were accepted.
+    pub drafted: HashMap<u64, (usize, usize)>,
     pub ended: HashMap<u64, Result<FinishReason, RequestError>>,
 }
 
@@ -95,6 +98,7 @@ impl Rig {
             events: Vec::new(),
             said: HashMap::new(),
             scored: HashMap::new(),
+            drafted: HashMap::new(),
             ended: HashMap::new(),
         }
     }
@@ -188,6 +192,10 @@ impl Rig {
                 }
                 SequenceEventKind::Failed(error) => {
                     self.ended.insert(id, Err(error));
+                }
+                SequenceEventKind::Drafted { tokens, accepted } => {
+                    let drafted = self.drafted.entry(id).or_default();
+                    *drafted = (drafted.0 + tokens, drafted.1 + accepted);
                 }
                 SequenceEventKind::Prefill { .. } | SequenceEventKind::Interrupted { .. } => {}
             }

@@ -11,6 +11,7 @@ use tandem::scheduler::{
     ChunkLimits, NewSequence, Scheduler, SchedulerOptions, SequenceEvent, SequenceEventKind,
     TierRates,
 };
+use tandem::speculative::{Lookup, SpeculationOptions};
 use tandem::step::{BlockCopy, CopyOutcome, LogitsTask, RowFailure, StepOutput, StepPlan, Tier};
 use tandem::units::{SequenceId, TokenId};
 
@@ -18,6 +19,7 @@ const BLOCK_TOKENS: usize = 16;
 const CONTEXT_TOKENS: usize = 400;
 const STEP_TOKENS_MAX: usize = 64;
 const SCORE_ROWS_MAX: usize = 8;
+const DRAFT_MAX: usize = 6;
 
 /// What a client knows of its sequence.
 pub struct Client {
@@ -43,6 +45,8 @@ pub struct World {
     pub ended: usize,
     pub poisoned: usize,
     pub spoiled: usize,
+    pub drafted: usize,
+    pub accepted: usize,
     refused: usize,
     /// Whether commands come in the middle of steps and numbers fail.
     turbulent: bool,
@@ -63,6 +67,16 @@ pub fn options() -> SchedulerOptions {
         crashes_max: 2,
         prefix_key: None,
         batch_wait_us_max: 500_000,
+        speculation: None,
+    }
+}
+
+/// Drafts, with and without classes of widths.
+fn speculation(seed: u64) -> SpeculationOptions {
+    SpeculationOptions {
+        lookup: Lookup { ngram_min: 1 + seed as usize % 3, ngram_max: 4 },
+        draft_max: DRAFT_MAX,
+        width_borders: if seed % 4 == 0 { &[] } else { &[4, 8] },
     }
 }
 
@@ -76,6 +90,7 @@ impl World {
             sequences_max: 1 + random.below(24),
             queue_max: 40,
             prefix_key: (random.below(4) > 0).then_some([7; 16]),
+            speculation: (seed % 2 == 0).then(|| speculation(seed)),
             ..options()
         };
         let prefixes = (0..4).map(|_| random.tokens(10 + 30 * 4)).collect();
@@ -92,6 +107,8 @@ impl World {
             ended: 0,
             poisoned: 0,
             spoiled: 0,
+            drafted: 0,
+            accepted: 0,
             refused: 0,
             turbulent: true,
         }
@@ -245,7 +262,6 @@ impl World {
         if self.turbulent && !output.rows.is_empty() && self.random.below(200) == 0 {
             let row = output.rows.remove(self.random.below(output.rows.len()));
             let failure = RowFailure { sequence: row.sequence, position: row.position };
-            output.rows.retain(|other| other.sequence != row.sequence);
             output.failures.push(failure);
         }
     }
@@ -263,7 +279,17 @@ impl World {
             let known = client.new.tokens[..client.new.prompt_tokens].iter();
             let known: Vec<TokenId> = known.chain(&client.said).copied().collect();
             let tokens = &plan.tokens[planned.tokens.clone()];
-            assert_eq!(&known[planned.position_start..end], tokens, "positions hold their tokens");
+            let certain = known.len().min(end) - planned.position_start;
+            let (tokens, drafted) = tokens.split_at(certain);
+            let wanted = &known[planned.position_start..][..certain];
+            assert_eq!(wanted, tokens, "positions hold their tokens");
+            if !drafted.is_empty() {
+                assert!(certain == 1 && drafted.len() <= DRAFT_MAX, "{planned:?}");
+                let rows = plan.logits.iter().filter(|row| row.sequence == planned.id);
+                assert_eq!(rows.count(), 1 + drafted.len(), "each drafted token has its row");
+                let said = client.said.len() + drafted.len();
+                assert!(said < client.new.max_tokens && end < CONTEXT_TOKENS, "{planned:?}");
+            }
         }
         assert_eq!(row, plan.tokens.len());
         let scores = plan.logits.iter();
@@ -285,6 +311,11 @@ impl World {
             SequenceEventKind::PromptScore(row) => client.scored.push(row.position),
             SequenceEventKind::Prefill { done, total, cached_tokens } => {
                 assert!(done <= total && cached_tokens < total);
+            }
+            SequenceEventKind::Drafted { tokens, accepted } => {
+                assert!(accepted <= tokens, "{accepted} of {tokens}");
+                self.drafted += tokens;
+                self.accepted += accepted;
             }
             SequenceEventKind::Interrupted { crashes } => client.new.crashes = crashes,
             SequenceEventKind::Finished { reason, .. } => {

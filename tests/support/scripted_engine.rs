@@ -316,7 +316,7 @@ pub fn done(reason: FinishReason) -> Act {
 pub fn done_event(finish_reasons: Vec<FinishReason>) -> DoneEvent {
     DoneEvent {
         finish_reasons,
-        usage: Usage { prompt_tokens: 5, completion_tokens: 2, cached_tokens: 0 },
+        usage: Usage { prompt_tokens: 5, completion_tokens: 2, ..Usage::default() },
         timings: Timings { queue_ms: 0.5, prefill_ms: 2.0, decode_ms: 3.0, total_ms: 5.5 },
         warnings: Vec::new(),
     }

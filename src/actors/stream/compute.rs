@@ -37,6 +37,10 @@ pub(super) enum Update {
         position: usize,
         score: TokenText,
     },
+    Drafted {
+        tokens: usize,
+        accepted: usize,
+    },
     Spoken(Box<SpokenUpdate>),
     Finished {
         index: usize,
@@ -115,6 +119,9 @@ impl Task {
         match kind {
             SequenceEventKind::Prefill { done, total, cached_tokens } => {
                 self.compute_progress(index, (*done, *total), *cached_tokens)
+            }
+            SequenceEventKind::Drafted { tokens, accepted } => {
+                Update::Drafted { tokens: *tokens, accepted: *accepted }
             }
             SequenceEventKind::Token(row) => self.compute_token(index, at_us, row),
             SequenceEventKind::PromptScore(row) => match self.loaded() {

@@ -54,6 +54,8 @@ pub(super) struct Task {
     pub(super) accepted: bool,
     pub(super) prefill_done: u64,
     cached_tokens: usize,
+    draft_tokens: usize,
+    draft_tokens_accepted: usize,
     warnings: Vec<String>,
     marks: Marks,
 }
@@ -85,6 +87,8 @@ impl Task {
             accepted: false,
             prefill_done: 0,
             cached_tokens: 0,
+            draft_tokens: 0,
+            draft_tokens_accepted: 0,
             warnings: Vec::new(),
             marks: Marks::default(),
         }
@@ -132,6 +136,10 @@ impl Task {
                 self.window.push(event);
             }
             Update::Score { position, score } => self.commit_score(position, score),
+            Update::Drafted { tokens, accepted } => {
+                self.draft_tokens += tokens;
+                self.draft_tokens_accepted += accepted;
+            }
             Update::Spoken(spoken) => self.commit_spoken(*spoken),
             Update::Finished { index, reason, delta, cached_tokens } => {
                 self.cached_tokens = self.cached_tokens.max(cached_tokens.unwrap_or(0));
@@ -233,6 +241,8 @@ impl Task {
             prompt_tokens: self.job.as_ref().map_or(0, |job| job.prompt.len()),
             completion_tokens: self.answers.iter().map(|answer| answer.emitted.len()).sum(),
             cached_tokens: self.cached_tokens,
+            draft_tokens: self.draft_tokens,
+            draft_tokens_accepted: self.draft_tokens_accepted,
         };
         let done = DoneEvent {
             finish_reasons,
