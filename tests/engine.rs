@@ -4,6 +4,8 @@
 
 #[path = "actors/rig.rs"]
 mod rig;
+#[path = "engine/speculation.rs"]
+mod speculation;
 #[path = "engine/tiers.rs"]
 mod tiers;
 #[path = "engine/together.rs"]
