@@ -58,7 +58,8 @@ pub struct CopyResult {
     pub outcome: CopyOutcome,
 }
 
-/// The tokens of one sequence in a step: consecutive positions.
+/// The tokens of one sequence in a step: consecutive positions. The last ones may be drafted: then
+/// each from the last known token on has a row to sample from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlannedSequence {
     /// Whose tokens these are.
@@ -79,8 +80,8 @@ pub enum LogitsTask {
     Sample {
         /// How. `params.top_logprobs` says how many alternatives are reported.
         params: Arc<SamplingParams>,
-        /// Which entries of [`StepPlan::history`] are the sequence's tokens so far (prompt and
-        /// generated), for penalties; empty when `params` needs none.
+        /// Which entries of [`StepPlan::history`] are the sequence's tokens so far (prompt,
+        /// generated, and drafted before this row), for penalties; empty when `params` needs none.
         history: Range<usize>,
         /// How many of the history's first tokens are the prompt.
         prompt_tokens: usize,

@@ -18,6 +18,7 @@ use std::time::Duration;
 use tandem::actors::{Engine, EngineError, EngineState, FaultPoint, Faults};
 use tandem::config::Config;
 use tandem::request::RequestError;
+use tandem::tensor::DType;
 use tandem::units::{ByteSize, TokenId};
 use tandem_kernels::{DeviceMemory, Gpu, GpuError, driver};
 
@@ -93,6 +94,49 @@ async fn answers_through_all_tiers_of_a_gpu_are_those_of_a_roomy_engine() {
         let struck = restarts.kv_swap + restarts.executor + restarts.scheduler;
         assert_eq!(struck, u64::from(fault.is_some()), "{fault:?}: {restarts:?}");
         println!("{fault:?}: {:?}, {:?}", stats.blocks, metrics.swap_time);
+    }
+}
+
+/// With a prompt that repeats itself, so that there is something to propose.
+async fn repeated(engine: &Engine) -> (Vec<Vec<TokenId>>, u64) {
+    let ask = |number: u32| request(&prompt(number, 20).repeat(3), TOKENS);
+    let mut answers = Vec::new();
+    for number in 0..6 {
+        answers.push(read(engine.generate(ask(number))).await.tokens);
+    }
+    let asked: Vec<_> =
+        (0..6).map(|number| tokio::spawn(read(engine.generate(ask(number))))).collect();
+    for answer in asked {
+        answers.push(answer.await.unwrap().tokens);
+    }
+    (answers, engine.stats().metrics.draft_tokens_accepted)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn drafts_change_no_answer_on_a_gpu() {
+    turn::take_turn();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.gguf");
+    for dtype in [DType::Q4_0, DType::Q4_K, DType::Q8_0] {
+        TinyModel::new(Family::Llama).dtype(dtype).write(&path);
+        let mut wanted = None;
+        for method in ["off", "ngram"] {
+            let mut config = with([2_000, 0, 0]);
+            config.speculative.method = method.into();
+            config.speculative.ngram_min = 1;
+            let engine = match Engine::builder().model(&path).config(config).build().await {
+                Err(error) if std::env::var_os("TANDEM_REQUIRE_GPU").is_none() => {
+                    println!("skipped: {error}");
+                    return;
+                }
+                built => built.unwrap(),
+            };
+            let (answers, accepted) = repeated(&engine).await;
+            println!("{dtype:?}, {method}: {accepted} drafted tokens accepted");
+            assert_eq!(accepted > 0, method == "ngram", "{dtype:?}");
+            let wanted = wanted.get_or_insert_with(|| answers.clone());
+            assert!(*wanted == answers, "{dtype:?}");
+        }
     }
 }
 

@@ -100,8 +100,13 @@ pub fn figures(done: &Value) -> String {
         ms if ms > 0.0 && tokens > 0.0 => format!("{:.1} tokens/s", tokens * 1e3 / ms),
         _ => "no rate".to_owned(),
     };
+    let drafted = match (&usage["draft_tokens_accepted"], number(&usage["draft_tokens"])) {
+        (accepted, drafted) if drafted > 0.0 => format!(" ({accepted} of {drafted} drafted)"),
+        _ => String::new(),
+    };
     format!(
-        "prompt {} tokens ({} cached), {}; answer {} tokens, {}; {:.0} ms in all; ended by {}",
+        "prompt {} tokens ({} cached), {}; answer {} tokens{drafted}, {}; {:.0} ms in all; \
+         ended by {}",
         usage["prompt_tokens"],
         usage["cached_tokens"],
         rate(prompt, &timings["prefill_ms"]),

@@ -86,6 +86,10 @@ fn summary(status: &Value, stats: &Value, plan: &Value) -> Vec<Vec<String>> {
                 metrics["prompt_tokens"], metrics["cached_tokens"], metrics["completion_tokens"]
             ),
         ),
+        (
+            "drafted tokens",
+            format!("{} of {} accepted", metrics["draft_tokens_accepted"], metrics["draft_tokens"]),
+        ),
         ("first token", ms(&metrics["first_token_time"])),
         ("next token", ms(&metrics["inter_token_time"])),
         (

@@ -10,8 +10,9 @@ use tandem::config::Config;
 use tandem::request::{DoneEvent, Event, Request, SamplingParams};
 
 /// Text that asks to be repeated.
-const CODE: &str = "fn add(a: i32, b: i32) -> i32 {\n    a + b\n}\n\nfn sub(a: i32, b: i32) -> i32 {\n    \
-    a - b\n}\n\nThe same functions once more:\n\nfn add(a: i32, b: i32) -> i32 {\n";
+const CODE: &str = "fn add(a: i32, b: i32) -> i32 {\n    a + b\n}\n\n\
+    fn sub(a: i32, b: i32) -> i32 {\n    a - b\n}\n\n\
+    The same functions once more:\n\nfn add(a: i32, b: i32) -> i32 {\n";
 
 fn with_method(config: &Config, method: &str) -> Config {
     let mut config = config.clone();

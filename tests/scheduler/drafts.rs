@@ -17,7 +17,7 @@ fn speculating(blocks: usize) -> SchedulerOptions {
     SchedulerOptions { speculation: Some(speculation), blocks: device(blocks), ..options() }
 }
 
-/// A prompt in which most of what the sequence may say stands already, so that many drafts are right.
+/// A prompt in which most of what the sequence may say stands already: many drafts are right.
 fn foretold(tokens: usize) -> Vec<TokenId> {
     let start = prompt(1, 20);
     let said = continuation(&start, tokens);

@@ -25,7 +25,7 @@ pub fn digest(before: u64, token: TokenId) -> u64 {
 /// sometimes any.
 pub fn next_token(digest: u64, last: TokenId) -> TokenId {
     let usual = 5 * u64::from(last.0) + 11;
-    let next = if (digest >> 40) % 5 == 0 { digest } else { usual };
+    let next = if (digest >> 40).is_multiple_of(5) { digest } else { usual };
     TokenId((next % VOCABULARY) as u32)
 }
 

@@ -76,7 +76,7 @@ fn speculation(seed: u64) -> SpeculationOptions {
     SpeculationOptions {
         lookup: Lookup { ngram_min: 1 + seed as usize % 3, ngram_max: 4 },
         draft_max: DRAFT_MAX,
-        width_borders: if seed % 4 == 0 { &[] } else { &[4, 8] },
+        width_borders: if seed.is_multiple_of(4) { &[] } else { &[4, 8] },
     }
 }
 
@@ -90,7 +90,7 @@ impl World {
             sequences_max: 1 + random.below(24),
             queue_max: 40,
             prefix_key: (random.below(4) > 0).then_some([7; 16]),
-            speculation: (seed % 2 == 0).then(|| speculation(seed)),
+            speculation: seed.is_multiple_of(2).then(|| speculation(seed)),
             ..options()
         };
         let prefixes = (0..4).map(|_| random.tokens(10 + 30 * 4)).collect();
