@@ -3,10 +3,11 @@
 
 Usage: benches/latency_under_load.py SOCKET [--streams 4] [--prompt-tokens 8000]
 
-Talks to a running service. Some clients ask for one short answer after the other; after a while one
-more request brings a long prompt. Prints the streams' inter-token times before it and during its
-prefill, and their ratio: the same run, so the ratio does not depend on what else the machine does,
-and answers of the same lengths, so that it does not depend on their own contexts either.
+Talks to a running service, started with `--speculative off`: then a token of a stream is a step.
+Some clients ask for one short answer after the other; after a while one more request brings a long
+prompt. Prints the streams' inter-token times before it and during its prefill, and their ratio: the
+same run, so the ratio does not depend on what else the machine does, and answers of the same
+lengths, so that it does not depend on their own contexts either.
 """
 import argparse
 import json

@@ -70,6 +70,8 @@ impl Options {
         config.kv.block_tokens = BLOCK_TOKENS;
         // What is copied ahead of need for its prefix would be counted with the swaps.
         config.kv.prefix_cache = false;
+        // A token of each stream is a step.
+        config.speculative.method = "off".into();
         let stream_blocks = (PROMPT_TOKENS + GROWTH_TOKENS).div_ceil(BLOCK_TOKENS);
         let blocks = LONG_BLOCKS + 2 + (STAYING + LEAVING) * stream_blocks;
         config.kv.cache_bytes = ByteSize(blocks as u64 * block_bytes);

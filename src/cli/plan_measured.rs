@@ -37,6 +37,8 @@ pub struct Measured {
 pub async fn run(prediction: &Prediction, config: &Config, output: Output) -> Result<Measured> {
     let mut config = config.clone();
     config.kv.prefix_cache = true;
+    // What is predicted has one token of each stream in a step.
+    config.speculative.method = "off".into();
     let block_tokens = config.kv.block_tokens;
     let engine = connection::load(config, output).await?;
     let info = engine.model_info().context("a loaded model")?;

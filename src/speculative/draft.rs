@@ -1,7 +1,7 @@
 //! One sequence's draft: what is proposed, how much of that is planned, what came of it.
 
-use super::acceptance::Outcome;
-use super::{Chances, Lookup};
+use super::Lookup;
+use super::acceptance::{Chances, Outcome};
 use crate::units::TokenId;
 
 /// What is proposed for a sequence's next tokens, and how good such proposals were.

@@ -21,7 +21,7 @@ mod draft;
 mod lengths;
 mod lookup;
 
-pub use acceptance::{Chances, agreeing};
+pub use acceptance::agreeing;
 pub use draft::Draft;
 pub use lengths::{DraftLengths, StepTimes, WIDTH_MAX};
 pub use lookup::Lookup;
