@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 pub use cpu::NumaChoice;
 pub use gpu::GpuChoice;
-pub use speculative::{SpeculativeConfig, SpeculativeMethod};
+pub use speculative::{DRAFT_MAX, SpeculativeConfig, SpeculativeMethod};
 
 /// The compiled-in defaults, with a comment per knob.
 pub const DEFAULT_TOML: &str = include_str!("../config/default.toml");

@@ -3,6 +3,7 @@
 
 use super::flow::Flow;
 use super::stream::StreamMessage;
+use crate::config::DRAFT_MAX;
 use crate::step::StepPlan;
 use crate::units::SequenceId;
 use std::collections::{HashMap, VecDeque};
@@ -15,6 +16,7 @@ pub(super) const LANE_MESSAGES: usize = 64;
 /// Fewer free places than this pause the sequence: room for what one step, the longest draft
 /// included, and the end of a sequence say.
 const FREE_MIN: usize = 20;
+const _: () = assert!(FREE_MIN >= DRAFT_MAX + 4);
 /// A stream task that has read its lane down to this asks for its sequence to be resumed.
 pub(super) const RESUME_AT: usize = 16;
 

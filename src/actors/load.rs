@@ -8,8 +8,8 @@ use super::stage_fault::StageFault;
 use super::{EngineError, LoadProgress, ModelInfo};
 use crate::config::{Config, ConfigError};
 use crate::executor::{
-    ExecutorError, KvOptions, PoolOptions, SpilledLayers, StageOptions, StagePart, StepPasses,
-    TierOptions, VramPlan, WIDTH_BORDERS,
+    ExecutorError, FLOAT_WIDTH_BORDERS, KvOptions, PoolOptions, SpilledLayers, StageOptions,
+    StagePart, StepPasses, TierOptions, VramPlan, WIDTH_BORDERS,
 };
 use crate::formats::{Checkpoint, FormatError};
 use crate::hardware::{
@@ -48,6 +48,8 @@ pub(super) struct Loaded {
     pub(super) tokenizer: Arc<Tokenizer>,
     pub(super) template: ChatTemplate,
     pub(super) end_tokens: Vec<TokenId>,
+    /// Steps of up to so many tokens give a token the same bits, ascending.
+    width_borders: &'static [usize],
     /// What copies between KV tiers and prompts take, as far as known before anything ran.
     pub(super) rates: TierRates,
     pub(super) stages: StageSlot,
@@ -120,6 +122,7 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
     };
     Ok(Loaded {
         info: model_info(config, &spec, &placement, &warnings),
+        width_borders: width_borders(&spec, &placement),
         rates,
         placement,
         template,
@@ -127,6 +130,18 @@ pub(super) fn load(shared: &Arc<Shared>, source: Source) -> Result<Loaded, Engin
         tokenizer: Arc::new(tokenizer),
         stages: StageSlot(Mutex::new(Some(factory))),
     })
+}
+
+/// Widths up to which steps of a model give a token the same bits; none where they never differ.
+fn width_borders(spec: &ModelSpec, placement: &Placement) -> &'static [usize] {
+    if *placement.device() == Device::Cpu {
+        return &[];
+    }
+    let mut has_floats = false;
+    spec.for_each_tensor(&mut |tensor| {
+        has_floats |= tensor.rows > 1 && !tensor.dtype.is_quantized()
+    });
+    if has_floats { &FLOAT_WIDTH_BORDERS } else { &WIDTH_BORDERS }
 }
 
 /// What copies between KV tiers and prompts take on this machine: what was measured and what is
@@ -347,10 +362,8 @@ impl Loaded {
         };
         let settled = self.placement.settled(config);
         let mut options = SchedulerOptions::from_config(&settled, kv, prefix_key);
-        if let Some(speculation) = &mut options.speculation
-            && *self.placement.device() != Device::Cpu
-        {
-            speculation.width_borders = &WIDTH_BORDERS;
+        if let Some(speculation) = &mut options.speculation {
+            speculation.width_borders = self.width_borders;
         }
         // Credits bound the sequences at the edge. Behind it none is refused: after a crash all of
         // them come back at once, before any can run.

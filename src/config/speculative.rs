@@ -3,9 +3,9 @@
 use super::{ConfigError, refuse};
 use serde::{Deserialize, Serialize};
 
-/// Longest draft that can be set. With the token before it that is a run of 15, which a GPU attends
-/// to as it does to single tokens, so with the same bits.
-const DRAFT_MAX: usize = 14;
+/// Tokens of the longest draft that can be set. With the token before it that is a run of 15, which a
+/// GPU attends to as it does to single tokens, so with the same bits.
+pub const DRAFT_MAX: usize = 14;
 /// Most equal tokens that can be asked for.
 const NGRAM_MAX: usize = 64;
 

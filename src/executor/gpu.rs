@@ -68,6 +68,9 @@ const SAMPLERS: usize = 4;
 /// these widths and beyond the one before it.
 pub const WIDTH_BORDERS: [usize; 3] = [8, 32, 128];
 
+/// The same of a model with F32, F16, BF16 or FP8 weights, where a single token goes another way.
+pub const FLOAT_WIDTH_BORDERS: [usize; 4] = [1, 8, 32, 128];
+
 /// How the program ends.
 #[derive(Clone, Copy)]
 struct LastOps {

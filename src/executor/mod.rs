@@ -32,7 +32,9 @@ mod weights;
 
 pub use cpu_pool::{CpuPool, PoolOptions, Worker, WorkerPanic};
 pub use error::ExecutorError;
-pub use gpu::{GpuPipeline, GpuStage, GpuWeights, VramPlan, WIDTH_BORDERS, buffer_dims};
+pub use gpu::{
+    FLOAT_WIDTH_BORDERS, GpuPipeline, GpuStage, GpuWeights, VramPlan, WIDTH_BORDERS, buffer_dims,
+};
 pub use handoff::{HandoffClosed, HandoffReceiver, HandoffSender, Slot, handoff};
 pub use kv_store::KvOptions;
 pub use kv_tiers::{KvBlocks, KvTiers, Registration, TierBytes, TierOptions};

@@ -12,9 +12,13 @@ use super::Scheduler;
 use super::sequence::{Sequence, SequenceEvent, SequenceEventKind};
 use crate::kv::blocks_for;
 use crate::request::RequestError;
-use crate::speculative::{DraftLengths, SpeculationOptions, WIDTH_MAX, agreeing};
+use crate::speculative::{DraftLengths, SpeculationOptions, agreeing};
 use crate::step::{RowFailure, RowOutput};
 use crate::units::SequenceId;
+
+/// Tokens in which is looked up for all sequences of a step together: nothing else runs meanwhile,
+/// and these take some tens of microseconds.
+const LOOKUP_TOKENS: usize = 1 << 16;
 
 /// What the scheduler needs to speculate.
 pub(super) struct Speculation {
@@ -33,19 +37,23 @@ impl Scheduler {
     pub(super) fn plan_drafts(&mut self, decoding: &[SequenceId]) {
         let Some(mut speculation) = self.speculation.take() else { return };
         let Speculation { options, lengths } = &mut speculation;
-        let is_narrow = decoding.len() < WIDTH_MAX && !self.has_prompts();
+        let width_max = options.width_max(decoding.len()).min(self.options.chunks.step_tokens_max);
+        let has_room = decoding.len() < width_max && !self.has_prompts();
+        let window = LOOKUP_TOKENS / decoding.len().max(1);
         lengths.clear();
         for (index, id) in decoding.iter().enumerate() {
             let Some(sequence) = self.sequences.get_mut(id) else { continue };
             sequence.draft.clear();
-            if is_narrow {
+            if has_room {
                 let room = sequence.room(self.options.context_tokens).saturating_sub(1);
                 let count = options.draft_max.min(room);
-                sequence.draft.propose(&options.lookup, &sequence.new.tokens, count);
+                let tokens = &sequence.new.tokens;
+                let tokens = &tokens[tokens.len().saturating_sub(window)..];
+                sequence.draft.propose(&options.lookup, tokens, count);
+                sequence.draft.end_before(&sequence.new.end_tokens);
                 lengths.offer(index, sequence.draft.chances());
             }
         }
-        let width_max = options.width_max(decoding.len()).min(self.options.chunks.step_tokens_max);
         for index in lengths.choose(decoding.len(), width_max) {
             if let Some(sequence) = self.sequences.get_mut(&decoding[index]) {
                 sequence.draft.plan(sequence.draft.planned().len() + 1);

@@ -56,6 +56,8 @@ impl Scheduler {
             if self.reserve(id, 1) > 0 {
                 let drafted = self.reserve_draft(id);
                 self.push(id, 1 + drafted, plan);
+            } else if let Some(sequence) = self.sequences.get_mut(&id) {
+                sequence.draft.clear();
             }
         }
         self.ids = ids;

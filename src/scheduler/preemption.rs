@@ -104,6 +104,7 @@ impl Scheduler {
             known.into_iter().for_each(|place| self.tiers.retain(place));
             sequence.below.push(known.unwrap_or((Tier::Device, *block)));
         }
+        sequence.draft.clear();
         let missing = sequence.below.iter().filter(|place| place.0 == Tier::Device).count();
         let room = |tier, is_on| if is_on { self.tiers.pool(tier).available() } else { 0 };
         if room(Tier::Host, host) + room(Tier::Disk, disk) < missing {

@@ -27,6 +27,12 @@ impl Draft {
         self.matched = lookup.propose(tokens, count, &mut self.proposed);
     }
 
+    /// Proposes nothing from the first of these tokens on: what follows an end is never said.
+    pub fn end_before(&mut self, end_tokens: &[TokenId]) {
+        let end = self.proposed.iter().position(|token| end_tokens.contains(token));
+        self.proposed.truncate(end.unwrap_or(self.proposed.len()));
+    }
+
     /// Proposes nothing.
     pub fn clear(&mut self) {
         self.proposed.clear();
@@ -95,6 +101,17 @@ mod tests {
             draft.learn(tokens(&[9]).into_iter());
         }
         assert!(draft.chances().next().unwrap() < 0.3);
+    }
+
+    #[test]
+    fn nothing_is_proposed_from_an_end_on() {
+        let mut draft = Draft::with_room(4);
+        draft.propose(&LOOKUP, &tokens(&[1, 2, 3, 4, 1, 2]), 3);
+        draft.end_before(&tokens(&[9]));
+        assert_eq!(draft.chances().count(), 3);
+        draft.end_before(&tokens(&[9, 4]));
+        draft.plan(1);
+        assert_eq!((draft.planned(), draft.chances().count()), (&tokens(&[3])[..], 1));
     }
 
     #[test]

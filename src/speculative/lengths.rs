@@ -14,7 +14,8 @@ pub const WIDTH_MAX: usize = 32;
 
 /// Weight of the newest duration in a moving mean.
 const NEWEST: f64 = 0.25;
-/// A duration beyond these factors of the mean counts as them: somebody else had the machine.
+/// A duration beyond these factors of what was expected counts as them: somebody else had the
+/// machine.
 const OUTLIER: std::ops::RangeInclusive<f64> = 0.5..=1.5;
 /// How much of its excess over narrower steps a wide one's time loses with each of these: one that
 /// was measured at a bad moment is tried again some hundred steps later.
@@ -34,12 +35,12 @@ impl StepTimes {
     pub fn learn(&mut self, width: usize, duration_us: u64) {
         let Some(index) = width.checked_sub(1).filter(|index| *index < WIDTH_MAX) else { return };
         let newest = (duration_us as f64).max(1.0);
-        let mean = match self.us[index] {
-            None => newest,
-            Some(mean) => {
-                let newest = newest.clamp(OUTLIER.start() * mean, OUTLIER.end() * mean);
-                mean + NEWEST * (newest - mean)
-            }
+        let near = |us: f64| newest.clamp(OUTLIER.start() * us, OUTLIER.end() * us);
+        let mean = match (self.us[index], self.predict(width)) {
+            (Some(mean), _) => mean + NEWEST * (near(mean) - mean),
+            // The first of its width may have met a cold cache or a kernel that was never run.
+            (None, Some(predicted)) => near(predicted),
+            (None, None) => newest,
         };
         self.us[index] = Some(mean);
         for wider in self.us[index + 1..].iter_mut().flatten() {
@@ -131,7 +132,7 @@ mod tests {
     /// that is given, and steps take `us` by their width.
     fn lengths(chances: &[f64], decodes: usize, us: impl Fn(usize) -> u64) -> Vec<usize> {
         let mut chooser = DraftLengths::new(7);
-        for width in 1..=WIDTH_MAX {
+        for width in (0..20).flat_map(|_| 1..=WIDTH_MAX) {
             chooser.times_mut().learn(width, us(width));
         }
         chooser.clear();
@@ -185,7 +186,8 @@ mod tests {
         times.learn(WIDTH_MAX + 1, 1);
         assert_eq!(times.predict(3), None);
         times.learn(2, 1_000);
-        times.learn(6, 2_000);
+        (0..30).for_each(|_| times.learn(6, 2_000));
+        times.us[5] = times.us[5].map(f64::round);
         assert_eq!(times.predict(1), Some(1_000.0));
         assert_eq!(times.predict(4), Some(1_500.0));
         assert_eq!(times.predict(7), times.predict(6));
@@ -198,6 +200,8 @@ mod tests {
         let mut times = StepTimes::default();
         times.learn(1, 1_000);
         times.learn(8, 50_000);
+        assert_eq!(times.predict(8), Some(1_500.0), "nor does a first one");
+        (0..30).for_each(|_| times.learn(8, 50_000));
         (0..1_000).for_each(|_| times.learn(1, 1_000));
         let after = times.predict(8).unwrap();
         assert!((10_000.0..30_000.0).contains(&after), "{after}");

@@ -213,6 +213,8 @@ impl Square<'_> {
             }
             if !largest.iter().all(|largest| largest.is_in_range::<P>()) {
                 decode_rows::<P>(chunk, row..row + 2, decoded);
+                let weights = [row, row + 1].map(|row| decoded[row].as_mut_ptr().cast());
+                let operands = Operands { weights, ..operands };
                 unit::clear();
                 for group in 0..chunk.groups {
                     let (x, weights) = operands.at(group);
