@@ -3,8 +3,8 @@
 use super::{ConfigError, refuse};
 use serde::{Deserialize, Serialize};
 
-/// Tokens of the longest draft that can be set. With the token before it that is a run of 15, which a
-/// GPU attends to as it does to single tokens, so with the same bits.
+/// Tokens of the longest draft that can be set. With the token before it that is a run of 15, to
+/// which a GPU attends as it does to single tokens, so with the same bits.
 pub const DRAFT_MAX: usize = 14;
 /// Most equal tokens that can be asked for.
 const NGRAM_MAX: usize = 64;
