@@ -116,6 +116,6 @@ metrics! {
     queue_time: Histogram => HistogramSnapshot,
     /// Submission to the first token.
     first_token_time: Histogram => HistogramSnapshot,
-    /// One token of an answer to its next.
+    /// One token of an answer to its next, or to the next ones where a step gave several.
     inter_token_time: Histogram => HistogramSnapshot,
 }

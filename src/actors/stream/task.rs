@@ -190,7 +190,8 @@ impl Task {
         }
         self.marks.last_token_us = at_us;
         let answer = &mut self.answers[update.index];
-        if !answer.emitted.is_empty() {
+        // Tokens of one step come together: the first of them is what was waited for.
+        if !answer.emitted.is_empty() && at_us > answer.last_token_us {
             metrics.inter_token_time.record(at_us.saturating_sub(answer.last_token_us));
         }
         answer.last_token_us = at_us;
