@@ -69,7 +69,10 @@ const SAMPLERS: usize = 4;
 pub const WIDTH_BORDERS: [usize; 3] = [8, 32, 128];
 
 /// The same of a model with F32, F16, BF16 or FP8 weights, where a single token goes another way.
-pub const FLOAT_WIDTH_BORDERS: [usize; 4] = [1, 8, 32, 128];
+pub const FLOAT_WIDTH_BORDERS: [usize; 4] = {
+    let [narrow, medium, wide] = WIDTH_BORDERS;
+    [1, narrow, medium, wide]
+};
 
 /// How the program ends.
 #[derive(Clone, Copy)]

@@ -43,8 +43,7 @@ impl Step<'_> {
         };
         let input = self.input(input);
         let n_tokens = self.plan.tokens.len();
-        let is_halved = self.is_tiled(n_tokens) && !self.has_second_rows(precision);
-        let halves = if is_halved { token_halves(n_tokens) } else { None };
+        let halves = if self.is_tiled(n_tokens) { token_halves(n_tokens) } else { None };
         let unit = if halves.is_some() { HALVED_ROWS } else { dealt_rows(n_tokens) };
         let layout = PartUnits { weights: self.weights, nodes: worker.nodes(), parts, unit };
         let first_part = parts.first().map_or(0, |part| self.row_bytes(part));

@@ -1,6 +1,7 @@
 //! Who computes the spilled units of a step, layer by layer: the CPU, or the GPU as their weights
 //! stream by. Pure arithmetic on measured times.
 
+use super::WIDTH_BORDERS;
 use crate::placement::SharedTimes;
 use std::sync::Arc;
 
@@ -34,12 +35,8 @@ pub(super) struct Shares(Vec<Arc<[bool]>>);
 /// Steps of a class of widths are shared alike, so that a token's bits do not depend on how many
 /// others are in a step of its class: the width for which the shares of a class are best.
 fn class_tokens(tokens: usize) -> usize {
-    match tokens {
-        0..=8 => 4,
-        9..=32 => 24,
-        33..=128 => 96,
-        _ => 256,
-    }
+    const OF_CLASS: [usize; WIDTH_BORDERS.len() + 1] = [4, 24, 96, 256];
+    OF_CLASS[WIDTH_BORDERS.iter().filter(|border| tokens > **border).count()]
 }
 
 impl SpillCosts {

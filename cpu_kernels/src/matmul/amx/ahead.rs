@@ -75,10 +75,10 @@ impl Ahead {
         }
     }
 
-    /// Asks for those of a group's lines that follow the first `unit::INSTRUCTIONS`.
+    /// Asks for a group's lines from line `first` on.
     #[inline(always)]
-    pub fn fetch_other_columns(&self, lines: *const Line) {
-        for line in unit::INSTRUCTIONS..self.count * unit::INSTRUCTIONS {
+    pub fn fetch_columns_from(&self, lines: *const Line, first: usize) {
+        for line in first..self.count * unit::INSTRUCTIONS {
             // SAFETY: as above.
             unsafe { Vectors::prefetch_second(lines.wrapping_add(line).cast()) };
         }

@@ -131,10 +131,10 @@ impl Square<'_> {
                     let next = operands.at(group + 1).0;
                     let pairs = ([x[0], x[A - 1]], [weights[0], weights[R - 1]]);
                     unit::multiply_square(pairs, [next[0], next[A - 1]], columns);
-                    ahead.fetch_other_columns(columns);
+                    ahead.fetch_columns_from(columns, unit::INSTRUCTIONS);
                 } else {
                     unit::multiply::<A, R>(x, weights);
-                    (0..unit::INSTRUCTIONS).for_each(|at| ahead.fetch_columns(columns, at));
+                    ahead.fetch_columns_from(columns, 0);
                 }
             }
             ahead.fetch_packed(group);
